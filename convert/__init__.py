@@ -1,0 +1,1 @@
+"""Transformations of model directories: carve, and what it stands on."""

@@ -1,0 +1,1 @@
+"""Dense language models taken apart into sparse Mixtures-of-Experts, repaired and run, in JAX and Flax NNX."""

@@ -1,0 +1,84 @@
+"""What the three commands share: parsing, errors as one line with exit status 2, progress bars, `--json`.
+
+A command module declares its sub-commands with `Command.add` and ends in `Command.main`.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nemoe_jax.errors import UserError
+
+EXIT_DISAGREES = 1  # a comparison came out negative
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class Command:
+    """A command with sub-commands; each handler takes the parsed arguments and returns an exit status or None."""
+
+    def __init__(self, name: str, description: str):
+        self.parser = argparse.ArgumentParser(
+            prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.subparsers = self.parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+
+    def add(
+        self, name: str, handler: Callable[[argparse.Namespace], int | None], summary: str, details: str = "",
+        *, reports: bool = False,
+    ) -> argparse.ArgumentParser:
+        """Adds a sub-command; `reports` gives it `--json`, for `report` below."""
+        parser = self.subparsers.add_parser(
+            name, help=summary, description=f"{summary}\n\n{details}".strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(handler=handler)
+        # SUPPRESS: the default of a sub-command's flag must not undo `--debug` given before its name
+        parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if reports:
+            parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
+        return parser
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Parses, runs the handler, and turns a UserError into one line and exit status 2."""
+        arguments = self.parser.parse_args(argv)
+        try:
+            return arguments.handler(arguments) or 0
+        except UserError as error:
+            if arguments.debug:
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
+            sys.stderr.close()
+            return 0
+
+
+def report(figures: dict[str, Any], as_json: bool) -> None:
+    """Prints figures as `name  value` lines, or as one JSON object."""
+    if as_json:
+        print(json.dumps(figures))
+        return
+    width = max(map(len, figures), default=0)
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {value:,.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+def progress_bar(*extra_columns: str) -> Progress:
+    """A progress bar on standard error (nothing where that is no terminal); extra columns are task-field names."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in extra_columns),
+        TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    )

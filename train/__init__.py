@@ -1,0 +1,1 @@
+"""Training: recipes, data, LoRA and full updates, distillation."""
