@@ -1,0 +1,78 @@
+"""What every module is made of: parameters declared by the schema, one way to multiply with them, RMSNorm, RoPE.
+
+A module built from stacked specs holds stacked arrays; the transformer scans over their first axis and calls the
+module on one layer's slice.
+
+B batch, T sequence, D embed, N heads, H head_dim, R rank.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nemoe_jax.grouped_matmul import grouped_matmul
+from nemoe_jax.lora import Adapter
+from nemoe_jax.schema import ParamSpec, Tree
+
+Adapters = Mapping[str, Any]  # the adapter tree's part that belongs to a module; empty without adapters
+NO_ADAPTERS: Adapters = {}
+
+
+class SpecModule(nnx.Module):
+    """Holds one `nnx.Param` for each ParamSpec among `specs`; nested dicts belong to the subclass's own modules."""
+
+    def __init__(self, specs: Tree):
+        own = {name: spec for name, spec in specs.items() if isinstance(spec, ParamSpec)}
+        for name, spec in own.items():
+            setattr(self, name, nnx.Param(jnp.zeros(spec.shape)))
+        self.inputs = tuple((name, len(spec.contracted)) for name, spec in own.items())
+
+    def project(
+        self, name: str, x: jax.Array, adapters: Adapters = NO_ADAPTERS, group_sizes: jax.Array | None = None
+    ) -> jax.Array:
+        """`x @ W` plus the adapter's low-rank path `scale · (x @ A) @ B`: every weight multiplication of the model.
+
+        Contracts x's last axes with the weight's contracted axes. With `group_sizes`, rows of x are sorted by expert
+        and each meets its own expert's weight (and adapter).
+        """
+        return project(x, getattr(self, name)[...], dict(self.inputs)[name], adapters.get(name), group_sizes)
+
+
+def project(
+    x: jax.Array, weight: jax.Array, inputs: int, adapter: Adapter | None, group_sizes: jax.Array | None = None
+) -> jax.Array:
+    """`SpecModule.project` on a bare array whose first `inputs` axes (after that of the experts) are contracted."""
+    y = _contract(x, weight, inputs, group_sizes)
+    if adapter is None:
+        return y
+    low_rank = _contract(x, adapter.a, inputs, group_sizes)
+    return y + adapter.scale * _contract(low_rank, adapter.b, 1, group_sizes)
+
+
+def _contract(x: jax.Array, w: jax.Array, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
+    if group_sizes is not None:
+        return grouped_matmul(x, w.astype(x.dtype), group_sizes)
+    over = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    # HIGHEST: a float32 activation asks for float32 products, which TPUs do not give by default
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, w.astype(x.dtype), (over, ((), ())), precision=precision)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) · weight over the last axis; the mean of squares in float32 (Zhang and Sennrich, 2019)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotates each head's halves by position · theta^(-2i/H), in Hugging Face's order (Su et al., 2021)."""
+    half = x_BTNH.shape[-1] // 2
+    frequencies_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
+    cos, sin = jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

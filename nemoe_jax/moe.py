@@ -1,0 +1,169 @@
+"""The sparse Mixture-of-Experts layer: a router, its chosen experts, and an optional gated shared expert.
+
+Tokens are sorted by expert, every expert multiplies its own rows (grouped_matmul), and the results are summed back;
+no token is dropped. Each row is multiplied by its routing weight at the expert's FFN width, before `down`, where it is
+cheapest. Sorting and summing have gradients of their own that gather instead of scattering.
+
+Expert parallelism: over the mesh's `expert` axis each device holds some experts. Tokens are gathered over that axis,
+each device computes what its experts owe them, and the sums are scattered back.
+
+B batch, T tokens, D embed, E experts, C top-k, R = T·C rows, F expert_ffn.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.ffn import SwiGLU
+from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project
+from nemoe_jax.lora import Adapter, adapter_axes
+from nemoe_jax.schema import ParamSpec, Tree
+from nemoe_jax.sharding import batch_axes
+
+
+class Routing(NamedTuple):
+    """What the router did, for losses and logs; of one layer, or stacked over layers."""
+
+    load_E: jax.Array  # share of the tokens' choices that went to each expert; sums to 1
+    balance_loss: jax.Array  # E · Σ load · mean probability; 1 when balanced (Fedus et al., 2021)
+    z_loss: jax.Array  # mean of logsumexp(logits)² (Zoph et al., 2022)
+
+
+class MoE(SpecModule):
+    def __init__(self, config: ModelConfig, specs: Tree):
+        super().__init__(specs)
+        self.top_k, self.normalise = config.top_k, config.normalise_top_k
+        self.expert_specs = tuple((name, specs[name]) for name in ("gate", "up", "down"))
+        self.shared = SwiGLU(specs["shared"]) if config.shared_ffn else None
+
+    def __call__(self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, Routing]:
+        """(B, T, D) -> (B, T, D) and what the router did."""
+        weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters)
+        experts = {name: getattr(self, name)[...] for name, _ in self.expert_specs}
+        own_adapters = {name: adapters[name] for name in experts if name in adapters}
+        y_BTD = self._compute(x_BTD, weights_BTC, chosen_BTC, experts, own_adapters)
+        if self.shared is not None:
+            share = jax.nn.sigmoid(self.project("shared_gate", x_BTD, adapters))
+            y_BTD += share * self.shared(x_BTD, adapters.get("shared", NO_ADAPTERS))
+        return y_BTD, routing
+
+    def route(self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, jax.Array, Routing]:
+        """Routing weights (B, T, C) in x's dtype, the chosen experts (B, T, C), and statistics."""
+        # float32: bfloat16 ties change which experts are chosen
+        logits_BTE = self.project("router", x_BTD.astype(jnp.float32), adapters)
+        probabilities_BTE = jax.nn.softmax(logits_BTE)
+        top_BTC, chosen_BTC = lax.top_k(logits_BTE, self.top_k)
+        if self.normalise:
+            weights_BTC = jax.nn.softmax(top_BTC)
+        else:
+            weights_BTC = jnp.take_along_axis(probabilities_BTE, chosen_BTC, axis=-1)
+        experts = logits_BTE.shape[-1]
+        load_E = jnp.bincount(chosen_BTC.reshape(-1), length=experts) / chosen_BTC.size
+        balance = experts * jnp.sum(load_E * probabilities_BTE.mean((0, 1)))
+        z_loss = jnp.mean(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2)
+        return weights_BTC.astype(x_BTD.dtype), chosen_BTC, Routing(load_E, balance, z_loss)
+
+    def _compute(
+        self, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Tree, adapters: Adapters
+    ) -> jax.Array:
+        """The weighted sum of the chosen experts' outputs, over the ambient mesh where there is one."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0)
+        sizes = dict(mesh.shape)
+        batch = batch_axes(sizes, x_BTD.shape[0])
+        gathered = "expert" in batch  # the expert axis cuts the batch too: gather tokens, scatter sums
+
+        def on_device(x, weights, chosen, experts, adapters):
+            first = 0
+            if sizes.get("expert", 1) > 1:
+                first = lax.axis_index("expert") * experts["gate"].shape[0]
+            if gathered:
+                x, weights, chosen = (
+                    lax.all_gather(array, "expert", axis=0, tiled=True) for array in (x, weights, chosen)
+                )
+            y = run_experts(x, weights, chosen, experts, adapters, first)
+            if sizes.get("tensor", 1) > 1:
+                y = lax.psum(y, "tensor")
+            if gathered:
+                return lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
+            return lax.psum(y, "expert") if sizes.get("expert", 1) > 1 else y
+
+        tokens = PartitionSpec(batch or None)
+        weight_specs = {name: _own_axes(spec.axes[1:], sizes) for name, spec in self.expert_specs}
+        adapter_specs = {name: _adapter_spec(dict(self.expert_specs)[name], adapters[name], sizes) for name in adapters}
+        return jax.shard_map(
+            on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, weight_specs, adapter_specs), out_specs=tokens,
+            check_vma=False,
+        )(x_BTD, weights_BTC, chosen_BTC, experts, adapters)
+
+
+def _own_axes(axes: tuple[str, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
+    """How the experts' weights lie while they are used: by expert and by neuron, whole along everything else."""
+    owner = {"experts": "expert", "expert_ffn": "tensor"}
+    return PartitionSpec(*(owner[axis] if owner.get(axis) in mesh_shape else None for axis in axes))
+
+
+def _adapter_spec(spec: ParamSpec, adapter: Adapter, mesh_shape: dict[str, int]) -> Adapter:
+    a, b = (_own_axes(axes[1:], mesh_shape) for axes in adapter_axes(spec))
+    return Adapter(a, b, adapter.scale)
+
+
+def run_experts(
+    x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Tree, adapters: Adapters, first: int | jax.Array
+) -> jax.Array:
+    """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D)."""
+    held = experts["gate"].shape[0]
+    top_k = chosen_BTC.shape[-1]
+    x_TD, weights_TC = x_BTD.reshape(-1, x_BTD.shape[-1]), weights_BTC.reshape(-1, top_k)
+    local_R = chosen_BTC.reshape(-1) - first
+    local_R = jnp.where((local_R >= 0) & (local_R < held), local_R, held)  # other devices' rows are sorted last
+    order_R = jnp.argsort(local_R)
+    sizes_E = jnp.bincount(local_R, length=held + 1)[:held].astype(jnp.int32)
+    rows = jnp.sum(sizes_E)
+    place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
+    token_R = order_R // top_k
+
+    def project_rows(name, rows_R):
+        return project(rows_R, experts[name], 1, adapters.get(name), sizes_E)
+
+    x_RD = _dispatch(x_TD, token_R, place_TC, rows)
+    hidden_RF = jax.nn.silu(project_rows("gate", x_RD)) * project_rows("up", x_RD)
+    y_RD = project_rows("down", hidden_RF * weights_TC.reshape(-1)[order_R][:, None])
+    return _combine(y_RD, token_R, place_TC, rows).reshape(x_BTD.shape)
+
+
+@jax.custom_vjp
+def _dispatch(x_TD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    """Each row's token. The first `rows` rows count; the rest are other devices'."""
+    return x_TD[token_R]
+
+
+@jax.custom_vjp
+def _combine(y_RD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    """The sum of each token's rows: the transpose of `_dispatch`, as it is its gradient."""
+    return _sum_rows(y_RD, place_TC, rows)
+
+
+def _sum_rows(y_RD: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    picked = (jnp.where((place < rows)[:, None], y_RD[place], 0) for place in place_TC.T)
+    return functools.reduce(jnp.add, picked)
+
+
+def _take_rows(y_TD: jax.Array, token_R: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(token_R.shape[0]) < rows)[:, None], y_TD[token_R], 0)
+
+
+_dispatch.defvjp(
+    lambda x_TD, token_R, place_TC, rows: (x_TD[token_R], (place_TC, rows)),
+    lambda residuals, dx_RD: (_sum_rows(dx_RD, *residuals), None, None, None),
+)
+_combine.defvjp(
+    lambda y_RD, token_R, place_TC, rows: (_sum_rows(y_RD, place_TC, rows), (token_R, rows)),
+    lambda residuals, dy_TD: (_take_rows(dy_TD, *residuals), None, None, None),
+)

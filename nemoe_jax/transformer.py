@@ -1,0 +1,168 @@
+"""The decoder-only transformer: embedding, runs of stacked blocks that are scanned over, final norm, logits.
+
+    logits = forward(config, params, tokens_BT).logits
+
+B batch, T sequence, D embed, V vocabulary, L layers, S cache slots, E experts.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nemoe_jax.attention import Attention, Context, LayerCache
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.ffn import SwiGLU
+from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm
+from nemoe_jax.moe import MoE, Routing
+from nemoe_jax.schema import Tree, declare
+from nemoe_jax.sharding import constrain_batch
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, and how many tokens each row holds."""
+
+    blocks: dict[str, LayerCache]  # one for each run of layers, stacked
+    length_B: jax.Array
+
+    @property
+    def slots(self) -> int:
+        """How many tokens a row can hold."""
+        return next(iter(self.blocks.values())).k.shape[2]
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: jax.Array  # (B, T, V) float32
+    cache: Cache | None
+    routing: Routing | None  # load (L, E), losses averaged over the MoE layers; None for a dense model
+
+
+class Block(SpecModule):
+    def __init__(self, config: ModelConfig, specs: Tree):
+        super().__init__(specs)
+        self.eps = config.norm_eps
+        self.attn = Attention(config, specs["attn"])
+        self.ffn = MoE(config, specs["ffn"]) if "router" in specs["ffn"] else SwiGLU(specs["ffn"])
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
+    ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+        """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
+        normed = rms_norm(x_BTD, self.attn_norm[...], self.eps)
+        y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
+        x_BTD = constrain_batch(x_BTD + y_BTD)
+        routing = None
+        y_BTD = self.ffn(rms_norm(x_BTD, self.ffn_norm[...], self.eps), adapters.get("ffn", NO_ADAPTERS))
+        if isinstance(self.ffn, MoE):
+            y_BTD, routing = y_BTD
+        return constrain_batch(x_BTD + y_BTD), cache, routing
+
+
+class Transformer(SpecModule):
+    """Its state is the schema's tree: any nested dict of arrays with those paths can be merged into it."""
+
+    def __init__(self, config: ModelConfig):
+        specs = declare(config)
+        super().__init__(specs)
+        self.eps, self.tied = config.norm_eps, config.tied
+        self.blocks = nnx.Dict({kind: Block(config, block) for kind, block in specs["blocks"].items()})
+
+    def __call__(
+        self, tokens_BT: jax.Array, *, adapters: Adapters = NO_ADAPTERS, positions: jax.Array | None = None,
+        segments: jax.Array | None = None, cache: Cache | None = None, remat: bool = False,
+    ) -> Output:
+        start_B = None if cache is None else cache.length_B
+        if positions is None:
+            positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if start_B is None else start_B[:, None])
+            positions = jnp.broadcast_to(positions, tokens_BT.shape)
+        context = Context(positions, segments, start_B)
+        x_BTD = constrain_batch(self._embed(tokens_BT, adapters))
+        caches, routings = {}, []
+        for kind, block in self.blocks.items():
+            x_BTD, caches[kind], routing = _scan_run(
+                block, x_BTD, context, None if cache is None else cache.blocks[kind],
+                adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS), remat,
+            )
+            if routing is not None:
+                routings.append(routing)
+        x_BTD = rms_norm(x_BTD, self.norm[...], self.eps)
+        if cache is not None:
+            cache = Cache(caches, cache.length_B + tokens_BT.shape[1])
+        routing = None
+        if routings:
+            routing = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings)
+            routing = Routing(routing.load_E, routing.balance_loss.mean(), routing.z_loss.mean())
+        return Output(self._logits(x_BTD, adapters), cache, routing)
+
+    def _embed(self, tokens_BT: jax.Array, adapters: Adapters) -> jax.Array:
+        x_BTD = self.embed[...][tokens_BT]
+        adapter = adapters.get("embed")
+        if adapter is not None:
+            x_BTD += (adapter.scale * adapter.a[tokens_BT] @ adapter.b).astype(x_BTD.dtype)
+        return x_BTD
+
+    def _logits(self, x_BTD: jax.Array, adapters: Adapters) -> jax.Array:
+        if not self.tied:
+            return self.project("head", x_BTD, adapters).astype(jnp.float32)
+        logits = x_BTD @ self.embed[...].T
+        adapter = adapters.get("embed")
+        if adapter is not None:
+            logits += adapter.scale * (x_BTD @ adapter.b.T.astype(x_BTD.dtype)) @ adapter.a.T.astype(x_BTD.dtype)
+        return logits.astype(jnp.float32)
+
+
+def _scan_run(
+    block: Block, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters, remat: bool
+) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+    """A run of stacked layers, one after another: compiled once whatever their number."""
+    graph, stacked = nnx.split(block)
+
+    def layer(x_BTD, slice_of_run):
+        weights, layer_cache, layer_adapters = slice_of_run
+        x_BTD, layer_cache, routing = nnx.merge(graph, weights)(x_BTD, context, layer_cache, layer_adapters)
+        return x_BTD, (layer_cache, routing)
+
+    if remat:
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    x_BTD, (cache, routing) = jax.lax.scan(layer, x_BTD, (stacked, cache, dict(adapters)))
+    return x_BTD, cache, routing
+
+
+@functools.lru_cache(maxsize=32)
+def graph_of(config: ModelConfig) -> Any:
+    """The NNX graph definition of a model; merge it with a nested dict of arrays to get a callable."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config)))[0]
+
+
+def forward(
+    config: ModelConfig, params: Tree, tokens_BT: jax.Array, *, adapters: Tree | None = None,
+    positions: jax.Array | None = None, segments: jax.Array | None = None, cache: Cache | None = None,
+    remat: bool = False,
+) -> Output:
+    """One pass over int32 tokens (B, T); jit it (with `config` and `remat` static or closed over).
+
+    Args:
+        params: the schema's tree; computation is in the dtype of `params["embed"]`.
+        adapters: LoRA adapters (lora.py).
+        positions: (B, T) positions for RoPE; by default 0, 1, … after what the cache holds.
+        segments: (B, T) document numbers of packed sequences; not together with a cache.
+        cache: keys and values so far; the new ones are written behind them. The caller sees that they fit.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+    model = nnx.merge(graph_of(config), params)
+    return model(
+        tokens_BT, adapters=adapters or NO_ADAPTERS, positions=positions, segments=segments, cache=cache, remat=remat
+    )
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16) -> Cache:
+    """A cache with room for `slots` tokens in each of `batch` rows."""
+    blocks = {}
+    for run in config.runs:
+        shape = (run.layers, batch, slots, config.kv_heads, config.head_dim)
+        blocks[run.kind] = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return Cache(blocks, jnp.zeros(batch, jnp.int32))
