@@ -1,0 +1,130 @@
+"""Recipes: overrides, validation, errors that a user can mend, and what the command prints about them."""
+
+import re
+
+import pytest
+import yaml
+
+from nemoe_jax.errors import UserError
+from train.cli import main
+from train.recipe import list_keys, read_recipe, shipped_recipes, to_yaml
+
+MINIMAL = {
+    "output": "out", "model": "in", "lora": [{"pattern": "blocks/*"}], "steps": 10,
+    "data": {"train": "text.txt", "sequence_length": 32, "batch_size": 2}, "optimizer": {"learning_rate": "1e-3"},
+}
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "minimal.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_values_and_defaults(minimal):
+    recipe = read_recipe(minimal)
+    assert recipe.optimizer.learning_rate == 1e-3  # YAML reads 1e-3 as text
+    assert recipe.data.train == ["text.txt"]
+    assert (recipe.trainable, recipe.seed, recipe.lora[0].rank) == ("lora", 0, 16)
+
+
+def test_overrides_reach_every_depth(minimal):
+    recipe = read_recipe(minimal, [
+        "steps=20", "optimizer.learning_rate=2e-4", "lora.0.rank=8", "distill.teacher=big", "distill.kl_weight=0.5",
+        "data.train=[a.txt, b.txt]", "remat=true", "output=2024",
+    ])
+    assert recipe.steps == 20 and recipe.optimizer.learning_rate == 2e-4 and recipe.lora[0].rank == 8
+    assert recipe.distill.kl_weight == 0.5 and str(recipe.distill.teacher) == "big"
+    assert recipe.data.train == ["a.txt", "b.txt"] and recipe.remat is True and str(recipe.output) == "2024"
+
+
+@pytest.mark.parametrize("override, wanted", [
+    ("stepz=3", r"stepz: unknown key.*nearest known key is steps$"),
+    ("optimizer.learning_rte=3", r"optimizer\.learning_rte: unknown key.*optimizer\.learning_rate$"),
+    ("learning_rate=3", r"learning_rate: unknown key.*optimizer\.learning_rate$"),
+    ("lora.0.rnk=3", r"lora\.0\.rnk: unknown key.*lora\.N\.rank$"),
+    ("steps=many", r"steps: wanted a valid integer, got 'many' \(from the command line\)"),
+    ("steps=0", r"steps: wanted .*greater than 0, got 0"),
+    ("optimizer.schedule=cosin", r"optimizer\.schedule: wanted 'cosine', 'linear' or 'constant', got 'cosin'"),
+    ("optimizer.learning_rate=fast", r"optimizer\.learning_rate: wanted a valid number, got 'fast'"),
+    ("data.sequence_length=null", r"data\.sequence_length: wanted a valid integer, got None"),
+    ("data.train=[]", r"data\.train: .*at least 1 item"),
+    ("lora.3.rank=8", r"lora\.3\.rank: wanted an index below 1, got '3'"),
+    ("steps.more=8", r"steps\.more: wanted a mapping that holds more, got the value 10"),
+    ("steps", r"wanted key=value after the recipe, got 'steps'"),
+    ("steps=[1", r"steps: not a YAML value"),
+    ("scratch.hidden=8", r"scratch.layers: missing; wanted number of blocks"),
+    ("model=null", r"exactly one of model"),
+    ("lora=[]", r"lora: wanted at least one"),
+    ("trainable=all", r"lora: came with trainable: all"),
+    ("optimizer.warmup_steps=11", r"optimizer\.warmup_steps: wanted at most steps \(10\), got 11"),
+])
+def test_bad_keys_and_values(minimal, override, wanted):
+    with pytest.raises(UserError) as caught:
+        read_recipe(minimal, [override])
+    assert re.search(wanted, str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_names_the_file_and_every_bad_key(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"stps": 1, "sed": 2}, sort_keys=False))
+    with pytest.raises(UserError, match=r"bad\.yaml: .*stps.*steps.*sed.*seed"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("text, wanted", [("a: [", "not YAML"), ("- a", "wanted a mapping"), ("", "output: missing")])
+def test_bad_files(tmp_path, text, wanted):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=wanted):
+        read_recipe(tmp_path / "bad.yaml")
+
+
+def test_a_shape_no_model_can_have(minimal):
+    with pytest.raises(UserError, match="kv_heads: wanted a divisor of heads"):
+        read_recipe(minimal, [
+            "model=null", "lora=[]", "trainable=all", "tokenizer=t", "scratch.hidden=8", "scratch.layers=1",
+            "scratch.heads=3", "scratch.kv_heads=2", "scratch.head_dim=4", "scratch.ffn=8",
+        ])
+
+
+def test_missing_file_names_the_shipped_recipes():
+    with pytest.raises(UserError, match=r"nano-dens: no such recipe file.*nano-dense"):
+        read_recipe("nano-dens")
+
+
+def test_shipped_recipes_are_valid_and_found_by_bare_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert {"nano-dense", "nano-repair", "nemoe-12b-16e-repair"} <= set(shipped_recipes())
+    for name in shipped_recipes():
+        assert read_recipe(name) == read_recipe(f"{name}.yaml")
+
+
+def test_what_show_prints_is_the_same_recipe(tmp_path, capsys):
+    assert main(["show", "nano-repair", "steps=70"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    shown = read_recipe(tmp_path / "shown.yaml")
+    assert shown == read_recipe("nano-repair", ["steps=70"]) and to_yaml(shown) == (tmp_path / "shown.yaml").read_text()
+
+
+def test_every_key_is_described_and_printed(capsys):
+    assert main(["keys"]) == 0
+    printed = capsys.readouterr().out
+    keys = dict(list_keys())
+    assert {"steps", "optimizer.learning_rate", "lora.N.rank", "scratch.head_dim", "distill.kl_weight"} <= set(keys)
+    for key, field in keys.items():
+        assert field.description and f"\n{key}" in f"\n{printed}"
+
+
+def test_recipes_lists_each_with_its_first_line(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(shipped_recipes())
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_bad_recipe_is_one_line_and_status_2(minimal, capsys):
+    assert main(["run", str(minimal), "stepz=3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1

@@ -1,0 +1,71 @@
+"""`nemoe-train`: runs recipes, and explains them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from pydantic_core import PydanticUndefined
+
+from nemoe_jax.command import Command, report
+from train import recipe as recipes
+
+DESCRIPTION = """Trains a model as a recipe says: LoRA adapters or every weight, on plain text or against a teacher.
+
+  nemoe-train recipes                     what comes with the package
+  nemoe-train show nano-repair            a recipe with all its defaults
+  nemoe-train keys                        every key with its meaning
+  nemoe-train run my.yaml steps=500 optimizer.learning_rate=1e-3
+"""
+RECIPE_HELP = "a YAML file, or the name of a shipped recipe"
+OVERRIDES_HELP = "keys to set instead of the recipe's, dotted: data.batch_size=4 lora.0.rank=8"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    command = Command("nemoe-train", DESCRIPTION)
+    run = command.add(
+        "run", _run, "train as a recipe says",
+        "Everything is checked before any work: files, keys, shapes. The output directory must not exist; it appears\n"
+        "when all is done, a Hugging Face model directory (adapters merged) with train_log.jsonl, report.json and\n"
+        "recipe.yaml, and an interrupted run leaves nothing. Relative paths are seen from the current directory.",
+        reports=True,
+    )
+    show = command.add("show", _show, "print a recipe with its overrides and all defaults, as YAML")
+    for parser in (run, show):
+        parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    command.add("recipes", _recipes, "list the recipes that come with the package")
+    command.add("keys", _keys, "print every recipe key with its default and its meaning")
+    return command.main(argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    recipe = recipes.read_recipe(arguments.recipe, arguments.overrides)
+    from train.loop import train  # JAX loads here, so that the other sub-commands answer at once
+
+    figures = train(recipe)
+    figures.pop("expert_load", None)  # a table, in report.json
+    report(figures, arguments.json)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    print(recipes.to_yaml(recipes.read_recipe(arguments.recipe, arguments.overrides)), end="")
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    shipped = recipes.shipped_recipes()
+    width = max(map(len, shipped))
+    for name, text in shipped.items():
+        print(f"{name:<{width}}  {text.partition(chr(10))[0].lstrip('# ')}")
+
+
+def _keys(arguments: argparse.Namespace) -> None:
+    for key, field in recipes.list_keys():
+        unset = field.default is PydanticUndefined or field.default is None
+        default = "" if unset else f" = {json.dumps(field.default)}"
+        print(f"{key}{default}\n    {field.description}{' (required)' if field.is_required() else ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

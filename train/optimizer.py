@@ -1,0 +1,81 @@
+"""AdamW over whatever tree is trained, with two exceptions that go by a parameter's path.
+
+Norms have no weight decay. Routers learn at a rate scaled to their own size: a carved router's weights may deviate by
+1e-5, and Adam moves every weight by about the learning rate whatever the gradient's size, so one step of 1e-3 would
+replace such a router by noise.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from train.recipe import Optimizer
+
+
+def path_names(path: tuple[Any, ...]) -> list[str]:
+    """A key path of jax.tree_util as the names along it: dictionary keys, each of them perhaps a/b/c, and fields."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path).split("/")
+
+
+def is_norm(path: tuple[Any, ...]) -> bool:
+    """Whether the parameter is a normalisation's scale (`norm`, `attn_norm`, `q_norm`, …)."""
+    return any(name.endswith("norm") for name in path_names(path))
+
+
+def is_router(path: tuple[Any, ...]) -> bool:
+    """Whether the parameter is a router, or an adapter of one."""
+    return "router" in path_names(path)
+
+
+def learning_rate_schedule(options: Optimizer, steps: int) -> optax.Schedule:
+    """Step (from 0) → learning rate: a linear rise over the warm-up, then the schedule down to its final share."""
+    peak, rest = options.learning_rate, max(steps - options.warmup_steps, 1)
+    if options.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, rest, alpha=options.final_fraction)
+    elif options.schedule == "linear":
+        fall = optax.linear_schedule(peak, peak * options.final_fraction, rest)
+    else:
+        fall = optax.constant_schedule(peak)
+    if not options.warmup_steps:
+        return fall
+    # the first step is already worth taking: it learns at peak / warmup_steps, and the last of the warm-up at the peak
+    rise = optax.linear_schedule(peak / options.warmup_steps, peak, max(options.warmup_steps - 1, 1))
+    return optax.join_schedules([rise, fall], [options.warmup_steps])
+
+
+def router_scale(router_LDE: jax.Array, factor: float) -> jax.Array:
+    """The learning-rate factor (L, 1, 1) of each layer's router: factor · min(1, RMS / D^-1/2).
+
+    D^-1/2 is the deviation of a freshly initialised router; one smaller than that learns as much slower.
+    """
+    rms_L11 = jnp.sqrt(jnp.mean(jnp.square(router_LDE.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
+    return factor * jnp.minimum(1.0, rms_L11 * router_LDE.shape[-2] ** 0.5)
+
+
+def make_optimizer(
+    options: Optimizer, steps: int, router_scale_L11: jax.Array | None = None
+) -> optax.GradientTransformation:
+    """Clip by global norm → Adam → weight decay except on norms → schedule → the routers' factor.
+
+    Args:
+        router_scale_L11: from `router_scale`; for every leaf, stacked over the layers, whose path names a router.
+    """
+
+    def decays(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: not is_norm(path), params)
+
+    def scale_routers(updates: Any, params: Any) -> Any:
+        def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+            return update * router_scale_L11 if router_scale_L11 is not None and is_router(path) else update
+
+        return jax.tree_util.tree_map_with_path(scale, updates)
+
+    return optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.scale_by_adam(options.beta1, options.beta2),
+        optax.add_decayed_weights(options.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(learning_rate_schedule(options, steps)),
+        optax.stateless(scale_routers),
+    )
