@@ -31,12 +31,19 @@ class Command:
         self.subparsers = self.parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
 
     def add(
-        self, name: str, handler: Callable[[argparse.Namespace], int | None], summary: str, details: str = "",
-        *, reports: bool = False,
+        self,
+        name: str,
+        handler: Callable[[argparse.Namespace], int | None],
+        summary: str,
+        details: str = "",
+        *,
+        reports: bool = False,
     ) -> argparse.ArgumentParser:
         """Adds a sub-command; `reports` gives it `--json`, for `report` below."""
         parser = self.subparsers.add_parser(
-            name, help=summary, description=f"{summary}\n\n{details}".strip(),
+            name,
+            help=summary,
+            description=f"{summary}\n\n{details}".strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.set_defaults(handler=handler)
@@ -74,11 +81,16 @@ def report(figures: dict[str, Any], as_json: bool) -> None:
         print(f"{name:<{width}}  {value:,.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
 
 
-def progress_bar(*extra_columns: str) -> Progress:
+def progress_bar(*extra_columns: str, visible: bool = True) -> Progress:
     """A progress bar on standard error (nothing where that is no terminal); extra columns are task-field names."""
     console = Console(stderr=True)
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
         *(TextColumn(f"{{task.fields[{name}]}}") for name in extra_columns),
-        TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (visible and console.is_terminal),
     )

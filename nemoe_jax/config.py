@@ -84,8 +84,8 @@ class ModelConfig:
         if self.family != "nekomind":
             if self.shared_ffn or self.qk_norm or self.dense_layers or not self.normalise_top_k:
                 problems.append(
-                    f"family {self.family} cannot express a shared expert, QK-norm, dense first layers or top-k weights "
-                    "that are not normalised; family nekomind can"
+                    f"family {self.family} cannot express a shared expert, QK-norm, dense first layers or "
+                    "top-k weights that are not normalised; family nekomind can"
                 )
             if bool(self.experts) != (self.family == "mixtral"):
                 problems.append(f"family {self.family} with experts = {self.experts}")
@@ -113,9 +113,7 @@ class ModelConfig:
         """
         architecture = (config.get("architectures") or ["(none)"])[0]
         if architecture not in _ARCHITECTURES:
-            raise UserError(
-                f"{source}: unknown architecture {architecture}; known: {', '.join(_ARCHITECTURES)}"
-            )
+            raise UserError(f"{source}: unknown architecture {architecture}; known: {', '.join(_ARCHITECTURES)}")
         family = _ARCHITECTURES[architecture]
         _refuse_unsupported(config, source)
 
@@ -234,12 +232,13 @@ def _leading_dense_layers(config: dict[str, Any], source: str) -> int:
 
 def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
     """Raises on what would silently change the logits if it were ignored."""
-    scaling = config.get("rope_scaling") or {}
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type") or scaling.get("rope_type") or scaling.get("type")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type")
     window = config.get("sliding_window")
     problems = [
         f"{key} = {config[key]} (biases are not supported)"
-        for key in ("attention_bias", "mlp_bias", "qkv_bias") if config.get(key)
+        for key in ("attention_bias", "mlp_bias", "qkv_bias")
+        if config.get(key)
     ]
     if rope_type not in (None, "default"):
         problems.append(f"RoPE scaling of type {rope_type} (only the plain rotary embedding is supported)")
@@ -261,8 +260,22 @@ PRESETS: dict[str, ModelConfig] = {
     "nemoe-12b-16e": _NEMO.replace(family="mixtral", ffn=0, experts=16, top_k=4, expert_ffn=14336 // 16),
     "minitron-8b": _NEMO.replace(hidden=4096, ffn=11520, context=8192),
     "nekomind1.5-1b": ModelConfig(
-        family="nekomind", hidden=1024, layers=18, heads=8, kv_heads=4, head_dim=128, vocab=32006, ffn=3072, experts=32,
-        top_k=4, expert_ffn=768, shared_ffn=768, dense_layers=2, qk_norm=True, tied=True, context=32768,
+        family="nekomind",
+        hidden=1024,
+        layers=18,
+        heads=8,
+        kv_heads=4,
+        head_dim=128,
+        vocab=32006,
+        ffn=3072,
+        experts=32,
+        top_k=4,
+        expert_ffn=768,
+        shared_ffn=768,
+        dense_layers=2,
+        qk_norm=True,
+        tied=True,
+        context=32768,
     ),
 }
 

@@ -98,7 +98,10 @@ class MoE(SpecModule):
         weight_specs = {name: _own_axes(spec.axes[1:], sizes) for name, spec in self.expert_specs}
         adapter_specs = {name: _adapter_spec(dict(self.expert_specs)[name], adapters[name], sizes) for name in adapters}
         return jax.shard_map(
-            on_device, mesh=mesh, in_specs=(tokens, tokens, tokens, weight_specs, adapter_specs), out_specs=tokens,
+            on_device,
+            mesh=mesh,
+            in_specs=(tokens, tokens, tokens, weight_specs, adapter_specs),
+            out_specs=tokens,
             check_vma=False,
         )(x_BTD, weights_BTC, chosen_BTC, experts, adapters)
 
@@ -115,7 +118,12 @@ def _adapter_spec(spec: ParamSpec, adapter: Adapter, mesh_shape: dict[str, int])
 
 
 def run_experts(
-    x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Tree, adapters: Adapters, first: int | jax.Array
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: Tree,
+    adapters: Adapters,
+    first: int | jax.Array,
 ) -> jax.Array:
     """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D)."""
     held = experts["gate"].shape[0]

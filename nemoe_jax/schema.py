@@ -6,7 +6,7 @@ a linear map the other way round, (produced, contracted); a look-up table (`voca
 arrow (`"norm"`) it stores as they stand here.
 
     declare(config)["blocks"]["moe"]["ffn"]["gate"]
-    -> ParamSpec("blocks/moe/ffn/gate", stacked=("layers", "experts"), contracted=("embed",), produced=("expert_ffn",), …)
+    -> ParamSpec(stacked=("layers", "experts"), contracted=("embed",), produced=("expert_ffn",), …)
 
 Shapes, initial values, counts, checkpoint keys, shardings (sharding.py) and adapters (lora.py) derive from this tree.
 """
@@ -57,6 +57,11 @@ class ParamSpec:
         return self.matrix_shape[::-1] if self.transposed else self.shape[len(self.stacked) :]
 
     @property
+    def torch_size(self) -> int:
+        """Elements of one checkpoint tensor."""
+        return math.prod(self.torch_shape)
+
+    @property
     def transposed(self) -> bool:
         """Whether the checkpoint holds (out, in)."""
         return bool(self.contracted) and not self.lookup
@@ -65,8 +70,9 @@ class ParamSpec:
         """(index into the stacked axes, checkpoint key) of each tensor that the array is made of."""
         for index in itertools.product(*(range(n) for n in self.shape[: len(self.stacked)])):
             number = dict(zip(self.stacked, index, strict=True))
-            yield index, self.key.format(
-                layer=number.get("layers", 0) + self.first_layer, expert=number.get("experts", 0)
+            yield (
+                index,
+                self.key.format(layer=number.get("layers", 0) + self.first_layer, expert=number.get("experts", 0)),
             )
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
@@ -77,16 +83,22 @@ class ParamSpec:
 def declare(config: ModelConfig) -> Tree:
     """The tree of ParamSpecs of a model: embed, blocks/<kind>/…, norm and, unless tied, head."""
     sizes = {
-        "vocab": config.vocab, "embed": config.hidden, "norm": config.hidden, "heads": config.heads,
-        "kv_heads": config.kv_heads, "head_dim": config.head_dim, "ffn": config.ffn, "experts": config.experts,
-        "expert_ffn": config.expert_ffn, "shared_ffn": config.shared_ffn, "scalar": 1,
+        "vocab": config.vocab,
+        "embed": config.hidden,
+        "norm": config.hidden,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "ffn": config.ffn,
+        "experts": config.experts,
+        "expert_ffn": config.expert_ffn,
+        "shared_ffn": config.shared_ffn,
+        "scalar": 1,
     }
     residual_scale = (2 * config.layers) ** -0.5  # each block adds to the stream twice
     names = _MIXTRAL_FFN if config.family == "mixtral" else _QWEN_FFN
 
-    def p(
-        roles: str, key: str, *, run: Run | None = None, scale: float = 1.0, lookup: bool = False
-    ) -> ParamSpec:
+    def p(roles: str, key: str, *, run: Run | None = None, scale: float = 1.0, lookup: bool = False) -> ParamSpec:
         stacked, _, linear = roles.rpartition("|")
         contracted, arrow, produced = linear.rpartition("->")
         axes = [tuple(part.split()) for part in (stacked, contracted, produced)]
@@ -97,8 +109,15 @@ def declare(config: ModelConfig) -> Tree:
             key = "model.layers.{layer}." + key
         fan_in = 1 if lookup else math.prod(sizes[axis] for axis in axes[1])
         return ParamSpec(
-            path="", stacked=axes[0], contracted=axes[1], produced=axes[2], shape=tuple(shape), key=key + ".weight",
-            first_layer=run.first if run else 0, std=scale * fan_in**-0.5 if arrow else None, lookup=lookup,
+            path="",
+            stacked=axes[0],
+            contracted=axes[1],
+            produced=axes[2],
+            shape=tuple(shape),
+            key=key + ".weight",
+            first_layer=run.first if run else 0,
+            std=scale * fan_in**-0.5 if arrow else None,
+            lookup=lookup,
         )
 
     def attention(run: Run) -> Tree:
@@ -220,10 +239,12 @@ def initialise(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, sh
         return (spec.std * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
 
     keys = jax.random.split(key, len(specs))
-    return unflatten({
-        path: jax.jit(make, static_argnums=0, out_shardings=placed[path])(spec, keys[number])
-        for number, (path, spec) in enumerate(specs.items())
-    })
+    return unflatten(
+        {
+            path: jax.jit(make, static_argnums=0, out_shardings=placed[path])(spec, keys[number])
+            for number, (path, spec) in enumerate(specs.items())
+        }
+    )
 
 
 def count(config: ModelConfig) -> tuple[int, int]:

@@ -64,9 +64,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if wanted != len(devices):
         shape = " × ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"mesh {shape} wants {wanted} devices; there are {len(devices)} ({devices[0].platform})")
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def partition_spec(spec: ParamSpec, mesh_shape: Mapping[str, int], rules: Rules = RULES) -> PartitionSpec:

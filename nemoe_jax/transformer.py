@@ -72,8 +72,14 @@ class Transformer(SpecModule):
         self.blocks = nnx.Dict({kind: Block(config, block) for kind, block in specs["blocks"].items()})
 
     def __call__(
-        self, tokens_BT: jax.Array, *, adapters: Adapters = NO_ADAPTERS, positions: jax.Array | None = None,
-        segments: jax.Array | None = None, cache: Cache | None = None, remat: bool = False,
+        self,
+        tokens_BT: jax.Array,
+        *,
+        adapters: Adapters = NO_ADAPTERS,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+        remat: bool = False,
     ) -> Output:
         start_B = None if cache is None else cache.length_B
         if positions is None:
@@ -84,8 +90,12 @@ class Transformer(SpecModule):
         caches, routings = {}, []
         for kind, block in self.blocks.items():
             x_BTD, caches[kind], routing = _scan_run(
-                block, x_BTD, context, None if cache is None else cache.blocks[kind],
-                adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS), remat,
+                block,
+                x_BTD,
+                context,
+                None if cache is None else cache.blocks[kind],
+                adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS),
+                remat,
             )
             if routing is not None:
                 routings.append(routing)
@@ -139,8 +149,14 @@ def graph_of(config: ModelConfig) -> Any:
 
 
 def forward(
-    config: ModelConfig, params: Tree, tokens_BT: jax.Array, *, adapters: Tree | None = None,
-    positions: jax.Array | None = None, segments: jax.Array | None = None, cache: Cache | None = None,
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: jax.Array,
+    *,
+    adapters: Tree | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    cache: Cache | None = None,
     remat: bool = False,
 ) -> Output:
     """One pass over int32 tokens (B, T); jit it (with `config` and `remat` static or closed over).
