@@ -1,0 +1,157 @@
+"""What every tokenizer can do, whatever file it came from, and how its output is streamed.
+
+Text and control tokens never mix: `encode` reads everything in a text as text, so that a user who types `[INST]` or
+`</s>` gets the characters; control ids enter only as integers, through `encode_parts` (which the chat formats use) or
+through the `bos` and `eos` flags.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from nemoe_jax.errors import UserError
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    path: the file that it came from; kind: `tekken`, `sentencepiece` or `tokenizer.json`.
+    vocab_size: ids are 0 … vocab_size − 1, control tokens included.
+    bos_id, eos_id: None where the tokenizer has none.
+    control: ids of the control tokens by name (`</s>`, `[INST]`, …).
+    version: Mistral's chat format (`v1`, `v3`, `v7`, …), None where it is not known.
+    chat_template, template_variables: a Hugging Face chat template and the names that it may use (`bos_token`, …).
+    """
+
+    kind: str
+    path: Path
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    control: Mapping[str, int]
+    version: str | None = None
+    chat_template: str | None = None
+    template_variables: Mapping[str, str] = {}
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of a text, all of it read as text; `bos` and `eos` add those ids where the tokenizer has them."""
+        start = [self.bos_id] if bos and self.bos_id is not None else []
+        end = [self.eos_id] if eos and self.eos_id is not None else []
+        return [*start, *self._encode_text(mend_surrogates(text)), *end]
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Ids of texts interleaved with control ids; each text is encoded apart from its neighbours."""
+        return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else [part])]
+
+    def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
+        """Text of ids; control tokens are left out, or written by name. Bytes that are no UTF-8 become U+FFFD."""
+        return self._decode(self._check(ids), skip_special)
+
+    def control_id(self, name: str) -> int:
+        """Id of a control token by name. Raises UserError where the tokenizer has none of that name."""
+        if name not in self.control:
+            raise UserError(f"{self.path}: no control token {name}")
+        return self.control[name]
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """One id in readable form: text, a control token's name, or `<0xE2><0x82>` for a fragment of a character."""
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _decode(self, ids: list[int], skip_special: bool) -> str: ...
+
+    def _check(self, ids: Iterable[SupportsIndex]) -> list[int]:
+        checked = [i.__index__() for i in ids]
+        wrong = next((i for i in checked if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"token id {wrong} is outside the vocabulary of {self.path} (0 … {self.vocab_size - 1})")
+        return checked
+
+
+class StreamDecoder:
+    """Turns ids into text one by one, holding back the bytes of an unfinished character.
+
+    The pieces that `push` and `flush` return join to `tokenizer.decode(all ids)`. An id's text depends on its
+    neighbours (a leading space, half a character), so a short window of ids is decoded anew at each step, and only
+    what the window's text has gained is returned. An unfinished character has at most three bytes and shows as one to
+    three U+FFFD at the end, which are held back until something else follows or more ids came than it can have.
+    (Where a decoder replaces a whole run of bytes for one bad byte, what was returned before it stays.)
+    """
+
+    WINDOW = 8
+    UNFINISHED = 3  # bytes
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self.tokenizer = tokenizer
+        self.skip_special = skip_special
+        self._window: list[int] = []
+        self._shown = 0  # characters of the window's text already returned
+        self._held = 0  # ids since the text last ended in a whole character
+
+    def push(self, token: SupportsIndex) -> str:
+        """The text that this id completes; empty while a character is unfinished."""
+        self._window.append(token.__index__())
+        text = self._text(self._window)
+        broken = len(text) - len(text.rstrip("\ufffd"))
+        self._held = self._held + 1 if broken else 0
+        stable = len(text) - (broken if self._held <= self.UNFINISHED else min(broken, self.UNFINISHED))
+        gained = text[self._shown : stable]
+        self._shown = max(self._shown, stable)
+        if not broken and len(self._window) > 2 * self.WINDOW:
+            self._shorten(text)
+        return gained
+
+    def flush(self) -> str:
+        """What was held back; an unfinished character comes as U+FFFD. The decoder is then as new."""
+        rest = self._text(self._window)[self._shown :]
+        self._window, self._shown, self._held = [], 0, 0
+        return rest
+
+    def _shorten(self, text: str) -> None:
+        """Forgets old ids, cutting where no character is cut and some text remains for the next id to follow."""
+        for keep in range(self.WINDOW, self.WINDOW + self.UNFINISHED + 1):
+            tail = self._text(self._window[-keep:])
+            if tail and text.endswith(tail):
+                self._window, self._shown = self._window[-keep:], len(tail)
+                return
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, self.skip_special)
+
+
+def runs(ids: Sequence[int], control: set[int]) -> Iterable[tuple[bool, list[int]]]:
+    """Splits ids into runs of control tokens (True) and of text (False)."""
+    return ((is_control, list(run)) for is_control, run in groupby(ids, control.__contains__))
+
+
+def mend_surrogates(text: str) -> str:
+    """Joins surrogate pairs and replaces lone surrogates, which no UTF-8 text can hold, by U+FFFD, as tiktoken does."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def text_from_bytes(data: bytes) -> str:
+    """Text of a file's bytes: line ends kept, each invalid UTF-8 sequence read as one U+FFFD."""
+    return data.decode("utf-8", "replace")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON value of a file, a `kind`. Raises UserError on anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file, or cut short ({error})") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: wanted a JSON object, got a {type(value).__name__}")
+    return value
