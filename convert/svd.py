@@ -1,0 +1,81 @@
+"""The singular value decompositions that carving needs: the leading right-singular subspace of a tall matrix, and the
+polar factor of a short wide one.
+
+The subspace comes in two ways. "exact" is `jnp.linalg.svd` of the whole matrix, the oracle, minutes for a 5120 × 14336
+layer on two CPU cores. "randomized" (Halko, Martinsson, Tropp 2011, arXiv 0909.4061) reads the matrix in six products
+with a sketch and takes `jnp.linalg.svd` of a square of side rank + oversampling: a second for the same layer. With the
+rows sharded over devices, the product with the sketch is local and its transpose is one all-reduce; only sketches move.
+
+Letters: F rows (neurons), D columns (embed), R rank, S sketch width, E experts.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import Precision
+
+from nemoe_jax.errors import UserError
+
+METHODS = ("exact", "randomized")
+
+
+def right_subspace(
+    matrix_FD: Array, rank: int, method: str, key: Array, *, oversampling: int = 16, power_iterations: int = 2
+) -> tuple[Array, Array]:
+    """The `rank` leading right-singular vectors (D, R), as columns, and their singular values (R,), descending.
+
+    Any floating dtype comes in, float32 goes out. `key` serves the random sketch alone. Where the matrix has fewer than
+    `rank` non-zero singular values, the vectors beyond them are some orthonormal completion, with values at rounding
+    level. Peak memory beside the matrix: "exact" about two copies of it, "randomized" two sketches of rank +
+    oversampling columns. Raises UserError for an unknown method and for a rank outside 1 … min(F, D).
+    """
+    if method not in METHODS:
+        raise UserError(f"svd method: wanted one of {', '.join(METHODS)}, got {method!r}")
+    limit = min(matrix_FD.shape)
+    if not 1 <= rank <= limit:
+        raise UserError(f"svd rank: wanted 1 to {limit} for a {tuple(matrix_FD.shape)} matrix, got {rank}")
+    if method == "exact":
+        return _exact(matrix_FD, rank)
+    return _randomized(matrix_FD, rank, key, min(rank + oversampling, limit), power_iterations)
+
+
+def polar(matrix_ED: Array) -> Array:
+    """The matrix with orthonormal rows that is nearest in Frobenius norm: P Qᵀ from the SVD C = P S Qᵀ, float32.
+
+    Where the rows are linearly dependent (a zero row, two equal rows) the nearest matrix is not unique; one of them
+    comes out, its rows still orthonormal. Raises UserError when there are more rows than columns.
+    """
+    rows, columns = matrix_ED.shape
+    if rows > columns:
+        raise UserError(f"orthonormal rows: wanted at most {columns} rows of length {columns}, got {rows}")
+    left_EE, _, right_ED = jnp.linalg.svd(matrix_ED.astype(jnp.float32), full_matrices=False)
+    return jnp.matmul(left_EE, right_ED, precision=Precision.HIGHEST)
+
+
+@partial(jax.jit, static_argnames="rank")
+def _exact(matrix_FD: Array, rank: int) -> tuple[Array, Array]:
+    _, values, right = jnp.linalg.svd(matrix_FD.astype(jnp.float32), full_matrices=False)
+    return right[:rank].T, values[:rank]
+
+
+@partial(jax.jit, static_argnames=("rank", "sketch", "power_iterations"))
+def _randomized(matrix_FD: Array, rank: int, key: Array, sketch: int, power_iterations: int) -> tuple[Array, Array]:
+    """Alternates orthonormal bases of the row and the column space, then solves the small problem between the two.
+
+    The last half step M ᵀQ_F = Q_D T leaves M ≈ Q_F Tᵀ Q_Dᵀ with T a square of side S, so an SVD of Tᵀ ends it.
+    """
+    matrix_FD = matrix_FD.astype(jnp.float32)
+
+    # QR after every product: without it the trailing directions of a decaying spectrum drown in float32 rounding
+    def sweep(basis_DS):
+        basis_FS, _ = jnp.linalg.qr(jnp.einsum("FD,DS->FS", matrix_FD, basis_DS, precision=Precision.HIGHEST))
+        return jnp.linalg.qr(jnp.einsum("FD,FS->DS", matrix_FD, basis_FS, precision=Precision.HIGHEST))
+
+    basis_DS = jax.random.normal(key, (matrix_FD.shape[1], sketch), jnp.float32)
+    for _ in range(power_iterations):
+        basis_DS, _ = sweep(basis_DS)
+    basis_DS, triangle_SS = sweep(basis_DS)
+    _, values, right_SS = jnp.linalg.svd(triangle_SS.T)
+    return jnp.einsum("DS,RS->DR", basis_DS, right_SS[:rank], precision=Precision.HIGHEST), values[:rank]
