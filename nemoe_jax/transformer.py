@@ -48,15 +48,22 @@ class Block(SpecModule):
         self.attn = Attention(config, specs["attn"])
         self.ffn = MoE(config, specs["ffn"]) if "router" in specs["ffn"] else SwiGLU(specs["ffn"])
 
+    def attend(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
+    ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
+        """The stream after attention, its normalised copy that the FFN reads (both (B, T, D)), and the cache."""
+        normed = rms_norm(x_BTD, self.attn_norm[...], self.eps)
+        y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
+        x_BTD = constrain_batch(x_BTD + y_BTD)
+        return x_BTD, rms_norm(x_BTD, self.ffn_norm[...], self.eps), cache
+
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
-        normed = rms_norm(x_BTD, self.attn_norm[...], self.eps)
-        y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
-        x_BTD = constrain_batch(x_BTD + y_BTD)
+        x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
         routing = None
-        y_BTD = self.ffn(rms_norm(x_BTD, self.ffn_norm[...], self.eps), adapters.get("ffn", NO_ADAPTERS))
+        y_BTD = self.ffn(normed, adapters.get("ffn", NO_ADAPTERS))
         if isinstance(self.ffn, MoE):
             y_BTD, routing = y_BTD
         return constrain_batch(x_BTD + y_BTD), cache, routing
