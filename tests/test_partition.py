@@ -71,9 +71,10 @@ def test_assignment_costs_what_the_exact_solver_finds(cost_FE):
     assert abs(ours - exact) <= 1e-6 * abs(exact)
 
 
-def test_assignment_of_nans_still_ends_and_is_balanced():
-    labels_F = balanced_assignment(jnp.full((12, 12), jnp.nan))
-    assert np.array_equal(np.sort(labels_F), np.arange(12))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_assignment_of_costs_that_are_not_finite_still_ends_and_is_balanced(bad):
+    cost_FE = jnp.asarray(distances(12, 12, 4)).at[3:6, 4].set(bad)
+    assert np.array_equal(np.sort(balanced_assignment(cost_FE)), np.arange(12))
 
 
 def assert_partition(assignment_EF, neurons, groups):
