@@ -78,16 +78,16 @@ def balanced_assignment(cost_FE: Array) -> Array:
     """The cheapest assignment of rows to columns with F/E rows in each column: labels (F,) int32.
 
     Optimal for the costs rounded to 2²⁴ steps between their least and greatest (fewer steps for more than 16 groups, so
-    that path lengths fit int32). With costs that are not finite it is some balanced assignment. Raises UserError when
+    that path lengths fit int32). Costs that are not finite count as 0. Raises UserError when
     the columns do not divide the rows.
     """
     neurons, groups = cost_FE.shape
     capacity = group_size(neurons, groups)
     steps = min(2**24, 2**28 // groups)
-    cost_FE = cost_FE.astype(jnp.float32)
+    # NaN or infinity as an integer can make cycles of negative length, round which the search would never end
+    cost_FE = jnp.where(jnp.isfinite(cost_FE), cost_FE, 0).astype(jnp.float32)
     cost_FE = cost_FE - cost_FE.min()
-    # NaN, also from infinite costs, becomes 0: as an integer it could make cycles of negative length, and no end
-    cost_FE = jnp.nan_to_num(cost_FE * (steps / jnp.maximum(cost_FE.max(), jnp.finfo(jnp.float32).tiny)))
+    cost_FE = cost_FE * (steps / jnp.maximum(cost_FE.max(), jnp.finfo(jnp.float32).tiny))
     prices_E = jnp.clip(_level_prices(cost_FE, capacity), -(2**26), 2**26)
     # priced costs have the same optimum, since a group's price is paid F/E times whoever its members are; and with
     # them the shortest paths through tied rows have length 0, so that ties, the bulk of a surplus, are settled first
