@@ -78,8 +78,8 @@ def balanced_assignment(cost_FE: Array) -> Array:
     """The cheapest assignment of rows to columns with F/E rows in each column: labels (F,) int32.
 
     Optimal for the costs rounded to 2²⁴ steps between their least and greatest (fewer steps for more than 16 groups, so
-    that path lengths fit int32). Costs that are not finite count as 0. Raises UserError when
-    the columns do not divide the rows.
+    that path lengths fit int32). Costs that are not finite count as 0. Raises UserError when the columns do not divide
+    the rows.
     """
     neurons, groups = cost_FE.shape
     capacity = group_size(neurons, groups)
