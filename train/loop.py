@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -161,8 +160,12 @@ def _summary(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _save(directory: Path, recipe: Recipe, inputs: Inputs, trainable: Tree, frozen: Flat) -> None:
     """The model with its adapters merged, in the recipe's dtype, with its tokenizer."""
-    dtype = recipe.save_dtype or recipe.dtype
-    params = combine(trainable["params"], frozen)
-    params = lora.merge(inputs.config, params, trainable["adapters"])
-    params = jax.tree.map(lambda array: array.astype(jnp.dtype(dtype)), params)
-    hf.save(directory, inputs.config.replace(dtype=dtype), params, tokenizer_from=inputs.tokenizer_path)
+    params = lora.merge(inputs.config, combine(trainable["params"], frozen), trainable["adapters"])
+    source = inputs.tokenizer_path
+    hf.save(
+        directory, inputs.config, params, dtype=recipe.save_dtype or recipe.dtype,
+        tokenizer_from=source if source.is_dir() else None,
+    )
+    if not source.is_dir():  # under the name by which a model directory's tokenizer is found
+        names = {"tekken": "tekken.json", "sentencepiece": "tokenizer" + "".join(source.name.partition(".model")[1:])}
+        shutil.copyfile(source, directory / names.get(inputs.tokenizer.kind, "tokenizer.json"))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import Tree, leaves, unflatten
@@ -48,8 +49,16 @@ def combine(trained: Flat, frozen: Flat) -> Tree:
 
 
 def initial_state(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    """The state before the first update; scalars are on every device, all else lies where the trained weights do."""
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    example = jax.tree.leaves(trainable)[0].sharding
+    everywhere = NamedSharding(example.mesh, PartitionSpec()) if isinstance(example, NamedSharding) else example
+
+    def place(array: Array) -> Array:
+        # placed expressly, as the update's results are: otherwise its second call would compile it again
+        return jax.device_put(array, array.sharding if isinstance(array.sharding, NamedSharding) else everywhere)
+
+    return jax.tree.map(place, state)
 
 
 def load_max_over_mean(load_LE: Array) -> Array:
