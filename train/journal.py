@@ -75,7 +75,8 @@ class Journal:
         self._say(f"step {done}/{self.steps}  {text}", now=True)
 
     def _record(self, done: int, figures: dict[str, Any]) -> None:
-        values = {name: float(value) for name, value in jax.device_get(figures).items()}  # waits for the step
+        fetched = jax.device_get(figures)  # waits for the step
+        values = {name: float(fetched[name]) for name in sorted(fetched, key=lambda name: name != "loss")}  # loss first
         now = time.monotonic()
         if self._clock is not None:
             self._timed_steps += 1
@@ -83,10 +84,12 @@ class Journal:
         self._clock = now
         if done % self.log_every == 0 or done == self.steps:
             self._write(done, values)
-        loss, speed = f"loss {values['loss']:.4f}", f"{self.tokens_per_second:,.0f} tokens/s"
+        loss, speed, left = f"loss {values['loss']:.4f}", "", ""
+        if self._timed_steps:
+            speed = f"{self.tokens_per_second:,.0f} tokens/s"
+            left = f"{(self.steps - done) * self._timed_seconds / self._timed_steps:.0f} s left"
         self._bar.update(self._task, completed=done, loss=loss, speed=speed)
-        left = (self.steps - done) * self._timed_seconds / max(self._timed_steps, 1)
-        self._say(f"step {done}/{self.steps}  {loss}  {speed}  {left:.0f} s left", now=done == self.steps)
+        self._say("  ".join(filter(None, (f"step {done}/{self.steps}", loss, speed, left))), now=done == self.steps)
 
     def _write(self, done: int, values: dict[str, Any]) -> None:
         line = {"step": done, "tokens": done * self.tokens_per_step, "seconds": round(self.seconds, 3), **values}

@@ -45,7 +45,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     mesh = sharding.make_mesh(inputs.mesh_sizes) if inputs.mesh_sizes else None
     with _staging(recipe.output) as staging, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         trainable, frozen = load(recipe, inputs, mesh)
-        teacher = hf.load(recipe.distill.teacher, mesh=mesh, dtype=recipe.dtype)[1] if recipe.distill else None
+        teacher = None
+        if recipe.distill:
+            teacher = hf.load(recipe.distill.teacher, mesh=mesh, dtype=recipe.dtype, progress=True)[1]
         params_trained = sum(array.size for array in jax.tree.leaves(trainable))
 
         # 3. compile the update and the evaluation

@@ -80,7 +80,8 @@ def load(recipe: Recipe, inputs: Inputs, mesh: Mesh | None) -> tuple[Tree, Flat]
     if recipe.model is None:
         params = schema.initialise(config, key, jnp.float32, sharding.shardings(config, mesh))
     else:
-        params = hf.load(recipe.model, mesh=mesh, dtype=jnp.float32 if recipe.trainable == "all" else recipe.dtype)[1]
+        dtype = "float32" if recipe.trainable == "all" else recipe.dtype
+        params = hf.load(recipe.model, mesh=mesh, dtype=dtype, progress=True)[1]
 
     def trains(path: str) -> bool:
         return recipe.trainable == "all" or (recipe.train_router and path.endswith("/router"))
