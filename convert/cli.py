@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "carve",
         _carve,
         "deal a dense model's FFN neurons out to experts and make a router that finds them",
-        "Any dense Mistral- or Llama-shaped directory becomes a Mixtral directory of the same size. No data is needed.\n"
+        "Any dense Mistral- or Llama-shaped directory becomes a Mixtral directory of that size; no data is needed.\n"
         f"{MANIFEST} in the result records the options and the figures of each layer.",
         reports=True,
     )

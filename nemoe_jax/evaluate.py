@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     config: ModelConfig, params: Tree, batches: Sequence[tuple[np.ndarray, np.ndarray]], mesh: Mesh | None = None
 ) -> Evaluation:
-    """Mean next-token loss over batches of tokens (B, T + 1) with row weights (B,), as text.spaced_batches makes them."""
+    """Mean next-token loss over batches of tokens (B, T + 1) with row weights (B,), as `text.spaced_batches` gives."""
 
     @jax.jit
     def measure(params, tokens, weights_B):

@@ -6,6 +6,7 @@ module on one layer's slice.
 B batch, T sequence, D embed, N heads, H head_dim, R rank.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,10 +56,13 @@ def project(
 def _contract(x: jax.Array, w: jax.Array, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
     if group_sizes is not None:
         return grouped_matmul(x, w.astype(x.dtype), group_sizes)
-    over = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+    # one matrix product: on CPU the gradients of products over several axes are several times slower
+    rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
+    x = x.reshape(-1, math.prod(w.shape[:inputs]))
+    w = w.astype(x.dtype).reshape(x.shape[1], -1)
     # HIGHEST: a float32 activation asks for float32 products, which TPUs do not give by default
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, w.astype(x.dtype), (over, ((), ())), precision=precision)
+    return jnp.matmul(x, w, precision=precision).reshape(*rows, *outputs)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
