@@ -2,9 +2,13 @@
 
 Neuron i of a dense SwiGLU adds silu(g_i·x)(u_i·x) w_i. The sum over any partition of the neurons is the dense FFN, so
 the experts are groups of neurons that fire together: balanced k-means of the gate rows. An expert's router row is its
-mean gate row, made orthonormal over the experts (partition.py, router.py). The routing weights of the chosen k sum to
-1 while a partition sums to the whole, so `down` is multiplied by k, or with calibration text by the factor that least
-squares finds for each expert.
+mean gate row, made orthonormal over the experts (partition.py, router.py).
+
+The routing weights of the chosen k sum to 1 while a partition sums to the whole, so `down` wants a factor: k if the
+chosen experts gave the whole output, E if all gave alike. Without data it is the power of two next to √(kE), which
+keeps the output's variance where the experts' outputs are independent (a power of two, so that bfloat16 weights come
+back exactly); with calibration text it is what least squares finds for each expert. Too small a factor costs more than
+too large a one: see `benchmarks/output_scale.py`.
 
 The result is a Mixtral directory. Nothing is retrained: gate and up rows are the dense model's bits, and so are down's
 columns divided by the scale.
@@ -13,6 +17,7 @@ F neurons, E experts, D embed.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +56,7 @@ class CarveOptions:
     )
     rank: int = _option(64, "dimensions of that subspace")
     logit_std: float = _option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
+    output_scale: float = _option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
     calibration: tuple[str, ...] = _option(
         (), "text files, directories or globs: fit each expert's output scale by least squares"
     )
@@ -80,7 +86,7 @@ def carve(
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         gate_FD = jnp.asarray(dense["gate"], jnp.float32)
         members_EF, router_ED = choose(gate_FD, norm_D, options, key)
-        scale_E = jnp.full(options.experts, float(options.top_k))
+        scale_E = jnp.full(options.experts, options.output_scale or data_free_scale(options))
         if calibration is not None:
             up_FD, down_DF = (jnp.asarray(dense[name], jnp.float32) for name in ("up", "down"))
             scale_E = least_squares_scale(
@@ -122,6 +128,10 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
         raise UserError(f"{source}: {dense.ffn} FFN neurons do not divide into --experts {options.experts}")
     if not 1 <= options.top_k <= options.experts:
         raise UserError(f"--top-k: wanted 1 to --experts {options.experts}, got {options.top_k}")
+    if options.output_scale < 0:
+        raise UserError(f"--output-scale: wanted a positive number, or 0 to choose it, got {options.output_scale}")
+    if options.calibration and options.output_scale:
+        raise UserError("--output-scale and --calibration both set the scale; give one of them")
     if options.calibration_tokens < 1:
         raise UserError(f"--calibration-tokens: wanted a positive number, got {options.calibration_tokens}")
     return dense.replace(

@@ -109,7 +109,10 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], generation_prom
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(tokenizer.chat_template or "").render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=generation_prompt,
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=generation_prompt,
             **tokenizer.template_variables,
         )
     except Exception as error:  # a template is a program: it may raise anything
@@ -117,8 +120,11 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], generation_prom
 
 
 def to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None,
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     """JSON without jinja2's escapes of HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -21,9 +21,26 @@ from nemoe_jax.tokenizer_base import Tokenizer, read_json, runs
 
 # The control tokens of files that list none, which are those up to version 7.
 UNLISTED = (
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]",
-    "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+    "[PREFIX]",
+    "[MIDDLE]",
+    "[SUFFIX]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]",
 )
 LAST_UNLISTED_VERSION = 7
 BYTES = 256
@@ -53,7 +70,9 @@ class Tekken(Tokenizer):
         self._control_ids = set(self.control.values())
         try:
             self._encoding = tiktoken.Encoding(
-                path.name, pat_str=config["pattern"], mergeable_ranks=ranks,
+                path.name,
+                pat_str=config["pattern"],
+                mergeable_ranks=ranks,
                 special_tokens={},  # control tokens unknown to the library cannot be read from text
             )
         except ValueError as error:
@@ -110,7 +129,9 @@ def cut_tekken(source: str | Path, destination: str | Path, vocab_size: int) -> 
         **spec,
         "config": {
             **config,
-            "num_vocab_tokens": ranks, "default_vocab_size": vocab_size, "default_num_special_tokens": len(names),
+            "num_vocab_tokens": ranks,
+            "default_vocab_size": vocab_size,
+            "default_num_special_tokens": len(names),
         },
         "special_tokens": [
             listed.get(name, {"rank": i, "token_str": name, "is_control": True}) for i, name in enumerate(names)

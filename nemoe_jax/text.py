@@ -114,13 +114,13 @@ def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def spaced_batches(
-    stream: np.ndarray, sequence_length: int, batch_size: int, batches: int
+    stream: np.ndarray, sequence_length: int, batch_size: int, batches: int, name: str = "text"
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """At most `batches` batches of evenly spaced windows, in order: tokens (B, T + 1) and the rows' weights (B,).
 
     A short text gives fewer windows; the last batch is then filled up with rows of weight 0.
     """
-    windows = min(batches * batch_size, count_windows(stream, sequence_length))
+    windows = min(batches * batch_size, count_windows(stream, sequence_length, name))
     starts = np.linspace(0, len(stream) - sequence_length - 1, windows).astype(np.int64)
     result = []
     for first in range(0, windows, batch_size):
@@ -130,15 +130,17 @@ def spaced_batches(
     return result
 
 
-def count_windows(stream: np.ndarray, sequence_length: int) -> int:
-    """How many windows of T predicted tokens the stream holds.
+def count_windows(stream: np.ndarray, sequence_length: int, name: str = "text") -> int:
+    """How many windows of T predicted tokens the stream holds; `name` says in errors which text it is.
 
     Raises:
         UserError: not even one.
     """
     windows = (len(stream) - 1) // sequence_length
     if windows < 1:
-        raise UserError(f"too little text: wanted at least {sequence_length + 1} tokens, got {len(stream)}")
+        raise UserError(
+            f"{name}: wanted at least sequence length + 1 = {sequence_length + 1} tokens, got {len(stream)}"
+        )
     return windows
 
 

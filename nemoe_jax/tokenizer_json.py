@@ -109,7 +109,8 @@ def hide(spec: dict[str, Any], hidden: Mapping[str, str], ids: Mapping[str, int]
         model["unk_token"] = hidden[model["unk_token"]]
     if "merges" in model:
         model["merges"] = [
-            merge for merge in model["merges"]
+            merge
+            for merge in model["merges"]
             if ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)) not in hidden
         ]
     added = {token["content"]: token for token in spec.get("added_tokens") or []}

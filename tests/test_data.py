@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from nemoe_jax import text as text_module
 from nemoe_jax.errors import UserError
-from train import data
-from train.data import TrainingBatches, find_files, held_out_batches, read_documents, tokenize
+from nemoe_jax.text import find_files, read_documents, spaced_batches, tokenize
+from train.data import TrainingBatches
 
 
 class Characters:
@@ -42,15 +43,18 @@ def test_globs_directories_and_held_out_files(tmp_path):
         find_files([f"{tmp_path}/deep/*.py"], exclude=held_out)
 
 
-@pytest.mark.parametrize("name, content, wanted", [
-    ("a.txt", b"ab\xff", r"a\.txt: wanted UTF-8 text, got byte 0xff at 2"),
-    ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r'a\.jsonl:2: wanted a JSON object with a "text"'),
-    ("a.jsonl", b"{broken\n", r"a\.jsonl:1: wanted a JSON object"),
-    ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl:1: wanted a JSON object"),
-    ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: wanted a JSON object"),
-    ("a.jsonl", b'{"text": 3}\n', r'a\.jsonl:1: "text": wanted a string, got int'),
-    ("a.txt", b" \n", r"a\.txt: empty text"),
-])
+@pytest.mark.parametrize(
+    "name, content, wanted",
+    [
+        ("a.txt", b"ab\xff", r"a\.txt: wanted UTF-8 text, got byte 0xff at 2"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r'a\.jsonl:2: wanted a JSON object with a "text"'),
+        ("a.jsonl", b"{broken\n", r"a\.jsonl:1: wanted a JSON object"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl:1: wanted a JSON object"),
+        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: wanted a JSON object"),
+        ("a.jsonl", b'{"text": 3}\n', r'a\.jsonl:1: "text": wanted a string, got int'),
+        ("a.txt", b" \n", r"a\.txt: empty text"),
+    ],
+)
 def test_bad_text(tmp_path, name, content, wanted):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=wanted):
@@ -66,11 +70,11 @@ def test_patterns_that_match_nothing(tmp_path, monkeypatch, pattern):
 
 @pytest.mark.parametrize("characters", [1, 7, 10**6])
 def test_stream_keeps_the_order_and_closes_documents(tmp_path, monkeypatch, characters):
-    monkeypatch.setattr(data, "CHARACTERS_IN_FLIGHT", characters)
+    monkeypatch.setattr(text_module, "CHARACTERS_IN_FLIGHT", characters)
     documents = [f"document {number}" for number in range(9)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:5]))
-    for number, text in enumerate(documents[5:]):
-        (tmp_path / f"b{number}.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents[:5]))
+    for number, document in enumerate(documents[5:]):
+        (tmp_path / f"b{number}.txt").write_text(document)
     stream = tokenize(find_files([str(tmp_path)]), Characters())
     assert stream.dtype == np.uint16
     assert "".join(map(chr, stream)) == "".join(f"{text}\0" for text in documents)
@@ -101,12 +105,12 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def test_held_out_windows_are_evenly_spaced_and_short_text_is_padded_by_weight():
     stream = np.arange(1001, dtype=np.uint16)
-    batches = held_out_batches(stream, sequence_length=10, batch_size=4, batches=2)
+    batches = spaced_batches(stream, sequence_length=10, batch_size=4, batches=2)
     starts = np.concatenate([tokens[:, 0] for tokens, _ in batches])
     assert (starts[0], starts[-1]) == (0, 990) and np.ptp(np.diff(starts)) <= 1 and len(starts) == 8
     assert all(weights.tolist() == [1, 1, 1, 1] for _, weights in batches)
 
-    batches = held_out_batches(stream[:61], sequence_length=10, batch_size=4, batches=9)
+    batches = spaced_batches(stream[:61], sequence_length=10, batch_size=4, batches=9)
     assert [tokens.shape for tokens, _ in batches] == [(4, 11)] * 2
     rows = np.concatenate([tokens[weights > 0] for tokens, weights in batches])
     np.testing.assert_array_equal(rows[:, 1:].ravel(), np.arange(1, 61))
@@ -116,4 +120,4 @@ def test_too_little_text():
     with pytest.raises(UserError, match=r"data\.train: wanted at least .* = 11 tokens, got 10"):
         TrainingBatches(np.zeros(10, np.uint16), 10, 1, 0)
     with pytest.raises(UserError, match=r"data\.held_out"):
-        held_out_batches(np.zeros(10, np.uint16), 10, 1, 1)
+        spaced_batches(np.zeros(10, np.uint16), 10, 1, 1, "data.held_out")

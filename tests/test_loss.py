@@ -55,9 +55,14 @@ def test_gradient_of_forward_kl_is_the_difference_of_probabilities():
     np.testing.assert_allclose(gradient, wanted, atol=1e-7)
 
 
-@pytest.mark.parametrize("schedule, middle, last", [
-    ("cosine", 0.1 + 0.9 * 0.5, 0.1), ("linear", 0.1 + 0.9 * 0.5, 0.1), ("constant", 1.0, 1.0),
-])
+@pytest.mark.parametrize(
+    "schedule, middle, last",
+    [
+        ("cosine", 0.1 + 0.9 * 0.5, 0.1),
+        ("linear", 0.1 + 0.9 * 0.5, 0.1),
+        ("constant", 1.0, 1.0),
+    ],
+)
 def test_schedule(schedule, middle, last):
     options = Optimizer(learning_rate=0.2, warmup_steps=4, schedule=schedule, final_fraction=0.1)
     rate = learning_rate_schedule(options, steps=24)
@@ -72,8 +77,11 @@ def test_first_step_is_adamw_without_decay_on_norms_and_with_small_steps_for_sma
     rng = np.random.default_rng(1)
     router_LDE = rng.normal(size=(2, 64, 3)) * np.array([1e-4, 10.0])[:, None, None]
     params = {
-        "blocks/moe/attn_norm": rng.normal(size=(2, 4)), "blocks/moe/attn/q_norm": rng.normal(size=(2, 4)),
-        "norm": rng.normal(size=4), "head": rng.normal(size=(4, 7)), "blocks/moe/ffn/router": router_LDE,
+        "blocks/moe/attn_norm": rng.normal(size=(2, 4)),
+        "blocks/moe/attn/q_norm": rng.normal(size=(2, 4)),
+        "norm": rng.normal(size=4),
+        "head": rng.normal(size=(4, 7)),
+        "blocks/moe/ffn/router": router_LDE,
     }
     params = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
     gradient = jax.tree.map(lambda array: jnp.asarray(rng.choice([-0.1, 0.1], array.shape), jnp.float32), params)

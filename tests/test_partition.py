@@ -57,9 +57,15 @@ def tied(neurons, groups, seed=3):
 @pytest.mark.parametrize(
     "cost_FE",
     [
-        distances(1008, 16, 64), heavy_tailed(1008, 16), skewed(1008, 16), tied(1008, 16),
-        distances(1008, 16, 3) * 1e-20, distances(1008, 16, 3) * 1e20,
-        distances(640, 64, 32), distances(12, 12, 4), distances(30, 1, 4),
+        distances(1008, 16, 64),
+        heavy_tailed(1008, 16),
+        skewed(1008, 16),
+        tied(1008, 16),
+        distances(1008, 16, 3) * 1e-20,
+        distances(1008, 16, 3) * 1e20,
+        distances(640, 64, 32),
+        distances(12, 12, 4),
+        distances(30, 1, 4),
     ],
     ids=["random", "tails", "skewed", "ties", "tiny", "huge", "64 groups", "one each", "one group"],
 )

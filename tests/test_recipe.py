@@ -10,8 +10,12 @@ from train.cli import main
 from train.recipe import list_keys, read_recipe, shipped_recipes, to_yaml
 
 MINIMAL = {
-    "output": "out", "model": "in", "lora": [{"pattern": "blocks/*"}], "steps": 10,
-    "data": {"train": "text.txt", "sequence_length": 32, "batch_size": 2}, "optimizer": {"learning_rate": "1e-3"},
+    "output": "out",
+    "model": "in",
+    "lora": [{"pattern": "blocks/*"}],
+    "steps": 10,
+    "data": {"train": "text.txt", "sequence_length": 32, "batch_size": 2},
+    "optimizer": {"learning_rate": "1e-3"},
 }
 
 
@@ -30,36 +34,48 @@ def test_values_and_defaults(minimal):
 
 
 def test_overrides_reach_every_depth(minimal):
-    recipe = read_recipe(minimal, [
-        "steps=20", "optimizer.learning_rate=2e-4", "lora.0.rank=8", "distill.teacher=big", "distill.kl_weight=0.5",
-        "data.train=[a.txt, b.txt]", "remat=true", "output=2024",
-    ])
+    recipe = read_recipe(
+        minimal,
+        [
+            "steps=20",
+            "optimizer.learning_rate=2e-4",
+            "lora.0.rank=8",
+            "distill.teacher=big",
+            "distill.kl_weight=0.5",
+            "data.train=[a.txt, b.txt]",
+            "remat=true",
+            "output=2024",
+        ],
+    )
     assert recipe.steps == 20 and recipe.optimizer.learning_rate == 2e-4 and recipe.lora[0].rank == 8
     assert recipe.distill.kl_weight == 0.5 and str(recipe.distill.teacher) == "big"
     assert recipe.data.train == ["a.txt", "b.txt"] and recipe.remat is True and str(recipe.output) == "2024"
 
 
-@pytest.mark.parametrize("override, wanted", [
-    ("stepz=3", r"stepz: unknown key.*nearest known key is steps$"),
-    ("optimizer.learning_rte=3", r"optimizer\.learning_rte: unknown key.*optimizer\.learning_rate$"),
-    ("learning_rate=3", r"learning_rate: unknown key.*optimizer\.learning_rate$"),
-    ("lora.0.rnk=3", r"lora\.0\.rnk: unknown key.*lora\.N\.rank$"),
-    ("steps=many", r"steps: wanted a valid integer, got 'many' \(from the command line\)"),
-    ("steps=0", r"steps: wanted .*greater than 0, got 0"),
-    ("optimizer.schedule=cosin", r"optimizer\.schedule: wanted 'cosine', 'linear' or 'constant', got 'cosin'"),
-    ("optimizer.learning_rate=fast", r"optimizer\.learning_rate: wanted a valid number, got 'fast'"),
-    ("data.sequence_length=null", r"data\.sequence_length: wanted a valid integer, got None"),
-    ("data.train=[]", r"data\.train: .*at least 1 item"),
-    ("lora.3.rank=8", r"lora\.3\.rank: wanted an index below 1, got '3'"),
-    ("steps.more=8", r"steps\.more: wanted a mapping that holds more, got the value 10"),
-    ("steps", r"wanted key=value after the recipe, got 'steps'"),
-    ("steps=[1", r"steps: not a YAML value"),
-    ("scratch.hidden=8", r"scratch.layers: missing; wanted number of blocks"),
-    ("model=null", r"exactly one of model"),
-    ("lora=[]", r"lora: wanted at least one"),
-    ("trainable=all", r"lora: came with trainable: all"),
-    ("optimizer.warmup_steps=11", r"optimizer\.warmup_steps: wanted at most steps \(10\), got 11"),
-])
+@pytest.mark.parametrize(
+    "override, wanted",
+    [
+        ("stepz=3", r"stepz: unknown key.*nearest known key is steps$"),
+        ("optimizer.learning_rte=3", r"optimizer\.learning_rte: unknown key.*optimizer\.learning_rate$"),
+        ("learning_rate=3", r"learning_rate: unknown key.*optimizer\.learning_rate$"),
+        ("lora.0.rnk=3", r"lora\.0\.rnk: unknown key.*lora\.N\.rank$"),
+        ("steps=many", r"steps: wanted a valid integer, got 'many' \(from the command line\)"),
+        ("steps=0", r"steps: wanted .*greater than 0, got 0"),
+        ("optimizer.schedule=cosin", r"optimizer\.schedule: wanted 'cosine', 'linear' or 'constant', got 'cosin'"),
+        ("optimizer.learning_rate=fast", r"optimizer\.learning_rate: wanted a valid number, got 'fast'"),
+        ("data.sequence_length=null", r"data\.sequence_length: wanted a valid integer, got None"),
+        ("data.train=[]", r"data\.train: .*at least 1 item"),
+        ("lora.3.rank=8", r"lora\.3\.rank: wanted an index below 1, got '3'"),
+        ("steps.more=8", r"steps\.more: wanted a mapping that holds more, got the value 10"),
+        ("steps", r"wanted key=value after the recipe, got 'steps'"),
+        ("steps=[1", r"steps: not a YAML value"),
+        ("scratch.hidden=8", r"scratch.layers: missing; wanted number of blocks"),
+        ("model=null", r"exactly one of model"),
+        ("lora=[]", r"lora: wanted at least one"),
+        ("trainable=all", r"lora: came with trainable: all"),
+        ("optimizer.warmup_steps=11", r"optimizer\.warmup_steps: wanted at most steps \(10\), got 11"),
+    ],
+)
 def test_bad_keys_and_values(minimal, override, wanted):
     with pytest.raises(UserError) as caught:
         read_recipe(minimal, [override])
@@ -83,10 +99,21 @@ def test_bad_files(tmp_path, text, wanted):
 
 def test_a_shape_no_model_can_have(minimal):
     with pytest.raises(UserError, match="kv_heads: wanted a divisor of heads"):
-        read_recipe(minimal, [
-            "model=null", "lora=[]", "trainable=all", "tokenizer=t", "scratch.hidden=8", "scratch.layers=1",
-            "scratch.heads=3", "scratch.kv_heads=2", "scratch.head_dim=4", "scratch.ffn=8",
-        ])
+        read_recipe(
+            minimal,
+            [
+                "model=null",
+                "lora=[]",
+                "trainable=all",
+                "tokenizer=t",
+                "scratch.hidden=8",
+                "scratch.layers=1",
+                "scratch.heads=3",
+                "scratch.kv_heads=2",
+                "scratch.head_dim=4",
+                "scratch.ffn=8",
+            ],
+        )
 
 
 def test_missing_file_names_the_shipped_recipes():

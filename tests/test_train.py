@@ -33,7 +33,8 @@ DENSE = ModelConfig(family="mistral", vocab=CONTROL + 256, ffn=40, dtype="float3
 MIXTURE = DENSE.replace(family="mixtral", ffn=0, experts=4, top_k=2, expert_ffn=12)
 COMPILATION = {
     "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
 TEXT = [f"{number} and {number} are {2 * number}; all sums are even.\n" * 3 for number in range(30)]
@@ -57,8 +58,11 @@ def workplace(tmp_path_factory):
     names = ["<unk>", "<s>", "</s>"] + [f"<SPECIAL_{number}>" for number in range(3, CONTROL)]
     vocab = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
     config = {
-        "pattern": r"[^\s]+|\s+", "num_vocab_tokens": 256, "default_vocab_size": CONTROL + 256,
-        "default_num_special_tokens": CONTROL, "version": "v3",
+        "pattern": r"[^\s]+|\s+",
+        "num_vocab_tokens": 256,
+        "default_vocab_size": CONTROL + 256,
+        "default_num_special_tokens": CONTROL,
+        "version": "v3",
     }
     special = [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)]
     (place / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab, "special_tokens": special}))
@@ -90,10 +94,14 @@ def write(workplace, tmp_path, monkeypatch):
 
     def write(name: str, **keys) -> Path:
         recipe = {
-            "output": str(tmp_path / "out"), "steps": 8, "eval_batches": 2,
+            "output": str(tmp_path / "out"),
+            "steps": 8,
+            "eval_batches": 2,
             "data": {
-                "train": str(workplace / "train.jsonl"), "held_out": str(workplace / "held_out.txt"),
-                "sequence_length": 32, "batch_size": 4,
+                "train": str(workplace / "train.jsonl"),
+                "held_out": str(workplace / "held_out.txt"),
+                "sequence_length": 32,
+                "batch_size": 4,
             },
             "optimizer": {"learning_rate": "1e-2", "warmup_steps": 2, "schedule": "linear"},
         }
@@ -101,7 +109,8 @@ def write(workplace, tmp_path, monkeypatch):
             recipe |= {"trainable": "all", "scratch": SHAPE | {"ffn": 40}, "tokenizer": str(workplace / "tekken.json")}
         else:
             recipe |= {
-                "model": str(workplace / "mixture"), "train_router": True,
+                "model": str(workplace / "mixture"),
+                "train_router": True,
                 "lora": [{"pattern": "blocks/*/attn/*", "rank": 3}, {"pattern": "blocks/moe/ffn/[gud]*", "rank": 2}],
                 "distill": {"teacher": str(workplace / "dense")},
             }
@@ -223,9 +232,15 @@ def test_split_and_combine_are_inverse():
 
 
 def test_the_loss_is_the_weighted_sum_and_zero_against_itself(write, workplace):
-    recipe = read_recipe(write("repair"), [
-        "distill.kl_weight=0.7", "distill.ce_weight=0.2", "balance_loss_weight=0.3", "z_loss_weight=0.01",
-    ])
+    recipe = read_recipe(
+        write("repair"),
+        [
+            "distill.kl_weight=0.7",
+            "distill.ce_weight=0.2",
+            "balance_loss_weight=0.3",
+            "z_loss_weight=0.01",
+        ],
+    )
     objective, state, frozen, _ = ready(recipe)
     teacher = hf.load(workplace / "dense")[1]
     total, parts = jax.jit(objective.loss)(state.trainable, frozen, teacher, tokens_of())
@@ -280,21 +295,24 @@ def test_master_weights_are_float32_and_saved_in_save_dtype(write):
     assert hf.read_config("out").dtype == "bfloat16" == hf.load("out")[1]["embed"].dtype
 
 
-@pytest.mark.parametrize("overrides, wanted", [
-    (["output=."], "output: . already exists"),
-    (["model=missing"], "missing: no such"),
-    (["distill.teacher=missing"], "missing: no such"),
-    (["data.train=missing.txt"], "missing.txt: no text there"),
-    (["data.train=empty.txt"], "empty.txt: empty text"),
-    (["data.sequence_length=65"], "data.sequence_length: wanted at most the model's context of 64 tokens, got 65"),
-    (["lora.0.pattern=blocks/*/attention"], "LoRA target blocks/*/attention matches no weight"),
-    (["mesh=fsdp=3,rows=2"], "unknown axis 'rows'"),
-    (["mesh=fsdp=3"], "wants 3 devices"),
-    (["distill.teacher=OTHER"], "other: wanted the model's vocabulary of 276, got 300"),
-    (["model=OTHER", "train_router=false"], "distill.teacher: "),
-    (["model=OTHER", "train_router=true", "lora=[{pattern: blocks/*}]"], "vocabulary of 300"),
-    (["stepz=3"], "nearest known key is steps"),
-])
+@pytest.mark.parametrize(
+    "overrides, wanted",
+    [
+        (["output=."], "output: . already exists"),
+        (["model=missing"], "missing: no such"),
+        (["distill.teacher=missing"], "missing: no such"),
+        (["data.train=missing.txt"], "missing.txt: no text there"),
+        (["data.train=empty.txt"], "empty.txt: empty text"),
+        (["data.sequence_length=65"], "data.sequence_length: wanted at most the model's context of 64 tokens, got 65"),
+        (["lora.0.pattern=blocks/*/attention"], "LoRA target blocks/*/attention matches no weight"),
+        (["mesh=fsdp=3,rows=2"], "unknown axis 'rows'"),
+        (["mesh=fsdp=3"], "wants 3 devices"),
+        (["distill.teacher=OTHER"], "other: wanted the model's vocabulary of 276, got 300"),
+        (["model=OTHER", "train_router=false"], "distill.teacher: "),
+        (["model=OTHER", "train_router=true", "lora=[{pattern: blocks/*}]"], "vocabulary of 300"),
+        (["stepz=3"], "nearest known key is steps"),
+    ],
+)
 def test_bad_input_is_one_line_status_2_and_leaves_nothing(write, workplace, tmp_path, capsys, overrides, wanted):
     recipe = write("repair", output="new/deep/out")
     (tmp_path / "empty.txt").write_text("\n")
@@ -326,8 +344,10 @@ def test_on_a_mesh_the_losses_are_the_same(write):
     recipe = write("repair", steps=3, distill=None, lora=[{"pattern": "blocks/moe/*/[qd]*", "rank": 4}])
     assert main(["run", str(recipe), "output=one"]) == 0
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(Path(loop.__file__).parents[1]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(Path(loop.__file__).parents[1]),
     }
     command = [sys.executable, "-m", "train.cli", "run", str(recipe), "output=four", "mesh=fsdp=2,expert=2"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)

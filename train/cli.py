@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     command = Command("nemoe-train", DESCRIPTION)
     run = command.add(
-        "run", _run, "train as a recipe says",
+        "run",
+        _run,
+        "train as a recipe says",
         "Everything is checked before any work: files, keys, shapes. The output directory must not exist; it appears\n"
         "when all is done, a Hugging Face model directory (adapters merged) with train_log.jsonl, report.json and\n"
         "recipe.yaml, and an interrupted run leaves nothing. Relative paths are seen from the current directory.",

@@ -1,118 +1,14 @@
-"""Text as batches: files → documents → one packed stream of tokens → windows.
+"""Training batches: shuffled windows of a stream of tokens.
 
-Documents follow one another in a single stream, each closed by the end-of-sequence token; window w holds the tokens
-[w·T, w·T + T], the last of which is only a target. The batch of a step depends on (seed, step) alone, so that a run
-can be taken up again from its step number.
+Window w holds the tokens [w·T, w·T + T], the last of which is only a target. The batch of a step depends on
+(seed, step) alone, so that a run can be taken up again from its step number.
 
 Letters: B batch, T sequence.
 """
 
-import functools
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import numpy as np
 
-from nemoe_jax.command import progress_bar
-from nemoe_jax.errors import UserError
-from nemoe_jax.tokenizer import Tokenizer
-
-TEXT_SUFFIXES = (".txt", ".jsonl")
-CHARACTERS_IN_FLIGHT = 8_000_000  # bounds the text held in memory while tokenising
-
-
-def find_files(patterns: Sequence[str], exclude: Iterable[Path] = ()) -> list[Path]:
-    """The files of paths, globs and directories (their .txt and .jsonl files), sorted, each once.
-
-    Raises:
-        UserError: a pattern that matches no file, or nothing left after the exclusion.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            matches = [file for suffix in TEXT_SUFFIXES for file in path.rglob(f"*{suffix}")]
-        elif path.is_file():
-            matches = [path]
-        else:
-            try:
-                matches = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-            except ValueError as error:  # such as a**b
-                raise UserError(f"{pattern}: {error}") from error
-        matches = [match for match in matches if match.is_file()]
-        if not matches:
-            kinds = " and ".join(TEXT_SUFFIXES)
-            raise UserError(f"{pattern}: no text there; wanted a file, a glob, or a directory of {kinds} files")
-        found.update(match.resolve() for match in matches)
-    left = sorted(found - {path.resolve() for path in exclude})
-    if not left:
-        raise UserError(f"{', '.join(patterns)}: every file there is held out")
-    return left
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file, but for empty ones: the "text" of each line of a .jsonl file, else the file as a whole.
-
-    Raises:
-        UserError: not UTF-8, or a line that is no JSON object with a "text".
-    """
-    if path.suffix != ".jsonl":
-        try:
-            text = path.read_bytes().decode("utf-8")  # line ends as they are
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise UserError(f"{path}: wanted UTF-8 text, got byte 0x{byte:02x} at {error.start}") from error
-        if text.strip():
-            yield text
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}:{number}: wanted a JSON object with a "text", got {line[:60]!r}') from error
-            if not isinstance(text, str):
-                raise UserError(f'{path}:{number}: "text": wanted a string, got {type(text).__name__}')
-            if text.strip():
-                yield text
-
-
-def tokenize(files: Sequence[Path], tokenizer: Tokenizer, description: str = "tokenise") -> np.ndarray:
-    """All documents of the files as one stream, each closed by EOS: uint16 where the vocabulary allows, else uint32.
-
-    Raises:
-        UserError: the files hold no text, or a file cannot be read (see `read_documents`).
-    """
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    encode = functools.partial(tokenizer.encode, eos=True)
-    pieces: list[np.ndarray] = []
-    with progress_bar() as bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # encoders release the interpreter's lock
-        tracked = bar.track(files, description=description)
-        for group in _groups(document for file in tracked for document in read_documents(file)):
-            pieces.extend(np.asarray(ids, dtype) for ids in pool.map(encode, group))
-    if not pieces:
-        names = ", ".join(map(str, files[:3])) + (", …" if len(files) > 3 else "")
-        raise UserError(f"{names}: empty text")
-    return np.concatenate(pieces)
-
-
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """The documents in lists of about CHARACTERS_IN_FLIGHT."""
-    group: list[str] = []
-    characters = 0
-    for document in documents:
-        group.append(document)
-        characters += len(document)
-        if characters >= CHARACTERS_IN_FLIGHT:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
+from nemoe_jax.text import count_windows, cut
 
 
 class TrainingBatches:
@@ -120,48 +16,17 @@ class TrainingBatches:
 
     def __init__(self, stream: np.ndarray, sequence_length: int, batch_size: int, seed: int):
         self.stream, self.sequence_length, self.batch_size, self.seed = stream, sequence_length, batch_size, seed
-        self.windows = count_windows(stream, sequence_length, "train")
+        self.windows = count_windows(stream, sequence_length, "data.train")
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, step: int) -> np.ndarray:
         """The tokens (B, T + 1), int32, of a step counted from 0."""
         first = step * self.batch_size
         windows = [self._window(place) for place in range(first, first + self.batch_size)]
-        return _cut(self.stream, np.array(windows) * self.sequence_length, self.sequence_length)
+        return cut(self.stream, np.array(windows) * self.sequence_length, self.sequence_length)
 
     def _window(self, place: int) -> int:
         epoch, index = divmod(place, self.windows)
         if epoch != self._epoch:  # only a cache: the order depends on (seed, epoch)
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.windows)
         return int(self._order[index])
-
-
-def held_out_batches(
-    stream: np.ndarray, sequence_length: int, batch_size: int, batches: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """At most `batches` batches of evenly spaced windows, in order: tokens (B, T + 1) and the rows' weights (B,).
-
-    A short text gives fewer windows; the last batch is then filled up with rows of weight 0.
-    """
-    windows = min(batches * batch_size, count_windows(stream, sequence_length, "held_out"))
-    starts = np.linspace(0, len(stream) - sequence_length - 1, windows).astype(np.int64)
-    result = []
-    for first in range(0, windows, batch_size):
-        rows = starts[first : first + batch_size]
-        weights = (np.arange(batch_size) < len(rows)).astype(np.float32)
-        result.append((_cut(stream, np.resize(rows, batch_size), sequence_length), weights))
-    return result
-
-
-def count_windows(stream: np.ndarray, sequence_length: int, name: str) -> int:
-    """How many windows of T predicted tokens the stream holds; a UserError where it holds none."""
-    windows = (len(stream) - 1) // sequence_length
-    if windows < 1:
-        raise UserError(
-            f"data.{name}: wanted at least data.sequence_length + 1 = {sequence_length + 1} tokens, got {len(stream)}"
-        )
-    return windows
-
-
-def _cut(stream: np.ndarray, starts: np.ndarray, sequence_length: int) -> np.ndarray:
-    return stream[starts[:, None] + np.arange(sequence_length + 1)].astype(np.int32)

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemoe_jax import hf, lora, schema, sharding
 from nemoe_jax.schema import Tree
-from train.data import TrainingBatches, held_out_batches, tokenize
+from nemoe_jax.text import spaced_batches, tokenize
+from train.data import TrainingBatches
 from train.journal import Journal
 from train.optimizer import learning_rate_schedule, make_optimizer, router_scale
 from train.prepare import Inputs, check, load
@@ -111,7 +112,8 @@ def _held_out(recipe: Recipe, inputs: Inputs) -> list[tuple[np.ndarray, np.ndarr
     if not inputs.held_out_files:
         return []
     stream = tokenize(inputs.held_out_files, inputs.tokenizer, "tokenise held-out")
-    return held_out_batches(stream, recipe.data.sequence_length, recipe.data.batch_size, recipe.eval_batches)
+    data = recipe.data
+    return spaced_batches(stream, data.sequence_length, data.batch_size, recipe.eval_batches, "data.held_out")
 
 
 def _router_scale(recipe: Recipe, trainable: Tree, frozen: Flat) -> jax.Array | None:
@@ -165,7 +167,10 @@ def _save(directory: Path, recipe: Recipe, inputs: Inputs, trainable: Tree, froz
     params = lora.merge(inputs.config, combine(trainable["params"], frozen), trainable["adapters"])
     source = inputs.tokenizer_path
     hf.save(
-        directory, inputs.config, params, dtype=recipe.save_dtype or recipe.dtype,
+        directory,
+        inputs.config,
+        params,
+        dtype=recipe.save_dtype or recipe.dtype,
         tokenizer_from=source if source.is_dir() else None,
     )
     if not source.is_dir():  # under the name by which a model directory's tokenizer is found

@@ -11,8 +11,8 @@ from nemoe_jax import hf, lora, schema, sharding
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import ParamSpec, Tree
+from nemoe_jax.text import find_files
 from nemoe_jax.tokenizer import Tokenizer, load_tokenizer
-from train.data import find_files
 from train.recipe import Recipe
 from train.step import Flat, split
 
@@ -100,7 +100,8 @@ def _adapter_shardings(inputs: Inputs, mesh: Mesh | None) -> Tree:
         inputs_end = len(spec.stacked) + len(spec.contracted)
         a = dataclasses.replace(spec, produced=("rank",), shape=(*spec.shape[:inputs_end], target.rank))
         b = dataclasses.replace(
-            spec, contracted=("rank",),
+            spec,
+            contracted=("rank",),
             shape=(*spec.shape[: len(spec.stacked)], target.rank, *spec.shape[inputs_end:]),
         )
         place_a, place_b = (NamedSharding(mesh, sharding.partition_spec(part, mesh.shape)) for part in (a, b))

@@ -94,7 +94,9 @@ class Optimizer(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the squared gradient's mean")
     clip_norm: float = Field(1.0, gt=0, description="largest global norm of the gradient")
     router_learning_rate_scale: float = Field(
-        1.0, ge=0, description="factor on the routers' learning rate, on top of min(1, RMS of the layer's router × "
+        1.0,
+        ge=0,
+        description="factor on the routers' learning rate, on top of min(1, RMS of the layer's router × "
         "√hidden): a carved router is so small that full Adam steps would wipe it out",
     )
 
@@ -151,8 +153,11 @@ class Recipe(Section):
         if shape is None:
             raise UserError("scratch: missing")
         return ModelConfig(
-            **shape.model_dump(), vocab=tokenizer.vocab_size, dtype=self.save_dtype or self.dtype,
-            bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+            **shape.model_dump(),
+            vocab=tokenizer.vocab_size,
+            dtype=self.save_dtype or self.dtype,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.eos_id,
         )
 
 

@@ -85,7 +85,11 @@ class Objective:
 
         params = combine(jax.tree_util.tree_map_with_path(rounded, trainable["params"]), frozen)
         return forward(
-            self.config, params, tokens_BT, adapters=trainable["adapters"] or None, segments=segments_BT,
+            self.config,
+            params,
+            tokens_BT,
+            adapters=trainable["adapters"] or None,
+            segments=segments_BT,
             remat=self.recipe.remat,
         )
 
@@ -145,7 +149,10 @@ def make_update(
         )
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
         figures = {
-            "loss": loss, **parts, "gradient_norm": optax.global_norm(gradient), "learning_rate": schedule(state.step),
+            "loss": loss,
+            **parts,
+            "gradient_norm": optax.global_norm(gradient),
+            "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimizer_state), figures
 

@@ -1,0 +1,28 @@
+# Two targets do everything on a fresh machine with Python >= 3.11: `make demo` and `make test`.
+# The versions in constraints.txt are the tested ones; `make test CONSTRAINTS=` takes the newest instead.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= -c constraints.txt
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python benchmarks/demo.py
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.%: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

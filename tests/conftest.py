@@ -1,0 +1,48 @@
+"""Eight virtual CPU devices, and small configurations whose sizes differ pairwise, so that no transposition passes."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+from nemoe_jax import hf, schema
+from nemoe_jax.config import ModelConfig
+
+COMMON = {"hidden": 24, "heads": 6, "kv_heads": 2, "head_dim": 10, "vocab": 72, "context": 96, "dtype": "float32"}
+DENSE = ModelConfig(family="mistral", layers=3, ffn=48, **COMMON)
+MIXTRAL = ModelConfig(family="mixtral", layers=3, experts=16, top_k=4, expert_ffn=12, **COMMON)
+NEKOMIND = ModelConfig(
+    family="nekomind",
+    layers=5,
+    ffn=40,
+    experts=8,
+    top_k=3,
+    expert_ffn=12,
+    shared_ffn=14,
+    dense_layers=2,
+    qk_norm=True,
+    tied=True,
+    **COMMON,
+)
+CONFIGS = {"dense": DENSE, "mixtral": MIXTRAL, "nekomind": NEKOMIND}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request) -> ModelConfig:
+    """Each of the small configurations in turn."""
+    return request.param
+
+
+@pytest.fixture
+def dense_directory(tmp_path):
+    """A model directory of random dense weights, in bfloat16, with no tokenizer."""
+    config = DENSE.replace(dtype="bfloat16")
+    params = schema.initialise(config, jax.random.key(3))
+    # norm weights that are not all ones, so that forgetting one shows
+    params["blocks"]["dense"]["ffn_norm"] += 0.3 * jax.random.normal(jax.random.key(4), (3, 24))
+    hf.save(tmp_path / "dense", config, params)
+    return tmp_path / "dense"

@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nemoe_jax import schema
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.grouped_matmul import tile_rows
+from nemoe_jax.transformer import graph_of
+from tests.conftest import MIXTRAL, NEKOMIND
+
+
+def layer_of(config, seed=0):
+    """(the MoE module, its parameters) of the first MoE layer."""
+    params = schema.initialise(config, jax.random.key(seed))
+    weights = jax.tree.map(lambda array: array[0], params["blocks"]["moe"]["ffn"])
+    from flax import nnx
+
+    from nemoe_jax.moe import MoE
+
+    graph = nnx.split(nnx.eval_shape(lambda: MoE(config, schema.declare(config)["blocks"]["moe"]["ffn"])))[0]
+    return lambda weights, x: nnx.merge(graph, weights)(x), weights
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def oracle(config, weights, x_BTD):
+    """One token at a time, in NumPy."""
+    weights = jax.tree.map(np.asarray, weights)
+    y_BTD = np.zeros_like(x_BTD)
+    for at in np.ndindex(x_BTD.shape[:2]):
+        x = x_BTD[at]
+        logits = x @ weights["router"]
+        chosen = np.argsort(-logits)[: config.top_k]
+        probabilities = np.exp(logits - logits.max())
+        norm = probabilities[chosen].sum() if config.normalise_top_k else probabilities.sum()
+        for expert in chosen:
+            gate, up, down = (weights[name][expert] for name in ("gate", "up", "down"))
+            y_BTD[at] += probabilities[expert] / norm * ((silu(x @ gate) * (x @ up)) @ down)
+        if config.shared_ffn:
+            shared = weights["shared"]
+            share = 1 / (1 + np.exp(-(x @ weights["shared_gate"])))
+            y_BTD[at] += share * ((silu(x @ shared["gate"]) * (x @ shared["up"])) @ shared["down"])
+    return y_BTD
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MIXTRAL, MIXTRAL.replace(top_k=1), MIXTRAL.replace(top_k=16), NEKOMIND, NEKOMIND.replace(normalise_top_k=False)],
+    ids=["top-4", "top-1", "all", "shared expert", "not normalised"],
+)
+def test_equals_one_token_at_a_time(config):
+    layer, weights = layer_of(config)
+    x = jax.random.normal(jax.random.key(1), (3, 7, config.hidden))
+    y, routing = jax.jit(layer)(weights, x)
+    np.testing.assert_allclose(y, oracle(config, weights, np.asarray(x)), atol=3e-6)
+    assert float(routing.load_E.sum()) == pytest.approx(1)
+
+
+def test_gradients_equal_those_of_a_mixture_computed_in_full():
+    layer, weights = layer_of(MIXTRAL)
+    x = jax.random.normal(jax.random.key(1), (2, 9, MIXTRAL.hidden))
+
+    def full(weights, x):
+        logits = x @ weights["router"]
+        top, chosen = jax.lax.top_k(logits, MIXTRAL.top_k)
+        share = (jax.nn.one_hot(chosen, MIXTRAL.experts) * jax.nn.softmax(top)[..., None]).sum(-2)
+        hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, weights["gate"]))
+        hidden = hidden * jnp.einsum("btd,edf->btef", x, weights["up"])
+        return jnp.einsum("btef,efd,bte->btd", hidden, weights["down"], share)
+
+    def loss(function):
+        return jax.jit(jax.grad(lambda weights, x: jnp.sum(jnp.sin(function(weights, x))), (0, 1)))(weights, x)
+
+    got, wanted = loss(lambda weights, x: layer(weights, x)[0]), loss(full)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, wanted)
+
+
+def test_statistics_of_an_even_and_of_a_one_sided_router():
+    layer, weights = layer_of(MIXTRAL)
+    x = jax.random.normal(jax.random.key(1), (4, 8, MIXTRAL.hidden))
+    even = layer(weights | {"router": jnp.zeros_like(weights["router"])}, x)[1]
+    assert float(even.balance_loss) == pytest.approx(1)
+    assert float(even.z_loss) == pytest.approx(np.log(MIXTRAL.experts) ** 2)
+    one_sided = jnp.zeros_like(weights["router"]).at[:, 3].set(50 * jnp.sign(x[0, 0]))
+    load = layer(weights | {"router": one_sided}, x[:1, :1])[1].load_E
+    assert float(load[3]) == pytest.approx(1 / MIXTRAL.top_k)
+
+
+FLOPS = ModelConfig(
+    family="mixtral",
+    hidden=64,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=32,
+    vocab=64,
+    experts=16,
+    top_k=4,
+    expert_ffn=32,
+)
+
+
+def compiled_flops(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def test_the_compiled_layer_computes_few_more_products_than_the_chosen_experts_need():
+    """XLA counts a loop's body once, so the tiles that the loops run through are multiplied in: at worst rows / tile
+    + experts of them, for each of gate, up and down."""
+    layer, weights = layer_of(FLOPS)
+    tokens, rows = 1024, 1024 * FLOPS.top_k
+    x = jnp.zeros((4, tokens // 4, FLOPS.hidden))
+    tile = tile_rows(rows, FLOPS.experts)
+    one_tile = 3 * 2 * tile * FLOPS.hidden * FLOPS.expert_ffn
+    ideal = 2 * tokens * FLOPS.hidden * (3 * FLOPS.top_k * FLOPS.expert_ffn + FLOPS.experts)
+    counted = compiled_flops(lambda weights, x: layer(weights, x)[0], weights, x)
+    in_all = counted + (rows // tile + FLOPS.experts - 1) * one_tile
+    assert counted >= one_tile + 2 * tokens * FLOPS.hidden * FLOPS.experts  # the count does see the loops' bodies
+    assert in_all <= 1.3 * ideal
+
+
+def test_no_gradient_of_frozen_experts_is_computed():
+    layer, weights = layer_of(FLOPS)
+    x = jnp.zeros((4, 256, FLOPS.hidden))
+
+    def loss(weights, x):
+        return jnp.sum(layer(weights, x)[0] ** 2)
+
+    frozen = compiled_flops(jax.grad(loss, argnums=1), weights, x)
+    trained = compiled_flops(jax.grad(loss, argnums=(0, 1)), weights, x)
+    tile = tile_rows(1024 * FLOPS.top_k, FLOPS.experts)
+    one_tile = 3 * 2 * tile * FLOPS.hidden * FLOPS.expert_ffn  # a body each of gate's, up's and down's weight gradient
+    assert trained - frozen >= one_tile
+
+
+def test_a_graph_serves_any_parameters_of_its_config():
+    assert graph_of(MIXTRAL) is graph_of(MIXTRAL.replace())
