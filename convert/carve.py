@@ -139,6 +139,11 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
     )
 
 
+def data_free_scale(options: CarveOptions) -> float:
+    """The power of two next to √(top_k · experts), the lower of two that are equally near."""
+    return 2.0 ** math.ceil(math.log2(options.top_k * options.experts) / 2 - 0.5)
+
+
 def choose(gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each expert's neurons, (E, F/E) int32, and the router, (E, D) float32, from the weights alone."""
     neurons, hidden = gate_FD.shape
