@@ -106,7 +106,20 @@ def main() -> None:
         name: step(name, "nemoe", "perplexity", str(directory), str(held_out)) for name, directory in models.items()
     }
     samples = {
-        name: step(name, "nemoe", "generate", str(models[name]), "--prompt", PROMPT, "--max-new-tokens", "64")["text"]
+        name: step(
+            name,
+            "nemoe",
+            "generate",
+            str(models[name]),
+            "--prompt",
+            PROMPT,
+            "--max-new-tokens",
+            "64",
+            "--temperature",
+            "0.7",
+            "--min-p",
+            "0.1",
+        )["text"]
         for name in ("dense", "carved", "repaired")
     }
     report = {name: stage(directory, measured, name, timings[name]) for name, directory in models.items()}

@@ -82,6 +82,9 @@ def carve(
 
     def layer(number: int) -> tuple[Tensors, Figures]:
         dense = {name: checkpoint.view(_key(spec, number)) for name, spec in specs["ffn"].items()}
+        for name, tensor in dense.items():
+            if not jnp.isfinite(jnp.asarray(tensor)).all():
+                raise UserError(f"{source}: {_key(specs['ffn'][name], number)}: not finite")
         norm_D = jnp.asarray(checkpoint.view(_key(specs["ffn_norm"], number)), jnp.float32)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         gate_FD = jnp.asarray(dense["gate"], jnp.float32)

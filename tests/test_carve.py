@@ -1,0 +1,185 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from convert import cli, stream
+from convert.calibrate import least_squares_scale
+from convert.carve import CarveOptions, carve, data_free_scale
+from nemoe_jax import hf
+from nemoe_jax.errors import UserError
+from nemoe_jax.transformer import forward
+
+EXPERTS, TOP_K = 4, 2
+OPTIONS = CarveOptions(experts=EXPERTS, top_k=TOP_K, svd="exact")
+
+
+def tensors_of(directory):
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def ffn_of(tensors, layer, name):
+    keys = [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight" for expert in range(EXPERTS)]
+    return [tensors[key] for key in keys]
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_the_experts_are_the_dense_neurons_bit_for_bit(dense_directory, tmp_path, svd):
+    carve(dense_directory, tmp_path / "moe", CarveOptions(experts=EXPERTS, top_k=TOP_K, svd=svd))
+    dense, moe = tensors_of(dense_directory), tensors_of(tmp_path / "moe")
+    scale = data_free_scale(OPTIONS)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp."
+        gate = np.concatenate(ffn_of(moe, layer, "w1"))
+        rows = {row.tobytes(): number for number, row in enumerate(dense[prefix + "gate_proj.weight"])}
+        order = np.array([rows[row.tobytes()] for row in gate])  # which dense neuron each row is
+        assert sorted(order) == list(range(48))
+        up, down = np.concatenate(ffn_of(moe, layer, "w3")), np.concatenate(ffn_of(moe, layer, "w2"), axis=1)
+        np.testing.assert_array_equal(up, dense[prefix + "up_proj.weight"][order])
+        unscaled = (down.astype(np.float32) / scale).astype(down.dtype)
+        np.testing.assert_array_equal(unscaled, dense[prefix + "down_proj.weight"][:, order])
+        assert {len(expert) for expert in ffn_of(moe, layer, "w1")} == {48 // EXPERTS}
+    for key in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.o_proj.weight"):
+        np.testing.assert_array_equal(moe[key], dense[key])
+
+
+def test_the_router_is_orthogonal(dense_directory, tmp_path):
+    manifest = carve(dense_directory, tmp_path / "moe", OPTIONS)
+    moe = tensors_of(tmp_path / "moe")
+    for layer, figures in enumerate(manifest["layers"]):
+        router = moe[f"model.layers.{layer}.block_sparse_moe.gate.weight"].astype(np.float32)
+        square = figures["router_temperature"] ** 2
+        np.testing.assert_allclose(router @ router.T, square * np.eye(EXPERTS), atol=square * 2**-6)  # bf16 on disk
+        assert figures["router_orthogonality_error"] < 1e-5
+
+
+def test_all_experts_with_a_zero_router_are_the_dense_model(dense_directory, tmp_path):
+    carve(dense_directory, tmp_path / "moe", CarveOptions(experts=EXPERTS, top_k=EXPERTS, output_scale=EXPERTS))
+    config, params = hf.load(tmp_path / "moe", dtype=jnp.float32)
+    ffn = params["blocks"]["moe"]["ffn"]
+    ffn["router"] = jnp.zeros_like(ffn["router"])
+    dense_config, dense = hf.load(dense_directory, dtype=jnp.float32)
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
+    wanted = forward(dense_config, dense, tokens).logits
+    np.testing.assert_allclose(forward(config, params, tokens).logits, wanted, atol=2e-6 * float(jnp.abs(wanted).max()))
+
+
+def test_transformers_opens_the_result(dense_directory, tmp_path):
+    pytest.importorskip("torch")
+    carve(dense_directory, tmp_path / "moe", OPTIONS)
+    assert cli.main(["verify", str(tmp_path / "moe")]) == 0
+
+
+@pytest.mark.parametrize(("top_k", "experts", "scale"), [(4, 16, 8), (2, 16, 4), (16, 16, 16), (4, 32, 8), (4, 64, 16)])
+def test_the_data_free_scale_lies_between_k_and_e(top_k, experts, scale):
+    assert data_free_scale(CarveOptions(experts=experts, top_k=top_k)) == scale
+    assert top_k <= scale <= experts
+
+
+def test_least_squares_scale_equals_numpy():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, 33, 10)).astype(np.float32)
+    gate, up = (random.normal(size=(EXPERTS, 10, 7)).astype(np.float32) for _ in range(2))
+    down = random.normal(size=(EXPERTS, 7, 10)).astype(np.float32)
+    router = random.normal(size=(10, EXPERTS)).astype(np.float32)
+    got = least_squares_scale([jnp.asarray(x)], gate, up, down, router, TOP_K)
+
+    rows = x.reshape(-1, 10)
+    hidden = np.einsum("td,edf->etf", rows, gate)
+    hidden = hidden / (1 + np.exp(-hidden)) * np.einsum("td,edf->etf", rows, up)
+    outputs = np.einsum("etf,efd->etd", hidden, down)
+    logits = rows @ router
+    weights = np.where(logits >= np.sort(logits)[:, [-TOP_K]], np.exp(logits), 0)
+    weights /= weights.sum(1, keepdims=True)
+    design = (outputs * weights.T[..., None]).reshape(EXPERTS, -1).T
+    wanted = np.linalg.lstsq(design, outputs.sum(0).ravel(), rcond=None)[0]
+    np.testing.assert_allclose(got, wanted, rtol=0.01)  # apart by the small ridge
+
+
+def interrupted(*, after_layers, monkeypatch):
+    """Carving stops with Ctrl-C in that layer."""
+    from convert import carve as module
+
+    original, seen = module.choose, []
+
+    def choose(*arguments):
+        if len(seen) == after_layers:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "choose", choose)
+    return seen
+
+
+def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_path, monkeypatch):
+    wanted = carve(dense_directory, tmp_path / "whole", OPTIONS, shard_bytes=1)
+    with monkeypatch.context() as patched:
+        interrupted(after_layers=2, monkeypatch=patched)
+        with pytest.raises(KeyboardInterrupt):
+            carve(dense_directory, tmp_path / "moe", OPTIONS, shard_bytes=1)
+    assert not (tmp_path / "moe").exists()
+    with monkeypatch.context() as patched:
+        seen = interrupted(after_layers=99, monkeypatch=patched)
+        got = carve(dense_directory, tmp_path / "moe", OPTIONS, shard_bytes=1)
+    assert len(seen) == 1  # two of three layers were there
+    assert got == wanted
+    whole, resumed = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "moe")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        np.testing.assert_array_equal(resumed[key], whole[key])
+    names = {path.name for path in (tmp_path / "moe").iterdir()} - {
+        path.name for path in (tmp_path / "moe").glob("model-*")
+    }
+    assert names == {"config.json", hf.INDEX, stream.MANIFEST}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experts", "5"], "48 FFN neurons do not divide into --experts 5"),
+        (["--experts", "4", "--top-k", "5"], "--top-k: wanted 1 to --experts 4, got 5"),
+        (["--experts", "4", "--output-scale", "-1"], "--output-scale: wanted a positive number"),
+        (["--experts", "4", "--rank", "0"], "svd rank: wanted 1 to 24"),
+        (["--experts", "4", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_status_2(dense_directory, tmp_path, capsys, flags, message):
+    flags = ["--top-k", "2", *flags]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and message in printed.err and printed.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_a_mixture_is_not_carved_again_and_nothing_is_overwritten(dense_directory, tmp_path, capsys):
+    carve(dense_directory, tmp_path / "moe", OPTIONS)
+    with pytest.raises(UserError, match="has 4 experts already"):
+        carve(tmp_path / "moe", tmp_path / "again", OPTIONS)
+    before = (tmp_path / "moe" / "config.json").read_bytes()
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), "--experts", "4", "--top-k", "2"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "moe" / "config.json").read_bytes() == before
+
+
+def test_weights_that_are_not_numbers_are_refused(dense_directory, tmp_path):
+    config, params = hf.load(dense_directory)
+    params["blocks"]["dense"]["ffn"]["gate"] = params["blocks"]["dense"]["ffn"]["gate"].at[1, 3, 5].set(jnp.nan)
+    hf.save(tmp_path / "broken", config, params)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight: not finite"):
+        carve(tmp_path / "broken", tmp_path / "moe", OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "dense"]
+
+
+def test_the_report_of_the_command(dense_directory, tmp_path, capsys):
+    flags = ["--experts", "4", "--top-k", "2", "--json"]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), *flags]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["experts"], figures["top_k"], figures["expert_ffn"], figures["layers"]) == (4, 2, 12, 3)

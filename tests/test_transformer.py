@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nemoe_jax import schema
+from nemoe_jax.transformer import empty_cache, forward
+
+
+def setup(config, batch=3, length=13):
+    params = schema.initialise(config, jax.random.key(0))
+    return params, jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab)
+
+
+def test_logits_are_float32_whatever_the_weights(config):
+    params, tokens = setup(config)
+    params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), params)
+    output = forward(config, params, tokens)
+    assert output.logits.dtype == jnp.float32
+    assert output.logits.shape == (3, 13, config.vocab)
+
+
+def test_prefill_and_decode_equal_the_full_pass(config):
+    params, tokens = setup(config)
+    wanted = forward(config, params, tokens).logits
+    output = forward(config, params, tokens[:, :5], cache=empty_cache(config, 3, 16, jnp.float32))
+    parts = [output.logits]
+    step = jax.jit(lambda cache, token: forward(config, params, token, cache=cache)[:2])
+    cache = output.cache
+    for at in range(5, 13):
+        logits, cache = step(cache, tokens[:, at : at + 1])
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), wanted, atol=1e-5)
+    assert cache.length_B.tolist() == [13] * 3
+
+
+def test_rows_of_different_lengths_share_a_cache(config):
+    """A right-padded prompt: what the padding wrote is never seen, and overwritten as the row grows."""
+    params, tokens = setup(config)
+    lengths = np.array([4, 7, 2], np.int32)
+    output = forward(config, params, tokens[:, :7], cache=empty_cache(config, 3, 16, jnp.float32))
+    cache = output.cache._replace(length_B=jnp.asarray(lengths))
+    following = jnp.stack([tokens[row, length : length + 3] for row, length in enumerate(lengths)])
+    together = forward(config, params, following, cache=cache).logits
+    for row, length in enumerate(lengths):
+        alone = forward(config, params, tokens[row : row + 1, : length + 3]).logits[0, length:]
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other(config):
+    params, tokens = setup(config, batch=1)
+    segments = jnp.asarray([[0] * 6 + [1] * 7])
+    positions = jnp.asarray([[*range(6), *range(7)]])
+    packed = forward(config, params, tokens, segments=segments, positions=positions).logits
+    np.testing.assert_allclose(packed[:, :6], forward(config, params, tokens[:, :6]).logits, atol=1e-5)
+    np.testing.assert_allclose(packed[:, 6:], forward(config, params, tokens[:, 6:]).logits, atol=1e-5)
+
+
+def test_no_token_sees_a_later_one(config):
+    params, tokens = setup(config)
+    changed = tokens.at[:, 9].set((tokens[:, 9] + 1) % config.vocab)
+    before, after = (forward(config, params, ids).logits for ids in (tokens, changed))
+    np.testing.assert_allclose(after[:, :9], before[:, :9], atol=1e-6)
+    assert float(jnp.abs(after[:, 9:] - before[:, 9:]).max()) > 1e-3
+
+
+def test_rematerialisation_changes_no_gradient(config):
+    params, tokens = setup(config)
+
+    def gradient(remat):
+        def loss(params):
+            return jnp.mean(jax.nn.log_softmax(forward(config, params, tokens, remat=remat).logits)[..., 3])
+
+        return jax.jit(jax.grad(loss))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(True), gradient(False))
