@@ -102,30 +102,21 @@ def main() -> None:
         *arguments.set_repair,
     )
 
+    # the windows that the recipes, too, evaluate on
+    windows = ("--batch-size", "8", "--batches", "8")
     measured = {
-        name: step(name, "nemoe", "perplexity", str(directory), str(held_out)) for name, directory in models.items()
+        name: step(name, "nemoe", "perplexity", str(directory), str(held_out), *windows)
+        for name, directory in models.items()
     }
+    sampling = ("--max-new-tokens", "64", "--temperature", "0.7", "--min-p", "0.1")
     samples = {
-        name: step(
-            name,
-            "nemoe",
-            "generate",
-            str(models[name]),
-            "--prompt",
-            PROMPT,
-            "--max-new-tokens",
-            "64",
-            "--temperature",
-            "0.7",
-            "--min-p",
-            "0.1",
-        )["text"]
+        name: step(name, "nemoe", "generate", str(models[name]), "--prompt", PROMPT, *sampling)["text"]
         for name in ("dense", "carved", "repaired")
     }
-    report = {name: stage(directory, measured, name, timings[name]) for name, directory in models.items()}
-    report["samples"] = samples
-    report["prompt"] = PROMPT
-    report["seconds"] = time.monotonic() - started
+    report: dict[str, Any] = {
+        name: stage(directory, measured, name, timings[name]) for name, directory in models.items()
+    }
+    report |= {"samples": samples, "prompt": PROMPT, "seconds": time.monotonic() - started}
     write_report(output, report, measured)
     print_table(report)
 

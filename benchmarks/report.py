@@ -76,6 +76,7 @@ def draw_load(measured: dict[str, dict[str, Any]]) -> plt.Figure:
         image = axis.imshow(load, aspect="auto", cmap="cividis", vmin=0, vmax=top)
         axis.set(title=f"{name}: experts' load", xlabel="expert", ylabel="layer")
         axis.set_yticks(range(len(load)))
+        axis.set_xticks(range(0, load.shape[1], 5))
     figure.colorbar(image, ax=axes, label="load / even share")
     return figure
 

@@ -129,7 +129,7 @@ def test_a_truncated_file_is_named(model):
 def test_a_missing_shard_is_named(tmp_path):
     hf.save(tmp_path / "model", DENSE, schema.initialise(DENSE, jax.random.key(0)), shard_bytes=1)
     (tmp_path / "model" / "model-00002-of-00005.safetensors").unlink()
-    with pytest.raises(UserError, match="missing shard model-00002-of-00005.safetensors"):
+    with pytest.raises(UserError, match=r"missing shard model-00002-of-00005\.safetensors"):
         hf.load(tmp_path / "model")
 
 
