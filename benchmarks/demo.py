@@ -39,11 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory to make (default runs/demo)")
     parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="recipe keys for the dense training (steps=1000)",
+        "--set", nargs="*", default=[], metavar="key=value", help="recipe keys for the dense training (steps=1000)"
     )
     parser.add_argument("--set-repair", nargs="*", default=[], metavar="key=value", help="recipe keys for the repair")
     arguments = parser.parse_args()

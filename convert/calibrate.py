@@ -74,7 +74,7 @@ def _dense_layer(config: ModelConfig, weights: Tree, x_BTD: jax.Array) -> tuple[
     block = nnx.merge(graph, weights)
     positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
     middle, normed, _ = block.attend(x_BTD, Context(positions, None, None), None, NO_ADAPTERS)
-    return normed, middle + block.ffn(normed)
+    return normed, middle + block.feed_forward(normed)[0]
 
 
 def least_squares_scale(

@@ -71,16 +71,12 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) 
     elif typing.get_origin(kind) is tuple:
         parser.add_argument(flag, nargs="+", metavar="TEXT", **common)
     else:
-        parser.add_argument(flag, type=kind, metavar="N", **common)  # type: ignore[arg-type]
+        parser.add_argument(flag, type=kind, metavar="N", **common)
 
 
 def _carve(arguments: argparse.Namespace) -> None:
-    options = CarveOptions(
-        **{
-            field.name: tuple(value) if isinstance(value := getattr(arguments, field.name), list) else value
-            for field in dataclasses.fields(CarveOptions)
-        }
-    )
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(CarveOptions)}
+    options = CarveOptions(**{**given, "calibration": tuple(given["calibration"])})
     manifest = carve(arguments.source, arguments.destination, options)
     layers = manifest["layers"]
     scales = [scale for layer in layers for scale in layer["output_scale"]]

@@ -7,6 +7,7 @@ of the MoE layers.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from nemoe_jax.config import ModelConfig
 
 def build_nekomind(config: ModelConfig) -> Qwen3ForCausalLM:
     """The torch model of that shape, with fresh weights."""
-    common = {
+    common: dict[str, Any] = {
         "hidden_size": config.hidden,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
@@ -49,7 +50,7 @@ def load_nekomind(directory: str | Path) -> Qwen3ForCausalLM:
     """The torch model of a NekoMind directory, float32."""
     directory = Path(directory)
     config = ModelConfig.from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in directory.glob("*.safetensors"):
         tensors |= {name: tensor.float() for name, tensor in load_file(path).items()}
     model = build_nekomind(config)

@@ -44,9 +44,9 @@ class Attention(SpecModule):
         k = self.project("k", x_BTD, adapters)
         v = self.project("v", x_BTD, adapters)
         if self.qk_norm:
-            q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
+            q, k = rms_norm(q, self.weight("q_norm"), self.eps), rms_norm(k, self.weight("k_norm"), self.eps)
         q, k = rope(q, context.positions_BT, self.theta), rope(k, context.positions_BT, self.theta)
-        if cache is not None:
+        if cache is not None and context.start_B is not None:
             cache = LayerCache(_write(cache.k, k, context.start_B), _write(cache.v, v, context.start_B))
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         y_BTNH = attend(q, k, v, context, cached=cache is not None)

@@ -45,7 +45,7 @@ class TensorRef(NamedTuple):
     """One checkpoint tensor: a spec and the index into its stacked axes."""
 
     spec: ParamSpec
-    index: tuple[int, ...]
+    place: tuple[int, ...]
     key: str
 
 
@@ -183,7 +183,7 @@ def _load_leaf(checkpoint: Checkpoint, spec: ParamSpec, placed: jax.sharding.Sha
         assert index is not None  # every addressable device holds a part
         key = tuple(part.indices(size) for part, size in zip(index, spec.shape, strict=True))
         devices_of.setdefault(key, []).append(device)
-    shards = {}
+    shards: dict[jax.Device, jax.Array] = {}
     for key, devices in devices_of.items():
         block = checkpoint.read(spec, tuple(slice(*part) for part in key), dtype)
         shards |= {device: jax.device_put(block, device) for device in devices}
@@ -234,9 +234,9 @@ def save(
         for path, refs in itertools.groupby(by_unit[unit], lambda ref: ref.spec.path):
             group = list(refs)
             layered = "layers" in group[0].spec.stacked
-            array = np.asarray(flat[path][group[0].index[0]] if layered else flat[path])
+            array = np.asarray(flat[path][group[0].place[0]] if layered else flat[path])
             for ref in group:
-                tensors[ref.key] = ref.spec.to_torch(array[ref.index[1:]] if layered else array)
+                tensors[ref.key] = ref.spec.to_torch(array[ref.place[1:]] if layered else array)
         return tensors
 
     with Writer(directory, config, shard_bytes) as writer:

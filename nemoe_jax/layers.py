@@ -31,6 +31,10 @@ class SpecModule(nnx.Module):
             setattr(self, name, nnx.Param(jnp.zeros(spec.shape)))
         self.inputs = tuple((name, len(spec.contracted)) for name, spec in own.items())
 
+    def weight(self, name: str) -> jax.Array:
+        """The array of that name."""
+        return getattr(self, name)[...]
+
     def project(
         self, name: str, x: jax.Array, adapters: Adapters = NO_ADAPTERS, group_sizes: jax.Array | None = None
     ) -> jax.Array:
@@ -39,7 +43,7 @@ class SpecModule(nnx.Module):
         Contracts x's last axes with the weight's contracted axes. With `group_sizes`, rows of x are sorted by expert
         and each meets its own expert's weight (and adapter).
         """
-        return project(x, getattr(self, name)[...], dict(self.inputs)[name], adapters.get(name), group_sizes)
+        return project(x, self.weight(name), dict(self.inputs)[name], adapters.get(name), group_sizes)
 
 
 def project(

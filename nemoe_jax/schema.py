@@ -236,7 +236,7 @@ def initialise(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, sh
     def make(spec: ParamSpec, key: jax.Array) -> jax.Array:
         if spec.std is None:
             return jnp.ones(spec.shape, dtype)
-        values = jax.random.normal(key, math.prod(spec.shape), jnp.float32)  # flat: compiles several times faster
+        values = jax.random.normal(key, (math.prod(spec.shape),), jnp.float32)  # flat: compiles several times faster
         return (spec.std * values).astype(dtype).reshape(spec.shape)
 
     keys = jax.random.split(key, len(specs))

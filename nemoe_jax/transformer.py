@@ -52,20 +52,23 @@ class Block(SpecModule):
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
     ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
         """The stream after attention, its normalised copy that the FFN reads (both (B, T, D)), and the cache."""
-        normed = rms_norm(x_BTD, self.attn_norm[...], self.eps)
+        normed = rms_norm(x_BTD, self.weight("attn_norm"), self.eps)
         y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
         x_BTD = constrain_batch(x_BTD + y_BTD)
-        return x_BTD, rms_norm(x_BTD, self.ffn_norm[...], self.eps), cache
+        return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache
+
+    def feed_forward(self, normed_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, Routing | None]:
+        """What the FFN adds to the stream, and its routing where it is a mixture."""
+        if isinstance(self.ffn, MoE):
+            return self.ffn(normed_BTD, adapters)
+        return self.ffn(normed_BTD, adapters), None
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
         x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
-        routing = None
-        y_BTD = self.ffn(normed, adapters.get("ffn", NO_ADAPTERS))
-        if isinstance(self.ffn, MoE):
-            y_BTD, routing = y_BTD
+        y_BTD, routing = self.feed_forward(normed, adapters.get("ffn", NO_ADAPTERS))
         return constrain_batch(x_BTD + y_BTD), cache, routing
 
 
@@ -94,19 +97,17 @@ class Transformer(SpecModule):
             positions = jnp.broadcast_to(positions, tokens_BT.shape)
         context = Context(positions, segments, start_B)
         x_BTD = constrain_batch(self._embed(tokens_BT, adapters))
-        caches, routings = {}, []
+        caches: dict[str, LayerCache] = {}
+        routings = []
         for kind, block in self.blocks.items():
-            x_BTD, caches[kind], routing = _scan_run(
-                block,
-                x_BTD,
-                context,
-                None if cache is None else cache.blocks[kind],
-                adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS),
-                remat,
-            )
+            run_cache = None if cache is None else cache.blocks[kind]
+            run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
+            x_BTD, run_cache, routing = _scan_run(block, x_BTD, context, run_cache, run_adapters, remat)
+            if run_cache is not None:
+                caches[kind] = run_cache
             if routing is not None:
                 routings.append(routing)
-        x_BTD = rms_norm(x_BTD, self.norm[...], self.eps)
+        x_BTD = rms_norm(x_BTD, self.weight("norm"), self.eps)
         if cache is not None:
             cache = Cache(caches, cache.length_B + tokens_BT.shape[1])
         routing = None
@@ -116,7 +117,7 @@ class Transformer(SpecModule):
         return Output(self._logits(x_BTD, adapters), cache, routing)
 
     def _embed(self, tokens_BT: jax.Array, adapters: Adapters) -> jax.Array:
-        x_BTD = self.embed[...][tokens_BT]
+        x_BTD = self.weight("embed")[tokens_BT]
         adapter = adapters.get("embed")
         if adapter is not None:
             x_BTD += (adapter.scale * adapter.a[tokens_BT] @ adapter.b).astype(x_BTD.dtype)
@@ -125,7 +126,7 @@ class Transformer(SpecModule):
     def _logits(self, x_BTD: jax.Array, adapters: Adapters) -> jax.Array:
         if not self.tied:
             return self.project("head", x_BTD, adapters).astype(jnp.float32)
-        logits = x_BTD @ self.embed[...].T
+        logits = x_BTD @ self.weight("embed").T
         adapter = adapters.get("embed")
         if adapter is not None:
             logits += adapter.scale * (x_BTD @ adapter.b.T.astype(x_BTD.dtype)) @ adapter.a.T.astype(x_BTD.dtype)
@@ -184,7 +185,7 @@ def forward(
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16) -> Cache:
     """A cache with room for `slots` tokens in each of `batch` rows."""
-    blocks = {}
+    blocks: dict[str, LayerCache] = {}
     for run in config.runs:
         shape = (run.layers, batch, slots, config.kv_heads, config.head_dim)
         blocks[run.kind] = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -12,10 +12,10 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import Tokenizer, cut_tekken, load_tokenizer
 
 mistral_common = pytest.importorskip("mistral_common")
-from mistral_common.exceptions import MistralCommonException  # noqa: E402
-from mistral_common.protocol.instruct.request import ChatCompletionRequest  # noqa: E402
-from mistral_common.protocol.instruct.validator import ValidationMode  # noqa: E402
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: E402
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 FILES = [

@@ -10,8 +10,8 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import Tokenizer, cut_tekken, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
-from tokenizers import Tokenizer as Library  # noqa: E402
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
 
 SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>"]
 CHATML = """

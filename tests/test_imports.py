@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {
-    "nemoe_jax": {"nemoe_jax"},
-    "convert": {"convert", "nemoe_jax"},
-    "train": {"train", "nemoe_jax"},
-}
+ALLOWED = {"nemoe_jax": {"nemoe_jax"}, "convert": {"convert", "nemoe_jax"}, "train": {"train", "nemoe_jax"}}
 
 
 def imported_packages(path: Path) -> set[str]:

@@ -57,11 +57,7 @@ def test_gradient_of_forward_kl_is_the_difference_of_probabilities():
 
 @pytest.mark.parametrize(
     "schedule, middle, last",
-    [
-        ("cosine", 0.1 + 0.9 * 0.5, 0.1),
-        ("linear", 0.1 + 0.9 * 0.5, 0.1),
-        ("constant", 1.0, 1.0),
-    ],
+    [("cosine", 0.1 + 0.9 * 0.5, 0.1), ("linear", 0.1 + 0.9 * 0.5, 0.1), ("constant", 1.0, 1.0)],
 )
 def test_schedule(schedule, middle, last):
     options = Optimizer(learning_rate=0.2, warmup_steps=4, schedule=schedule, final_fraction=0.1)

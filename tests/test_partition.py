@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from convert.partition import (
-    balanced_assignment,
-    balanced_kmeans,
-    contiguous,
-    neuron_features,
-    neuron_weights,
-)
+from convert.partition import balanced_assignment, balanced_kmeans, contiguous, neuron_features, neuron_weights
 from convert.svd import right_subspace
 from nemoe_jax.errors import UserError
 

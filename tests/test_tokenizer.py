@@ -12,9 +12,9 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import StreamDecoder, Tokenizer, cut_tekken, load_tokenizer, text_from_bytes
 
 mistral_common = pytest.importorskip("mistral_common")
-from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy  # noqa: E402
-from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer  # noqa: E402
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer  # noqa: E402
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 TEKKEN = DATA / "tekken_240718.json"

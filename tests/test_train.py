@@ -234,12 +234,7 @@ def test_split_and_combine_are_inverse():
 def test_the_loss_is_the_weighted_sum_and_zero_against_itself(write, workplace):
     recipe = read_recipe(
         write("repair"),
-        [
-            "distill.kl_weight=0.7",
-            "distill.ce_weight=0.2",
-            "balance_loss_weight=0.3",
-            "z_loss_weight=0.01",
-        ],
+        ["distill.kl_weight=0.7", "distill.ce_weight=0.2", "balance_loss_weight=0.3", "z_loss_weight=0.01"],
     )
     objective, state, frozen, _ = ready(recipe)
     teacher = hf.load(workplace / "dense")[1]

@@ -100,9 +100,7 @@ def _adapter_shardings(inputs: Inputs, mesh: Mesh | None) -> Tree:
         inputs_end = len(spec.stacked) + len(spec.contracted)
         a = dataclasses.replace(spec, produced=("rank",), shape=(*spec.shape[:inputs_end], target.rank))
         b = dataclasses.replace(
-            spec,
-            contracted=("rank",),
-            shape=(*spec.shape[: len(spec.stacked)], target.rank, *spec.shape[inputs_end:]),
+            spec, contracted=("rank",), shape=(*spec.shape[: len(spec.stacked)], target.rank, *spec.shape[inputs_end:])
         )
         place_a, place_b = (NamedSharding(mesh, sharding.partition_spec(part, mesh.shape)) for part in (a, b))
         return lora.Adapter(place_a, place_b, target.alpha / target.rank)
