@@ -1,7 +1,14 @@
 """Eight virtual CPU devices, and small configurations whose sizes differ pairwise, so that no transposition passes."""
 
 import os
+from pathlib import Path
 
+# Nearly all the time goes into compiling: compile fast rather than well (see the fixture `optimised`), and share what
+# was compiled between workers and runs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +36,15 @@ NEKOMIND = ModelConfig(
     **COMMON,
 )
 CONFIGS = {"dense": DENSE, "mixtral": MIXTRAL, "nekomind": NEKOMIND}
+
+
+@pytest.fixture
+def optimised():
+    """Compiles as users do, for tests that are about the compiled program."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())

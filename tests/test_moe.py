@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from nemoe_jax import schema
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.grouped_matmul import tile_rows
+from nemoe_jax.moe import MoE
 from nemoe_jax.transformer import graph_of
 from tests.conftest import MIXTRAL, NEKOMIND
 
@@ -14,10 +16,6 @@ def layer_of(config, seed=0):
     """(the MoE module, its parameters) of the first MoE layer."""
     params = schema.initialise(config, jax.random.key(seed))
     weights = jax.tree.map(lambda array: array[0], params["blocks"]["moe"]["ffn"])
-    from flax import nnx
-
-    from nemoe_jax.moe import MoE
-
     graph = nnx.split(nnx.eval_shape(lambda: MoE(config, schema.declare(config)["blocks"]["moe"]["ffn"])))[0]
     return lambda weights, x: nnx.merge(graph, weights)(x), weights
 
@@ -107,6 +105,7 @@ def compiled_flops(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_compiled_layer_computes_few_more_products_than_the_chosen_experts_need():
     """XLA counts a loop's body once, so the tiles that the loops run through are multiplied in: at worst rows / tile
     + experts of them, for each of gate, up and down."""
@@ -122,6 +121,7 @@ def test_the_compiled_layer_computes_few_more_products_than_the_chosen_experts_n
     assert in_all <= 1.3 * ideal
 
 
+@pytest.mark.usefixtures("optimised")
 def test_no_gradient_of_frozen_experts_is_computed():
     layer, weights = layer_of(FLOPS)
     x = jnp.zeros((4, 256, FLOPS.hidden))

@@ -16,6 +16,8 @@ from nemoe_jax import hf, schema
 from nemoe_jax.transformer import forward
 from tests.conftest import NEKOMIND
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SIZES = {
     "hidden_size": 24,
     "num_hidden_layers": 3,

@@ -31,24 +31,7 @@ CONTROL = 20
 SHAPE = {"hidden": 24, "layers": 2, "heads": 6, "kv_heads": 2, "head_dim": 10, "context": 64}
 DENSE = ModelConfig(family="mistral", vocab=CONTROL + 256, ffn=40, dtype="float32", **SHAPE)
 MIXTURE = DENSE.replace(family="mixtral", ffn=0, experts=4, top_k=2, expert_ffn=12)
-COMPILATION = {
-    "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
 TEXT = [f"{number} and {number} are {2 * number}; all sums are even.\n" * 3 for number in range(30)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Compiles fast rather than well, and the same program only once: the second time it comes from a cache on disk."""
-    before = {name: jax.config.values[name] for name in COMPILATION}
-    for name, value in COMPILATION.items():
-        jax.config.update(name, value if value is not None else str(tmp_path_factory.mktemp("compiled")))
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
