@@ -6,10 +6,11 @@ beside the target and takes its name when complete; a job that was interrupted g
 when it is started again with the same options.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,11 @@ def stream(
         "result": dataclasses.asdict(config),
     }
     by_unit = units(config)
-    with Writer(destination, config, shard_bytes, state=json.loads(json.dumps(state))) as writer, progress_bar() as bar:
+    with (
+        resumable(),
+        Writer(destination, config, shard_bytes, state=json.loads(json.dumps(state))) as writer,
+        progress_bar() as bar,
+    ):
         figures_file = writer.partial / "figures.jsonl"
         task = bar.add_task(description, total=config.layers)
         done = [shard for shard in writer.shards if shard not in writer.pending]
@@ -66,15 +71,24 @@ def stream(
                     figures.append({"layer": unit - 1, **layer_figures})
                     bar.advance(task)
                 tensors |= {ref.key: source.view(ref.key) for ref in by_unit[unit] if ref.key not in tensors}
-            writer.write(shard, tensors)
-            with figures_file.open("a", encoding="utf-8") as file:
+            with figures_file.open("a", encoding="utf-8") as file:  # before the shard: a finished one has its figures
                 file.writelines(json.dumps(row) + "\n" for row in figures)
+            writer.write(shard, tensors)
         rows = {row["layer"]: row for row in map(json.loads, figures_file.read_text(encoding="utf-8").splitlines())}
         manifest = {**state, "layers": [rows[number] for number in sorted(rows)]}
         (writer.partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         figures_file.unlink()
         writer.finish(tokenizer_from=source.directory)
     return manifest
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Tells whoever interrupts a conversion how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what is finished is kept; the same command goes on from there") from None
 
 
 def fingerprint(source: Checkpoint) -> str:

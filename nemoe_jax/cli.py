@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="text or .jsonl files, directories or globs")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens scored in a window (default 256)")
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens scored in a window (default 256, or the context if less)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="windows computed together (default 8)")
     parser.add_argument("--batches", type=int, default=16, help="batches at most (default 16)")
     _add_running(parser, mesh_help)
@@ -202,14 +204,15 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     from nemoe_jax.evaluate import evaluate
     from nemoe_jax.text import find_files, spaced_batches, tokenize
 
-    for name in ("sequence_length", "batch_size", "batches"):
+    config = hf.read_config(arguments.directory)
+    length = min(256, config.context) if arguments.sequence_length is None else arguments.sequence_length
+    if not 1 <= length <= config.context:
+        raise UserError(f"--sequence-length: wanted 1 to the context of {config.context}, got {length}")
+    for name in ("batch_size", "batches"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: wanted a positive number, got {getattr(arguments, name)}")
-    config = hf.read_config(arguments.directory)
-    if arguments.sequence_length > config.context:
-        raise UserError(f"--sequence-length: {arguments.sequence_length} exceeds the context of {config.context}")
     stream = tokenize(find_files(arguments.texts), load_tokenizer(arguments.directory))
-    batches = spaced_batches(stream, arguments.sequence_length, arguments.batch_size, arguments.batches)
+    batches = spaced_batches(stream, length, arguments.batch_size, arguments.batches)
     _, params, mesh = _load(arguments)
     result = evaluate(config, params, batches, mesh)
     figures: dict[str, Any] = {

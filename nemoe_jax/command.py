@@ -63,8 +63,8 @@ class Command:
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
             return EXIT_INTERRUPTED
         except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
             sys.stderr.close()
@@ -78,7 +78,7 @@ def report(figures: dict[str, Any], as_json: bool) -> None:
         return
     width = max(map(len, figures), default=0)
     for name, value in figures.items():
-        print(f"{name:<{width}}  {value:,.4f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {value:,.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
 
 
 def progress_bar(*extra_columns: str, visible: bool = True) -> Progress:

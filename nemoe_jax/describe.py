@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import count, declare, leaves
@@ -22,8 +20,9 @@ def describe(config: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, An
     itemsize = jnp.dtype(config.dtype).itemsize
     arrays = []
     for path, spec in leaves(declare(config)).items():
-        places = partition_spec(spec, mesh_shape)
-        parts = math.prod(mesh_shape[name] for axes in places if axes for name in axes)
+        # a PartitionSpec gives an axis on one mesh axis as a bare string
+        places = [[axes] if isinstance(axes, str) else list(axes or ()) for axes in partition_spec(spec, mesh_shape)]
+        parts = math.prod(mesh_shape[name] for axes in places for name in axes)
         size = math.prod(spec.shape) * itemsize
         arrays.append(
             {
@@ -31,7 +30,7 @@ def describe(config: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, An
                 "shape": list(spec.shape),
                 "dtype": config.dtype,
                 "axes": list(spec.axes),
-                "sharding": [list(axes) if axes else None for axes in places],
+                "sharding": places,
                 "bytes": size,
                 "bytes_per_device": size // parts,
             }
@@ -51,30 +50,26 @@ def describe(config: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, An
 
 
 def print_description(name: str, description: dict[str, Any]) -> None:
-    """The same as a table for people."""
+    """The same as a table for people; whole lines, however narrow the terminal."""
     meshed = bool(description["mesh"])
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("path", "shape", "dtype", "axes", *(["sharding", "bytes/device"] if meshed else []), "bytes"):
-        table.add_column(column, justify="right" if column.startswith("bytes") else "left", no_wrap=True)
+    titles = ("path", "shape", "dtype", "axes", *(("sharding", "bytes/device") if meshed else ()), "bytes")
+    rows = [titles]
     for array in description["arrays"]:
-        placed = " ".join("·".join(axes) if axes else "-" for axes in array["sharding"])
-        table.add_row(
-            array["path"],
-            "×".join(map(str, array["shape"])),
-            array["dtype"],
-            " ".join(array["axes"]),
-            *([placed, f"{array['bytes_per_device']:,}"] if meshed else []),
-            f"{array['bytes']:,}",
+        placed = " ".join("·".join(axes) or "-" for axes in array["sharding"])
+        mesh_cells = (placed, f"{array['bytes_per_device']:,}") if meshed else ()
+        shape, axes = "×".join(map(str, array["shape"])), " ".join(array["axes"])
+        rows.append((array["path"], shape, array["dtype"], axes, *mesh_cells, f"{array['bytes']:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if title.startswith("bytes") else cell.ljust(width)
+            for title, cell, width in zip(titles, row, widths, strict=True)
         )
-    console = Console()
-    # a pipe gets whole lines, whatever width the terminal would have
-    console.print(table, soft_wrap=True, width=None if console.is_terminal else 200)
+        print("  ".join(cells))
     mesh = ", ".join(f"{axis}={size}" for axis, size in description["mesh"].items())
-    console.print(
+    print(
         f"\n{name} ({description['family']}): {description['params_total']:,} parameters, "
         f"{description['params_active']:,} active per token; {description['bytes']:,} bytes"
         + (f", {description['bytes_per_device']:,} per device on {mesh}" if meshed else "")
-        + f"; cache {description['cache_bytes_per_token']:,} bytes a token",
-        highlight=False,
-        soft_wrap=True,
+        + f"; cache {description['cache_bytes_per_token']:,} bytes a token"
     )

@@ -152,13 +152,16 @@ BAD = {
         ["perplexity", "{model}", "{text}", "--sequence-length", "90"],
         "wanted at least sequence length",
     ),
-    "beyond the context": (["perplexity", "{model}", "{text}", "--sequence-length", "97"], "exceeds the context of 96"),
+    "beyond the context": (
+        ["perplexity", "{model}", "{text}", "--sequence-length", "97"],
+        "wanted 1 to the context of 96, got 97",
+    ),
     "no devices": (["logits", "{model}", "--tokens", "1", "--out", "{tmp}/x", "--mesh", "fsdp=3"], "wants 3 devices"),
     "no ids": (["logits", "{model}", "--tokens", "one", "--out", "{tmp}/x"], "wanted numbers"),
     "ids too large": (["logits", "{model}", "--tokens", "400", "--out", "{tmp}/x"], "wanted ids from 0 to 399"),
     "nowhere to write": (["logits", "{model}", "--tokens", "1", "--out", "{tmp}/no/x"], "No such file or directory"),
     "no prompt length": (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], "wanted a positive number"),
-    "no chat": (["generate", "{model}", "--chat", "{text}"], "not JSON"),
+    "no chat": (["generate", "{model}", "--chat", "{text}"], "not a JSON file"),
     "too cold": (["generate", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature: wanted 0 or more"),
     "no tokenizer": (["tokenize", "{tmp}", "{text}"], "no tokenizer"),
 }
