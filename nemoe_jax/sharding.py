@@ -1,9 +1,10 @@
 """Meshes, and the rules that lay logical axes onto them.
 
 A mesh has up to four axes: `data` (replicas of the weights), `fsdp` (weights cut along embed, gathered when used),
-`expert` (each device owns some experts) and `tensor` (heads and neurons). The batch is cut over data, fsdp and expert.
+`expert` (each device owns some experts; the other weights are cut along embed over it too) and `tensor` (heads and
+neurons). The batch is cut over data, fsdp and expert.
 
-A rule maps a logical axis of the schema to a mesh axis. `"experts.embed"` is the embed axis of an array stacked over
+A rule maps a logical axis of the schema to mesh axes. `"experts.embed"` is the embed axis of an array stacked over
 experts and wins over `"embed"`.
 """
 
@@ -24,11 +25,12 @@ BATCH_AXES = ("data", "fsdp", "expert")
 Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
-    "experts": ("expert",),
+    "experts.experts": ("expert",),  # the router's column for each expert lies everywhere
+    "experts.embed": ("fsdp",),
     "expert_ffn": ("tensor",),
     "shared_ffn": ("tensor",),
 }

@@ -68,8 +68,8 @@ def test_inspect_as_json_adds_up(capsys, model):
     assert description["bytes"] == sum(array["bytes"] for array in description["arrays"])
     assert description["bytes"] == 4 * description["params_total"]
     _, out, _ = run(capsys, "inspect", model, "--json", "--mesh", "expert=8")
-    halved = {array["path"]: array["bytes"] // array["bytes_per_device"] for array in json.loads(out)["arrays"]}
-    assert halved["blocks/moe/ffn/up"] == 8 and halved["blocks/moe/attn/q"] == 1
+    parts = {array["path"]: array["bytes"] // array["bytes_per_device"] for array in json.loads(out)["arrays"]}
+    assert parts["blocks/moe/ffn/up"] == parts["blocks/moe/attn/q"] == 8 and parts["norm"] == 1
 
 
 def test_logits_are_those_of_the_model(capsys, model, tmp_path):

@@ -46,6 +46,11 @@ def test_experts_lie_on_the_expert_axis_and_the_rest_on_fsdp_and_tensor():
     assert place == jax.sharding.PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
 
 
+def test_all_else_is_cut_over_fsdp_and_expert_together():
+    place = sharding.partition_spec(spec_of("blocks/moe/attn/q"), {"fsdp": 2, "expert": 4, "tensor": 2})
+    assert place == jax.sharding.PartitionSpec(None, ("fsdp", "expert"), ("tensor",), None)
+
+
 def test_a_size_that_does_not_divide_is_named():
     with pytest.raises(UserError, match=r"blocks/moe/ffn/gate: axis experts of size 16 does not divide .* of size 3"):
         sharding.partition_spec(spec_of("blocks/moe/ffn/gate"), {"expert": 3})
