@@ -45,10 +45,13 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     if output.exists():
-        sys.exit(f"error: {output}: exists already; remove it or choose another --output")
+        parser.error(f"{output}: exists already; remove it or choose another --output")
     started = time.monotonic()
     text = output / "text"
-    write_corpus(text)
+    package = importlib.util.find_spec("mistral_common")
+    if package is None or package.origin is None:
+        parser.error("the Tekken vocabulary comes with mistral-common: pip install 'nemoe-jax[demo]'")
+    write_corpus(text, Path(package.origin).parent / "data" / "tekken_240718.json")
     train, held_out = text / "train.jsonl", text / "held-out.jsonl"
     data = [f"data.train={train}", f"data.held_out={held_out}"]
     models = {name: output / name for name in ("dense", "reference", "carved", "repaired")}
@@ -150,13 +153,10 @@ def stage(directory: Path, measured: dict[str, dict[str, Any]], name: str, secon
     }
 
 
-def write_corpus(directory: Path) -> None:
+def write_corpus(directory: Path, tekken: Path) -> None:
     """The standard library's sources as train.jsonl and, of every twentieth file, held-out.jsonl; and a cut Tekken."""
-    package = importlib.util.find_spec("mistral_common")
-    if package is None or package.origin is None:
-        sys.exit("error: the demo takes the Tekken vocabulary from mistral-common: pip install 'nemoe-jax[demo]'")
     directory.mkdir(parents=True)
-    cut_tekken(Path(package.origin).parent / "data" / "tekken_240718.json", directory / "tekken.json", VOCABULARY)
+    cut_tekken(tekken, directory / "tekken.json", VOCABULARY)
     root = Path(sysconfig.get_paths()["stdlib"])
     # tables of character codes, and files of hundreds of kilobytes, are little like text
     sources = [

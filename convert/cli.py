@@ -10,6 +10,8 @@ from typing import Any
 from convert.carve import CarveOptions, carve
 from convert.stream import MANIFEST
 from nemoe_jax.command import EXIT_DISAGREES, Command, report
+from nemoe_jax.errors import UserError
+from nemoe_jax.hf import SHARD_BYTES
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.
@@ -38,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("destination", metavar="DST", help="directory to make; must not exist")
     for field in dataclasses.fields(CarveOptions):
         _add_option(parser, field)
+    parser.add_argument(
+        "--shard-gb",
+        type=float,
+        default=SHARD_BYTES / 1e9,
+        metavar="N",
+        help="size of a weight file, and of what memory holds, in 1e9 bytes; whole layers, at least one (default 2)",
+    )
 
     parser = command.add(
         "verify",
@@ -77,7 +86,9 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) 
 def _carve(arguments: argparse.Namespace) -> None:
     given: dict[str, Any] = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(CarveOptions)}
     options = CarveOptions(**{**given, "calibration": tuple(given["calibration"])})
-    manifest = carve(arguments.source, arguments.destination, options)
+    if not arguments.shard_gb > 0:
+        raise UserError(f"--shard-gb: wanted a positive number, got {arguments.shard_gb}")
+    manifest = carve(arguments.source, arguments.destination, options, int(arguments.shard_gb * 1e9))
     layers = manifest["layers"]
     scales = [scale for layer in layers for scale in layer["output_scale"]]
     report(

@@ -50,6 +50,7 @@ def stream(
         "source": str(source.directory.resolve()),
         "source_fingerprint": fingerprint(source),
         "result": dataclasses.asdict(config),
+        "shard_bytes": shard_bytes,
     }
     by_unit = units(config)
     with (

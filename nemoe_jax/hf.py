@@ -8,7 +8,7 @@ shard by shard, into a directory beside the target that takes the target's name 
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -203,9 +203,6 @@ def units(config: ModelConfig) -> list[list[TensorRef]]:
     return by_unit
 
 
-Producer = Callable[[int], dict[str, np.ndarray]]  # unit number -> {checkpoint key: tensor in the checkpoint's layout}
-
-
 def save(
     directory: str | Path,
     config: ModelConfig,
@@ -255,7 +252,7 @@ class Shard(NamedTuple):
 class Writer:
     """Writes a model directory shard by shard, in `.NAME.partial` beside the target, renamed when finished.
 
-    With `state` (what the job depends on), an interrupted job's finished shards are kept and found again by the next
+    With `state` (all that the job depends on, shard_bytes included), an interrupted job's finished shards are kept and found again by the next
     Writer with the same state; without it, or when the input turns out bad, nothing is left behind.
     """
 
@@ -272,8 +269,7 @@ class Writer:
         self.shards = _plan_shards(config, shard_bytes)
         if self.target.exists():
             raise UserError(f"{self.target}: exists already; choose another name or remove it")
-        self.resumed = self._found_state() == state and state is not None
-        if not self.resumed:
+        if state is None or self._found_state() != state:
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)

@@ -146,6 +146,7 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
         (["--experts", "5"], "48 FFN neurons do not divide into --experts 5"),
         (["--experts", "4", "--top-k", "5"], "--top-k: wanted 1 to --experts 4, got 5"),
         (["--experts", "4", "--output-scale", "-1"], "--output-scale: wanted a positive number"),
+        (["--experts", "4", "--shard-gb", "0"], "--shard-gb: wanted a positive number"),
         (["--experts", "4", "--rank", "0"], "svd rank: wanted 1 to 24"),
         (["--experts", "4", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
     ],
@@ -179,7 +180,8 @@ def test_weights_that_are_not_numbers_are_refused(dense_directory, tmp_path):
 
 
 def test_the_report_of_the_command(dense_directory, tmp_path, capsys):
-    flags = ["--experts", "4", "--top-k", "2", "--json"]
+    flags = ["--experts", "4", "--top-k", "2", "--shard-gb", "1e-9", "--json"]
     assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), *flags]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["experts"], figures["top_k"], figures["expert_ffn"], figures["layers"]) == (4, 2, 12, 3)
+    assert len(list((tmp_path / "moe").glob("*.safetensors"))) == 3 + 2  # a file for each layer, and for the ends
