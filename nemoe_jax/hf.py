@@ -252,8 +252,8 @@ class Shard(NamedTuple):
 class Writer:
     """Writes a model directory shard by shard, in `.NAME.partial` beside the target, renamed when finished.
 
-    With `state` (all that the job depends on, shard_bytes included), an interrupted job's finished shards are kept and found again by the next
-    Writer with the same state; without it, or when the input turns out bad, nothing is left behind.
+    With `state` (all that the job depends on, `shard_bytes` included) the finished shards of an interrupted job are kept
+    and found again by the next Writer with the same state; without it, or when the input is bad, nothing is left.
     """
 
     def __init__(
