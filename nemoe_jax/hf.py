@@ -252,7 +252,7 @@ class Shard(NamedTuple):
 class Writer:
     """Writes a model directory shard by shard, in `.NAME.partial` beside the target, renamed when finished.
 
-    With `state` (all that the job depends on, `shard_bytes` included) the finished shards of an interrupted job are kept
+    With `state` (all that the job depends on, `shard_bytes` too) the finished shards of an interrupted job are kept
     and found again by the next Writer with the same state; without it, or when the input is bad, nothing is left.
     """
 

@@ -87,8 +87,6 @@ def load(recipe: Recipe, inputs: Inputs, mesh: Mesh | None) -> tuple[Tree, Flat]
         return recipe.trainable == "all" or (recipe.train_router and path.endswith("/router"))
 
     trained, frozen = split(params, trains)
-    # what learns is kept in float32: in bfloat16, steps as small as a router's are lost to rounding
-    trained = {path: array.astype(jnp.float32) for path, array in trained.items()}
     adapters = lora.initialise(config, inputs.targets, key)
     return {"params": trained, "adapters": jax.device_put(adapters, _adapter_shardings(inputs, mesh))}, frozen
 
