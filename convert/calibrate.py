@@ -38,7 +38,7 @@ class DenseStream:
         stream = tokenize(find_files(texts), load_tokenizer(source.directory), "tokenising calibration text")
         length = min(SEQUENCE_LENGTH, self.config.context)
         batches = spaced_batches(stream, length, BATCH, max(tokens // (BATCH * length), 1))
-        table = source.view("model.embed_tokens.weight")
+        table = source.view(declare(self.config)["embed"].key)
         self.streams = [jnp.asarray(table[np.asarray(tokens_BT[:, :-1])], jnp.float32) for tokens_BT, _ in batches]
         self.layer = 0
 

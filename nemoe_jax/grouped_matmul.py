@@ -63,7 +63,8 @@ def _ragged_outer(x_RD, dy_RF, sizes_E):
 def tile_rows(rows: int, experts: int) -> int:
     """Rows of a tile on CPU: a power of two, small enough that half-filled last tiles waste little.
 
-    With at most rows / 8 experts per tile row, the tiles hold at most 1/8 more rows than there are.
+    An expert's last tile may hold a single row. Tiles of at most rows / (8 experts) rows waste an eighth of all rows at
+    worst; tiles of fewer than 8 rows are not worth their overhead.
     """
     largest = max(rows // (8 * experts), 8)
     return min(1 << (largest.bit_length() - 1), 256, rows)

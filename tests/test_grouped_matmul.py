@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nemoe_jax import grouped_matmul as module
 from nemoe_jax.grouped_matmul import grouped_matmul, tile_plan, tile_rows
 
 GROUPS = {
@@ -53,6 +54,23 @@ def test_gradients_equal_those_of_the_oracle(name):
     got_x, got_w = jax.jit(jax.grad(grouped, (0, 1)))(x, w)
     np.testing.assert_allclose(got_x[:used], wanted_x[:used], atol=1e-4)
     np.testing.assert_allclose(got_w, wanted_w, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_kernels_of_other_backends_are_given_the_same_problem(name):
+    """`ragged_dot` runs here too, slowly: what TPU and GPU are asked for equals what the tiles compute."""
+    x, w, sizes, used = problem(name)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=(len(x), w.shape[2])), jnp.float32)
+    pairs = [
+        (module._ragged_matmul(x, w, sizes)[:used], module._tiled_matmul(x, w, sizes)[:used]),
+        (
+            module._ragged_matmul_transposed(dy, w, sizes)[:used],
+            module._tiled_matmul(dy, w, sizes, transpose=True)[:used],
+        ),
+        (module._ragged_outer(x, dy, sizes), module._tiled_outer(x, dy, sizes)),
+    ]
+    for ragged, tiled in pairs:
+        np.testing.assert_allclose(ragged, tiled, atol=2e-5)
 
 
 def test_bfloat16_accumulates_in_float32():
