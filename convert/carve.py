@@ -30,7 +30,7 @@ from convert.calibrate import DenseStream, least_squares_scale
 from convert.stream import Figures, Tensors, stream
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.hf import SHARD_BYTES, Checkpoint
+from nemoe_jax.hf import SHARD_BYTES, Checkpoint, refuse_existing
 from nemoe_jax.schema import ParamSpec, declare
 
 
@@ -74,6 +74,7 @@ def carve(
     """
     checkpoint = Checkpoint(source)
     config = carved_config(checkpoint.config, options, str(source))
+    refuse_existing(destination)  # before the calibration text is read
     calibration = None
     if options.calibration:
         calibration = DenseStream(checkpoint, options.calibration, options.calibration_tokens)

@@ -242,6 +242,12 @@ def save(
         writer.finish(tokenizer_from)
 
 
+def refuse_existing(directory: str | Path) -> None:
+    """Raises UserError where something has that name: nothing is ever overwritten."""
+    if Path(directory).exists():
+        raise UserError(f"{directory}: exists already; choose another name or remove it")
+
+
 class Shard(NamedTuple):
     """A file of the checkpoint and the units in it."""
 
@@ -267,8 +273,7 @@ class Writer:
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self.config, self.state = config, state
         self.shards = _plan_shards(config, shard_bytes)
-        if self.target.exists():
-            raise UserError(f"{self.target}: exists already; choose another name or remove it")
+        refuse_existing(self.target)
         if state is None or self._found_state() != state:
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
