@@ -301,6 +301,7 @@ class Writer:
         save_file(
             {key: np.ascontiguousarray(tensor, dtype) for key, tensor in tensors.items()}, unfinished, {"format": "pt"}
         )
+        unfinished.chmod(self.partial.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
         unfinished.rename(self.partial / shard.name)
 
     def finish(self, tokenizer_from: str | Path | None = None) -> None:

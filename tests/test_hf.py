@@ -42,6 +42,8 @@ def test_each_devices_shard_is_filled(config, tmp_path, sizes):
 def test_shards_hold_whole_layers_and_the_index_names_every_tensor(tmp_path):
     params = schema.initialise(MIXTRAL, jax.random.key(0))
     hf.save(tmp_path / "model", MIXTRAL, params, shard_bytes=1)
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1  # weights can be read by whoever can read config.json
     index = json.loads((tmp_path / "model" / hf.INDEX).read_text())
     keys = {ref.key for unit in hf.units(MIXTRAL) for ref in unit}
     assert set(index["weight_map"]) == keys
