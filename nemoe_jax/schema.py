@@ -214,16 +214,6 @@ def unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def abstract(config: ModelConfig, dtype: Any = None, shardings: Tree | None = None) -> Tree:
-    """The model's parameters as `jax.ShapeDtypeStruct`s, in `dtype` or the config's own."""
-    dtype = jnp.dtype(dtype or config.dtype)
-    if shardings is None:
-        return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), declare(config))
-    return jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding), declare(config), shardings
-    )
-
-
 def initialise(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, shardings: Tree | None = None) -> Tree:
     """Random first values, each array made where it will live.
 

@@ -27,11 +27,6 @@ class Cache(NamedTuple):
     blocks: dict[str, LayerCache]  # one for each run of layers, stacked
     length_B: jax.Array
 
-    @property
-    def slots(self) -> int:
-        """How many tokens a row can hold."""
-        return next(iter(self.blocks.values())).k.shape[2]
-
 
 class Output(NamedTuple):
     """What a forward pass gives."""
