@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from nemoe_jax.attention import Context
+from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.hf import Checkpoint
 from nemoe_jax.layers import NO_ADAPTERS
 from nemoe_jax.schema import Tree, declare, leaves, unflatten
 from nemoe_jax.text import find_files, spaced_batches, tokenize

@@ -19,7 +19,7 @@ F neurons, E experts, D embed.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,46 +27,42 @@ import numpy as np
 
 from convert import partition, router, svd
 from convert.calibrate import DenseStream, least_squares_scale
-from convert.stream import Figures, Tensors, stream
+from convert.options import Conversion, option
+from convert.stream import Figures, Report, Run, Tensors, stream
+from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.hf import SHARD_BYTES, Checkpoint, refuse_existing
 from nemoe_jax.schema import ParamSpec, declare
-
-
-def _option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+from nemoe_jax.writer import refuse_existing
 
 
 @dataclasses.dataclass(frozen=True)
 class CarveOptions:
     """How a dense model is carved."""
 
-    experts: int = _option(16, "experts per layer; must divide the FFN's neurons")
-    top_k: int = _option(4, "experts chosen for each token")
-    partition: Literal["gate-kmeans", "contiguous"] = _option(
+    experts: int = option(16, "experts per layer; must divide the FFN's neurons")
+    top_k: int = option(4, "experts chosen for each token")
+    partition: Literal["gate-kmeans", "contiguous"] = option(
         "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbours (a baseline)"
     )
-    router: Literal["gate-mean", "random"] = _option(
+    router: Literal["gate-mean", "random"] = option(
         "gate-mean", "router rows: orthonormalised mean gate rows, or random orthonormal ones (a baseline)"
     )
-    svd: Literal["exact", "randomized"] = _option(
+    svd: Literal["exact", "randomized"] = option(
         "randomized",
         "how the gate rows' subspace is found: exact takes minutes for a layer of the 12B, randomized seconds",
     )
-    rank: int = _option(64, "dimensions of that subspace")
-    logit_std: float = _option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
-    output_scale: float = _option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
-    calibration: tuple[str, ...] = _option(
+    rank: int = option(64, "dimensions of that subspace")
+    logit_std: float = option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
+    output_scale: float = option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
+    calibration: tuple[str, ...] = option(
         (), "text files, directories or globs: fit each expert's output scale by least squares"
     )
-    calibration_tokens: int = _option(16384, "tokens of calibration text to use")
-    seed: int = _option(0, "seed of the k-means and of everything random")
+    calibration_tokens: int = option(16384, "tokens of calibration text to use")
+    seed: int = option(0, "seed of the k-means and of everything random")
 
 
-def carve(
-    source: str | Path, destination: str | Path, options: CarveOptions, shard_bytes: int = SHARD_BYTES
-) -> dict[str, Any]:
+def carve(source: str | Path, destination: str | Path, options: CarveOptions, run: Run = Run()) -> Report:
     """Carves a model directory into another; returns the manifest (see convert/stream.py).
 
     Raises:
@@ -109,15 +105,7 @@ def carve(
             tensors[_key(experts["down"], number, expert)] = scaled.astype(dense["down"].dtype)
         return tensors, _figures(router_ED, scale_E)
 
-    return stream(
-        checkpoint,
-        destination,
-        config,
-        layer,
-        {"command": "carve", **dataclasses.asdict(options)},
-        description=f"carving {Path(source).name}",
-        shard_bytes=shard_bytes,
-    )
+    return stream(checkpoint, destination, config, layer, {"command": "carve", **dataclasses.asdict(options)}, run=run)
 
 
 def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> ModelConfig:
@@ -178,3 +166,28 @@ def _figures(router_ED: jax.Array, scale_E: jax.Array) -> Figures:
         "router_orthogonality_error": float(np.abs(gram_EE / square - np.eye(len(gram_EE))).max()),
         "output_scale": [float(scale) for scale in scale_E],
     }
+
+
+def _summary(manifest: Report) -> Figures:
+    layers = manifest["layers"]
+    scales = [scale for layer in layers for scale in layer["output_scale"]]
+    return {
+        "experts": manifest["options"]["experts"],
+        "top_k": manifest["options"]["top_k"],
+        "expert_ffn": manifest["result"]["expert_ffn"],
+        "layers": len(layers),
+        "router_orthogonality_error": max(layer["router_orthogonality_error"] for layer in layers),
+        "output_scale_min": min(scales),
+        "output_scale_max": max(scales),
+    }
+
+
+CARVE = Conversion(
+    "carve",
+    carve,
+    CarveOptions,
+    "deal a dense model's FFN neurons out to experts and make a router that finds them",
+    "Any dense Mistral- or Llama-shaped directory becomes a Mixtral directory of that size; no data is needed.",
+    _summary,
+    source_help="dense model directory",
+)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nemoe_jax import hf
+from nemoe_jax import checkpoint, hf
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward
 
@@ -35,7 +35,7 @@ def verify(directory: str | Path, tokens: int = 64, seed: int = 0, tolerance: fl
     Raises:
         UserError: not a model directory, torch or transformers is not installed, or more tokens than the context.
     """
-    config = hf.read_config(directory)
+    config = checkpoint.read_config(directory)
     if not 1 <= tokens <= config.context:
         raise UserError(f"--tokens: wanted 1 to the context of {config.context}, got {tokens}")
     config, params = hf.load(directory, dtype=jnp.float32, progress=True)
@@ -71,7 +71,7 @@ def torch_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
         import transformers
     except ImportError as error:
         raise UserError(f"verify needs torch and transformers ({error}): pip install 'nemoe-jax[verify]'") from error
-    if hf.read_config(directory).family == "nekomind":
+    if checkpoint.read_config(directory).family == "nekomind":
         from convert.nekomind_torch import load_nekomind  # needs torch at import
 
         model = load_nekomind(directory)

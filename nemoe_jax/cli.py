@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nemoe_jax import chat, hf, sharding
+from nemoe_jax import chat, checkpoint, hf, sharding
 from nemoe_jax.command import Command, report
 from nemoe_jax.config import PRESETS, preset
 from nemoe_jax.describe import describe, print_description
@@ -120,7 +120,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     is_directory = Path(arguments.model).is_dir()
-    config = hf.read_config(arguments.model) if is_directory else preset(arguments.model)
+    config = checkpoint.read_config(arguments.model) if is_directory else preset(arguments.model)
     description = describe(config, sharding.parse_mesh(arguments.mesh) if arguments.mesh else {})
     if arguments.json:
         print(json.dumps(description))
@@ -176,7 +176,7 @@ def _logits(arguments: argparse.Namespace) -> None:
         tokens = np.array([[int(token) for token in arguments.tokens.split(",")]], np.int32)
     except ValueError as error:
         raise UserError(f"--tokens: wanted numbers separated by commas, got {arguments.tokens!r}") from error
-    config = hf.read_config(arguments.directory)
+    config = checkpoint.read_config(arguments.directory)
     if tokens.min() < 0 or tokens.max() >= config.vocab:
         raise UserError(f"--tokens: wanted ids from 0 to {config.vocab - 1}, got {arguments.tokens}")
     if tokens.shape[1] > config.context:
@@ -204,7 +204,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     from nemoe_jax.evaluate import evaluate
     from nemoe_jax.text import find_files, spaced_batches, tokenize
 
-    config = hf.read_config(arguments.directory)
+    config = checkpoint.read_config(arguments.directory)
     length = min(256, config.context) if arguments.sequence_length is None else arguments.sequence_length
     if not 1 <= length <= config.context:
         raise UserError(f"--sequence-length: wanted 1 to the context of {config.context}, got {length}")

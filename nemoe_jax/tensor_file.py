@@ -1,4 +1,4 @@
-"""Reading safetensors files piece by piece.
+"""The safetensors format: reading files piece by piece, and the headers of files that are to be written.
 
 The header is parsed and checked here and each tensor is mapped on its own, so that its pages leave the process's
 memory as soon as the view is dropped; a mapping of the whole file would keep every page that was ever read.
@@ -7,6 +7,7 @@ memory as soon as the view is dropped; a mapping of the whole file would keep ev
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import numpy as np
 from nemoe_jax.errors import UserError
 
 _DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+_ALIGNMENT = 8  # bytes; of the header, and so of the first tensor
+_CHECKED_AT_ONCE = 1 << 18  # elements: stays in cache
 
 
 class Entry(NamedTuple):
@@ -43,22 +46,30 @@ class TensorFile:
                 header_size = int.from_bytes(file.read(8), "little")
                 if size < 8 or header_size > size - 8:
                     raise UserError(f"{path}: truncated or no safetensors file: {size:,} bytes, header {header_size:,}")
-                header = json.loads(file.read(header_size))
+                text = file.read(header_size)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
+        try:
+            header = json.loads(text)
+            if not isinstance(header, dict):
+                raise ValueError("not a JSON object")
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: the safetensors header is damaged ({error})") from error
+        start = 8 + header_size
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            begin, end = entry["data_offsets"]
-            if 8 + header_size + end > size:
-                raise UserError(
-                    f"{path}: truncated: tensor {name} ends at byte {8 + header_size + end:,}, the file has {size:,}"
-                )
-            self.entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), 8 + header_size + begin)
+            try:
+                dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+                whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+                # other dtypes are refused when they are asked for; their size is not known here
+                if not whole or (dtype in _DTYPES and end - begin != _bytes_of(dtype, shape)):
+                    raise ValueError(f"shape {shape} of {dtype} in bytes {begin} to {end}")
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}: the safetensors header is damaged (tensor {name!r}: {error})") from error
+            if start + end > size:
+                raise UserError(f"{path}: truncated: tensor {name} ends at byte {start + end:,}, the file has {size:,}")
+            self.entries[name] = Entry(dtype, shape, start + begin)
 
     def view(self, name: str) -> np.ndarray:
         """A tensor mapped from disk, read-only; copy what you need and drop it.
@@ -72,3 +83,32 @@ class TensorFile:
         if math.prod(entry.shape) == 0:
             return np.empty(entry.shape, _DTYPES[entry.dtype])
         return np.memmap(self.path, _DTYPES[entry.dtype], "r", entry.offset, entry.shape)
+
+
+def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, dict[str, int]]:
+    """The header of a file that holds those tensors one after another, and the byte where each begins."""
+    name = next(name for name, known in _DTYPES.items() if np.dtype(known).name == dtype)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for key, shape in shapes.items():
+        offsets[key], end = end, end + _bytes_of(name, shape)
+        entries[key] = {"dtype": name, "shape": list(shape), "data_offsets": [offsets[key], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {key: len(header) + offset for key, offset in offsets.items()}
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """Whether a contiguous floating-point array (2 or 4 bytes an element) holds no NaN and no infinity."""
+    info = ml_dtypes.finfo(tensor.dtype)
+    unsigned = np.dtype(f"u{tensor.dtype.itemsize}")
+    flat = tensor.reshape(-1).view(unsigned)
+    sign = unsigned.type(1 << (info.bits - 1))
+    infinity = np.array(np.inf, tensor.dtype).view(unsigned)  # NaNs come after it
+    starts = range(0, flat.size, _CHECKED_AT_ONCE)
+    return all((flat[start : start + _CHECKED_AT_ONCE] & ~sign).max() < infinity for start in starts)
+
+
+def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize

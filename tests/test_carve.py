@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from convert import cli, stream
 from convert.calibrate import least_squares_scale
 from convert.carve import CarveOptions, carve, data_free_scale
-from nemoe_jax import hf
+from nemoe_jax import checkpoint, hf
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward
 
@@ -119,15 +119,15 @@ def interrupted(*, after_layers, monkeypatch):
 
 
 def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_path, monkeypatch):
-    wanted = carve(dense_directory, tmp_path / "whole", OPTIONS, shard_bytes=1)
+    wanted = carve(dense_directory, tmp_path / "whole", OPTIONS, stream.Run(shard_bytes=1))
     with monkeypatch.context() as patched:
         interrupted(after_layers=2, monkeypatch=patched)
         with pytest.raises(KeyboardInterrupt):
-            carve(dense_directory, tmp_path / "moe", OPTIONS, shard_bytes=1)
+            carve(dense_directory, tmp_path / "moe", OPTIONS, stream.Run(shard_bytes=1))
     assert not (tmp_path / "moe").exists()
     with monkeypatch.context() as patched:
         seen = interrupted(after_layers=99, monkeypatch=patched)
-        got = carve(dense_directory, tmp_path / "moe", OPTIONS, shard_bytes=1)
+        got = carve(dense_directory, tmp_path / "moe", OPTIONS, stream.Run(shard_bytes=1))
     assert len(seen) == 1  # two of three layers were there
     assert got == wanted
     whole, resumed = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "moe")
@@ -137,7 +137,7 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
     names = {path.name for path in (tmp_path / "moe").iterdir()} - {
         path.name for path in (tmp_path / "moe").glob("model-*")
     }
-    assert names == {"config.json", hf.INDEX, stream.MANIFEST}
+    assert names == {"config.json", checkpoint.INDEX, stream.MANIFEST}
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ def test_a_mixture_is_not_carved_again_and_nothing_is_overwritten(dense_director
 
 
 def test_weights_that_are_not_numbers_are_refused(dense_directory, tmp_path):
-    config, params = hf.load(dense_directory)
-    params["blocks"]["dense"]["ffn"]["gate"] = params["blocks"]["dense"]["ffn"]["gate"].at[1, 3, 5].set(jnp.nan)
-    hf.save(tmp_path / "broken", config, params)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight: not finite"):
-        carve(tmp_path / "broken", tmp_path / "moe", OPTIONS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "dense"]
+    tensors = load_file(dense_directory / checkpoint.SINGLE)
+    tensors["model.layers.1.mlp.gate_proj.weight"][3, 5] = jnp.nan
+    save_file(tensors, dense_directory / checkpoint.SINGLE)
+    with pytest.raises(UserError, match=r"dense: model\.layers\.1\.mlp\.gate_proj\.weight: not finite"):
+        carve(dense_directory, tmp_path / "moe", OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_the_report_of_the_command(dense_directory, tmp_path, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemoe_jax import hf
+from nemoe_jax import checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ["scratch.layers=1", "scratch.hidden=48", "scratch.heads=2", "scratch.kv_heads=1", "scratch.ffn=64"]
@@ -26,7 +26,7 @@ def test_the_demo_trains_carves_repairs_and_reports(tmp_path):
 
     report = json.loads((output / "report.json").read_text())
     for name in ("dense", "reference", "carved", "repaired"):
-        assert hf.read_config(report[name]["model_dir"]).experts == (0 if name == "dense" else 16)
+        assert checkpoint.read_config(report[name]["model_dir"]).experts == (0 if name == "dense" else 16)
         assert report[name]["params_active"] <= report[name]["params_total"]
     assert report["dense"]["loss"] < 8  # from ln 4096 = 8.3: it has learnt something
     gaps = {name: report[name]["loss"] - report["dense"]["loss"] for name in ("reference", "carved", "repaired")}

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nemoe_jax import hf, schema, sharding
+from nemoe_jax import checkpoint, hf, schema, sharding
 from nemoe_jax.errors import UserError
 from tests.conftest import DENSE, MIXTRAL
 
@@ -44,8 +43,8 @@ def test_shards_hold_whole_layers_and_the_index_names_every_tensor(tmp_path):
     hf.save(tmp_path / "model", MIXTRAL, params, shard_bytes=1)
     modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert len(modes) == 1  # weights can be read by whoever can read config.json
-    index = json.loads((tmp_path / "model" / hf.INDEX).read_text())
-    keys = {ref.key for unit in hf.units(MIXTRAL) for ref in unit}
+    index = json.loads((tmp_path / "model" / checkpoint.INDEX).read_text())
+    keys = {ref.key for unit in checkpoint.units(MIXTRAL) for ref in unit}
     assert set(index["weight_map"]) == keys
     assert index["metadata"]["total_size"] == 4 * schema.count(MIXTRAL)[0]
     for name in set(index["weight_map"].values()):
@@ -81,9 +80,9 @@ def model(tmp_path):
 
 
 def rewrite(directory, change):
-    tensors = load_file(directory / hf.SINGLE)
+    tensors = load_file(directory / checkpoint.SINGLE)
     change(tensors)
-    save_file(tensors, directory / hf.SINGLE)
+    save_file(tensors, directory / checkpoint.SINGLE)
 
 
 def test_every_bad_tensor_is_listed_in_one_error(model):
@@ -116,7 +115,7 @@ def test_what_transformers_ignores_is_ignored(tmp_path):
 
 
 def test_a_truncated_file_is_named(model):
-    path = model / hf.SINGLE
+    path = model / checkpoint.SINGLE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: truncated: tensor \S+ ends at byte"):
         hf.load(model)
@@ -162,10 +161,10 @@ def test_an_integer_tensor_is_refused(model):
 
 def test_nothing_is_overwritten_and_nothing_left_behind(model, tmp_path):
     params = schema.initialise(DENSE, jax.random.key(1))
-    before = load_file(model / hf.SINGLE)
+    before = load_file(model / checkpoint.SINGLE)
     with pytest.raises(UserError, match="exists already"):
         hf.save(model, DENSE, params)
-    assert_equal(load_file(model / hf.SINGLE), before)
+    assert_equal(load_file(model / checkpoint.SINGLE), before)
     with pytest.raises(KeyError):
         hf.save(tmp_path / "other", DENSE, {"embed": params["embed"]}, shard_bytes=1)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -174,44 +173,5 @@ def test_nothing_is_overwritten_and_nothing_left_behind(model, tmp_path):
 def test_weights_are_cast_on_the_way(model):
     _, params = hf.load(model, dtype=jnp.bfloat16)
     assert params["norm"].dtype == jnp.bfloat16
-    wanted = load_file(model / hf.SINGLE)["lm_head.weight"].astype(ml_dtypes.bfloat16)
+    wanted = load_file(model / checkpoint.SINGLE)["lm_head.weight"].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(np.asarray(params["head"]), wanted.T)
-
-
-def test_an_interrupted_writer_goes_on_at_its_first_unfinished_shard(tmp_path):
-    source = hf.Checkpoint(saved(tmp_path / "source"))
-
-    def tensors(shard):
-        by_unit = hf.units(DENSE)
-        return {ref.key: source.view(ref.key) for unit in shard.units for ref in by_unit[unit]}
-
-    def start(state):
-        return hf.Writer(tmp_path / "copy", DENSE, shard_bytes=1, state=state)
-
-    with pytest.raises(KeyboardInterrupt), start({"options": 1}) as writer:
-        for shard in writer.pending[:2]:
-            writer.write(shard, tensors(shard))
-        raise KeyboardInterrupt
-    assert not (tmp_path / "copy").exists()
-    with start({"options": 1}) as writer:
-        assert [shard.units for shard in writer.pending] == [(2,), (3,), (4,)]
-        for shard in writer.pending:
-            writer.write(shard, tensors(shard))
-        writer.finish()
-    assert_equal(hf.load(tmp_path / "copy")[1], hf.load(tmp_path / "source")[1])
-    shutil.rmtree(tmp_path / "copy")
-    assert len(start({"options": 1}).pending) == 5
-
-
-def test_a_writer_with_other_options_starts_afresh(tmp_path):
-    source = hf.Checkpoint(saved(tmp_path / "source"))
-    with pytest.raises(KeyboardInterrupt), hf.Writer(tmp_path / "copy", DENSE, 1, {"options": 1}) as writer:
-        by_unit = hf.units(DENSE)
-        writer.write(writer.pending[0], {ref.key: source.view(ref.key) for ref in by_unit[0]})
-        raise KeyboardInterrupt
-    assert len(hf.Writer(tmp_path / "copy", DENSE, 1, {"options": 2}).pending) == 5
-
-
-def saved(directory):
-    hf.save(directory, DENSE, schema.initialise(DENSE, jax.random.key(0)))
-    return directory

@@ -12,8 +12,9 @@ transformers = pytest.importorskip("transformers")
 from convert import cli
 from convert.nekomind_torch import build_nekomind, load_nekomind
 from convert.verify import compare
-from nemoe_jax import hf, schema
+from nemoe_jax import checkpoint, hf, schema
 from nemoe_jax.transformer import forward
+from nemoe_jax.writer import Writer
 from tests.conftest import NEKOMIND
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -110,8 +111,9 @@ def test_nekomind_equals_its_torch_reference(tmp_path):
             gate, up = np.split(gate_up[expert], 2)
             for name, tensor in (("gate", gate), ("up", up), ("down", down[expert])):
                 tensors[f"{prefix}{expert}.{name}_proj.weight"] = tensor
-    with hf.Writer(tmp_path / "model", NEKOMIND) as writer:
-        writer.write(writer.pending[0], tensors)
+    with Writer(tmp_path / "model", NEKOMIND) as writer:
+        for unit in range(NEKOMIND.layers + 2):
+            writer.write(unit, tensors)
         writer.finish()
     np.testing.assert_allclose(our_logits(tmp_path / "model", IDS), torch_logits(reference, IDS), atol=1e-5)
 
@@ -137,6 +139,6 @@ def test_the_verify_command_agrees_and_disagrees(family, tmp_path, capsys, monke
         tensor = self.files[key].view(key)
         return tensor[::-1] if ".experts.3." in key else tensor
 
-    monkeypatch.setattr(hf.Checkpoint, "view", shuffled)
+    monkeypatch.setattr(checkpoint.Checkpoint, "view", shuffled)
     assert cli.main(["verify", str(tmp_path / "model"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["agrees"] is False

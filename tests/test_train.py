@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from nemoe_jax import hf, schema
+from nemoe_jax import checkpoint, hf, schema
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import leaves
 from nemoe_jax.tokenizer import load_tokenizer
@@ -261,7 +261,7 @@ def test_the_seed_decides_everything(write):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert main(["run", str(recipe), "steps=4", f"seed={seed}", f"output={name}", "save_dtype=bfloat16"]) == 0
         runs[name] = losses_of(Path(name))
-        assert hf.read_config(name).dtype == "bfloat16"
+        assert checkpoint.read_config(name).dtype == "bfloat16"
     assert runs["a"] == runs["b"] and runs["a"] != runs["c"]
 
 
@@ -270,7 +270,7 @@ def test_master_weights_are_float32_and_saved_in_save_dtype(write):
     _, state, frozen, _ = ready(recipe)
     assert {array.dtype for array in jax.tree.leaves(state.trainable)} == {np.dtype("float32")} and not frozen
     train(recipe)
-    assert hf.read_config("out").dtype == "bfloat16" == hf.load("out")[1]["embed"].dtype
+    assert checkpoint.read_config("out").dtype == "bfloat16" == hf.load("out")[1]["embed"].dtype
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from nemoe_jax import hf, lora, schema, sharding
+from nemoe_jax import checkpoint, hf, lora, schema, sharding
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import ParamSpec, Tree
@@ -46,8 +46,8 @@ def check(recipe: Recipe) -> Inputs:
     if tokenizer_path is None:
         raise UserError("tokenizer: missing")
     tokenizer = load_tokenizer(tokenizer_path)
-    config = hf.read_config(recipe.model) if recipe.model else recipe.scratch_config(tokenizer)
-    teacher_config = hf.read_config(recipe.distill.teacher) if recipe.distill else None
+    config = checkpoint.read_config(recipe.model) if recipe.model else recipe.scratch_config(tokenizer)
+    teacher_config = checkpoint.read_config(recipe.distill.teacher) if recipe.distill else None
     _check_fit(recipe, config, teacher_config, tokenizer)
     targets = [lora.Target(target.pattern, target.rank, target.alpha) for target in recipe.lora]
     lora.match(config, targets)
