@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from convert.carve import CARVE
+from convert.merge import MERGE
 from nemoe_jax.command import EXIT_DISAGREES, Command, report
 
-CONVERSIONS = (CARVE,)
+CONVERSIONS = (CARVE, MERGE)
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.

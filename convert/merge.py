@@ -1,0 +1,92 @@
+"""Merging a LoRA adapter (Hu et al. 2021) of Hugging Face PEFT into a model: W + scale · B · A, layer by layer.
+
+The sum is formed in float32 and cast once to the model's dtype; tensors that the adapter does not name are copied as
+they are. The adapter's format is peft.py's business.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from convert.options import Conversion, _add_run_flags, option
+from convert.peft import CONFIG, WEIGHTS, PeftAdapter
+from convert.stream import Figures, Report, Run, Tensors, stream
+from nemoe_jax.checkpoint import Checkpoint, units
+from nemoe_jax.command import Command
+from nemoe_jax.writer import refuse_existing
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeOptions:
+    """What is merged."""
+
+    adapter: str = option(dataclasses.MISSING, "PEFT adapter directory", "DIR")
+
+
+def merge(source: str | Path, destination: str | Path, options: MergeOptions, run: Run = Run()) -> Report:
+    """Merges an adapter into a model directory and writes another; returns the manifest (see convert/stream.py).
+
+    Raises:
+        UserError: an adapter that does not fit the model or is no plain LoRA (see `PeftAdapter`), existing destination.
+    """
+    refuse_existing(destination)
+    checkpoint = Checkpoint(source)
+    adapter = PeftAdapter(options.adapter, checkpoint.config)
+    changed = adapter.low_rank.keys() | adapter.whole.keys()
+    by_unit = units(checkpoint.config)
+
+    def layer(number: int) -> tuple[Tensors, Figures]:
+        keys = [ref.key for ref in by_unit[number + 1] if ref.key in changed]
+        tensors = {key: adapter.merged(key, checkpoint.view(key)) for key in keys}
+        return tensors, {"tensors_changed": len(keys)}
+
+    recorded = {
+        "command": "merge",
+        "adapter": adapter.directory.resolve().name,
+        "adapter_sha256": {name: _sha256(adapter.directory / name) for name in (CONFIG, WEIGHTS)},
+    }
+    return stream(
+        checkpoint,
+        destination,
+        checkpoint.config,
+        layer,
+        recorded,
+        run=run,
+        copy=lambda ref: adapter.merged(ref.key, checkpoint.view(ref.key)),
+        summary=lambda: {"tensors_updated": len(adapter.low_rank), "tensors_replaced": len(adapter.whole)},
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _figures(manifest: Report) -> Figures:
+    return {name: manifest[name] for name in ("tensors_updated", "tensors_replaced")}
+
+
+class _Merge(Conversion):
+    """Its adapter is a positional argument between source and destination."""
+
+    def add_to(self, command: Command) -> None:
+        """Declares the sub-command."""
+        parser = command.add(self.name, self._handle, self.summary, self.details, reports=True)
+        parser.add_argument("source", metavar="MODEL", help=self.source_help)
+        parser.add_argument("adapter", metavar="ADAPTER", help=dataclasses.fields(self.options)[0].metadata["help"])
+        parser.add_argument("destination", metavar="DST", help=self.destination_help)
+        _add_run_flags(parser)
+
+
+MERGE = _Merge(
+    "merge",
+    merge,
+    MergeOptions,
+    "merge a LoRA adapter of Hugging Face PEFT into a model",
+    "ADAPTER holds adapter_config.json and adapter_model.safetensors. Plain LoRA is merged: attention, dense FFNs,\n"
+    "experts (fused or one by one), routers, embedding and head, with rank and alpha patterns, rank-stabilised scales\n"
+    "and whole tensors (modules_to_save). Any other kind (DoRA, biases, …) is refused.\n"
+    "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole; the\n"
+    "adapter's SHA-256 sums are recorded, too.",
+    _figures,
+)

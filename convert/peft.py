@@ -1,0 +1,298 @@
+"""LoRA adapters as Hugging Face PEFT saves them: what each of their tensors means for a checkpoint's weights.
+
+An adapter directory holds adapter_config.json and adapter_model.safetensors. Keys name PEFT's modules, not files:
+
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight    (r, in)
+    base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight    (out, r)
+    base_model.model.model.embed_tokens.lora_embedding_A              (r, rows), and …_B (columns, r): W += (B A)^T
+    base_model.model.model.norm.weight                                a whole tensor: modules_to_save
+    base_model.model.lm_head.base_layer.weight                        the same, under a low-rank update
+
+Since transformers 5 a layer's experts are two fused tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F), and
+PEFT wraps the module once for each (`experts` and `experts.base_layer`). A is expert-major: (E r, in), row e r + i is
+rank i of expert e. B is rank-major: (out, r E), column i E + e. The older form, a module for each expert, is read too.
+
+r rank, E experts, F expert_ffn, D embed.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from nemoe_jax.checkpoint import TensorRef, units
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.errors import UserError
+from nemoe_jax.schema import ParamSpec
+from nemoe_jax.tensor_file import TensorFile, is_finite
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
+_PROBLEMS_SHOWN = 20
+_ROWS = 1024  # of a weight that are in float32 at once
+_ALL = slice(None)
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|weight)"
+)
+# what changes the weights in ways other than a low-rank sum
+_REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights as well
+
+
+class AdapterConfig(NamedTuple):
+    """What adapter_config.json says about the size of updates."""
+
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    rslora: bool  # scale alpha / √r (Kalajdzievski 2023) instead of alpha / r
+    parameters: tuple[str, ...]  # targets named as parameters rather than as modules
+    ties: bool  # embedding and head were adapted as one
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the update of a module or parameter."""
+        return _lookup(self.rank_pattern, name, self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """The factor of B A."""
+        rank = self.rank_of(name)
+        return _lookup(self.alpha_pattern, name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def name_of(self, module: str) -> str:
+        """What patterns are matched against: the parameter where that was the target, else the module."""
+        parameter = f".{module}.weight"
+        return parameter[1:] if any(parameter.endswith(f".{target}") for target in self.parameters) else module
+
+
+def _lookup(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a dotted name."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def read_config(directory: Path) -> AdapterConfig:
+    """Reads adapter_config.json.
+
+    Raises:
+        UserError: no adapter directory, or a kind of adapter that a low-rank sum does not describe.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise UserError(f"{directory}: not a PEFT adapter directory: no {CONFIG}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from error
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type: wanted LORA, got {kind}")
+    problems = [f"{key} = {content[key]} is not supported" for key in _REFUSED if content.get(key)]
+    if content.get("bias", "none") != "none":
+        problems.append(f"bias: wanted none, got {content['bias']}")
+    if content.get("init_lora_weights") not in _PLAIN_INITS:
+        problems.append(
+            f"init_lora_weights = {content['init_lora_weights']} changed the base model's weights; "
+            "convert the adapter to a plain LoRA with PEFT first"
+        )
+    config = AdapterConfig(
+        rank=content.get("r", 8),
+        alpha=content.get("lora_alpha", 8),
+        rank_pattern=content.get("rank_pattern") or {},
+        alpha_pattern=content.get("alpha_pattern") or {},
+        rslora=bool(content.get("use_rslora")),
+        parameters=tuple(content.get("target_parameters") or ()),
+        ties=bool(content.get("ensure_weight_tying")),
+    )
+    for rank in (config.rank, *config.rank_pattern.values()):
+        if type(rank) is not int or rank < 1:
+            problems.append(f"r and rank_pattern: wanted positive whole numbers, got {rank}")
+    for alpha in (config.alpha, *config.alpha_pattern.values()):
+        if type(alpha) not in (int, float):
+            problems.append(f"lora_alpha and alpha_pattern: wanted numbers, got {alpha}")
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"rank_pattern and alpha_pattern: wanted regular expressions, got {pattern} ({error})")
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(problems))
+    return config
+
+
+class LowRank(NamedTuple):
+    """A low-rank update of one checkpoint tensor: names of A and B in the file, and the parts of them that count."""
+
+    a: str
+    b: str
+    scale: float
+    embedding: bool = False  # W += (B A)^T
+    ranks_of_a: slice = _ALL
+    ranks_of_b: slice = _ALL
+    outputs: slice = _ALL
+
+    def factors(self, file: TensorFile) -> tuple[np.ndarray, np.ndarray]:
+        """Float32 (rows, r) and (r, columns), whose product times `scale` is added to the weight."""
+        a = np.asarray(file.view(self.a)[self.ranks_of_a], np.float32)
+        b = np.asarray(file.view(self.b)[self.outputs, self.ranks_of_b], np.float32)
+        return (a.T, b.T) if self.embedding else (b, a)
+
+
+class PeftAdapter:
+    """An adapter directory, matched against a model."""
+
+    def __init__(self, directory: str | Path, model: ModelConfig):
+        """Reads the config and the header, finds each tensor's place, and checks the values.
+
+        Raises:
+            UserError: not a LoRA adapter that can be merged, or tensors that do not fit the model; all are listed.
+        """
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise UserError(f"{directory}: no such directory")
+        self.config = read_config(self.directory)
+        path = self.directory / WEIGHTS
+        if not path.exists() and (self.directory / _PICKLE).exists():
+            raise UserError(
+                f"{self.directory / _PICKLE}: a pickle file, which can run code when it is opened; "
+                f"load it with PEFT and save it as {WEIGHTS} first"
+            )
+        self.file = TensorFile(path)
+        self.dtype = jnp.dtype(model.dtype)
+        self.low_rank: dict[str, LowRank] = {}  # {checkpoint key: update}
+        self.whole: dict[str, str] = {}  # {checkpoint key: tensor that replaces it}
+        self._problems: list[str] = []
+        self._match(model)
+        if not self.file.entries:
+            self._problems.append("no tensors")
+        if self._problems:
+            more = (
+                f"; and {len(self._problems) - _PROBLEMS_SHOWN} more" if len(self._problems) > _PROBLEMS_SHOWN else ""
+            )
+            raise UserError(f"{path}: " + "; ".join(self._problems[:_PROBLEMS_SHOWN]) + more)
+        for name in self.file.entries:
+            if not is_finite(self.file.view(name)):
+                raise UserError(f"{path}: {name}: NaN or infinite values")
+
+    def merged(self, key: str, weight: np.ndarray) -> np.ndarray:
+        """The checkpoint tensor `key` with the adapter in it: W + scale B A in float32, cast to the model's dtype."""
+        if key in self.whole:
+            weight = self.file.view(self.whole[key])
+        if key not in self.low_rank:
+            return weight
+        update = self.low_rank[key]
+        left, right = update.factors(self.file)
+        result = np.empty(weight.shape, self.dtype)
+        for start in range(0, len(weight), _ROWS):
+            rows = slice(start, start + _ROWS)
+            result[rows] = weight[rows].astype(np.float32) + np.float32(update.scale) * (left[rows] @ right)
+        return result
+
+    def _match(self, model: ModelConfig) -> None:
+        refs = [ref for unit in units(model) for ref in unit]
+        modules = {ref.key.removesuffix(".weight"): ref.spec for ref in refs}
+        experts: dict[str, list[TensorRef]] = {}  # {module that holds a layer's experts: their tensors}
+        for ref in refs:
+            if "experts" in ref.spec.stacked:
+                experts.setdefault(ref.key.partition(".experts.")[0] + ".experts", []).append(ref)
+        for (module, _), parts in self._groups().items():
+            own = module.replace(".mlp.", ".block_sparse_moe.") if model.family == "mixtral" else module
+            if model.tied and module == "lm_head" and self.config.ties:
+                continue  # the embedding's update over again
+            if model.tied and own == "model.embed_tokens" and not self.config.ties:
+                self._problems.append(f"{module}: adapted apart from the head, which the model ties to it")
+            elif own in modules:
+                self._match_module(module, f"{own}.weight", modules[own], parts)
+            elif own in experts and "weight" not in parts:
+                self._match_experts(module, experts[own], parts)
+            else:
+                self._problems.extend(
+                    f"{name}: matches nothing in this {model.family} model" for name in parts.values()
+                )
+
+    def _groups(self) -> dict[tuple[str, str], dict[str, str]]:
+        """{(PEFT's module, ".base_layer" or ""): {part: tensor name}}."""
+        groups: dict[tuple[str, str], dict[str, str]] = {}
+        for name in self.file.entries:
+            match = _KEY.fullmatch(name)
+            if match:
+                groups.setdefault((match["module"], match["inner"] or ""), {})[match["part"]] = name
+            else:
+                self._problems.append(f"{name}: no tensor of a LoRA adapter")
+        return groups
+
+    def _match_module(self, module: str, key: str, spec: ParamSpec, parts: dict[str, str]) -> None:
+        """A module that holds one checkpoint tensor."""
+        if "weight" in parts:
+            if self._fits(parts["weight"], spec.torch_shape):
+                self.whole[key] = parts["weight"]
+            return
+        pair = self._pair(parts)
+        if not spec.contracted:
+            self._problems.append(f"{', '.join(parts.values())}: {key} is no linear map")
+        if pair is None or not spec.contracted:
+            return
+        name = self.config.name_of(module)
+        rank, scale = self.config.rank_of(name), self.config.scale_of(name)
+        rows, columns = spec.torch_shape
+        embedding = "lora_embedding_A" in parts
+        inputs, outputs = (rows, columns) if embedding else (columns, rows)
+        if self._fits(pair[0], (rank, inputs)) and self._fits(pair[1], (outputs, rank)):
+            self.low_rank[key] = LowRank(*pair, scale, embedding)
+
+    def _match_experts(self, module: str, refs: list[TensorRef], parts: dict[str, str]) -> None:
+        """A layer's experts, fused: which of the two parameters it is shows in the shapes, which never coincide."""
+        pair = self._pair(parts)
+        if pair is None:
+            return
+        count = refs[-1].place[1] + 1
+        width, hidden = next(ref.spec.torch_shape for ref in refs if _leaf(ref) == "gate")
+        a, b = (self.file.entries[name].shape for name in pair)
+        down = (a[1:], b[:1]) == ((width,), (hidden,))
+        parameter = f"{module}.down_proj" if down else f"{module}.gate_up_proj"
+        rank, scale = self.config.rank_of(parameter), self.config.scale_of(parameter)
+        inputs, outputs = (width, hidden) if down else (hidden, 2 * width)
+        if not (self._fits(pair[0], (count * rank, inputs)) and self._fits(pair[1], (outputs, count * rank))):
+            return
+        places = {"down": _ALL} if down else {"gate": slice(0, width), "up": slice(width, 2 * width)}
+        for ref in refs:
+            if _leaf(ref) in places:
+                expert = ref.place[1]
+                own_ranks = slice(expert * rank, (expert + 1) * rank), slice(expert, None, count)
+                self.low_rank[ref.key] = LowRank(*pair, scale, False, *own_ranks, places[_leaf(ref)])
+
+    def _pair(self, parts: dict[str, str]) -> tuple[str, str] | None:
+        """The names of A and B, or a problem."""
+        for names in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+            if parts.keys() == set(names):
+                return parts[names[0]], parts[names[1]]
+        self._problems.append(f"{', '.join(parts.values())}: wanted a pair of A and B")
+        return None
+
+    def _fits(self, name: str, wanted: tuple[int, ...]) -> bool:
+        got = self.file.entries[name].shape
+        if got != wanted:
+            self._problems.append(f"{name}: wanted shape {wanted}, got {got}")
+        return got == wanted
+
+
+def _leaf(ref: TensorRef) -> str:
+    return ref.spec.path.rpartition("/")[2]
