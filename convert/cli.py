@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from convert.carve import CARVE
+from convert.gguf import GGUF
 from convert.merge import MERGE
 from nemoe_jax.command import EXIT_DISAGREES, Command, report
 
-CONVERSIONS = (CARVE, MERGE)
+CONVERSIONS = (CARVE, GGUF, MERGE)
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.
