@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nemoe_jax.checkpoint import Checkpoint, TensorRef, units
+from nemoe_jax.checkpoint import HUGGING_FACE, Checkpoint, Layout, TensorRef, units
 from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
@@ -59,6 +59,7 @@ def stream(
     copy: Callable[[TensorRef], np.ndarray] | None = None,
     finished: Callable[[int, Tensors], None] | None = None,
     summary: Callable[[], Figures] | None = None,
+    layout: Layout = HUGGING_FACE,
 ) -> Report:
     """Writes the model directory `destination` of shape `config`; returns its manifest.
 
@@ -72,6 +73,7 @@ def stream(
         finished: is shown each layer as it was written, in ascending order (those of an interrupted job, too), before
             the next is made; layers then go one by one, in a single process.
         summary: figures of the whole for the manifest, asked for at the end.
+        layout: of the destination.
 
     Raises:
         UserError: the destination exists, the source turns out bad (nothing is left behind then), no room on the disk.
@@ -84,7 +86,7 @@ def stream(
         return tensors | {ref.key: take(ref) for ref in by_unit[unit] if ref.key not in tensors}, figures
 
     if run.dry_run:
-        return _dry_run(destination, config, make, options, run, sequential=finished is not None)
+        return _dry_run(destination, config, make, options, run, layout, sequential=finished is not None)
     if finished and jax.process_count() > 1:
         raise UserError(f"{options['command']}: its layers depend on one another; run it in a single process")
     state = {
@@ -96,7 +98,7 @@ def stream(
     }
     with (
         resumable(),
-        Writer(destination, config, run.shard_bytes, state=state) as writer,
+        Writer(destination, config, run.shard_bytes, state, layout) as writer,
         Hashes(source) as hashes,
         progress_bar() as bar,
     ):
@@ -158,11 +160,12 @@ def _dry_run(
     make: Callable[[int], Any],
     options: Figures,
     run: Run,
+    layout: Layout,
     sequential: bool,
 ) -> Report:
     """What would be written, whether it fits, and how long a layer takes; nothing stays behind."""
     refuse_existing(destination)
-    files = plan(config, run.shard_bytes)
+    files = plan(config, run.shard_bytes, layout)
     size = sum(file.size for file in files)
     check_room(Path(destination), size)
     started = time.monotonic()

@@ -9,10 +9,12 @@ import dataclasses
 import difflib
 from typing import Any, Literal, NamedTuple
 
+from nemoe_jax import config_values
 from nemoe_jax.errors import UserError
 
 Family = Literal["mistral", "llama", "mixtral", "nekomind"]
 DTYPES = ("bfloat16", "float16", "float32")
+_LARGEST_SIZE = 2**31 - 1  # what an index on a device can count
 
 _ARCHITECTURES: dict[str, Family] = {
     "MistralForCausalLM": "mistral",
@@ -66,6 +68,16 @@ class ModelConfig:
         for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "vocab", "context"):
             if getattr(self, name) < 1:
                 problems.append(f"{name}: wanted a positive number, got {getattr(self, name)}")
+        for name in ("ffn", "experts", "top_k", "expert_ffn", "shared_ffn", "dense_layers"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        for name, size in vars(self).items():
+            if type(size) is int and size > _LARGEST_SIZE:
+                problems.append(f"{name}: wanted at most {_LARGEST_SIZE}, got {size}")
+        if not self.rope_theta > 0:
+            problems.append(f"rope_theta: wanted a positive number, got {self.rope_theta}")
+        if not self.norm_eps >= 0:
+            problems.append(f"norm_eps: wanted 0 or more, got {self.norm_eps}")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             problems.append(f"kv_heads: wanted a divisor of heads = {self.heads}, got {self.kv_heads}")
         if self.head_dim % 2:
@@ -109,20 +121,23 @@ class ModelConfig:
         """Reads the content of a config.json; `source` names it in errors.
 
         Raises:
-            UserError: unknown architecture, a missing key, or a feature that this model does not have.
+            UserError: unknown architecture, a missing key, a value of the wrong kind, or a feature that this model does
+                not have.
         """
+        config = config_values.given(config, source, config_values.HUGGING_FACE)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = config_values.given(rope, f"{source}: RoPE", config_values.ROPE)
         architecture = (config.get("architectures") or ["(none)"])[0]
         if architecture not in _ARCHITECTURES:
             raise UserError(f"{source}: unknown architecture {architecture}; known: {', '.join(_ARCHITECTURES)}")
         family = _ARCHITECTURES[architecture]
-        _refuse_unsupported(config, source)
+        _refuse_unsupported(config, rope, source)
 
         def need(key: str) -> Any:
-            if config.get(key) is None:
+            if key not in config:
                 raise UserError(f"{source}: {key} is missing")
             return config[key]
 
-        rope = config.get("rope_parameters") or {}
         fields: dict[str, Any] = {
             "family": family,
             "hidden": need("hidden_size"),
@@ -130,13 +145,13 @@ class ModelConfig:
             "heads": need("num_attention_heads"),
             "kv_heads": config.get("num_key_value_heads") or need("num_attention_heads"),
             # transformers itself falls back to hidden/heads where the config gives no head_dim
-            "head_dim": config.get("head_dim") or need("hidden_size") // need("num_attention_heads"),
+            "head_dim": config.get("head_dim") or need("hidden_size") // max(need("num_attention_heads"), 1),
             "vocab": need("vocab_size"),
-            "tied": bool(config.get("tie_word_embeddings", False)),
+            "tied": config.get("tie_word_embeddings", False),
             "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
             "context": need("max_position_embeddings"),
-            "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
             "bos_token_id": config.get("bos_token_id"),
             "eos_token_id": _hashable(config.get("eos_token_id")),
         }
@@ -153,8 +168,8 @@ class ModelConfig:
                 "expert_ffn": need("moe_intermediate_size"),
                 "shared_ffn": config.get("shared_expert_intermediate_size") or 0,
                 "dense_layers": _leading_dense_layers(config, source),
-                "normalise_top_k": bool(config.get("norm_topk_prob", True)),
-                "qk_norm": bool(config.get("qk_norm", True)),
+                "normalise_top_k": config.get("norm_topk_prob", True),
+                "qk_norm": config.get("qk_norm", True),
                 "ffn": config.get("intermediate_size") or 0,
             }
         else:
@@ -230,9 +245,8 @@ def _leading_dense_layers(config: dict[str, Any], source: str) -> int:
     return len(dense)
 
 
-def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
+def _refuse_unsupported(config: dict[str, Any], rope: dict[str, Any], source: str) -> None:
     """Raises on what would silently change the logits if it were ignored."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type")
     window = config.get("sliding_window")
     problems = [

@@ -36,7 +36,8 @@ class TensorFile:
         """Parses the header.
 
         Raises:
-            UserError: no such file, no safetensors header, or the file is shorter than its header says.
+            UserError: no such file, no safetensors header, tensors that overlap or leave gaps, or the file is shorter
+                than its header says.
         """
         self.path = path
         self.entries: dict[str, Entry] = {}
@@ -49,27 +50,28 @@ class TensorFile:
                 text = file.read(header_size)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        try:
-            header = json.loads(text)
-            if not isinstance(header, dict):
-                raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: the safetensors header is damaged ({error})") from error
         start = 8 + header_size
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            try:
-                dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-                whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-                # other dtypes are refused when they are asked for; their size is not known here
-                if not whole or (dtype in _DTYPES and end - begin != _bytes_of(dtype, shape)):
-                    raise ValueError(f"shape {shape} of {dtype} in bytes {begin} to {end}")
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}: the safetensors header is damaged (tensor {name!r}: {error})") from error
-            if start + end > size:
-                raise UserError(f"{path}: truncated: tensor {name} ends at byte {start + end:,}, the file has {size:,}")
-            self.entries[name] = Entry(dtype, shape, start + begin)
+        for name, entry in _parse(path, text).items():
+            if start + entry.end > size:
+                raise UserError(
+                    f"{path}: truncated: tensor {name} ends at byte {start + entry.end:,}, the file has {size:,}"
+                )
+            self.entries[name] = Entry(entry.dtype, entry.shape, start + entry.begin)
+
+    @property
+    def dtype(self) -> str | None:
+        """NumPy's name of the dtype of most elements; None where none can be read."""
+        sizes = dict.fromkeys(_DTYPES, 0)
+        for entry in self.entries.values():
+            if entry.dtype in sizes:
+                sizes[entry.dtype] += math.prod(entry.shape)
+        most = max(sizes, key=sizes.__getitem__)
+        return np.dtype(_DTYPES[most]).name if sizes[most] else None
+
+    def dtype_problem(self, name: str) -> str | None:
+        """What is wrong with a tensor's dtype, if anything: bf16, f16 and f32 can be read."""
+        dtype = self.entries[name].dtype
+        return None if dtype in _DTYPES else f"tensor {name} has dtype {dtype}; wanted one of {', '.join(_DTYPES)}"
 
     def view(self, name: str) -> np.ndarray:
         """A tensor mapped from disk, read-only; copy what you need and drop it.
@@ -78,11 +80,65 @@ class TensorFile:
             UserError: a dtype other than bf16, f16 or f32.
         """
         entry = self.entries[name]
-        if entry.dtype not in _DTYPES:
-            raise UserError(f"{self.path}: tensor {name} has dtype {entry.dtype}; wanted one of {', '.join(_DTYPES)}")
+        if problem := self.dtype_problem(name):
+            raise UserError(f"{self.path}: {problem}")
         if math.prod(entry.shape) == 0:
             return np.empty(entry.shape, _DTYPES[entry.dtype])
         return np.memmap(self.path, _DTYPES[entry.dtype], "r", entry.offset, entry.shape)
+
+
+class _HeaderEntry(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the end of the header
+    end: int
+
+
+def _parse(path: Path, text: bytes) -> dict[str, _HeaderEntry]:
+    """The tensors that a header lists, in the order of their bytes, which they fill without gaps."""
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: the safetensors header is damaged ({error})") from error
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            entries[name] = _header_entry(name, entry)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: the safetensors header is damaged (tensor {name!r}: {error})") from error
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    expected = 0
+    for name, entry in entries.items():
+        if entry.begin != expected:
+            raise UserError(
+                f"{path}: the safetensors header is damaged (tensor {name} begins at byte {entry.begin:,} of the data, "
+                f"the one before it ends at {expected:,})"
+            )
+        expected = entry.end
+    return entries
+
+
+def _header_entry(name: str, entry: Any) -> _HeaderEntry:
+    """Raises ValueError, TypeError or KeyError on anything else than an entry of the format."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if not (name.isprintable() and isinstance(dtype, str) and dtype.isprintable()):
+        raise ValueError("not a name")  # names go into messages of one line
+    whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    # other dtypes are refused when they are asked for; their size is not known here
+    if not whole or end < begin or (dtype in _DTYPES and end - begin != _bytes_of(dtype, shape)):
+        raise ValueError(f"shape {shape} of {dtype} in bytes {begin} to {end}")
+    return _HeaderEntry(dtype, shape, begin, end)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name comes twice")
+    return content
 
 
 def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, dict[str, int]]:

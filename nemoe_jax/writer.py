@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nemoe_jax.checkpoint import INDEX, SINGLE, units
+from nemoe_jax.checkpoint import HUGGING_FACE, Layout, units
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import ResumableError, UserError
 from nemoe_jax.tensor_file import TensorFile, header_of, is_finite
@@ -67,7 +67,7 @@ class WeightFile(NamedTuple):
     size: int  # bytes
 
 
-def plan(config: ModelConfig, shard_bytes: int = SHARD_BYTES) -> list[WeightFile]:
+def plan(config: ModelConfig, shard_bytes: int = SHARD_BYTES, layout: Layout = HUGGING_FACE) -> list[WeightFile]:
     """The weight files of a model: whole units up to about `shard_bytes`, and at least one."""
     by_unit = units(config)
     itemsize = jnp.dtype(config.dtype).itemsize
@@ -82,8 +82,8 @@ def plan(config: ModelConfig, shard_bytes: int = SHARD_BYTES) -> list[WeightFile
         filled += size
     files = []
     for number, group in enumerate(groups, 1):
-        name = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        shapes = {ref.key: ref.spec.torch_shape for unit in group for ref in by_unit[unit]}
+        name = layout.single if len(groups) == 1 else layout.shard(number, len(groups))
+        shapes = {layout.name(ref.key): ref.spec.torch_shape for unit in group for ref in by_unit[unit]}
         header, offsets = header_of(shapes, config.dtype)
         size = len(header) + sum(math.prod(shape) for shape in shapes.values()) * itemsize
         files.append(WeightFile(name, tuple(group), header, offsets, size))
@@ -104,6 +104,7 @@ class Writer:
         config: ModelConfig,
         shard_bytes: int = SHARD_BYTES,
         state: dict[str, Any] | None = None,
+        layout: Layout = HUGGING_FACE,
     ):
         """Lays the files out.
 
@@ -114,7 +115,7 @@ class Writer:
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self.model = self.partial / "model"
         self.config, self.state = config, None if state is None else json.loads(json.dumps(state))
-        self.files = plan(config, shard_bytes)
+        self.layout, self.files = layout, plan(config, shard_bytes, layout)
         self.finished: dict[int, Any] = {}  # unit -> what `write` was given to remember
         self._lock = threading.Lock()
         self._file_of_unit = {unit: file for file in self.files for unit in file.units}
@@ -173,7 +174,8 @@ class Writer:
             descriptor = os.open(self.model / file.name, os.O_WRONLY)
             try:
                 for ref in units(self.config)[unit]:
-                    self._write_tensor(descriptor, file.offsets[ref.key], ref.key, ref.spec.torch_shape, tensors)
+                    offset = file.offsets[self.layout.name(ref.key)]
+                    self._write_tensor(descriptor, offset, ref.key, ref.spec.torch_shape, tensors)
             finally:
                 os.close(descriptor)
             row = json.dumps({"unit": unit, "figures": figures}) + "\n"
@@ -186,7 +188,8 @@ class Writer:
         self.finished[unit] = figures
 
     def _write_tensor(self, descriptor, offset, key, shape, tensors) -> None:
-        tensor = np.ascontiguousarray(tensors[key], jnp.dtype(self.config.dtype))
+        tensor = self.layout.to_disk(key, tensors[key], self.config.head_dim)
+        tensor = np.ascontiguousarray(tensor, jnp.dtype(self.config.dtype))
         assert tensor.shape == shape, f"{key}: wanted {shape}, got {tensor.shape}"
         if not is_finite(tensor):
             raise UserError(f"{key}: NaN or infinite values")
@@ -198,9 +201,13 @@ class Writer:
                 start, block = start + written, block[written:]
 
     def read(self, unit: int) -> dict[str, np.ndarray]:
-        """The tensors of a finished unit as they were written, mapped."""
+        """The tensors of a finished unit as `write` was given them, cast; mapped where their layout is that on disk."""
         file = TensorFile(self.model / self._file_of_unit[unit].name)
-        return {ref.key: file.view(ref.key) for ref in units(self.config)[unit]}
+        layout, head_dim = self.layout, self.config.head_dim
+        return {
+            ref.key: layout.from_disk(ref.key, file.view(layout.name(ref.key)), head_dim)
+            for ref in units(self.config)[unit]
+        }
 
     def wait(self) -> None:
         """Returns when every process has written its units; all of them are in `finished` then."""
@@ -209,14 +216,17 @@ class Writer:
         assert self.finished.keys() == self._file_of_unit.keys()
 
     def finish(self, tokenizer_from: str | Path | None = None, extra: Mapping[str, str] | None = None) -> None:
-        """Writes config.json, the index and `extra` text files, carries the tokenizer along, names the directory."""
+        """Writes the config, the index and `extra` text files, carries the tokenizer along, names the directory."""
         self.wait()
         if jax.process_index() == 0:
-            texts = {"config.json": json.dumps(self.config.to_hf(), indent=2) + "\n", **(extra or {})}
+            content = self.layout.content(self.config)
+            texts = {self.layout.config_file: json.dumps(content, indent=2) + "\n", **(extra or {})}
             if len(self.files) > 1:
                 weight_map = {key: file.name for file in self.files for key in file.offsets}
                 total = sum(file.size - len(file.header) for file in self.files)
-                texts[INDEX] = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+                texts[self.layout.index] = json.dumps(
+                    {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2
+                )
             for name, text in texts.items():
                 (self.model / name).write_text(text, encoding="utf-8")
             if tokenizer_from is not None:

@@ -1,0 +1,59 @@
+"""Layout: the same model in Mistral's own layout, or in Hugging Face's.
+
+Every command reads both layouts, so this is for other programs: mistral-inference and its kin want params.json and
+consolidated.safetensors. Nothing changes but names and the order of the rows of q and k (nemoe_jax/mistral_layout.py):
+there and back, every tensor is the same bit for bit.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+from convert.options import Conversion, option
+from convert.stream import Figures, Report, Run, stream
+from nemoe_jax.checkpoint import HUGGING_FACE, MISTRAL, Checkpoint
+from nemoe_jax.errors import UserError
+
+_LAYOUTS = {"huggingface": HUGGING_FACE, "mistral": MISTRAL}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutOptions:
+    """What is to be written."""
+
+    to: Literal["mistral", "huggingface"] = option(
+        dataclasses.MISSING, "layout of DST: consolidated.safetensors and params.json, or config.json and shards"
+    )
+
+
+def change_layout(source: str | Path, destination: str | Path, options: LayoutOptions, run: Run = Run()) -> Report:
+    """Writes a model directory in a layout; returns the manifest (see convert/stream.py).
+
+    Raises:
+        UserError: not a model directory, a model that the layout cannot hold, existing destination.
+    """
+    checkpoint, layout = Checkpoint(source), _LAYOUTS[options.to]
+    try:
+        layout.content(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    if layout is MISTRAL:  # those who read it look for one file
+        run = dataclasses.replace(run, shard_bytes=sys.maxsize)
+    described = {"command": "layout", **dataclasses.asdict(options)}
+    return stream(checkpoint, destination, checkpoint.config, lambda layer: ({}, {}), described, run=run, layout=layout)
+
+
+def _figures(manifest: Report) -> Figures:
+    return {"layout": manifest["options"]["to"], "layers": len(manifest["layers"])}
+
+
+LAYOUT = Conversion(
+    "layout",
+    change_layout,
+    LayoutOptions,
+    "write a model in Mistral's own layout, or in Hugging Face's",
+    "SRC may have either layout: config.json with model*.safetensors, or params.json with consolidated.safetensors.\n"
+    "Tokenizer files are carried along. Mistral's layout has one weight file, whatever --shard-gb says.",
+    _figures,
+)

@@ -1,0 +1,71 @@
+"""What the values in a model's config file must be, checked before anything is computed with them.
+
+A value of the wrong kind (a text for a number, NaN, a list) is named here, by the key of the file that it stands in.
+Whether the numbers make a model is for `ModelConfig` to say.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from nemoe_jax.errors import UserError
+
+_LARGEST = 1e300
+
+
+class Kind(NamedTuple):
+    """A kind of JSON value."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+_WHOLE = Kind("a whole number", lambda value: type(value) is int)
+_NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and abs(value) < _LARGEST)
+_FLAG = Kind("true or false", lambda value: type(value) is bool)
+# printable: what is quoted in a message stays on its line
+_TEXT = Kind("a text", lambda value: isinstance(value, str) and value.isprintable())
+_TABLE = Kind("an object", lambda value: isinstance(value, dict))
+_TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(map(_TEXT.fits, value)))
+_WHOLES = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(_WHOLE.fits, value)))
+_TOKENS = Kind("a token id, or a list of them", lambda value: _WHOLE.fits(value) or _WHOLES.fits(value))
+
+# The keys of config.json that are read, by their kind.
+_KEYS = {
+    _WHOLE: "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size "
+    "max_position_embeddings sliding_window intermediate_size num_local_experts num_experts num_experts_per_tok "
+    "moe_intermediate_size shared_expert_intermediate_size first_k_dense_replace decoder_sparse_step bos_token_id",
+    _NUMBER: "rope_theta rms_norm_eps",
+    _FLAG: "tie_word_embeddings norm_topk_prob qk_norm",
+    _TEXT: "dtype torch_dtype hidden_act",
+    _TABLE: "rope_parameters rope_scaling",
+    _TEXTS: "architectures",
+    _WHOLES: "mlp_only_layers",
+    _TOKENS: "eos_token_id",
+}
+HUGGING_FACE = {key: kind for kind, keys in _KEYS.items() for key in keys.split()}
+ROPE = {"rope_theta": _NUMBER, "rope_type": _TEXT, "type": _TEXT}
+MOE = {"moe": _TABLE}
+
+
+def given(content: Any, source: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """The values that a config file gives (null is as good as absent), once those among `kinds` are of their kind.
+
+    Raises:
+        UserError: not a JSON object, or values of another kind; all of them are named.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: wanted a JSON object, got a {type(content).__name__}")
+    values = {key: value for key, value in content.items() if value is not None}
+    problems = [
+        f"{key}: wanted {kinds[key].words}, got {_short(value)}"
+        for key, value in values.items()
+        if key in kinds and not kinds[key].fits(value)
+    ]
+    if problems:
+        raise UserError(f"{source}: " + "; ".join(problems))
+    return values
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
