@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from convert.carve import CARVE
 from convert.gguf import GGUF
+from convert.layout import LAYOUT
 from convert.merge import MERGE
 from nemoe_jax.command import EXIT_DISAGREES, Command, report
 
-CONVERSIONS = (CARVE, GGUF, MERGE)
+CONVERSIONS = (CARVE, GGUF, LAYOUT, MERGE)
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.
