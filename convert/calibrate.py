@@ -1,115 +1,148 @@
-"""What calibration text adds to a carve: the activations that each layer's FFN sees, and the output scale they ask for.
+"""A model run layer by layer over calibration text, with one layer's weights in memory at a time.
 
-B batch, T sequence, D embed, E experts, F expert_ffn.
+    stream = LayerStream(checkpoint, texts, tokens)
+    weights = stream.weights(layer)                       # the schema's tree of one block, float32
+    middle_BTD, normed_BTD = stream.attend(layer, weights, x_BTD)
+    after_BTD = middle_BTD + stream.feed_forward(layer, weights, normed_BTD)
+
+Whoever calibrates keeps the residual streams, one array for each batch, and decides what goes from layer to layer: the
+model's own FFN or what is to replace it. On several devices the batches are cut over all of them and the weights are on
+each.
+
+B batch, T sequence, D embed, V vocabulary.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from nemoe_jax import sharding
 from nemoe_jax.attention import Context
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.layers import NO_ADAPTERS
-from nemoe_jax.schema import Tree, declare, leaves, unflatten
+from nemoe_jax.errors import UserError
+from nemoe_jax.layers import NO_ADAPTERS, rms_norm
+from nemoe_jax.schema import ParamSpec, Tree, declare, leaves, unflatten
 from nemoe_jax.text import find_files, spaced_batches, tokenize
 from nemoe_jax.tokenizer import load_tokenizer
 from nemoe_jax.transformer import Block
 
 SEQUENCE_LENGTH = 256
 BATCH = 8
-RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
 
 
-class DenseStream:
-    """A dense model run layer by layer over calibration text, one layer's weights in memory at a time."""
+def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
+    """Evenly spaced windows of `tokens` tokens in all, rounded up to whole batches: int32 (B, T + 1) each.
 
-    def __init__(self, source: Checkpoint, texts: Sequence[str], tokens: int):
-        """Reads and tokenises the text; evenly spaced windows of about `tokens` tokens in all.
-
-        Raises:
-            UserError: no text, too little of it, or no tokenizer in the source.
-        """
-        self.source, self.config = source, source.config
-        stream = tokenize(find_files(texts), load_tokenizer(source.directory), "tokenising calibration text")
-        length = min(SEQUENCE_LENGTH, self.config.context)
-        batches = spaced_batches(stream, length, BATCH, max(tokens // (BATCH * length), 1))
-        table = source.view(declare(self.config)["embed"].key)
-        self.streams = [jnp.asarray(table[np.asarray(tokens_BT[:, :-1])], jnp.float32) for tokens_BT, _ in batches]
-        self.layer = 0
-
-    def ffn_inputs(self, layer: int) -> list[jax.Array]:
-        """The normalised activations (B, T, D), one array a batch, that the FFN of that layer reads.
-
-        Layers are visited in ascending order; skipped ones (of a resumed job) are run through.
-        """
-        while True:
-            weights = self._layer_weights(self.layer)
-            results = [_dense_layer(self.config, weights, x_BTD) for x_BTD in self.streams]
-            self.streams = [after for _, after in results]
-            self.layer += 1
-            if self.layer > layer:
-                return [normed for normed, _ in results]
-
-    def _layer_weights(self, layer: int) -> Tree:
-        block = declare(self.config)["blocks"]["dense"]
-        return unflatten(
-            {
-                path: jnp.asarray(
-                    self.source.read(spec, (slice(layer, layer + 1), *map(slice, spec.shape[1:])), np.float32)[0]
-                )
-                for path, spec in leaves(block).items()
-            }
+    Raises:
+        UserError: no text, less of it than that, or no tokenizer in the source.
+    """
+    if tokens < 1:
+        raise UserError(f"--calibration-tokens: wanted a positive number, got {tokens}")
+    stream = tokenize(find_files(texts), load_tokenizer(source.directory), "tokenising calibration text")
+    length = min(SEQUENCE_LENGTH, source.config.context)
+    batches = -(-tokens // (BATCH * length))
+    if len(stream) <= batches * BATCH * length:
+        raise UserError(
+            f"--calibration {' '.join(texts)}: wanted more than {batches * BATCH * length:,} tokens "
+            f"(--calibration-tokens {tokens}, in batches of {BATCH * length:,}), got {len(stream):,}"
         )
+    return [tokens_BT for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
+
+
+class LayerStream:
+    """The layers of a checkpoint as functions of residual streams, in float32."""
+
+    def __init__(self, source: Checkpoint):
+        self.source, self.config = source, source.config
+        devices = jax.local_devices()
+        devices = devices if BATCH % len(devices) == 0 else devices[:1]
+        mesh = sharding.make_mesh({"data": len(devices)}, devices)
+        self.cut, self.whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+    def embed(self, tokens_BT: np.ndarray) -> jax.Array:
+        """The residual stream before the first layer, (B, T, D)."""
+        table = self.source.view(declare(self.config)["embed"].key)
+        return jax.device_put(np.asarray(table[tokens_BT], np.float32), self.cut)
+
+    def weights(self, layer: int) -> Tree:
+        """One block's arrays, float32, without the axis of layers."""
+
+        return jax.device_put(block_weights(self.config, layer, self.source.view), self.whole)
+
+    def attend(self, layer: int, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(the stream after attention, what the FFN reads: its normalised copy)."""
+        return _attend(self.config, kind_of(self.config, layer), weights, x_BTD)
+
+    def feed_forward(self, layer: int, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
+        """What the FFN adds to the stream."""
+        return feed_forward(self.config, kind_of(self.config, layer), weights, normed_BTD)
+
+    def loss(self, streams: Sequence[jax.Array], batches: Sequence[np.ndarray]) -> float:
+        """Mean next-token loss, nats, of residual streams that have passed the last layer."""
+        specs = declare(self.config)
+        head_VD = jax.device_put(np.asarray(self.source.view(specs["embed" if self.config.tied else "head"].key)))
+        norm_D = jax.device_put(np.asarray(self.source.view(specs["norm"].key), np.float32), self.whole)
+        head_VD = jax.device_put(head_VD, self.whole)
+        losses = [
+            _loss(self.config.norm_eps, norm_D, head_VD, x_BTD, jax.device_put(tokens[:, 1:], self.cut))
+            for x_BTD, tokens in zip(streams, batches, strict=True)
+        ]
+        return float(np.mean([np.asarray(loss) for loss in losses]))
+
+
+def kind_of(config: ModelConfig, layer: int) -> str:
+    """Whether a layer is "dense" or "moe"."""
+    return next(run.kind for run in config.runs if run.first <= layer < run.first + run.layers)
+
+
+def block_weights(config: ModelConfig, layer: int, view: Callable[[str], np.ndarray]) -> Tree:
+    """One layer's arrays in the schema's layout, float32, from tensors by checkpoint key."""
+
+    def read(spec: ParamSpec) -> np.ndarray:
+        keys = [key for index, key in spec.tensors() if index[0] == layer - spec.first_layer]
+        tensors = [view(key).T if spec.transposed else view(key) for key in keys]
+        return np.stack([tensor.astype(np.float32) for tensor in tensors]).reshape(spec.shape[1:])
+
+    return unflatten(
+        {path: read(spec) for path, spec in leaves(declare(config)["blocks"][kind_of(config, layer)]).items()}
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _graph(config: ModelConfig, kind: str) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, declare(config)["blocks"][kind])))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    middle, normed, _ = nnx.merge(_graph(config, kind), weights).attend(
+        x_BTD, Context(positions, None, None), None, NO_ADAPTERS
+    )
+    return middle, normed
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def feed_forward(config: ModelConfig, kind: str, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
+    """What the FFN of a block with those weights adds to the stream, (B, T, D)."""
+    return nnx.merge(_graph(config, kind), weights).feed_forward(normed_BTD)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _dense_layer(config: ModelConfig, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what the FFN reads, the stream after the layer)."""
-    graph = nnx.split(nnx.eval_shape(lambda: Block(config, declare(config)["blocks"]["dense"])))[0]
-    block = nnx.merge(graph, weights)
-    positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-    middle, normed, _ = block.attend(x_BTD, Context(positions, None, None), None, NO_ADAPTERS)
-    return normed, middle + block.feed_forward(normed)[0]
+def _loss(eps: float, norm_D: jax.Array, head_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Mean loss of a batch; logits of one sequence at a time."""
 
+    def sequence(pair):
+        x_TD, targets_T = pair
+        logits_TV = jnp.einsum("TD,VD->TV", rms_norm(x_TD, norm_D, eps), head_VD.astype(jnp.float32))
+        picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits_TV, axis=-1) - picked_T)
 
-def least_squares_scale(
-    inputs: Sequence[jax.Array],
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
-    router_DE: jax.Array,
-    top_k: int,
-) -> jax.Array:
-    """The factor of each expert's `down`, (E,), with which the mixture comes nearest to the dense FFN's output.
-
-    Minimises Σ_tokens ‖Σ_e s_e·p_te·f_e(x_t) − Σ_e f_e(x_t)‖² with a small ridge towards the common factor, where p are
-    the routing weights and the experts f_e together are the dense FFN.
-    """
-    experts = gate_EDF.shape[0]
-    gram_EE, moment_E = jnp.zeros((experts, experts)), jnp.zeros(experts)
-    for x_BTD in inputs:
-        for x_TD in x_BTD:  # one sequence at a time: every expert's output of every token is held
-            gram, moment = _moments(x_TD, gate_EDF, up_EDF, down_EFD, router_DE, top_k)
-            gram_EE, moment_E = gram_EE + gram, moment_E + moment
-    common = moment_E.sum() / gram_EE.sum()
-    ridge = RIDGE * jnp.trace(gram_EE) / experts
-    return jnp.linalg.solve(gram_EE + ridge * jnp.eye(experts), moment_E + ridge * common)
-
-
-@functools.partial(jax.jit, static_argnames="top_k")
-def _moments(x_TD, gate_EDF, up_EDF, down_EFD, router_DE, top_k):
-    precision = jax.lax.Precision.HIGHEST
-    einsum = functools.partial(jnp.einsum, precision=precision)
-    hidden_ETF = jax.nn.silu(einsum("TD,EDF->ETF", x_TD, gate_EDF)) * einsum("TD,EDF->ETF", x_TD, up_EDF)
-    outputs_ETD = einsum("ETF,EFD->ETD", hidden_ETF, down_EFD)
-    top_TC, chosen_TC = jax.lax.top_k(einsum("TD,DE->TE", x_TD, router_DE), top_k)
-    one_hot_TCE = jax.nn.one_hot(chosen_TC, gate_EDF.shape[0])
-    weights_TE = einsum("TC,TCE->TE", jax.nn.softmax(top_TC), one_hot_TCE)
-    weighted_ETD = outputs_ETD * weights_TE.T[..., None]
-    gram_EE = einsum("ETD,GTD->EG", weighted_ETD, weighted_ETD)
-    return gram_EE, einsum("ETD,TD->E", weighted_ETD, outputs_ETD.sum(0))
+    return jax.lax.map(sequence, (x_BTD, targets_BT)).mean()

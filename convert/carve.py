@@ -26,13 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import partition, router, svd
-from convert.calibrate import DenseStream, least_squares_scale
 from convert.options import Conversion, option
+from convert.refit import CarvedStream, distilled_router, measure, normal_equations, output_scale, ridge_solve
 from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import ParamSpec, declare
+from nemoe_jax.tensor_file import is_finite
 from nemoe_jax.writer import refuse_existing
 
 
@@ -45,20 +46,26 @@ class CarveOptions:
     partition: Literal["gate-kmeans", "contiguous"] = option(
         "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbours (a baseline)"
     )
-    router: Literal["gate-mean", "random"] = option(
-        "gate-mean", "router rows: orthonormalised mean gate rows, or random orthonormal ones (a baseline)"
+    router: Literal["auto", "gate-mean", "distilled", "random"] = option(
+        "auto",
+        "router rows: orthonormalised mean gate rows (auto without calibration), trained to find the experts with the "
+        "largest outputs (auto with it), or random orthonormal ones (a baseline)",
     )
     svd: Literal["exact", "randomized"] = option(
         "randomized",
         "how the gate rows' subspace is found: exact takes minutes for a layer of the 12B, randomized seconds",
     )
     rank: int = option(64, "dimensions of that subspace")
-    logit_std: float = option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
+    logit_std: float = option(
+        0.02, "gate-mean, random: standard deviation of the router logits; small keeps the chosen weights near 1/k"
+    )
     output_scale: float = option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
     calibration: tuple[str, ...] = option(
-        (), "text files, directories or globs: fit each expert's output scale by least squares"
+        (), "text files, directories or globs: distil the router, fit the output scales, refit `down`"
     )
-    calibration_tokens: int = option(16384, "tokens of calibration text to use")
+    calibration_tokens: int = option(16384, "tokens of it to use; 131072 or more for the 12B")
+    refit: bool = option(True, "with calibration: leave the experts' weights as they are, but for the output scales")
+    refit_ridge: float = option(0.3, "how strongly the refit holds to the dense `down`; less wants more text")
     seed: int = option(0, "seed of the k-means and of everything random")
 
 
@@ -71,41 +78,71 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
     checkpoint = Checkpoint(source)
     config = carved_config(checkpoint.config, options, str(source))
     refuse_existing(destination)  # before the calibration text is read
-    calibration = None
+    text = None
     if options.calibration:
-        calibration = DenseStream(checkpoint, options.calibration, options.calibration_tokens)
-    specs = declare(checkpoint.config)["blocks"]["dense"]
-    experts = declare(config)["blocks"]["moe"]["ffn"]
+        text = CarvedStream(checkpoint, options.calibration, options.calibration_tokens)
 
     def layer(number: int) -> tuple[Tensors, Figures]:
-        dense = {name: checkpoint.view(_key(spec, number)) for name, spec in specs["ffn"].items()}
-        for name, tensor in dense.items():
-            if not jnp.isfinite(jnp.asarray(tensor)).all():
-                raise UserError(f"{source}: {_key(specs['ffn'][name], number)}: not finite")
-        norm_D = jnp.asarray(checkpoint.view(_key(specs["ffn_norm"], number)), jnp.float32)
+        dense = _dense_ffn(checkpoint, number)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
-        gate_FD = jnp.asarray(dense["gate"], jnp.float32)
-        members_EF, router_ED = choose(gate_FD, norm_D, options, key)
-        scale_E = jnp.full(options.experts, options.output_scale or data_free_scale(options))
-        if calibration is not None:
-            up_FD, down_DF = (jnp.asarray(dense[name], jnp.float32) for name in ("up", "down"))
-            scale_E = least_squares_scale(
-                calibration.ffn_inputs(number),
-                gate_FD[members_EF].swapaxes(1, 2),
-                up_FD[members_EF].swapaxes(1, 2),
-                down_DF.T[members_EF],
-                router_ED.T,
-                options.top_k,
-            )
+        norm_D = jnp.asarray(checkpoint.view(_key(declare(checkpoint.config)["blocks"]["dense"]["ffn_norm"], number)))
+        members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D.astype(jnp.float32), options, key)
+        if text is None:
+            scale_E = np.full(options.experts, options.output_scale or data_free_scale(options), np.float32)
+            down_DF = None
+            figures: Figures = {}
+        else:
+            router_ED, scale_E, down_DF, figures = _calibrated(text, number, members_EF, router_ED, options)
+        experts = declare(config)["blocks"]["moe"]["ffn"]
         tensors = {_key(experts["router"], number): np.asarray(router_ED)}
         for expert, members in enumerate(np.asarray(members_EF)):
             tensors[_key(experts["gate"], number, expert)] = dense["gate"][members]
             tensors[_key(experts["up"], number, expert)] = dense["up"][members]
-            scaled = dense["down"][:, members].astype(np.float32) * float(scale_E[expert])
-            tensors[_key(experts["down"], number, expert)] = scaled.astype(dense["down"].dtype)
-        return tensors, _figures(router_ED, scale_E)
+            down = down_DF[:, members] if down_DF is not None else dense["down"][:, members].astype(np.float32)
+            tensors[_key(experts["down"], number, expert)] = down if down_DF is not None else down * scale_E[expert]
+        return tensors, _figures(router_ED, scale_E) | figures
 
-    return stream(checkpoint, destination, config, layer, {"command": "carve", **dataclasses.asdict(options)}, run=run)
+    return stream(
+        checkpoint,
+        destination,
+        config,
+        layer,
+        {"command": "carve", **dataclasses.asdict(options)},
+        run=run,
+        finished=None if text is None else lambda number, tensors: text.leave(number, config, tensors),
+        summary=None if text is None else text.losses,
+    )
+
+
+def _dense_ffn(checkpoint: Checkpoint, layer: int) -> Tensors:
+    """gate, up (F, D) and down (D, F) as they lie on disk.
+
+    Raises:
+        UserError: NaN or infinity among them, which would take the clustering and the fits with it.
+    """
+    tensors = {}
+    for name, spec in declare(checkpoint.config)["blocks"]["dense"]["ffn"].items():
+        tensors[name] = checkpoint.view(_key(spec, layer))
+        if not is_finite(tensors[name]):
+            raise UserError(f"{checkpoint.directory}: {_key(spec, layer)}: not finite")
+    return tensors
+
+
+def _calibrated(
+    text: CarvedStream, layer: int, members_EF: jax.Array, router_ED: jax.Array, options: CarveOptions
+) -> tuple[jax.Array, np.ndarray, np.ndarray | None, Figures]:
+    """Router (E, D), each expert's output scale (E,), refitted `down` (D, F) if asked for, and figures."""
+    fitted, held_out = text.enter(layer)
+    label_F = jnp.zeros(members_EF.size, jnp.int32).at[members_EF].set(jnp.arange(options.experts)[:, None])
+    if options.router in ("auto", "distilled"):
+        router_ED = distilled_router(fitted, label_F, options.experts)
+    gram_FF, moment_FD = normal_equations(fitted, label_F, router_ED, options.top_k)
+    scale_E = output_scale(gram_FF, moment_FD, fitted.ffn["down"], label_F, options.experts)
+    down_FD = fitted.ffn["down"] * scale_E[label_F][:, None]
+    if options.refit:
+        down_FD = ridge_solve(gram_FF, moment_FD, options.refit_ridge, down_FD)
+    figures = measure(held_out, label_F, router_ED, down_FD, options.top_k)
+    return router_ED, np.asarray(scale_E), np.asarray(down_FD.T) if options.refit else None, figures
 
 
 def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> ModelConfig:
@@ -124,8 +161,10 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
         raise UserError(f"--output-scale: wanted a positive number, or 0 to choose it, got {options.output_scale}")
     if options.calibration and options.output_scale:
         raise UserError("--output-scale and --calibration both set the scale; give one of them")
-    if options.calibration_tokens < 1:
-        raise UserError(f"--calibration-tokens: wanted a positive number, got {options.calibration_tokens}")
+    if options.router == "distilled" and not options.calibration:
+        raise UserError("--router distilled: wants --calibration text")
+    if not options.refit_ridge > 0:
+        raise UserError(f"--refit-ridge: wanted a positive number, got {options.refit_ridge}")
     return dense.replace(
         family="mixtral", ffn=0, experts=options.experts, top_k=options.top_k, expert_ffn=dense.ffn // options.experts
     )
@@ -139,6 +178,7 @@ def data_free_scale(options: CarveOptions) -> float:
 def choose(gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each expert's neurons, (E, F/E) int32, and the router, (E, D) float32, from the weights alone."""
     neurons, hidden = gate_FD.shape
+    gate_FD = gate_FD.astype(jnp.float32)
     svd_key, cluster_key, router_key = jax.random.split(key, 3)
     if options.partition == "contiguous":
         members_EF = partition.contiguous(neurons, options.experts)
@@ -158,7 +198,7 @@ def _key(spec: ParamSpec, layer: int, expert: int = 0) -> str:
     return spec.key.format(layer=layer, expert=expert)
 
 
-def _figures(router_ED: jax.Array, scale_E: jax.Array) -> Figures:
+def _figures(router_ED: jax.Array, scale_E: np.ndarray) -> Figures:
     gram_EE = np.asarray(router_ED @ router_ED.T)
     square = float(np.trace(gram_EE)) / len(gram_EE)
     return {

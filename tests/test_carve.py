@@ -7,7 +7,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import cli, stream
-from convert.calibrate import least_squares_scale
 from convert.carve import CarveOptions, carve, data_free_scale
 from nemoe_jax import checkpoint, hf
 from nemoe_jax.errors import UserError
@@ -80,26 +79,6 @@ def test_transformers_opens_the_result(dense_directory, tmp_path):
 def test_the_data_free_scale_lies_between_k_and_e(top_k, experts, scale):
     assert data_free_scale(CarveOptions(experts=experts, top_k=top_k)) == scale
     assert top_k <= scale <= experts
-
-
-def test_least_squares_scale_equals_numpy():
-    random = np.random.default_rng(0)
-    x = random.normal(size=(2, 33, 10)).astype(np.float32)
-    gate, up = (random.normal(size=(EXPERTS, 10, 7)).astype(np.float32) for _ in range(2))
-    down = random.normal(size=(EXPERTS, 7, 10)).astype(np.float32)
-    router = random.normal(size=(10, EXPERTS)).astype(np.float32)
-    got = least_squares_scale([jnp.asarray(x)], gate, up, down, router, TOP_K)
-
-    rows = x.reshape(-1, 10)
-    hidden = np.einsum("td,edf->etf", rows, gate)
-    hidden = hidden / (1 + np.exp(-hidden)) * np.einsum("td,edf->etf", rows, up)
-    outputs = np.einsum("etf,efd->etd", hidden, down)
-    logits = rows @ router
-    weights = np.where(logits >= np.sort(logits)[:, [-TOP_K]], np.exp(logits), 0)
-    weights /= weights.sum(1, keepdims=True)
-    design = (outputs * weights.T[..., None]).reshape(EXPERTS, -1).T
-    wanted = np.linalg.lstsq(design, outputs.sum(0).ravel(), rcond=None)[0]
-    np.testing.assert_allclose(got, wanted, rtol=0.01)  # apart by the small ridge
 
 
 def interrupted(*, after_layers, monkeypatch):

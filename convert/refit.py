@@ -1,0 +1,240 @@
+"""What calibration text adds to a carve: a router that knows which experts matter, and `down` fitted to its choices.
+
+The dense model and what has been carved of it run side by side, layer by layer. In each layer, on the inputs that the
+carved layers before it give:
+
+1. Router. A token wants the experts whose outputs are largest: the target is each expert's share of the outputs'
+   energy. A ridge regression of its logarithm starts the router, cross-entropy finishes it.
+2. Scale. Least squares finds the factor of each expert's `down` with which the mixture comes nearest to the dense FFN.
+3. Refit. With the choices fixed, the mixture is linear in `down`: y = Φ·down, where token t's row of Φ holds the hidden
+   activations of its chosen experts times their routing weights, and zeros. Ridge regression towards the scaled weights
+   of step 2 gives all experts' `down` at once.
+
+The last tenth of the text is held out of every fit; errors are measured on it.
+
+B batch, T sequence, D embed, F neurons of the dense FFN, E experts, C top-k.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from convert.calibrate import LayerStream, block_weights, calibration_batches, feed_forward
+from convert.stream import Figures, Tensors
+from nemoe_jax.checkpoint import Checkpoint
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.schema import Tree
+
+HELD_OUT = 10  # every tenth batch, and at least one
+ROUTER_STEPS = 300  # each on one batch
+ROUTER_LEARNING_RATE = 3e-3  # Adam's first; falls to 0 along a cosine
+ROUTER_RIDGE = 1e-2  # of the mean diagonal
+SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
+
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass
+class LayerText:
+    """What the FFN of one layer reads and should give, one array (B, T, D) for each batch."""
+
+    ffn: Tree  # the dense FFN: gate, up (D, F) and down (F, D)
+    inputs: Sequence[jax.Array]
+    wanted: Sequence[jax.Array]
+
+    def hidden(self, number: int) -> jax.Array:
+        """The hidden activations (B, T, F) of a batch."""
+        return _hidden(self.inputs[number], self.ffn["gate"], self.ffn["up"])
+
+
+class CarvedStream:
+    """The dense model and what has been carved of it so far, over the same calibration text."""
+
+    def __init__(self, source: Checkpoint, texts: Sequence[str], tokens: int):
+        """Reads and tokenises the text.
+
+        Raises:
+            UserError: no text, too little of it, or no tokenizer in the source.
+        """
+        self.layers = LayerStream(source)
+        self.batches = calibration_batches(source, texts, tokens)
+        self.fitted = len(self.batches) - max(len(self.batches) // HELD_OUT, 1)  # batches that are not held out
+        self.dense = [self.layers.embed(tokens_BS[:, :-1]) for tokens_BS in self.batches]
+        self.carved = list(self.dense)
+        self._weights: Tree | None = None
+
+    def enter(self, layer: int) -> tuple[LayerText, LayerText]:
+        """The layer's text to fit on and the held-out text; layers come in ascending order."""
+        weights = self._weights = self.layers.weights(layer)
+        self._after_attention, inputs, wanted = [], [], []
+        for x_BTD in self.carved:
+            middle_BTD, normed_BTD = self.layers.attend(layer, weights, x_BTD)
+            self._after_attention.append(middle_BTD)
+            inputs.append(normed_BTD)
+            wanted.append(self.layers.feed_forward(layer, weights, normed_BTD))
+        self._inputs = inputs
+        fitted = self.fitted
+        return (
+            LayerText(weights["ffn"], inputs[:fitted], wanted[:fitted]),
+            LayerText(weights["ffn"], inputs[fitted:], wanted[fitted:]),
+        )
+
+    def leave(self, layer: int, config: ModelConfig, written: Tensors) -> None:
+        """Goes on to the next layer, the carved model through its FFN as it was written."""
+        if self._weights is None:  # the layer was carved before an interruption
+            self.enter(layer)
+        assert self._weights is not None
+        carved = jax.device_put(block_weights(config, layer, written.__getitem__), self.layers.whole)
+        for number, dense_BTD in enumerate(self.dense):
+            middle_BTD, normed_BTD = self.layers.attend(layer, self._weights, dense_BTD)
+            self.dense[number] = middle_BTD + self.layers.feed_forward(layer, self._weights, normed_BTD)
+            self.carved[number] = self._after_attention[number] + feed_forward(
+                config, "moe", carved, self._inputs[number]
+            )
+        self._weights = None
+
+    def losses(self) -> Figures:
+        """Loss on the held-out text after the last layer, nats per token."""
+        held_out = self.batches[self.fitted :]
+        return {
+            "held_out_tokens": sum(tokens_BS[:, 1:].size for tokens_BS in held_out),
+            "held_out_loss_dense": self.layers.loss(self.dense[self.fitted :], held_out),
+            "held_out_loss_carved": self.layers.loss(self.carved[self.fitted :], held_out),
+        }
+
+
+def distilled_router(text: LayerText, label_F: jax.Array, experts: int) -> jax.Array:
+    """Router rows (E, D) that tell from the input which experts' outputs will be largest."""
+    targets = [
+        _energy_shares(text.hidden(number), text.ffn["down"], label_F, experts) for number in range(len(text.inputs))
+    ]
+    gram_DD, moment_DE = 0.0, 0.0
+    for x_BTD, target_BTE in zip(text.inputs, targets, strict=True):
+        gram, moment = _ridge_sums(x_BTD, target_BTE)
+        gram_DD, moment_DE = gram_DD + gram, moment_DE + moment
+    router_ED = ridge_solve(gram_DD, moment_DE, ROUTER_RIDGE).T
+    optimizer = optax.adam(optax.cosine_decay_schedule(ROUTER_LEARNING_RATE, ROUTER_STEPS))
+    state = optimizer.init(router_ED)
+    for step in range(ROUTER_STEPS):
+        number = step % len(targets)
+        router_ED, state = _router_step(optimizer, router_ED, state, text.inputs[number], targets[number])
+    return router_ED
+
+
+def normal_equations(
+    text: LayerText, label_F: jax.Array, router_ED: jax.Array, top_k: int
+) -> tuple[jax.Array, jax.Array]:
+    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the dense FFN's outputs, means over tokens."""
+    neurons, hidden = text.ffn["down"].shape
+    gram_FF, moment_FD, tokens = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, hidden)), 0
+    for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True)):
+        gram, moment = _normal_sums(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, top_k)
+        gram_FF, moment_FD, tokens = gram_FF + gram, moment_FD + moment, tokens + y_BTD[..., 0].size
+    return gram_FF / tokens, moment_FD / tokens
+
+
+@functools.partial(jax.jit, static_argnames="experts")
+def output_scale(
+    gram_FF: jax.Array, moment_FD: jax.Array, down_FD: jax.Array, label_F: jax.Array, experts: int
+) -> jax.Array:
+    """The factor of each expert's `down`, (E,), with which the mixture comes nearest to the dense FFN's output.
+
+    Least squares on the normal equations of all of `down`, with a small ridge towards the common factor.
+    """
+    member_FE = jax.nn.one_hot(label_F, experts)
+    products_FF = gram_FF * _einsum("FD,GD->FG", down_FD, down_FD)
+    gram_EE = _einsum("FE,FG,GH->EH", member_FE, products_FF, member_FE)
+    moment_E = _einsum("FE,F->E", member_FE, jnp.sum(moment_FD * down_FD, axis=1))
+    common = moment_E.sum() / gram_EE.sum()
+    ridge = SCALE_RIDGE * jnp.trace(gram_EE) / experts
+    return jnp.linalg.solve(gram_EE + ridge * jnp.eye(experts), moment_E + ridge * common)
+
+
+@jax.jit
+def ridge_solve(gram: jax.Array, moment: jax.Array, ridge: float, towards: jax.Array | float = 0.0) -> jax.Array:
+    """(gram + λ)⁻¹ (moment + λ·towards) with λ = ridge · the mean diagonal of gram."""
+    weight = ridge * jnp.trace(gram) / len(gram)
+    return jax.scipy.linalg.solve(
+        gram + weight * jnp.eye(len(gram)), moment + weight * jnp.broadcast_to(towards, moment.shape), assume_a="pos"
+    )
+
+
+def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: jax.Array, top_k: int) -> Figures:
+    """How a carved layer does on a text: error, recall of the experts that matter, load."""
+    sums = [
+        _measures(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, text.ffn["down"], down_FD, top_k)
+        for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True))
+    ]
+    error, energy, recall, load_E = (
+        np.mean([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True)
+    )
+    return {
+        "reconstruction_error": float(error / energy),  # of the FFN's output, relative, in squares
+        "recall": float(recall),  # share of the experts with the largest outputs that were chosen
+        "load_max_over_mean": float(load_E.max() / load_E.mean()),
+    }
+
+
+@jax.jit
+def _hidden(x_BTD, gate_DF, up_DF):
+    return jax.nn.silu(_einsum("BTD,DF->BTF", x_BTD, gate_DF)) * _einsum("BTD,DF->BTF", x_BTD, up_DF)
+
+
+def _energies(hidden_BTF, down_FD, label_F, experts):
+    """‖output‖² of each expert, (B, T, E)."""
+
+    def of_expert(expert):
+        return jnp.sum(_einsum("BTF,FD->BTD", hidden_BTF * (label_F == expert), down_FD) ** 2, axis=-1)
+
+    return jnp.moveaxis(jax.lax.map(of_expert, jnp.arange(experts)), 0, -1)
+
+
+@functools.partial(jax.jit, static_argnames="experts")
+def _energy_shares(hidden_BTF, down_FD, label_F, experts):
+    energies_BTE = _energies(hidden_BTF, down_FD, label_F, experts)
+    return energies_BTE / jnp.maximum(energies_BTE.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+@jax.jit
+def _ridge_sums(x_BTD, target_BTE):
+    logits_BTE = jnp.log(target_BTE + 1e-6)
+    logits_BTE -= logits_BTE.mean(-1, keepdims=True)
+    return _einsum("BTD,BTH->DH", x_BTD, x_BTD), _einsum("BTD,BTE->DE", x_BTD, logits_BTE)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _router_step(optimizer, router_ED, state, x_BTD, target_BTE):
+    def loss(router_ED):
+        log_p_BTE = jax.nn.log_softmax(_einsum("BTD,ED->BTE", x_BTD, router_ED))
+        return -jnp.mean(jnp.sum(target_BTE * log_p_BTE, axis=-1))
+
+    updates, state = optimizer.update(jax.grad(loss)(router_ED), state)
+    return optax.apply_updates(router_ED, updates), state
+
+
+def _routing_weights(x_BTD, router_ED, top_k):
+    """(B, T, E): softmax over the chosen experts' logits, 0 elsewhere."""
+    top_BTC, chosen_BTC = jax.lax.top_k(_einsum("BTD,ED->BTE", x_BTD, router_ED), top_k)
+    return _einsum("BTC,BTCE->BTE", jax.nn.softmax(top_BTC), jax.nn.one_hot(chosen_BTC, len(router_ED)))
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def _normal_sums(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, top_k):
+    weighted_BTF = hidden_BTF * _routing_weights(x_BTD, router_ED, top_k)[..., label_F]
+    return _einsum("BTF,BTG->FG", weighted_BTF, weighted_BTF), _einsum("BTF,BTD->FD", weighted_BTF, y_BTD)
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def _measures(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, dense_down_FD, down_FD, top_k):
+    weights_BTE = _routing_weights(x_BTD, router_ED, top_k)
+    output_BTD = _einsum("BTF,FD->BTD", hidden_BTF * weights_BTE[..., label_F], down_FD)
+    energies_BTE = _energies(hidden_BTF, dense_down_FD, label_F, len(router_ED))
+    least_BT1 = jax.lax.top_k(energies_BTE, top_k)[0][..., -1:]
+    chosen_BTE = weights_BTE > 0
+    recall = jnp.mean(jnp.sum(chosen_BTE & (energies_BTE >= least_BT1), axis=-1)) / top_k
+    return jnp.sum((output_BTD - y_BTD) ** 2), jnp.sum(y_BTD**2), recall, jnp.mean(chosen_BTE, axis=(0, 1))
