@@ -10,6 +10,7 @@ goes the way it goes in any text, and the last step is the one merge that makes 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,8 +136,10 @@ def last_merge(piece: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] 
 
 
 def _spelled(piece: bytes) -> str:
-    alphabet = bytes_to_unicode()
-    return "".join(alphabet[byte] for byte in piece)
+    return piece.decode("latin-1").translate(_alphabet())
+
+
+_alphabet = functools.cache(bytes_to_unicode)  # {byte: its printable character}
 
 
 def _name_of(pattern: str, path: Path) -> str:
