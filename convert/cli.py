@@ -9,9 +9,10 @@ from convert.carve import CARVE
 from convert.gguf import GGUF
 from convert.layout import LAYOUT
 from convert.merge import MERGE
+from convert.upcycle import UPCYCLE
 from nemoe_jax.command import EXIT_DISAGREES, Command, report
 
-CONVERSIONS = (CARVE, GGUF, LAYOUT, MERGE)
+CONVERSIONS = (CARVE, GGUF, LAYOUT, MERGE, UPCYCLE)
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.
