@@ -33,7 +33,6 @@ from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import ParamSpec, declare
-from nemoe_jax.tensor_file import is_finite
 from nemoe_jax.writer import refuse_existing
 
 
@@ -85,7 +84,7 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
     def layer(number: int) -> tuple[Tensors, Figures]:
         dense = _dense_ffn(checkpoint, number)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
-        norm_D = jnp.asarray(checkpoint.view(_key(declare(checkpoint.config)["blocks"]["dense"]["ffn_norm"], number)))
+        norm_D = jnp.asarray(checkpoint.finite(_key(declare(checkpoint.config)["blocks"]["dense"]["ffn_norm"], number)))
         members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D.astype(jnp.float32), options, key)
         if text is None:
             scale_E = np.full(options.experts, options.output_scale or data_free_scale(options), np.float32)
@@ -120,12 +119,8 @@ def _dense_ffn(checkpoint: Checkpoint, layer: int) -> Tensors:
     Raises:
         UserError: NaN or infinity among them, which would take the clustering and the fits with it.
     """
-    tensors = {}
-    for name, spec in declare(checkpoint.config)["blocks"]["dense"]["ffn"].items():
-        tensors[name] = checkpoint.view(_key(spec, layer))
-        if not is_finite(tensors[name]):
-            raise UserError(f"{checkpoint.directory}: {_key(spec, layer)}: not finite")
-    return tensors
+    specs = declare(checkpoint.config)["blocks"]["dense"]["ffn"]
+    return {name: checkpoint.finite(_key(spec, layer)) for name, spec in specs.items()}
 
 
 def _calibrated(

@@ -82,7 +82,8 @@ def stream(
     take = copy or (lambda ref: source.view(ref.key))
 
     def make(unit: int) -> tuple[Tensors, Figures]:
-        tensors, figures = layer(unit - 1) if 1 <= unit <= config.layers else ({}, {})
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, by name, when it is written
+            tensors, figures = layer(unit - 1) if 1 <= unit <= config.layers else ({}, {})
         return tensors | {ref.key: take(ref) for ref in by_unit[unit] if ref.key not in tensors}, figures
 
     if run.dry_run:

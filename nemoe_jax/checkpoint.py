@@ -19,7 +19,7 @@ from nemoe_jax import mistral_layout
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import ParamSpec, declare, leaves
-from nemoe_jax.tensor_file import TensorFile
+from nemoe_jax.tensor_file import TensorFile, is_finite
 
 CONFIG = "config.json"
 PARAMS = "params.json"
@@ -224,6 +224,17 @@ class Checkpoint:
         """A tensor as Hugging Face's layout has it: mapped from disk, or copied where the rows' order is another."""
         tensor = self.files[key].view(self.layout.name(key))
         return self.layout.from_disk(key, tensor, self.config.head_dim)
+
+    def finite(self, key: str) -> np.ndarray:
+        """`view` of a tensor that is going to be computed with.
+
+        Raises:
+            UserError: it holds NaN or infinity.
+        """
+        tensor = self.view(key)
+        if not is_finite(tensor):
+            raise UserError(f"{self.directory}: {self.layout.name(key)}: not finite")
+        return tensor
 
     def read(self, spec: ParamSpec, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         """Part of a leaf in the schema's layout, copied from disk: `leaf[index]`."""

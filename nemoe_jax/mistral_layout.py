@@ -121,7 +121,7 @@ def from_params(content: Any, source: str = "params.json") -> ModelConfig:
     missing = [key for key in _PARAMS if key not in params]
     missing += [f"moe: {key}" for key in _MOE if "moe" in params and key not in moe]
     unsupported = [key for key in _UNSUPPORTED if params.get(key)]
-    unsupported += [f"moe: {key}" for key in moe if key not in _MOE and moe[key]]
+    unsupported += [f"moe: {key!r}" for key in moe if key not in _MOE and moe[key]]
     if params.get("model_type", "transformer") != "transformer":
         unsupported.append("model_type")
     if missing or unsupported:

@@ -189,7 +189,8 @@ class Writer:
 
     def _write_tensor(self, descriptor, offset, key, shape, tensors) -> None:
         tensor = self.layout.to_disk(key, tensors[key], self.config.head_dim)
-        tensor = np.ascontiguousarray(tensor, jnp.dtype(self.config.dtype))
+        with np.errstate(over="ignore"):  # what is too large for the dtype is refused below
+            tensor = np.ascontiguousarray(tensor, jnp.dtype(self.config.dtype))
         assert tensor.shape == shape, f"{key}: wanted {shape}, got {tensor.shape}"
         if not is_finite(tensor):
             raise UserError(f"{key}: NaN or infinite values")

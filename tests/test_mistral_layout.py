@@ -158,7 +158,7 @@ def test_the_params_of_mistral_nemo_are_its_preset():
         ({"moe": 8}, "moe: wanted an object, got 8"),
         ({"moe": {"num_experts": 8}}, "moe: num_experts_per_tok is missing"),
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2.0}}, "moe: num_experts_per_tok: wanted a whole number"),
-        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "num_shared_experts": 1}}, "moe: num_shared_experts"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "shared": 1}}, r"moe: 'shared' \(not supported\)"),
     ],
 )
 def test_params_that_say_something_else_are_refused(change, message):
