@@ -50,9 +50,10 @@ class CarveOptions:
         "router rows: orthonormalised mean gate rows (auto without calibration), trained to find the experts with the "
         "largest outputs (auto with it), or random orthonormal ones (a baseline)",
     )
-    svd: Literal["exact", "randomized"] = option(
+    svd: Literal["exact", "randomized", "gram"] = option(
         "randomized",
-        "how the gate rows' subspace is found: exact takes minutes for a layer of the 12B, randomized seconds",
+        "how the gate rows' subspace is found: exact takes minutes for a layer of the 12B, randomized and gram (the "
+        "eigenvectors of a product) seconds",
     )
     rank: int = option(64, "dimensions of that subspace")
     logit_std: float = option(
