@@ -46,7 +46,7 @@ from nemoe_jax.writer import refuse_existing
 SHIFT = {"float32": 1024.0, "bfloat16": 64.0, "float16": 64.0}  # spreads, by the dtype on disk
 CHECK_TOKENS = 2048
 LEAST_NORM = 0.25  # of the median norm weight: fainter channels are not trusted to carry a shift
-SATURATED = 16.0  # nats after which a softmax over all experts has forgotten the other groups
+SATURATED = 8.0  # nats that a group leads by when a softmax over all experts has all but forgotten the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +167,8 @@ def shifted_rows(
     channels_C = np.argsort(np.where(faint_D, np.inf, folded_ED.std(0)), kind="stable")[: codes_GC.shape[1]]
     if len(channels_C) < codes_GC.shape[1] or faint_D[channels_C].any():
         raise UserError(f"{groups} groups want {codes_GC.shape[1]} channels of the router's input; it has fewer of use")
-    # powers of two: half precision holds them
-    size_C = 2.0 ** np.round(np.log2(shift * (spread or 1.0) / np.abs(norm_D[channels_C])))
+    mantissa_C, exponent_C = np.frexp(shift * (spread or 1.0) / np.abs(norm_D[channels_C]))
+    size_C = np.ldexp(np.round(16 * mantissa_C), exponent_C - 4)  # far from where half precision rounds up or down
     rows_GED = np.repeat(router_ED[None], groups, axis=0)
     rows_GED[:, :, channels_C] += (codes_GC * size_C)[:, None]
     figures = {"spread": float(spread), "channels": channels_C.tolist(), "shift": size_C.tolist()}
