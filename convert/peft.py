@@ -113,6 +113,9 @@ def read_config(directory: Path) -> AdapterConfig:
             f"init_lora_weights = {content['init_lora_weights']} changed the base model's weights; "
             "convert the adapter to a plain LoRA with PEFT first"
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise UserError(f"{path}: {key}: wanted an object, got {content[key]}")
     config = AdapterConfig(
         rank=content.get("r", 8),
         alpha=content.get("lora_alpha", 8),
@@ -241,7 +244,7 @@ class PeftAdapter:
 
     def _match_module(self, module: str, key: str, spec: ParamSpec, parts: dict[str, str]) -> None:
         """A module that holds one checkpoint tensor."""
-        if "weight" in parts:
+        if parts.keys() == {"weight"}:
             if self._fits(parts["weight"], spec.torch_shape):
                 self.whole[key] = parts["weight"]
             return

@@ -19,7 +19,7 @@ from nemoe_jax import hf, schema
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward
-from tests.conftest import DENSE
+from tests.conftest import DENSE, NEKOMIND
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {
@@ -224,6 +224,25 @@ def test_the_sum_is_formed_in_float32_and_the_rest_is_copied(adapter, dense_dire
         np.testing.assert_array_equal(after[key], changed, err_msg=key)
 
 
+def test_nekomind_has_experts_one_by_one_a_shared_one_and_dense_layers(adapter, tmp_path):
+    params = {path: np.zeros(spec.shape) for path, spec in schema.leaves(schema.declare(NEKOMIND)).items()}
+    hf.save(tmp_path / "model", NEKOMIND, schema.unflatten(params))
+    adapted = {
+        "model.layers.0.mlp.gate_proj": (40, 24),
+        "model.layers.2.mlp.shared_expert.down_proj": (24, 14),
+        "model.layers.3.mlp.experts.5.up_proj": (12, 24),
+        "model.layers.4.mlp.gate": (8, 24),
+    }
+    tensors = {}
+    for module, (outputs, inputs) in adapted.items():
+        tensors |= linear(module, outputs, inputs)
+    manifest = merge(tmp_path / "model", tmp_path / "merged", adapter(tensors))
+    assert [layer["tensors_changed"] for layer in manifest["layers"]] == [1, 0, 1, 1, 1]
+    merged = Checkpoint(tmp_path / "merged")
+    for key in merged.files:
+        np.testing.assert_array_equal(merged.view(key), 0.375 if key.removesuffix(".weight") in adapted else 0)
+
+
 def test_a_tied_embedding_takes_an_update_that_was_tied(adapter, tmp_path):
     config = DENSE.replace(tied=True)
     hf.save(tmp_path / "model", config, schema.initialise(config, jax.random.key(0)))
@@ -265,6 +284,12 @@ BAD = {
     "rank": ({}, {"r": 0}, "wanted positive whole numbers, got 0"),
     "alpha": ({}, {"alpha_pattern": {"q_proj": "6"}}, "wanted numbers, got 6"),
     "pattern": ({}, {"rank_pattern": {"(": 3}}, r"wanted regular expressions, got \("),
+    "pattern list": ({}, {"alpha_pattern": ["q_proj"]}, "alpha_pattern: wanted an object"),
+    "whole and low-rank": (
+        linear(Q, 60, 24) | {A.replace("lora_A.", ""): np.zeros((60, 24), np.float32)},
+        {},
+        "wanted a pair of A and B",
+    ),
     "rank against config": (
         {},
         {"rank_pattern": {"q_proj": 4}},
