@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from convert.stream import MANIFEST, Report, Run
+from convert.stream import MANIFEST, REPORT, Report, Run
 from nemoe_jax.command import Command, report
 from nemoe_jax.errors import UserError
 from nemoe_jax.writer import SHARD_BYTES
@@ -34,7 +34,9 @@ class Conversion:
 
     def add_to(self, command: Command) -> None:
         """Declares the sub-command."""
-        details = self.details + (f"\n{MANIFEST} in the result records what was done." if self.streams else "")
+        details = self.details + (
+            f"\n{MANIFEST} in the result records what was done, {REPORT} shows it." if self.streams else ""
+        )
         parser = command.add(self.name, self._handle, self.summary, details, reports=True)
         parser.add_argument("source", metavar="SRC", help=self.source_help)
         parser.add_argument("destination", metavar="DST", help=self.destination_help)

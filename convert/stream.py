@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.report import page
 from nemoe_jax.checkpoint import HUGGING_FACE, Checkpoint, Layout, TensorRef, units
 from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
@@ -32,6 +33,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.writer import KEPT, SHARD_BYTES, Writer, check_room, free_bytes, plan, refuse_existing
 
 MANIFEST = "conversion.json"
+REPORT = "conversion.html"
 MOST_THREADS = 8
 
 Tensors = dict[str, np.ndarray]  # {checkpoint key: tensor in the checkpoint's layout}
@@ -63,8 +65,8 @@ def stream(
 ) -> Report:
     """Writes the model directory `destination` of shape `config`; returns its manifest.
 
-    The manifest (conversion.json beside the weights) holds the options, versions, the source's SHA-256 sums and the
-    figures of each layer. A dry run returns the plan instead and leaves nothing.
+    The manifest (conversion.json beside the weights; conversion.html shows it) holds the options, versions, the
+    source's SHA-256 sums and the figures of each layer. A dry run returns the plan instead and leaves nothing.
 
     Args:
         layer: makes a layer; called from several threads, in any order, unless `finished` is given.
@@ -132,7 +134,7 @@ def stream(
             **(summary() if summary else {}),
             "layers": [{"layer": unit - 1, **writer.finished[unit]} for unit in range(1, config.layers + 1)],
         }
-        writer.finish(source.directory, {MANIFEST: json.dumps(manifest, indent=2) + "\n"})
+        writer.finish(source.directory, {MANIFEST: json.dumps(manifest, indent=2) + "\n", REPORT: page(manifest)})
     return manifest
 
 

@@ -116,7 +116,7 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
     names = {path.name for path in (tmp_path / "moe").iterdir()} - {
         path.name for path in (tmp_path / "moe").glob("model-*")
     }
-    assert names == {"config.json", checkpoint.INDEX, stream.MANIFEST}
+    assert names == {"config.json", checkpoint.INDEX, stream.MANIFEST, stream.REPORT}
 
 
 @pytest.mark.parametrize(

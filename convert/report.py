@@ -1,0 +1,99 @@
+"""A conversion's manifest as a page for people: what was done, and each figure over the layers."""
+
+import base64
+import html
+import io
+from typing import Any
+
+PLOT_SIZE = (4.4, 2.6)  # inches
+COLUMNS = 3
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem } img { max-width: 100% }
+td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+"""
+
+
+def page(manifest: dict[str, Any]) -> str:
+    """One self-contained HTML page."""
+    options = dict(manifest["options"])
+    title = f"{options.pop('command')} {manifest['source']['name']}"
+    whole = {name: value for name, value in manifest.items() if isinstance(value, (int, float))}
+    series = layer_series(manifest["layers"])
+    tables = [_table("Figures", whole), _table("Options", options), _table("Result", manifest["result"])]
+    picture = f'<img alt="figures by layer" src="data:image/png;base64,{_plots(series)}">' if series else ""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>{STYLE}</style>
+<h1>{html.escape(title)}</h1>
+{tables[0]}{picture}{_layer_table(series)}{"".join(tables[1:])}
+</html>
+"""
+
+
+def layer_series(layers: list[dict[str, Any]]) -> dict[str, list[tuple[int, list[float]]]]:
+    """{figure: [(layer, its values)]} of the figures that are numbers or lists of numbers."""
+    series: dict[str, list[tuple[int, list[float]]]] = {}
+    for row in layers:
+        for name, value in row.items():
+            values = value if isinstance(value, list) else [value]
+            if name != "layer" and values and all(isinstance(part, (int, float)) for part in values):
+                series.setdefault(name, []).append((row["layer"], values))
+    return series
+
+
+def _plots(series: dict[str, list[tuple[int, list[float]]]]) -> str:
+    """A PNG in base64: a panel for each figure, lists as a band between their extremes."""
+    from matplotlib.figure import Figure  # half a second to import
+
+    rows = -(-len(series) // COLUMNS)
+    figure = Figure(figsize=(PLOT_SIZE[0] * COLUMNS, PLOT_SIZE[1] * rows), layout="constrained")
+    for place, (name, points) in enumerate(series.items(), 1):
+        axes = figure.add_subplot(rows, COLUMNS, place)
+        layers = [layer for layer, _ in points]
+        axes.plot(layers, [sum(values) / len(values) for _, values in points], color="#3b6ea5", marker=".")
+        if any(len(values) > 1 for _, values in points):
+            extremes = [[min(values) for _, values in points], [max(values) for _, values in points]]
+            axes.fill_between(layers, *extremes, color="#3b6ea5", alpha=0.2, linewidth=0)
+        axes.set(title=name.replace("_", " "), xlabel="layer")
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _layer_table(series: dict[str, list[tuple[int, list[float]]]]) -> str:
+    numbers = sorted({layer for points in series.values() for layer, _ in points})
+    if not numbers:
+        return ""
+    by_layer = {name: dict(points) for name, points in series.items()}
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in ("layer", *series))
+    body = "".join(
+        f"<tr><td>{number}</td>{''.join(f'<td>{_shown(by_layer[name].get(number))}</td>' for name in series)}</tr>"
+        for number in numbers
+    )
+    return f"<h2>By layer</h2><table><tr>{head}</tr>{body}</table>"
+
+
+def _shown(values: list[float] | None) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    return f"{min(values):.3g} … {max(values):.3g}"
+
+
+def _table(title: str, figures: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_text(value))}</td></tr>"
+        for name, value in figures.items()
+    )
+    return f"<h2>{title}</h2><table>{rows}</table>" if rows else ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
