@@ -86,7 +86,7 @@ MERGE = _Merge(
     "ADAPTER holds adapter_config.json and adapter_model.safetensors. Plain LoRA is merged: attention, dense FFNs,\n"
     "experts (fused or one by one), routers, embedding and head, with rank and alpha patterns, rank-stabilised scales\n"
     "and whole tensors (modules_to_save). Any other kind (DoRA, biases, …) is refused.\n"
-    "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole; the\n"
-    "adapter's SHA-256 sums are recorded, too.",
+    "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole;\n"
+    "conversion.json in the result records both, and the adapter's SHA-256 sums.",
     _figures,
 )

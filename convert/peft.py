@@ -187,9 +187,8 @@ class PeftAdapter:
         if not self.file.entries:
             self._problems.append("no tensors")
         if self._problems:
-            more = (
-                f"; and {len(self._problems) - _PROBLEMS_SHOWN} more" if len(self._problems) > _PROBLEMS_SHOWN else ""
-            )
+            rest = len(self._problems) - _PROBLEMS_SHOWN
+            more = f"; and {rest} more" if rest > 0 else ""
             raise UserError(f"{path}: " + "; ".join(self._problems[:_PROBLEMS_SHOWN]) + more)
         for name in self.file.entries:
             if not is_finite(self.file.view(name)):
@@ -227,9 +226,7 @@ class PeftAdapter:
             elif own in experts and "weight" not in parts:
                 self._match_experts(module, experts[own], parts)
             else:
-                self._problems.extend(
-                    f"{name}: matches nothing in this {model.family} model" for name in parts.values()
-                )
+                self._problems.extend(f"{name}: matches nothing in a {model.family} model" for name in parts.values())
 
     def _groups(self) -> dict[tuple[str, str], dict[str, str]]:
         """{(PEFT's module, ".base_layer" or ""): {part: tensor name}}."""

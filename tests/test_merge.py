@@ -299,7 +299,7 @@ BAD = {
     "no such layer": (
         linear("model.layers.3.self_attn.q_proj", 60, 24) | linear("visual.proj", 4, 24),
         {},
-        r"model.layers.3.self_attn.q_proj.lora_A.weight: matches nothing in this mistral model; .*visual.proj.lora_B",
+        r"model.layers.3.self_attn.q_proj.lora_A.weight: matches nothing in a mistral model; .*visual.proj.lora_B",
     ),
     "experts of a dense model": (linear("model.layers.0.mlp.experts", 24, 16), {}, "matches nothing"),
     "half": ({A: np.zeros((3, 24), np.float32)}, {}, f"{A}: wanted a pair of A and B"),
