@@ -48,10 +48,7 @@ def main() -> None:
         parser.error(f"{output}: exists already; remove it or choose another --output")
     started = time.monotonic()
     text = output / "text"
-    package = importlib.util.find_spec("mistral_common")
-    if package is None or package.origin is None:
-        parser.error("the Tekken vocabulary comes with mistral-common: pip install 'nemoe-jax[demo]'")
-    write_corpus(text, Path(package.origin).parent / "data" / "tekken_240718.json")
+    write_corpus(text, tekken_file())
     train, held_out = text / "train.jsonl", text / "held-out.jsonl"
     data = [f"data.train={train}", f"data.held_out={held_out}"]
     models = {name: output / name for name in ("dense", "reference", "carved", "repaired")}
@@ -87,6 +84,7 @@ def main() -> None:
         "random",
         "--calibration",
         str(train),
+        "--no-refit",
     )
     step("carved", *carve, str(models["carved"]), *shape)
     step(
@@ -151,6 +149,14 @@ def stage(directory: Path, measured: dict[str, dict[str, Any]], name: str, secon
         "seconds": seconds,
         "model_dir": str(directory),
     }
+
+
+def tekken_file() -> Path:
+    """The real Tekken vocabulary, which comes with mistral-common."""
+    package = importlib.util.find_spec("mistral_common")
+    if package is None or package.origin is None:
+        sys.exit("the Tekken vocabulary comes with mistral-common: pip install 'nemoe-jax[demo]'")
+    return Path(package.origin).parent / "data" / "tekken_240718.json"
 
 
 def write_corpus(directory: Path, tekken: Path) -> None:
