@@ -9,10 +9,13 @@ from convert.carve import CARVE
 from convert.gguf import GGUF
 from convert.layout import LAYOUT
 from convert.merge import MERGE
+from convert.minitron import MINITRON
+from convert.prune import PRUNE
+from convert.relay import RELAY
 from convert.upcycle import UPCYCLE
 from nemoe_jax.command import EXIT_DISAGREES, Command, report
 
-CONVERSIONS = (CARVE, GGUF, LAYOUT, MERGE, UPCYCLE)
+CONVERSIONS = (CARVE, GGUF, LAYOUT, MERGE, MINITRON, PRUNE, RELAY, UPCYCLE)
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.
