@@ -43,7 +43,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.schema import ParamSpec, declare
 from nemoe_jax.writer import refuse_existing
 
-SHIFT = {"float32": 1024.0, "bfloat16": 64.0, "float16": 64.0}  # spreads, by the dtype on disk
+SHIFT = {"float32": 1024.0, "bfloat16": 16.0, "float16": 16.0}  # spreads, by the dtype on disk
 CHECK_TOKENS = 2048
 LEAST_NORM = 0.25  # of the median norm weight: fainter channels are not trusted to carry a shift
 SATURATED = 8.0  # nats that a group leads by when a softmax over all experts has all but forgotten the others
@@ -62,7 +62,7 @@ class UpcycleOptions:
     shift: float = option(
         0.0,
         "copies: how far groups are apart, in spreads of the chosen experts' logits; more: fewer tokens between "
-        "groups, coarser logits; 0 takes 1024 for float32 weights, else 64, which costs half-precision logits less",
+        "groups, coarser logits; 0 takes 1024 for float32 weights, else 16, which costs half-precision logits less",
         "SPREADS",
     )
     noise: float = option(
@@ -200,14 +200,16 @@ def with_noise(down: np.ndarray, copies: int, noise: float, generator: np.random
 
     Elements where one of the two sums would be rounded get none.
     """
+    if not noise:
+        return [down] * copies
+    exact = down.astype(np.float64 if down.dtype == np.float32 else np.float32)
+    std = noise * math.sqrt(np.mean(exact**2))
     result = [down] * (copies % 2)
     for _ in range(copies // 2):
-        exact = down.astype(np.float64)
-        std = noise * math.sqrt(np.mean(exact**2))
         above = (exact + std * generator.standard_normal(down.shape, np.float32)).astype(down.dtype)
-        below = (2 * exact - above.astype(np.float64)).astype(down.dtype)
-        uneven = above.astype(np.float64) + below.astype(np.float64) != 2 * exact
-        result += [np.where(uneven, down, side) for side in (above, below)]
+        below = (2 * exact - above.astype(exact.dtype)).astype(down.dtype)
+        even = above.astype(exact.dtype) + below.astype(exact.dtype) == 2 * exact
+        result += [np.where(even, side, down) for side in (above, below)]
     return result
 
 
