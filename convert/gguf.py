@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import math
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -30,6 +31,7 @@ from nemoe_jax.checkpoint import Checkpoint, TensorRef, units
 from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
+from nemoe_jax.mistral_layout import to_mistral_rows
 from nemoe_jax.tensor_file import is_finite
 from nemoe_jax.writer import check_room, refuse_existing
 
@@ -155,8 +157,7 @@ def _header(
     if config.experts:
         writer.add_expert_count(config.experts)
         writer.add_expert_used_count(config.top_k)
-    eos = config.eos_token_id
-    vocabulary.add_to(writer, config.vocab, eos[0] if isinstance(eos, tuple) else eos)
+    vocabulary.add_to(writer, config)
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.kind)
     return writer
@@ -188,6 +189,7 @@ def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit:
     writer.write_ti_data_to_file()
     writer.close()
     at = path.stat().st_size
+    alone = threading.Lock()  # the kernel lets one thread write to a file, and others spin
     with (
         path.open("r+b") as file,
         concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool,
@@ -198,35 +200,33 @@ def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit:
             for tensor in tensors:
                 at = writer.ggml_pad(at, writer.data_alignment)
                 for ref in tensor.sources:
-                    for block in _blocks(checkpoint, ref):
+                    for block in _blocks(checkpoint, ref.key):
                         where = f"{checkpoint.directory}: {ref.key}"
-                        blocks.append(pool.submit(_write_block, file.fileno(), at, block, tensor.kind, where))
+                        blocks.append(pool.submit(_write_block, file.fileno(), alone, at, block, tensor.kind, where))
                         at += block.size * tensor.size // math.prod(tensor.shape)
             for done in blocks:
                 done.result()
         file.truncate(writer.ggml_pad(at, writer.data_alignment))
 
 
-def _blocks(checkpoint: Checkpoint, ref: TensorRef) -> Iterator[np.ndarray]:
-    """A tensor as runs of rows in llama.cpp's order, mapped from disk."""
-    rows, config = checkpoint.view(ref.key), checkpoint.config
-    heads = {"q": config.heads, "k": config.kv_heads}.get(ref.spec.path.rpartition("/")[2])
-    if heads is not None:
-        rows = rows.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2)
+def _blocks(checkpoint: Checkpoint, key: str) -> Iterator[np.ndarray]:
+    """A tensor as runs of rows, in the order that llama.cpp shares with Mistral's own code."""
+    rows = to_mistral_rows(key, checkpoint.view(key), checkpoint.config.head_dim)
     step = max(1, BLOCK * len(rows) // rows.size)
     return (rows[start : start + step] for start in range(0, len(rows), step))
 
 
-def _write_block(descriptor: int, at: int, block: np.ndarray, kind: Kind, where: str) -> None:
+def _write_block(descriptor: int, alone: threading.Lock, at: int, block: np.ndarray, kind: Kind, where: str) -> None:
     with np.errstate(over="ignore"):  # refused below
         values = np.ascontiguousarray(block, jnp.dtype(DTYPES.get(kind, "float32")))
     if not is_finite(values):
         raise UserError(f"{where}: NaN or infinite values in {kind.name.lower()}")
     data = quantize(values, kind) if kind is Kind.Q8_0 else values
     rest = data.reshape(-1).view(np.uint8).data
-    while rest:
-        written = os.pwrite(descriptor, rest, at)
-        rest, at = rest[written:], at + written
+    with alone:
+        while rest:
+            written = os.pwrite(descriptor, rest, at)
+            rest, at = rest[written:], at + written
 
 
 def _figures(report: Report) -> Figures:

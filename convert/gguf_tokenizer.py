@@ -21,6 +21,7 @@ from gguf.vocab import bytes_to_unicode
 from sentencepiece import sentencepiece_model_pb2
 
 from convert.gguf_chat import mistral_template
+from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.spm import SPACE, VERSION
 from nemoe_jax.tekken import control_names, mergeable_ranks
@@ -61,9 +62,9 @@ class Vocabulary:
     space_prefix: bool
     chat_template: str | None
 
-    def add_to(self, writer: GGUFWriter, rows: int, eos: int | None) -> None:
-        """Adds the keys, padded to the embedding's `rows`; `eos` is the config's, for a tokenizer that has none."""
-        unused = [Piece(f"[PAD{i}]", TokenType.UNUSED, -1000.0) for i in range(len(self.pieces), rows)]
+    def add_to(self, writer: GGUFWriter, config: ModelConfig) -> None:
+        """Adds the keys, the vocabulary padded to the rows of the embedding, and the config's end tokens with ours."""
+        unused = [_unused(i) for i in range(len(self.pieces), config.vocab)]
         texts, types, scores = zip(*self.pieces, *unused, strict=True)
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
@@ -74,9 +75,10 @@ class Vocabulary:
         writer.add_token_merges(self.merges)
         if self.tokenizer.bos_id is not None:
             writer.add_bos_token_id(self.tokenizer.bos_id)
-        eos = eos if self.tokenizer.eos_id is None else self.tokenizer.eos_id
-        if eos is not None:
-            writer.add_eos_token_id(eos)
+        stops = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+        ends = dict.fromkeys(end for end in (self.tokenizer.eos_id, *stops) if end is not None)
+        for end, add in zip(ends, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
+            add(end)
         named = {piece.text: i for i, piece in enumerate(self.pieces) if piece.type != TokenType.NORMAL}
         for key, add in {"unk_token": writer.add_unk_token_id, "pad_token": writer.add_pad_token_id}.items():
             token = named.get(self.tokenizer.template_variables.get(key, f"<{key[:3]}>"))
@@ -208,4 +210,8 @@ def _searched(text: str) -> str:
 
 
 def _in_order(pieces: Mapping[int, Piece]) -> list[Piece]:
-    return [pieces.get(i) or Piece(f"[PAD{i}]", TokenType.UNUSED, -1000.0) for i in range(1 + max(pieces))]
+    return [pieces.get(i) or _unused(i) for i in range(1 + max(pieces))]
+
+
+def _unused(token: int) -> Piece:
+    return Piece(f"[PAD{token}]", TokenType.UNUSED, -1000.0)
