@@ -17,8 +17,9 @@ tokens that choose from both. With a shift of r spreads (the distance of the cho
 0.4 / r of all tokens is in there, while rounding the shifted logits to float32 moves them by about 2e-8·r spreads,
 which swaps experts that nearly tie: r around 1000 is best, and a share near 1e-3 of (token, layer) pairs chooses
 otherwise.
-A row in half precision loses its own part on the channels that carry a shift; those where the rows differ least carry
-it. In `wide` and `split` nothing of this arises.
+A row in half precision loses its own part on the channels that carry a shift, so that those carry it where the rows
+differ least, and engines that compute logits in half precision (transformers does for such weights) want r around 16.
+In `wide` and `split` nothing of this arises.
 
 Sources: Komatsuzaki et al., Sparse Upcycling, 2022 (arXiv 2212.05055); He et al., Upcycling Large Language Models into
 Mixture of Experts, 2024 (arXiv 2410.07524), where parts of an expert form virtual groups; Nakamura et al.,
@@ -202,7 +203,7 @@ def with_noise(down: np.ndarray, copies: int, noise: float, generator: np.random
     """
     if not noise:
         return [down] * copies
-    exact = down.astype(np.float64 if down.dtype == np.float32 else np.float32)
+    exact: np.ndarray = down.astype(np.float64 if down.dtype == np.float32 else np.float32)
     std = noise * math.sqrt(np.mean(exact**2))
     result = [down] * (copies % 2)
     for _ in range(copies // 2):
@@ -228,9 +229,9 @@ UPCYCLE = Conversion(
     upcycle,
     UpcycleOptions,
     "give a mixture two, three, … times its experts",
-    "No data, no model in memory: nearly a file copy. Expert j·E + e of the result descends from expert e of E.\n"
-    "wide and split give the source's logits. copies gives them but for tokens between two groups, about 1 in 1000 in\n"
-    "each layer with float32 weights, several in 100 with others.\n"
+    "No data, no model in memory. Expert j·E + e of the result descends from expert e of the source's E.\n"
+    "wide and split give the source's logits. copies gives them but for tokens between two groups or near a tie,\n"
+    "about 1 in 1000 in each layer with float32 weights and up to 1 in 10 with others.\n"
     "--check prints how far the logits are apart, relative to their standard deviation, and the share of (token,\n"
     "layer) pairs with other experts chosen.",
     _summary,
