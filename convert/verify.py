@@ -129,8 +129,13 @@ def torch_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
     """Float32 logits (B, T, V) of the directory's torch model.
 
     Raises:
-        UserError: torch or transformers is missing.
+        UserError: torch or transformers is missing, or a directory that transformers does not read.
     """
+    if checkpoint.layout_of(directory) is checkpoint.MISTRAL:
+        raise UserError(
+            f"{directory}: transformers does not read Mistral's layout; verify what `nemoe-convert layout {directory} "
+            "DST --to huggingface` makes of it"
+        )
     try:
         import torch
         import transformers
