@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from convert.calibrate import calibration_batches, kind_of
+from convert.experts import key_of
 from convert.minitron_scores import Scorer, Scores
 from convert.options import Conversion, option
 from convert.stream import Figures, Report, Run, Tensors, stream
@@ -118,7 +119,7 @@ def minitron(source: str | Path, destination: str | Path, options: MinitronOptio
         {"command": "minitron", **dataclasses.asdict(options), "kept_sha256": kept.digest()},
         run=run,
         copy=lambda ref: kept.cut(ref, checkpoint.view(ref.key)),
-        summary=lambda: _kept_figures("hidden", scores.hidden_D, kept.hidden_D),
+        summary=lambda: {} if kept.hidden_D is None else {"hidden_kept": _share(scores.hidden_D, kept.hidden_D)},
     )
 
 
@@ -178,34 +179,32 @@ def choose(scores: Scores, config: ModelConfig, pruned: ModelConfig, options: Mi
     return Kept(hidden_D, neurons, factors)
 
 
-def _kept_figures(name: str, score: np.ndarray, kept: np.ndarray | None) -> Figures:
-    """The share of the squared scores that stays, of the worst expert if there are several."""
-    if kept is None:
-        return {}
-    square = score**2
-    share = np.take_along_axis(square, kept, axis=-1).sum(-1) / np.maximum(square.sum(-1), np.finfo(np.float64).tiny)
-    return {f"{name}_kept": float(share.min())}
+def _share(scores: np.ndarray, kept: np.ndarray) -> float | list[float]:
+    """The share of the squared scores that stays; of each expert, where there are several."""
+    square = scores**2
+    whole = np.maximum(square.sum(-1), np.finfo(np.float64).tiny)
+    return (np.take_along_axis(square, kept, axis=-1).sum(-1) / whole).tolist()
 
 
 def _figures(scores: Scores, kept: Kept, config: ModelConfig, layer: int) -> Figures:
     block = declare(config)["blocks"][kind_of(config, layer)]
-    keys = {name: block[name].key.format(layer=layer) for name in ("attn_norm", "ffn_norm")}
+    keys = {name: key_of(block[name], layer) for name in ("attn_norm", "ffn_norm")}
     figures: Figures = {f"{name}_factor": kept.factors[key] for name, key in keys.items() if key in kept.factors}
-    for axis, indices in kept.neurons[layer].items():
-        figures |= _kept_figures(axis, scores.neurons[layer][axis], indices)
-    return figures
+    return figures | {
+        f"{axis}_kept": _share(scores.neurons[layer][axis], indices) for axis, indices in kept.neurons[layer].items()
+    }
 
 
 def _summary(manifest: Report) -> Figures:
     result, layers = manifest["result"], manifest["layers"]
     total, active = count(ModelConfig(**result))
-    figures = {"parameters": total, "active_parameters": active}
+    figures: Figures = {"parameters": total, "active_parameters": active}
     figures |= {name: result[name] for name in ("hidden", *NEURON_AXES, "norm_eps") if result[name]}
     if "hidden_kept" in manifest:
         figures["hidden_kept"] = manifest["hidden_kept"]
     for axis in NEURON_AXES:
         if values := [layer[f"{axis}_kept"] for layer in layers if f"{axis}_kept" in layer]:
-            figures[f"{axis}_kept_min"] = min(values)
+            figures[f"{axis}_kept_min"] = float(np.min(values))
     factors = [value for layer in layers for name, value in layer.items() if name.endswith("_factor")]
     if factors:
         figures |= {"norm_factor_min": min(factors), "norm_factor_max": max(factors)}

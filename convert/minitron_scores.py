@@ -5,7 +5,7 @@ counts with the weight that the router gave the token (0 where it was not chosen
 is what reaches the output. A channel's score is the same of the outputs of both norms of every layer, summed.
 (Muralidharan et al., 2024, arXiv 2407.14679: mean over the sequence, L2 over the batch.)
 
-B batch, T sequence, D embed, F neurons, E experts, C top-k.
+B batch, T sequence, D embed, F neurons, E experts.
 """
 
 import dataclasses
@@ -14,16 +14,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from convert.calibrate import LayerStream, feed_forward, kind_of
+from convert.experts import key_of, routing
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.layers import project, rms_norm
-from nemoe_jax.moe import MoE
-from nemoe_jax.schema import ParamSpec, Tree, declare
+from nemoe_jax.schema import Tree, declare
 
 
 @dataclasses.dataclass
@@ -68,8 +67,8 @@ class Scorer:
                 neurons.append({axis: _roots(axis, total) for axis, total in sums["neurons"].items()})
                 for name, (activity_D, share_D) in sums["norms"].items():
                     hidden_D += np.sqrt(activity_D)
-                    spec: ParamSpec = specs["blocks"][kind_of(self.config, layer)][name]
-                    shares_D[spec.key.format(layer=layer)] = share_D / share_D.sum()
+                    spec = specs["blocks"][kind_of(self.config, layer)][name]
+                    shares_D[key_of(spec, layer)] = share_D / share_D.sum()
         share_D = np.sum([_shares(x_BTD) for x_BTD in self._x], axis=0, dtype=np.float64)
         return Scores(hidden_D, neurons, shares_D | {specs["norm"].key: share_D / share_D.sum()})
 
@@ -113,18 +112,16 @@ def _score(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array, midd
 
 def _expert_squares(config: ModelConfig, ffn: Tree, x_BTD: jax.Array) -> jax.Array:
     """(2, E, F): each expert's sums over the tokens that chose it, by their routing weights, and over all tokens."""
-    specs = declare(config)["blocks"]["moe"]["ffn"]
-    moe = nnx.merge(nnx.split(nnx.eval_shape(lambda: MoE(config, specs)))[0], ffn)
-    weights_BTC, chosen_BTC, _ = moe.route(x_BTD)
+    logits_BTE = project(x_BTD, ffn["router"], 1, None)
+    weights_TE, _ = routing(config, logits_BTE.reshape(-1, config.experts))
 
-    def one(expert):
-        number, maps = expert
+    def of_expert(expert):
+        maps, weights_T = expert
         hidden_BTF = _hidden(maps, x_BTD)
-        weight_BT1 = jnp.sum(jnp.where(chosen_BTC == number, weights_BTC, 0), axis=-1, keepdims=True)
-        return jnp.stack([_squares(weight_BT1 * hidden_BTF), _squares(hidden_BTF)])
+        return _squares(weights_T.reshape(*x_BTD.shape[:2], 1) * hidden_BTF), _squares(hidden_BTF)
 
     maps = {name: ffn[name] for name in ("gate", "up")}
-    return jnp.moveaxis(jax.lax.map(one, (jnp.arange(config.experts), maps)), 1, 0)
+    return jnp.stack(jax.lax.map(of_expert, (maps, weights_TE.T)))
 
 
 def _roots(axis: str, total: np.ndarray) -> np.ndarray:
