@@ -84,6 +84,8 @@ def main() -> None:
         "random",
         "--calibration",
         str(train),
+        "--calibration-tokens",
+        "16384",
         "--no-refit",
     )
     step("carved", *carve, str(models["carved"]), *shape)

@@ -1,6 +1,6 @@
 """A model run layer by layer over calibration text, with one layer's weights in memory at a time.
 
-    stream = LayerStream(checkpoint, texts, tokens)
+    stream = LayerStream(checkpoint)
     weights = stream.weights(layer)                       # the schema's tree of one block, float32
     middle_BTD, normed_BTD = stream.attend(layer, weights, x_BTD)
     after_BTD = middle_BTD + stream.feed_forward(layer, weights, normed_BTD)

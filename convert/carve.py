@@ -27,7 +27,15 @@ import numpy as np
 
 from convert import partition, router, svd
 from convert.options import Conversion, option
-from convert.refit import CarvedStream, distilled_router, measure, normal_equations, output_scale, ridge_solve
+from convert.refit import (
+    RIDGE_TOKENS,
+    CarvedStream,
+    distilled_router,
+    measure,
+    normal_equations,
+    output_scale,
+    ridge_solve,
+)
 from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
@@ -56,16 +64,16 @@ class CarveOptions:
         "eigenvectors of a product) seconds",
     )
     rank: int = option(64, "dimensions of that subspace")
-    logit_std: float = option(
-        0.02, "gate-mean, random: standard deviation of the router logits; small keeps the chosen weights near 1/k"
-    )
+    logit_std: float = option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
     output_scale: float = option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
     calibration: tuple[str, ...] = option(
         (), "text files, directories or globs: distil the router, fit the output scales, refit `down`"
     )
-    calibration_tokens: int = option(16384, "tokens of it to use; 131072 or more for the 12B")
+    calibration_tokens: int = option(131072, "tokens of it to use; more is better")
     refit: bool = option(True, "with calibration: leave the experts' weights as they are, but for the output scales")
-    refit_ridge: float = option(0.3, "how strongly the refit holds to the dense `down`; less wants more text")
+    refit_ridge: float = option(
+        0.0, "how strongly the refit holds to the dense `down`; 0 takes 2 · FFN neurons / tokens of calibration text"
+    )
     seed: int = option(0, "seed of the k-means and of everything random")
 
 
@@ -131,12 +139,13 @@ def _calibrated(
     fitted, held_out = text.enter(layer)
     label_F = jnp.zeros(members_EF.size, jnp.int32).at[members_EF].set(jnp.arange(options.experts)[:, None])
     if options.router in ("auto", "distilled"):
-        router_ED = distilled_router(fitted, label_F, options.experts)
+        router_ED = distilled_router(fitted, label_F, options.experts, options.top_k, options.logit_std)
     gram_FF, moment_FD = normal_equations(fitted, label_F, router_ED, options.top_k)
     scale_E = output_scale(gram_FF, moment_FD, fitted.ffn["down"], label_F, options.experts)
     down_FD = fitted.ffn["down"] * scale_E[label_F][:, None]
     if options.refit:
-        down_FD = ridge_solve(gram_FF, moment_FD, options.refit_ridge, down_FD)
+        ridge = options.refit_ridge or RIDGE_TOKENS * len(down_FD) / text.fitted_tokens
+        down_FD = ridge_solve(gram_FF, moment_FD, ridge, down_FD)
     figures = measure(held_out, label_F, router_ED, down_FD, options.top_k)
     return router_ED, np.asarray(scale_E), np.asarray(down_FD.T) if options.refit else None, figures
 
@@ -159,8 +168,8 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
         raise UserError("--output-scale and --calibration both set the scale; give one of them")
     if options.router == "distilled" and not options.calibration:
         raise UserError("--router distilled: wants --calibration text")
-    if not options.refit_ridge > 0:
-        raise UserError(f"--refit-ridge: wanted a positive number, got {options.refit_ridge}")
+    if not options.refit_ridge >= 0:
+        raise UserError(f"--refit-ridge: wanted a positive number, or 0 to choose it, got {options.refit_ridge}")
     return dense.replace(
         family="mixtral", ffn=0, experts=options.experts, top_k=options.top_k, expert_ffn=dense.ffn // options.experts
     )

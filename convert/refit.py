@@ -4,11 +4,14 @@ The dense model and what has been carved of it run side by side, layer by layer.
 carved layers before it give:
 
 1. Router. A token wants the experts whose outputs are largest: the target is each expert's share of the outputs'
-   energy. A ridge regression of its logarithm starts the router, cross-entropy finishes it.
+   energy. A ridge regression of its logarithm starts the router; cross-entropy, with a penalty on uneven load, finishes
+   it. Its rows are then made so short that the chosen experts weigh nearly the same: who is chosen stays, and equal
+   weights serve the refit far better than the shares that the router was trained to tell.
 2. Scale. Least squares finds the factor of each expert's `down` with which the mixture comes nearest to the dense FFN.
 3. Refit. With the choices fixed, the mixture is linear in `down`: y = Φ·down, where token t's row of Φ holds the hidden
    activations of its chosen experts times their routing weights, and zeros. Ridge regression towards the scaled weights
-   of step 2 gives all experts' `down` at once.
+   of step 2 gives all experts' `down` at once. Its y leads from the carved model's stream to the dense model's after
+   the layer, so that each layer mends what those before it got wrong.
 
 The last tenth of the text is held out of every fit; errors are measured on it.
 
@@ -24,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from convert.calibrate import LayerStream, block_weights, calibration_batches, feed_forward
+from convert.calibrate import LayerStream, block_weights, calibration_batches, feed_forward, kind_of
 from convert.stream import Figures, Tensors
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
@@ -34,6 +37,8 @@ HELD_OUT = 10  # every tenth batch, and at least one
 ROUTER_STEPS = 300  # each on one batch
 ROUTER_LEARNING_RATE = 3e-3  # Adam's first; falls to 0 along a cosine
 ROUTER_RIDGE = 1e-2  # of the mean diagonal
+ROUTER_BALANCE = 0.02  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
+RIDGE_TOKENS = 2.0  # the refit's ridge is worth this many tokens for each neuron
 SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -45,7 +50,8 @@ class LayerText:
 
     ffn: Tree  # the dense FFN: gate, up (D, F) and down (F, D)
     inputs: Sequence[jax.Array]
-    wanted: Sequence[jax.Array]
+    outputs: Sequence[jax.Array]  # the dense FFN's, on the same inputs
+    wanted: Sequence[jax.Array]  # with which the stream after the layer would be the dense model's
 
     def hidden(self, number: int) -> jax.Array:
         """The hidden activations (B, T, F) of a batch."""
@@ -66,37 +72,34 @@ class CarvedStream:
         self.fitted = len(self.batches) - max(len(self.batches) // HELD_OUT, 1)  # batches that are not held out
         self.dense = [self.layers.embed(tokens_BS[:, :-1]) for tokens_BS in self.batches]
         self.carved = list(self.dense)
-        self._weights: Tree | None = None
+        self.fitted_tokens = sum(tokens_BS[:, 1:].size for tokens_BS in self.batches[: self.fitted])
+        self._entered = -1  # the last layer that was
 
     def enter(self, layer: int) -> tuple[LayerText, LayerText]:
         """The layer's text to fit on and the held-out text; layers come in ascending order."""
-        weights = self._weights = self.layers.weights(layer)
-        self._after_attention, inputs, wanted = [], [], []
-        for x_BTD in self.carved:
-            middle_BTD, normed_BTD = self.layers.attend(layer, weights, x_BTD)
+        weights = self.layers.weights(layer)
+        self._after_attention, inputs, outputs, wanted = [], [], [], []
+        for number, (dense_BTD, carved_BTD) in enumerate(zip(self.dense, self.carved, strict=True)):
+            middle_BTD, normed_BTD = self.layers.attend(layer, weights, dense_BTD)
+            self.dense[number] = middle_BTD + self.layers.feed_forward(layer, weights, normed_BTD)
+            middle_BTD, normed_BTD = self.layers.attend(layer, weights, carved_BTD)
             self._after_attention.append(middle_BTD)
             inputs.append(normed_BTD)
-            wanted.append(self.layers.feed_forward(layer, weights, normed_BTD))
-        self._inputs = inputs
-        fitted = self.fitted
-        return (
-            LayerText(weights["ffn"], inputs[:fitted], wanted[:fitted]),
-            LayerText(weights["ffn"], inputs[fitted:], wanted[fitted:]),
-        )
+            outputs.append(self.layers.feed_forward(layer, weights, normed_BTD))
+            wanted.append(self.dense[number] - middle_BTD)
+        self._inputs, self._entered = inputs, layer
+        parts = slice(None, self.fitted), slice(self.fitted, None)
+        fitted, held_out = (LayerText(weights["ffn"], inputs[part], outputs[part], wanted[part]) for part in parts)
+        return fitted, held_out
 
     def leave(self, layer: int, config: ModelConfig, written: Tensors) -> None:
         """Goes on to the next layer, the carved model through its FFN as it was written."""
-        if self._weights is None:  # the layer was carved before an interruption
+        if self._entered != layer:  # it was carved before an interruption
             self.enter(layer)
-        assert self._weights is not None
         carved = jax.device_put(block_weights(config, layer, written.__getitem__), self.layers.whole)
-        for number, dense_BTD in enumerate(self.dense):
-            middle_BTD, normed_BTD = self.layers.attend(layer, self._weights, dense_BTD)
-            self.dense[number] = middle_BTD + self.layers.feed_forward(layer, self._weights, normed_BTD)
-            self.carved[number] = self._after_attention[number] + feed_forward(
-                config, "moe", carved, self._inputs[number]
-            )
-        self._weights = None
+        kind = kind_of(config, layer)
+        for number, (middle_BTD, x_BTD) in enumerate(zip(self._after_attention, self._inputs, strict=True)):
+            self.carved[number] = middle_BTD + feed_forward(config, kind, carved, x_BTD)
 
     def losses(self) -> Figures:
         """Loss on the held-out text after the last layer, nats per token."""
@@ -108,8 +111,12 @@ class CarvedStream:
         }
 
 
-def distilled_router(text: LayerText, label_F: jax.Array, experts: int) -> jax.Array:
-    """Router rows (E, D) that tell from the input which experts' outputs will be largest."""
+def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: int, logit_std: float) -> jax.Array:
+    """Router rows (E, D) that tell from the input which experts' outputs will be largest.
+
+    Args:
+        logit_std: the logits' standard deviation on this text, about each token's mean.
+    """
     targets = [
         _energy_shares(text.hidden(number), text.ffn["down"], label_F, experts) for number in range(len(text.inputs))
     ]
@@ -122,19 +129,23 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int) -> jax.A
     state = optimizer.init(router_ED)
     for step in range(ROUTER_STEPS):
         number = step % len(targets)
-        router_ED, state = _router_step(optimizer, router_ED, state, text.inputs[number], targets[number])
-    return router_ED
+        router_ED, state = _router_step(optimizer, top_k, router_ED, state, text.inputs[number], targets[number])
+        # one program at a time: XLA's collectives on virtual CPU devices can wait for each other for ever
+        jax.block_until_ready(router_ED)
+    router_ED -= router_ED.mean(axis=0)  # what is common to all experts' logits chooses nothing
+    return router_ED * (logit_std / jnp.sqrt(jnp.mean(jnp.stack([_logit_variance(x, router_ED) for x in text.inputs]))))
 
 
 def normal_equations(
     text: LayerText, label_F: jax.Array, router_ED: jax.Array, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the dense FFN's outputs, means over tokens."""
+    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the wanted outputs, means over tokens."""
     neurons, hidden = text.ffn["down"].shape
     gram_FF, moment_FD, tokens = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, hidden)), 0
     for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True)):
         gram, moment = _normal_sums(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, top_k)
         gram_FF, moment_FD, tokens = gram_FF + gram, moment_FD + moment, tokens + y_BTD[..., 0].size
+        jax.block_until_ready(gram_FF)
     return gram_FF / tokens, moment_FD / tokens
 
 
@@ -157,7 +168,7 @@ def output_scale(
 
 @jax.jit
 def ridge_solve(gram: jax.Array, moment: jax.Array, ridge: float, towards: jax.Array | float = 0.0) -> jax.Array:
-    """(gram + λ)⁻¹ (moment + λ·towards) with λ = ridge · the mean diagonal of gram."""
+    """(gram + λI)⁻¹ (moment + λ·towards) with λ = ridge · the mean diagonal of gram."""
     weight = ridge * jnp.trace(gram) / len(gram)
     return jax.scipy.linalg.solve(
         gram + weight * jnp.eye(len(gram)), moment + weight * jnp.broadcast_to(towards, moment.shape), assume_a="pos"
@@ -168,13 +179,13 @@ def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: 
     """How a carved layer does on a text: error, recall of the experts that matter, load."""
     sums = [
         _measures(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, text.ffn["down"], down_FD, top_k)
-        for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True))
+        for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.outputs, strict=True))
     ]
     error, energy, recall, load_E = (
         np.mean([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True)
     )
     return {
-        "reconstruction_error": float(error / energy),  # of the FFN's output, relative, in squares
+        "reconstruction_error": float(error / energy),  # of the dense FFN's output on the same inputs, in squares
         "recall": float(recall),  # share of the experts with the largest outputs that were chosen
         "load_max_over_mean": float(load_E.max() / load_E.mean()),
     }
@@ -207,11 +218,20 @@ def _ridge_sums(x_BTD, target_BTE):
     return _einsum("BTD,BTH->DH", x_BTD, x_BTD), _einsum("BTD,BTE->DE", x_BTD, logits_BTE)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-def _router_step(optimizer, router_ED, state, x_BTD, target_BTE):
+@jax.jit
+def _logit_variance(x_BTD, router_ED):
+    return jnp.mean(_einsum("BTD,ED->BTE", x_BTD, router_ED) ** 2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _router_step(optimizer, top_k, router_ED, state, x_BTD, target_BTE):
     def loss(router_ED):
-        log_p_BTE = jax.nn.log_softmax(_einsum("BTD,ED->BTE", x_BTD, router_ED))
-        return -jnp.mean(jnp.sum(target_BTE * log_p_BTE, axis=-1))
+        logits_BTE = _einsum("BTD,ED->BTE", x_BTD, router_ED)
+        cross_entropy = -jnp.mean(jnp.sum(target_BTE * jax.nn.log_softmax(logits_BTE), axis=-1))
+        chosen_BTE = logits_BTE >= jax.lax.top_k(logits_BTE, top_k)[0][..., -1:]
+        load_E = jnp.mean(chosen_BTE, axis=(0, 1)) / top_k
+        balance = len(load_E) * jnp.sum(load_E * jax.nn.softmax(logits_BTE).mean((0, 1)))
+        return cross_entropy + ROUTER_BALANCE * balance
 
     updates, state = optimizer.update(jax.grad(loss)(router_ED), state)
     return optax.apply_updates(router_ED, updates), state

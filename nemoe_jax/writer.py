@@ -141,6 +141,9 @@ class Writer:
                         opened.write(file.header)
                     opened.truncate(file.size)
             (self.partial / _STATE).write_text(json.dumps(self.state), encoding="utf-8")
+            for path in self.partial.glob(_FINISHED.format("*")):
+                if not path.read_bytes().endswith(b"\n"):  # killed in the midst of a line
+                    path.open("ab").write(b"\n")
         except OSError as error:
             if error.errno in _FULL:
                 raise ResumableError(f"{self.partial}: {error.strerror}; {KEPT}") from error
@@ -180,7 +183,7 @@ class Writer:
                 os.close(descriptor)
             row = json.dumps({"unit": unit, "figures": figures}) + "\n"
             with self._lock, (self.partial / _FINISHED.format(jax.process_index())).open("a") as finished:
-                finished.write(("\n" if finished.tell() else "") + row)  # after a line that was cut short
+                finished.write(row)
         except OSError as error:
             if error.errno not in _FULL:
                 raise

@@ -19,7 +19,8 @@ def text(random):
     ffn = {name: random.normal(size=(HIDDEN, NEURONS)).astype(np.float32) for name in ("gate", "up")}
     ffn["down"] = random.normal(size=(NEURONS, HIDDEN)).astype(np.float32)
     inputs = [random.normal(size=(2, 33, HIDDEN)).astype(np.float32) for _ in range(3)]
-    return LayerText(ffn, inputs, [hidden_of(ffn, x) @ ffn["down"] for x in inputs])
+    outputs = [hidden_of(ffn, x) @ ffn["down"] for x in inputs]
+    return LayerText(ffn, inputs, outputs, outputs)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_distilled_router_recalls_more_than_chance_and_a_refit_lowers_the_erro
     labels = jnp.asarray(label)
     down = jnp.asarray(text.ffn["down"])
     chance = jnp.asarray(random.normal(size=(EXPERTS, HIDDEN)).astype(np.float32))
-    distilled = distilled_router(text, labels, EXPERTS)
+    distilled = distilled_router(text, labels, EXPERTS, TOP_K, 0.02)
     before, after = (measure(text, labels, router, TOP_K * down, TOP_K) for router in (chance, distilled))
     assert after["recall"] > before["recall"] + 0.05
     gram, moment = normal_equations(text, labels, distilled, TOP_K)
