@@ -38,6 +38,7 @@ from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import declare
+from nemoe_jax.tokenizer_base import read_json
 from nemoe_jax.writer import refuse_existing
 
 ERROR_TOKENS = 2048  # evenly spaced ones on which subsets are compared
@@ -50,15 +51,16 @@ class PruneOptions:
     """Which experts are dropped."""
 
     experts: int = option(dataclasses.MISSING, "experts per layer that are kept; at least top-k")
-    calibration: tuple[str, ...] = option(
-        dataclasses.MISSING, "text files, directories or globs on which experts show their use"
-    )
+    calibration: tuple[str, ...] = option((), "text files, directories or globs on which experts show their use")
     method: Literal["reap", "exhaustive", "frequency"] = option(
         "reap",
         "reap: drop the experts with the least mean routing weight × output norm; exhaustive: try all subsets, keep "
         "the one with the least error of the layer's output; frequency: drop the least often chosen (a baseline)",
     )
     calibration_tokens: int = option(16384, "tokens of the text to use; 131072 or more for the 12B")
+    choices: str = option(
+        "", "instead of calibration: conversion.json of an earlier run on this model, whose scores are taken", "FILE"
+    )
 
 
 def prune(source: str | Path, destination: str | Path, options: PruneOptions, run: Run = Run()) -> Report:
@@ -72,11 +74,14 @@ def prune(source: str | Path, destination: str | Path, options: PruneOptions, ru
     checkpoint = Checkpoint(source)
     config = pruned_config(checkpoint.config, options, str(source))
     refuse_existing(destination)  # before the text is read
-    batches = calibration_batches(checkpoint, options.calibration, options.calibration_tokens)
-    if run.dry_run:  # any experts do for the plan
-        choices: dict[int, Figures] = {number: {"kept": list(range(config.experts))} for number in moe_layers(config)}
+    if options.choices:
+        choices = earlier_choices(Path(options.choices), config)
     else:
-        choices = choose_experts(checkpoint, batches, config.experts, options.method)
+        batches = calibration_batches(checkpoint, options.calibration, options.calibration_tokens)
+        if run.dry_run:  # any experts do for the plan
+            choices = {number: {"kept": list(range(config.experts))} for number in moe_layers(config)}
+        else:
+            choices = choose_experts(checkpoint, batches, config.experts, options.method)
     specs = declare(config)["blocks"]["moe"]["ffn"]
 
     def layer(number: int) -> tuple[Tensors, Figures]:
@@ -102,6 +107,8 @@ def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> Model
     """
     if not old.experts:
         raise UserError(f"{source}: a dense model; prune-experts wants a mixture")
+    if bool(options.choices) == bool(options.calibration):
+        raise UserError("prune-experts: wanted either --calibration text or --choices of an earlier run")
     if not old.top_k <= options.experts < old.experts:
         raise UserError(
             f"--experts: wanted {old.top_k} (top-k) to {old.experts - 1} of the {old.experts} experts of {source}, "
@@ -114,6 +121,25 @@ def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> Model
             f"{MOST_SUBSETS:,}; use --method reap"
         )
     return old.replace(experts=options.experts)
+
+
+def earlier_choices(manifest: Path, config: ModelConfig) -> dict[int, Figures]:
+    """What `choose_experts` returns, from the scores of an earlier run; they may ask for another number of experts.
+
+    Raises:
+        UserError: no such file, or no scores for the experts of these layers in it.
+    """
+    rows = {row.get("layer"): row for row in read_json(manifest).get("layers", []) if isinstance(row, dict)}
+    choices = {}
+    for layer in moe_layers(config):
+        scores = rows.get(layer, {}).get("scores")
+        if not isinstance(scores, list) or not all(isinstance(score, (int, float)) for score in scores):
+            raise UserError(f"{manifest}: wanted the scores of layer {layer}'s experts, got {scores!r:.60}")
+        if len(scores) <= config.experts:
+            raise UserError(f"{manifest}: layer {layer}: wanted more than {config.experts} scores, got {len(scores)}")
+        kept = np.sort(np.argsort(-np.array(scores), kind="stable")[: config.experts])
+        choices[layer] = {"kept": kept.tolist(), "scores": scores}
+    return choices
 
 
 def choose_experts(
@@ -137,6 +163,8 @@ def choose_experts(
                 streams[number] = middle_BTD + layers.feed_forward(layer, weights, normed_BTD)
                 if "router" in weights["ffn"]:
                     text.append(expert_products(weights["ffn"], normed_BTD))
+                # one program at a time: on several CPU devices, programs that communicate starve one another
+                jax.block_until_ready((streams[number], text[-1:]))
             if text:
                 choices[layer] = _choose(config, text, experts, method)
     return choices
@@ -213,12 +241,14 @@ def _subset_errors(config, logits_TE, gram_TEE, member_SE):
 
 def _summary(manifest: Report) -> Figures:
     layers = [figures for figures in manifest["layers"] if "kept" in figures]
+
+    def mean(name: str) -> float:
+        return float(np.mean([figures[name] for figures in layers]))
+
     return {
         **{name: manifest["result"][name] for name in ("experts", "top_k")},
         "moe_layers": len(layers),
-        "dropped_share_mean": float(np.mean([figures["dropped_share"] for figures in layers])),
-        "layer_error_mean": float(np.mean([figures["layer_error"] for figures in layers])),
-        "layer_error_max": max(figures["layer_error"] for figures in layers),
+        **{f"{name}_mean": mean(name) for name in ("dropped_share", "layer_error") if name in layers[0]},
     }
 
 

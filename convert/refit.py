@@ -37,7 +37,7 @@ HELD_OUT = 10  # every tenth batch, and at least one
 ROUTER_STEPS = 300  # each on one batch
 ROUTER_LEARNING_RATE = 3e-3  # Adam's first; falls to 0 along a cosine
 ROUTER_RIDGE = 1e-2  # of the mean diagonal
-ROUTER_BALANCE = 0.02  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
+ROUTER_BALANCE = 0.1  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
 RIDGE_TOKENS = 2.0  # the refit's ridge is worth this many tokens for each neuron
 SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
 

@@ -55,8 +55,8 @@ def _plots(series: dict[str, list[tuple[int, list[float]]]]) -> str:
         layers = [layer for layer, _ in points]
         axes.plot(layers, [sum(values) / len(values) for _, values in points], color="#3b6ea5", marker=".")
         if any(len(values) > 1 for _, values in points):
-            extremes = [[min(values) for _, values in points], [max(values) for _, values in points]]
-            axes.fill_between(layers, *extremes, color="#3b6ea5", alpha=0.2, linewidth=0)
+            low, high = ([extreme(values) for _, values in points] for extreme in (min, max))
+            axes.fill_between(layers, low, high, color="#3b6ea5", alpha=0.2, linewidth=0)
         axes.set(title=name.replace("_", " "), xlabel="layer")
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

@@ -29,10 +29,10 @@ E experts, D embed, F expert_ffn, G groups (m), C channels with a shift.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from convert.compare import compare, windows
@@ -67,7 +67,7 @@ class UpcycleOptions:
         "SPREADS",
     )
     noise: float = option(
-        0.01, "wide: noise on `down`, relative to its root mean square; sums to zero over the copies", "SHARE"
+        0.01, "wide: largest relative noise on `down`; sums to zero over the copies; 0 leaves them alike", "SHARE"
     )
     check: tuple[str, ...] = option((), "text files, directories or globs: compare the result with the source on them")
     check_tokens: int = option(
@@ -199,18 +199,22 @@ def split_expert(gate: np.ndarray, up: np.ndarray, down: np.ndarray, parts: int)
 def with_noise(down: np.ndarray, copies: int, noise: float, generator: np.random.Generator) -> list[np.ndarray]:
     """`copies` arrays whose sum is `copies · down` exactly: pairs of down ± noise, and down itself for an odd one.
 
-    Elements where one of the two sums would be rounded get none.
+    The noise is added to the integers that the floating-point numbers are stored as, so it is relative to each number's
+    power of two. Numbers that it would take across a power of two get none: only between two of them are steps equal.
     """
     if not noise:
         return [down] * copies
-    exact: np.ndarray = down.astype(np.float64 if down.dtype == np.float32 else np.float32)
-    std = noise * math.sqrt(np.mean(exact**2))
+    bits = jnp.finfo(down.dtype).nmant
+    width = np.dtype(f"i{down.dtype.itemsize}")
+    stored = down.view(width)
+    mantissa = stored & width.type((1 << bits) - 1)
+    most = max(round(noise * (1 << bits)), 1)
     result = [down] * (copies % 2)
     for _ in range(copies // 2):
-        above = (exact + std * generator.standard_normal(down.shape, np.float32)).astype(down.dtype)
-        below = (2 * exact - above.astype(exact.dtype)).astype(down.dtype)
-        even = above.astype(exact.dtype) + below.astype(exact.dtype) == 2 * exact
-        result += [np.where(even, side, down) for side in (above, below)]
+        step = generator.integers(-most, most, down.shape, width, endpoint=True)
+        size = np.abs(step)
+        step[(mantissa < size) | (mantissa > (1 << bits) - 1 - size)] = 0
+        result += [(stored + step).view(down.dtype), (stored - step).view(down.dtype)]
     return result
 
 

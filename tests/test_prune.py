@@ -237,3 +237,20 @@ def test_too_many_subsets_and_dense_models_are_refused():
     assert prune.pruned_config(MIXTRAL, PruneOptions(8, ("text.txt",), "exhaustive"), "model").experts == 8
     with pytest.raises(UserError, match="model: a dense model; prune-experts wants a mixture"):
         prune.pruned_config(DENSE, options, "model")
+
+
+def test_scores_of_an_earlier_run_are_taken_instead_of_text(tmp_path):
+    hf.save(tmp_path / "model", MIXTRAL, schema.initialise(MIXTRAL, jax.random.key(0)))
+    scores = np.random.default_rng(0).random((3, 16)).round(3)
+    rows = [{"layer": layer, "scores": row.tolist()} for layer, row in enumerate(scores)]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"layers": rows}))
+    manifest = prune.prune(tmp_path / "model", tmp_path / "pruned", PruneOptions(8, choices=str(earlier)))
+    assert [row["kept"] for row in manifest["layers"]] == [sorted(np.argsort(-row)[:8].tolist()) for row in scores]
+    for bad, message in (({}, "layer 0's experts, got None"), ({"layers": [{"layer": 0, "scores": [1]}]}, "got 1")):
+        earlier.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=message):
+            prune.prune(tmp_path / "model", tmp_path / "again", PruneOptions(8, choices=str(earlier)))
+    with pytest.raises(UserError, match="either --calibration text or --choices"):
+        prune.prune(tmp_path / "model", tmp_path / "again", PruneOptions(8))
+    assert not (tmp_path / "again").exists()
