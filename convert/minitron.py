@@ -6,7 +6,8 @@ One pass of the model over the text, layer by layer, scores everything; the rest
 2. Channels. One set for the whole model, since every layer adds to the same stream.
 3. Norms. Over fewer channels an RMSNorm divides by another mean square. Each norm's weight is multiplied by
    √(mean square of the kept channels / mean square of all), measured on the text; epsilon, of which a config has but
-   one, by the mean of those factors' squares. Where the dropped channels are always zero this is exact.
+   one (NekoMind's heads use it too), by the mean of those factors' squares. Where the dropped channels are always
+   zero this is exact.
 
 Heads stay as they are. The result opens like any other model; the published recipe then distils its source into it.
 (Muralidharan et al., 2024, arXiv 2407.14679; Sreenivas et al., 2024, arXiv 2408.11796; the third step is not theirs.)
@@ -45,7 +46,7 @@ class MinitronOptions:
     shared_ffn: int | None = option(None, "neurons of the shared expert to keep (NekoMind)")
     dense_ffn: int | None = option(None, "neurons to keep in a mixture's dense first layers (NekoMind)")
     calibration: tuple[str, ...] = option((), "text files, directories or globs to measure activations on; needed")
-    calibration_tokens: int = option(16384, "tokens of it to use, in sequences of 256; 262144 or more for the 12B")
+    calibration_tokens: int = option(16384, "tokens of it to use, in sequences of 256; the papers take 1024 sequences")
     importance: Literal["activations", "random"] = option(
         "activations", "what is kept: what the text excites most, or anything (a baseline)"
     )
@@ -219,6 +220,6 @@ MINITRON = Conversion(
     "Any dense model or mixture becomes a narrower one of its family: one pass over the text scores every channel\n"
     "and neuron, and the best are kept (Minitron, arXiv 2407.14679 and 2408.11796). Each expert of a mixture keeps\n"
     "its own neurons. The result is a damaged model until it is distilled from its source (nemoe-train).\n\n"
-    "  nemoe-convert minitron nemo-12b minitron-8b --hidden 4096 --ffn 11520 --calibration text/",
+    "  nemoe-convert minitron nemo-12b minitron-8b --hidden 4096 --ffn 11520 --calibration text/\n",
     _summary,
 )
