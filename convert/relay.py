@@ -47,6 +47,8 @@ from nemoe_jax.writer import refuse_existing
 
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of a change, tried in this order
 
+_ADAM = optax.scale_by_adam()
+
 
 @dataclasses.dataclass(frozen=True)
 class RelayOptions:
@@ -229,26 +231,29 @@ def distilled_routers(
     """
     deviation_L11 = jnp.sqrt(jnp.mean((old_LDE - old_LDE.mean(-1, keepdims=True)) ** 2, axis=(1, 2), keepdims=True))
     change_LDE = jnp.zeros(old_LDE.shape)
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    state = optimizer.init(change_LDE)
-
-    @functools.partial(jax.jit, donate_argnums=(2, 3))
-    def step(params, teacher_params, change_LDE, state, tokens_BT):
-        log_p_BTV = jax.nn.log_softmax(forward(teacher[0], teacher_params, tokens_BT).logits)
-
-        def divergence(change_LDE):
-            routed = with_routers(params, old_LDE + deviation_L11 * change_LDE)
-            log_q_BTV = jax.nn.log_softmax(forward(student[0], routed, tokens_BT, remat=True).logits)
-            return jnp.mean(jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1))
-
-        updates, state = optimizer.update(jax.grad(divergence)(change_LDE), state)
-        return optax.apply_updates(change_LDE, updates), state
-
+    state = _ADAM.init(change_LDE)
+    rate = optax.cosine_decay_schedule(learning_rate, steps)
     with progress_bar() as bar:
         for number in bar.track(range(steps), description="distilling routers"):
             tokens_BT = batches[number % len(batches)][:, :-1]
-            change_LDE, state = step(student[1], teacher[1], change_LDE, state, tokens_BT)
+            change_LDE, state = _distil_step(
+                *student, *teacher, old_LDE, deviation_L11, change_LDE, state, tokens_BT, rate(number)
+            )
     return np.asarray(old_LDE + deviation_L11 * change_LDE)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=(6, 7))
+def _distil_step(config, params, teacher_config, teacher, old_LDE, deviation_L11, change_LDE, state, tokens_BT, rate):
+    """The change and Adam's state after a step for KL(teacher ‖ student)."""
+    log_p_BTV = jax.nn.log_softmax(forward(teacher_config, teacher, tokens_BT).logits)
+
+    def divergence(change_LDE):
+        routed = with_routers(params, old_LDE + deviation_L11 * change_LDE)
+        log_q_BTV = jax.nn.log_softmax(forward(config, routed, tokens_BT, remat=True).logits)
+        return jnp.mean(jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1))
+
+    updates, state = _ADAM.update(jax.grad(divergence)(change_LDE), state)
+    return change_LDE - rate * updates, state
 
 
 def _summary(manifest: Report) -> Figures:

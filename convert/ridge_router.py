@@ -46,14 +46,18 @@ def ridge_routers(
     with progress_bar() as bar:
         for layer in bar.track(range(config.layers), description="fitting routers"):
             weights = layers.weights(layer)
-            entered = [layers.attend(layer, weights, x_BTD) for x_BTD in streams]
+            # one program at a time: on several CPU devices, programs that communicate starve one another
+            entered = [jax.block_until_ready(layers.attend(layer, weights, x_BTD)) for x_BTD in streams]
             if "router" in weights["ffn"]:
                 number = layer - config.dense_layers
                 weights["ffn"]["router"] = jax.device_put(new_LDE[number], layers.whole)
                 products = _products(layers, taught, layer, weights, entered)
-                router_DE = fitted_router(config, weights["ffn"]["router"], *products, ridge)
-                weights["ffn"]["router"], new_LDE[number] = router_DE, np.asarray(router_DE)
-            streams = [middle_BTD + layers.feed_forward(layer, weights, x_BTD) for middle_BTD, x_BTD in entered]
+                new_LDE[number] = fitted_router(config, jnp.asarray(new_LDE[number]), *products, ridge)
+                weights["ffn"]["router"] = jax.device_put(new_LDE[number], layers.whole)
+            streams = [
+                jax.block_until_ready(middle_BTD + layers.feed_forward(layer, weights, x_BTD))
+                for middle_BTD, x_BTD in entered
+            ]
     return new_LDE
 
 
@@ -73,18 +77,13 @@ def _products(
         logits_TE, gram_TEE, missing_TE = expert_products(weights["ffn"], x_BTD, missing_BTD)
         weights_TE, _ = routing(layers.config, logits_TE)
         moment_TE = missing_TE + einsum("TEG,TG->TE", gram_TEE, weights_TE)
-        parts.append((x_BTD.reshape(-1, x_BTD.shape[-1]), gram_TEE, moment_TE))
-    return tuple(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        parts.append(jax.device_get((x_BTD.reshape(-1, x_BTD.shape[-1]), gram_TEE, moment_TE)))
+    return tuple(jnp.asarray(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def fitted_router(
-    config: ModelConfig,
-    router_DE: jax.Array,
-    x_TD: jax.Array,
-    gram_TEE: jax.Array,
-    moment_TE: jax.Array,
-    ridge: float | jax.Array,
+    config: ModelConfig, router_DE: jax.Array, x_TD: jax.Array, gram_TEE: jax.Array, moment_TE: jax.Array, ridge: float
 ) -> jax.Array:
     """The router (D, E) after a few ridge regressions of its change; never a larger error than the old one's."""
 
