@@ -8,11 +8,10 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from convert.options import Conversion, _add_run_flags, option
+from convert.options import Conversion, option
 from convert.peft import CONFIG, WEIGHTS, PeftAdapter
 from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoint import Checkpoint, units
-from nemoe_jax.command import Command
 from nemoe_jax.writer import refuse_existing
 
 
@@ -20,7 +19,7 @@ from nemoe_jax.writer import refuse_existing
 class MergeOptions:
     """What is merged."""
 
-    adapter: str = option(dataclasses.MISSING, "PEFT adapter directory", "DIR")
+    adapter: str = option(dataclasses.MISSING, "PEFT adapter directory", "ADAPTER", positional=True)
 
 
 def merge(source: str | Path, destination: str | Path, options: MergeOptions, run: Run = Run()) -> Report:
@@ -66,19 +65,7 @@ def _figures(manifest: Report) -> Figures:
     return {name: manifest[name] for name in ("tensors_updated", "tensors_replaced")}
 
 
-class _Merge(Conversion):
-    """Its adapter is a positional argument between source and destination."""
-
-    def add_to(self, command: Command) -> None:
-        """Declares the sub-command."""
-        parser = command.add(self.name, self._handle, self.summary, self.details, reports=True)
-        parser.add_argument("source", metavar="MODEL", help=self.source_help)
-        parser.add_argument("adapter", metavar="ADAPTER", help=dataclasses.fields(self.options)[0].metadata["help"])
-        parser.add_argument("destination", metavar="DST", help=self.destination_help)
-        _add_run_flags(parser)
-
-
-MERGE = _Merge(
+MERGE = Conversion(
     "merge",
     merge,
     MergeOptions,
@@ -86,7 +73,6 @@ MERGE = _Merge(
     "ADAPTER holds adapter_config.json and adapter_model.safetensors. Plain LoRA is merged: attention, dense FFNs,\n"
     "experts (fused or one by one), routers, embedding and head, with rank and alpha patterns, rank-stabilised scales\n"
     "and whole tensors (modules_to_save). Any other kind (DoRA, biases, …) is refused.\n"
-    "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole;\n"
-    "conversion.json in the result records both, and the adapter's SHA-256 sums.",
+    "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole.",
     _figures,
 )

@@ -13,9 +13,12 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.writer import SHARD_BYTES
 
 
-def option(default: Any, help: str, metavar: str | None = None) -> Any:
-    """A field of an options dataclass; `dataclasses.MISSING` as default makes a flag that must be given."""
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+def option(default: Any, help: str, metavar: str | None = None, *, positional: bool = False) -> Any:
+    """A field of an options dataclass; `dataclasses.MISSING` as default makes a flag that must be given.
+
+    A positional one stands between SRC and DST.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar, "positional": positional})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,14 @@ class Conversion:
         )
         parser = command.add(self.name, self._handle, self.summary, details, reports=True)
         parser.add_argument("source", metavar="SRC", help=self.source_help)
+        fields = dataclasses.fields(self.options)
+        for field in fields:
+            if field.metadata["positional"]:
+                parser.add_argument(field.name, metavar=field.metadata["metavar"], help=field.metadata["help"])
         parser.add_argument("destination", metavar="DST", help=self.destination_help)
-        for field in dataclasses.fields(self.options):
-            _add_flag(parser, field)
+        for field in fields:
+            if not field.metadata["positional"]:
+                _add_flag(parser, field)
         if self.streams:
             _add_run_flags(parser)
 
