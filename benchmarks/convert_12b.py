@@ -140,7 +140,7 @@ def compile_for_tpu() -> None:
     config, options = preset("mistral-nemo-12b"), CarveOptions()
 
     def program(gate_FD, norm_D, seed):
-        return choose(gate_FD, norm_D, options, jax.random.key(seed))
+        return choose(gate_FD, norm_D, options, jax.random.key(seed), np.empty(0, int))
 
     shapes = [((config.ffn, config.hidden), "bfloat16"), ((config.hidden,), "float32"), ((), "uint32")]
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=device) for shape, dtype in shapes]

@@ -29,7 +29,10 @@ from convert import partition, router, svd
 from convert.options import Conversion, option
 from convert.refit import (
     RIDGE_TOKENS,
+    SHARED_GATE,
     CarvedStream,
+    LayerText,
+    activity,
     distilled_router,
     measure,
     normal_equations,
@@ -50,6 +53,13 @@ class CarveOptions:
 
     experts: int = option(16, "experts per layer; must divide the FFN's neurons")
     top_k: int = option(4, "experts chosen for each token")
+    layout: Literal["mixtral", "shared"] = option(
+        "mixtral",
+        "mixtral: opens in transformers, vLLM and llama.cpp; shared: NekoMind's layout, where the most active neurons "
+        "are a shared expert that every token uses, and first layers may stay dense",
+    )
+    shared_ffn: int = option(0, "shared: neurons of the shared expert; 0 takes FFN neurons / experts")
+    keep_dense: int = option(0, "shared: how many first layers stay as they are")
     partition: Literal["gate-kmeans", "contiguous"] = option(
         "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbours (a baseline)"
     )
@@ -91,24 +101,24 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
         text = CarvedStream(checkpoint, options.calibration, options.calibration_tokens)
 
     def layer(number: int) -> tuple[Tensors, Figures]:
+        if number < config.dense_layers:
+            return {}, {}
         dense = _dense_ffn(checkpoint, number)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         norm_D = jnp.asarray(checkpoint.finite(_key(declare(checkpoint.config)["blocks"]["dense"]["ffn_norm"], number)))
-        members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D.astype(jnp.float32), options, key)
-        if text is None:
-            scale_E = np.full(options.experts, options.output_scale or data_free_scale(options), np.float32)
-            down_DF = None
+        texts = None if text is None else text.enter(number)
+        shared_S = _most_active(dense, texts and texts[0], config.shared_ffn)
+        members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D.astype(jnp.float32), options, key, shared_S)
+        label_F = jnp.full(len(dense["gate"]), options.experts).at[members_EF].set(jnp.arange(options.experts)[:, None])
+        if text is None or texts is None:
+            scale_G = np.full(options.experts + 1, options.output_scale or data_free_scale(options), np.float32)
+            scale_G[-1] = 1 / SHARED_GATE
+            down_DF = dense["down"].astype(np.float32) * scale_G[label_F]
             figures: Figures = {}
         else:
-            router_ED, scale_E, down_DF, figures = _calibrated(text, number, members_EF, router_ED, options)
-        experts = declare(config)["blocks"]["moe"]["ffn"]
-        tensors = {_key(experts["router"], number): np.asarray(router_ED)}
-        for expert, members in enumerate(np.asarray(members_EF)):
-            tensors[_key(experts["gate"], number, expert)] = dense["gate"][members]
-            tensors[_key(experts["up"], number, expert)] = dense["up"][members]
-            down = down_DF[:, members] if down_DF is not None else dense["down"][:, members].astype(np.float32)
-            tensors[_key(experts["down"], number, expert)] = down if down_DF is not None else down * scale_E[expert]
-        return tensors, _figures(router_ED, scale_E) | figures
+            router_ED, scale_G, down_DF, figures = _calibrated(text, texts, label_F, router_ED, options)
+        figures = _figures(router_ED, scale_G[: options.experts]) | figures
+        return _assemble(config, number, dense, np.asarray(members_EF), shared_S, router_ED, down_DF), figures
 
     return stream(
         checkpoint,
@@ -132,22 +142,60 @@ def _dense_ffn(checkpoint: Checkpoint, layer: int) -> Tensors:
     return {name: checkpoint.finite(_key(spec, layer)) for name, spec in specs.items()}
 
 
+def _most_active(dense: Tensors, text: LayerText | None, neurons: int) -> np.ndarray:
+    """The neurons of the shared expert, ascending: those with the largest outputs, on text or by their weights."""
+    if not neurons:
+        return np.empty(0, np.int64)
+    if text is None:
+        up, down = (jnp.asarray(dense[name], jnp.float32) for name in ("up", "down"))
+        size_F = partition.neuron_weights(up, down.T)
+    else:
+        size_F = activity(text)
+    return np.sort(np.argsort(-np.asarray(size_F), kind="stable")[:neurons])
+
+
 def _calibrated(
-    text: CarvedStream, layer: int, members_EF: jax.Array, router_ED: jax.Array, options: CarveOptions
-) -> tuple[jax.Array, np.ndarray, np.ndarray | None, Figures]:
-    """Router (E, D), each expert's output scale (E,), refitted `down` (D, F) if asked for, and figures."""
-    fitted, held_out = text.enter(layer)
-    label_F = jnp.zeros(members_EF.size, jnp.int32).at[members_EF].set(jnp.arange(options.experts)[:, None])
+    text: CarvedStream,
+    texts: tuple[LayerText, LayerText],
+    label_F: jax.Array,
+    router_ED: jax.Array,
+    options: CarveOptions,
+) -> tuple[jax.Array, np.ndarray, np.ndarray, Figures]:
+    """Router (E, D), the output scale of each expert and of the shared one (E + 1,), `down` (D, F), and figures."""
+    fitted, held_out = texts
     if options.router in ("auto", "distilled"):
         router_ED = distilled_router(fitted, label_F, options.experts, options.top_k, options.logit_std)
     gram_FF, moment_FD = normal_equations(fitted, label_F, router_ED, options.top_k)
-    scale_E = output_scale(gram_FF, moment_FD, fitted.ffn["down"], label_F, options.experts)
-    down_FD = fitted.ffn["down"] * scale_E[label_F][:, None]
+    scale_G = output_scale(gram_FF, moment_FD, fitted.ffn["down"], label_F, options.experts + 1)
+    down_FD = fitted.ffn["down"] * scale_G[label_F][:, None]
     if options.refit:
         ridge = options.refit_ridge or RIDGE_TOKENS * len(down_FD) / text.fitted_tokens
         down_FD = ridge_solve(gram_FF, moment_FD, ridge, down_FD)
     figures = measure(held_out, label_F, router_ED, down_FD, options.top_k)
-    return router_ED, np.asarray(scale_E), np.asarray(down_FD.T) if options.refit else None, figures
+    return router_ED, np.asarray(scale_G), np.asarray(down_FD.T), figures
+
+
+def _assemble(
+    config: ModelConfig,
+    layer: int,
+    dense: Tensors,
+    members_EF: np.ndarray,
+    shared_S: np.ndarray,
+    router_ED: jax.Array,
+    down_DF: np.ndarray,
+) -> Tensors:
+    """The layer's FFN by checkpoint keys."""
+    ffn = declare(config)["blocks"]["moe"]["ffn"]
+    tensors = {_key(ffn["router"], layer): np.asarray(router_ED)}
+    groups = [(ffn, expert, members) for expert, members in enumerate(members_EF)]
+    if len(shared_S):
+        groups.append((ffn["shared"], 0, shared_S))
+        tensors[_key(ffn["shared_gate"], layer)] = np.zeros((1, config.hidden), np.float32)  # SHARED_GATE, always
+    for specs, expert, members in groups:
+        tensors[_key(specs["gate"], layer, expert)] = dense["gate"][members]
+        tensors[_key(specs["up"], layer, expert)] = dense["up"][members]
+        tensors[_key(specs["down"], layer, expert)] = down_DF[:, members]
+    return tensors
 
 
 def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> ModelConfig:
@@ -158,8 +206,20 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
     """
     if dense.experts:
         raise UserError(f"{source}: has {dense.experts} experts already; carve wants a dense model")
-    if options.experts < 1 or dense.ffn % options.experts:
-        raise UserError(f"{source}: {dense.ffn} FFN neurons do not divide into --experts {options.experts}")
+    if options.layout == "mixtral" and (options.shared_ffn or options.keep_dense):
+        raise UserError("--shared-ffn and --keep-dense: Mixtral's layout cannot express them; --layout shared can")
+    shared = 0
+    if options.layout == "shared":
+        shared = options.shared_ffn or dense.ffn // max(options.experts, 1)
+        if not 0 < shared < dense.ffn:
+            raise UserError(
+                f"--shared-ffn: wanted 1 to {dense.ffn - 1} of {source}'s neurons, got {options.shared_ffn}"
+            )
+        if not 0 <= options.keep_dense < dense.layers:
+            raise UserError(f"--keep-dense: wanted 0 to {dense.layers - 1}, got {options.keep_dense}")
+    if options.experts < 1 or (dense.ffn - shared) % options.experts:
+        left = f"{dense.ffn - shared} of the {dense.ffn}" if shared else str(dense.ffn)
+        raise UserError(f"{source}: {left} FFN neurons do not divide into --experts {options.experts}")
     if not 1 <= options.top_k <= options.experts:
         raise UserError(f"--top-k: wanted 1 to --experts {options.experts}, got {options.top_k}")
     if options.output_scale < 0:
@@ -171,7 +231,13 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
     if not options.refit_ridge >= 0:
         raise UserError(f"--refit-ridge: wanted a positive number, or 0 to choose it, got {options.refit_ridge}")
     return dense.replace(
-        family="mixtral", ffn=0, experts=options.experts, top_k=options.top_k, expert_ffn=dense.ffn // options.experts
+        family="nekomind" if shared else "mixtral",
+        ffn=dense.ffn if options.keep_dense else 0,
+        dense_layers=options.keep_dense,
+        experts=options.experts,
+        top_k=options.top_k,
+        expert_ffn=(dense.ffn - shared) // options.experts,
+        shared_ffn=shared,
     )
 
 
@@ -180,10 +246,25 @@ def data_free_scale(options: CarveOptions) -> float:
     return 2.0 ** math.ceil(math.log2(options.top_k * options.experts) / 2 - 0.5)
 
 
-def choose(gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each expert's neurons, (E, F/E) int32, and the router, (E, D) float32, from the weights alone."""
+def choose(
+    gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array, shared_S: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """Each expert's neurons, (E, (F - S)/E) int32, and the router, (E, D) float32, from the weights alone.
+
+    Args:
+        shared_S: neurons that no expert gets.
+    """
+    if not len(shared_S):
+        return _choose_among(gate_FD.astype(jnp.float32), norm_D, options, key)
+    rest_F = np.setdiff1d(np.arange(len(gate_FD)), shared_S)
+    members_EF, router_ED = _choose_among(gate_FD[rest_F].astype(jnp.float32), norm_D, options, key)
+    return jnp.asarray(rest_F)[members_EF], router_ED
+
+
+def _choose_among(
+    gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     neurons, hidden = gate_FD.shape
-    gate_FD = gate_FD.astype(jnp.float32)
     svd_key, cluster_key, router_key = jax.random.split(key, 3)
     if options.partition == "contiguous":
         members_EF = partition.contiguous(neurons, options.experts)

@@ -41,6 +41,9 @@ def build_nekomind(config: ModelConfig) -> Qwen3ForCausalLM:
         norm_topk_prob=config.normalise_top_k,
     )
     moe._experts_implementation = "eager"  # the grouped kernels want rows of a multiple of 16 bytes
+    if not config.qk_norm:
+        for layer in model.model.layers:
+            layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.Identity()
     for layer in model.model.layers[config.dense_layers :]:
         layer.mlp = Qwen2MoeSparseMoeBlock(moe)
     return model.eval()

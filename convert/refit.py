@@ -39,6 +39,7 @@ ROUTER_LEARNING_RATE = 3e-3  # Adam's first; falls to 0 along a cosine
 ROUTER_RIDGE = 1e-2  # of the mean diagonal
 ROUTER_BALANCE = 0.1  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
 RIDGE_TOKENS = 2.0  # the refit's ridge is worth this many tokens for each neuron
+SHARED_GATE = 0.5  # what a shared expert is multiplied by: the sigmoid of a gate of zeros
 SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -111,6 +112,12 @@ class CarvedStream:
         }
 
 
+def activity(text: LayerText) -> jax.Array:
+    """Mean squared output of each neuron, (F,)."""
+    squares_F = sum(_mean_squares(text.hidden(number)) for number in range(len(text.inputs)))
+    return squares_F / len(text.inputs) * jnp.sum(text.ffn["down"] ** 2, axis=1)
+
+
 def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: int, logit_std: float) -> jax.Array:
     """Router rows (E, D) that tell from the input which experts' outputs will be largest.
 
@@ -149,21 +156,24 @@ def normal_equations(
     return gram_FF / tokens, moment_FD / tokens
 
 
-@functools.partial(jax.jit, static_argnames="experts")
+@functools.partial(jax.jit, static_argnames="groups")
 def output_scale(
-    gram_FF: jax.Array, moment_FD: jax.Array, down_FD: jax.Array, label_F: jax.Array, experts: int
+    gram_FF: jax.Array, moment_FD: jax.Array, down_FD: jax.Array, label_F: jax.Array, groups: int
 ) -> jax.Array:
-    """The factor of each expert's `down`, (E,), with which the mixture comes nearest to the dense FFN's output.
+    """The factor of each group's `down`, (groups,), with which the mixture comes nearest to the wanted output.
 
     Least squares on the normal equations of all of `down`, with a small ridge towards the common factor.
+
+    Args:
+        label_F: the expert of each neuron, or another group of neurons that want a factor of their own.
     """
-    member_FE = jax.nn.one_hot(label_F, experts)
+    member_FE = jax.nn.one_hot(label_F, groups)
     products_FF = gram_FF * _einsum("FD,GD->FG", down_FD, down_FD)
     gram_EE = _einsum("FE,FG,GH->EH", member_FE, products_FF, member_FE)
     moment_E = _einsum("FE,F->E", member_FE, jnp.sum(moment_FD * down_FD, axis=1))
     common = moment_E.sum() / gram_EE.sum()
-    ridge = SCALE_RIDGE * jnp.trace(gram_EE) / experts
-    return jnp.linalg.solve(gram_EE + ridge * jnp.eye(experts), moment_E + ridge * common)
+    ridge = SCALE_RIDGE * jnp.trace(gram_EE) / groups
+    return jnp.linalg.solve(gram_EE + ridge * jnp.eye(groups), moment_E + ridge * common)
 
 
 @jax.jit
@@ -243,16 +253,26 @@ def _routing_weights(x_BTD, router_ED, top_k):
     return _einsum("BTC,BTCE->BTE", jax.nn.softmax(top_BTC), jax.nn.one_hot(chosen_BTC, len(router_ED)))
 
 
+def _by_neuron(weights_BTE, label_F):
+    """(B, T, F): each neuron's routing weight; a neuron with the label E belongs to the shared expert."""
+    return jnp.pad(weights_BTE, ((0, 0), (0, 0), (0, 1)), constant_values=SHARED_GATE)[..., label_F]
+
+
+@jax.jit
+def _mean_squares(hidden_BTF):
+    return jnp.mean(hidden_BTF**2, axis=(0, 1))
+
+
 @functools.partial(jax.jit, static_argnames="top_k")
 def _normal_sums(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, top_k):
-    weighted_BTF = hidden_BTF * _routing_weights(x_BTD, router_ED, top_k)[..., label_F]
+    weighted_BTF = hidden_BTF * _by_neuron(_routing_weights(x_BTD, router_ED, top_k), label_F)
     return _einsum("BTF,BTG->FG", weighted_BTF, weighted_BTF), _einsum("BTF,BTD->FD", weighted_BTF, y_BTD)
 
 
 @functools.partial(jax.jit, static_argnames="top_k")
 def _measures(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, dense_down_FD, down_FD, top_k):
     weights_BTE = _routing_weights(x_BTD, router_ED, top_k)
-    output_BTD = _einsum("BTF,FD->BTD", hidden_BTF * weights_BTE[..., label_F], down_FD)
+    output_BTD = _einsum("BTF,FD->BTD", hidden_BTF * _by_neuron(weights_BTE, label_F), down_FD)
     energies_BTE = _energies(hidden_BTF, dense_down_FD, label_F, len(router_ED))
     least_BT1 = jax.lax.top_k(energies_BTE, top_k)[0][..., -1:]
     chosen_BTE = weights_BTE > 0

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -127,6 +128,10 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
         (["--experts", "4", "--output-scale", "-1"], "--output-scale: wanted a positive number"),
         (["--experts", "4", "--shard-gb", "0"], "--shard-gb: wanted a positive number"),
         (["--experts", "4", "--rank", "0"], "svd rank: wanted 1 to 24"),
+        (["--experts", "4", "--keep-dense", "1"], "Mixtral's layout cannot express them"),
+        (["--experts", "4", "--layout", "shared", "--keep-dense", "3"], "--keep-dense: wanted 0 to 2, got 3"),
+        (["--experts", "5", "--layout", "shared"], "39 of the 48 FFN neurons do not divide into --experts 5"),
+        (["--experts", "4", "--router", "distilled"], "--router distilled: wants --calibration text"),
         (["--experts", "4", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
     ],
 )
@@ -164,3 +169,36 @@ def test_the_report_of_the_command(dense_directory, tmp_path, capsys):
     figures = json.loads(capsys.readouterr().out)
     assert (figures["experts"], figures["top_k"], figures["expert_ffn"], figures["layers"]) == (4, 2, 12, 3)
     assert len(list((tmp_path / "moe").glob("*.safetensors"))) == 3 + 2  # a file for each layer, and for the ends
+
+
+SHARED = CarveOptions(experts=4, top_k=2, svd="exact", layout="shared", keep_dense=1, shared_ffn=8, output_scale=4)
+
+
+def test_a_shared_expert_and_dense_layers_sum_to_the_dense_model(dense_directory, tmp_path):
+    """With all experts chosen by a zero router, whatever went to the shared expert."""
+    options = dataclasses.replace(SHARED, top_k=4)
+    carve(dense_directory, tmp_path / "moe", options)
+    config, params = hf.load(tmp_path / "moe", dtype=jnp.float32)
+    assert (config.family, config.dense_layers, config.shared_ffn, config.expert_ffn) == ("nekomind", 1, 8, 10)
+    params["blocks"]["moe"]["ffn"]["router"] *= 0
+    dense_config, dense = hf.load(dense_directory, dtype=jnp.float32)
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
+    wanted = forward(dense_config, dense, tokens).logits
+    np.testing.assert_allclose(forward(config, params, tokens).logits, wanted, atol=2e-6 * float(jnp.abs(wanted).max()))
+
+
+def test_the_shared_expert_has_the_neurons_with_the_largest_weights(dense_directory, tmp_path):
+    carve(dense_directory, tmp_path / "moe", SHARED)
+    dense, moe = tensors_of(dense_directory), tensors_of(tmp_path / "moe")
+    up, down = (dense[f"model.layers.1.mlp.{name}_proj.weight"].astype(np.float32) for name in ("up", "down"))
+    largest = np.sort(np.argsort(-np.linalg.norm(up, axis=1) * np.linalg.norm(down, axis=0))[:8])
+    shared = moe["model.layers.1.mlp.shared_expert.up_proj.weight"]
+    np.testing.assert_array_equal(shared.astype(np.float32), up[largest])
+    assert not moe["model.layers.1.mlp.shared_expert_gate.weight"].any()
+    np.testing.assert_array_equal(moe["model.layers.0.mlp.up_proj.weight"], dense["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_torch_agrees_on_the_shared_layout(dense_directory, tmp_path):
+    pytest.importorskip("torch")
+    carve(dense_directory, tmp_path / "moe", SHARED)
+    assert cli.main(["verify", str(tmp_path / "moe")]) == 0
