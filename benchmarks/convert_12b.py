@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from demo import tekken_file
 
 from nemoe_jax.checkpoint import units
 from nemoe_jax.config import ModelConfig, preset
@@ -45,13 +46,14 @@ def main() -> None:
     write_random(dense, preset("mistral-nemo-12b").replace(layers=arguments.layers))
     size = size_of(dense)
     print(f"dense model of {size / 1e9:.1f} GB written in {time.monotonic() - started:.0f} s")
+    shutil.copyfile(tekken_file(), dense / "tekken.json")  # gguf wants a tokenizer
     write_scores(directory / CALIBRATION_SCORES, arguments.layers)
 
     within = []
     copied = copy_seconds(dense, result)
-    within.append(convert("carve", dense, moe, copied, 8, "--experts", "16", "--top-k", "4"))
     within.append(convert("gguf", dense, result, copied, 2, "--type", "bf16"))
     discard(result)
+    within.append(convert("carve", dense, moe, copied, 8, "--experts", "16", "--top-k", "4"))
     discard(dense)
     copied = copy_seconds(moe, result)
     scores = ("--choices", str(directory / CALIBRATION_SCORES))
