@@ -59,7 +59,10 @@ class PruneOptions:
     )
     calibration_tokens: int = option(16384, "tokens of the text to use; 131072 or more for the 12B")
     choices: str = option(
-        "", "instead of calibration: conversion.json of an earlier run on this model, whose scores are taken", "FILE"
+        "",
+        "instead of calibration: conversion.json of an earlier run on this model; the experts that it kept, or those "
+        "of its highest scores where another number is asked for",
+        "FILE",
     )
 
 
@@ -75,7 +78,7 @@ def prune(source: str | Path, destination: str | Path, options: PruneOptions, ru
     config = pruned_config(checkpoint.config, options, str(source))
     refuse_existing(destination)  # before the text is read
     if options.choices:
-        choices = earlier_choices(Path(options.choices), config)
+        choices = earlier_choices(Path(options.choices), checkpoint.config, config.experts)
     else:
         batches = calibration_batches(checkpoint, options.calibration, options.calibration_tokens)
         if run.dry_run:  # any experts do for the plan
@@ -123,22 +126,27 @@ def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> Model
     return old.replace(experts=options.experts)
 
 
-def earlier_choices(manifest: Path, config: ModelConfig) -> dict[int, Figures]:
-    """What `choose_experts` returns, from the scores of an earlier run; they may ask for another number of experts.
+def earlier_choices(manifest: Path, source: ModelConfig, experts: int) -> dict[int, Figures]:
+    """What `choose_experts` returns, from the manifest of an earlier run.
+
+    Where that run kept as many experts, the same ones (whatever its method was), else those of the highest scores.
 
     Raises:
         UserError: no such file, or no scores for the experts of these layers in it.
     """
     rows = {row.get("layer"): row for row in read_json(manifest).get("layers", []) if isinstance(row, dict)}
     choices = {}
-    for layer in moe_layers(config):
-        scores = rows.get(layer, {}).get("scores")
+    for layer in moe_layers(source):
+        row = rows.get(layer, {})
+        scores = row.get("scores")
         if not isinstance(scores, list) or not all(isinstance(score, (int, float)) for score in scores):
             raise UserError(f"{manifest}: wanted the scores of layer {layer}'s experts, got {scores!r:.60}")
-        if len(scores) <= config.experts:
-            raise UserError(f"{manifest}: layer {layer}: wanted more than {config.experts} scores, got {len(scores)}")
-        kept = np.sort(np.argsort(-np.array(scores), kind="stable")[: config.experts])
-        choices[layer] = {"kept": kept.tolist(), "scores": scores}
+        if len(scores) != source.experts:
+            raise UserError(f"{manifest}: layer {layer}: wanted {source.experts} scores, got {len(scores)}")
+        kept = [expert for expert in range(source.experts) if expert in (row.get("kept") or ())]
+        if len(kept) != experts:
+            kept = sorted(np.argsort(-np.array(scores), kind="stable")[:experts].tolist())
+        choices[layer] = {"kept": kept, "scores": scores}
     return choices
 
 

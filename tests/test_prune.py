@@ -247,6 +247,11 @@ def test_scores_of_an_earlier_run_are_taken_instead_of_text(tmp_path):
     earlier.write_text(json.dumps({"layers": rows}))
     manifest = prune.prune(tmp_path / "model", tmp_path / "pruned", PruneOptions(8, choices=str(earlier)))
     assert [row["kept"] for row in manifest["layers"]] == [sorted(np.argsort(-row)[:8].tolist()) for row in scores]
+    rows[1]["kept"] = [0, 2, 3, 5, 7, 11, 13, 15]  # as another method chose
+    earlier.write_text(json.dumps({"layers": rows}))
+    for experts, wanted in ((8, rows[1]["kept"]), (7, sorted(np.argsort(-scores[1])[:7].tolist()))):
+        manifest = prune.prune(tmp_path / "model", tmp_path / str(experts), PruneOptions(experts, choices=str(earlier)))
+        assert manifest["layers"][1]["kept"] == wanted
     for bad, message in (({}, "layer 0's experts, got None"), ({"layers": [{"layer": 0, "scores": [1]}]}, "got 1")):
         earlier.write_text(json.dumps(bad))
         with pytest.raises(UserError, match=message):
