@@ -31,7 +31,6 @@ import optax
 from jax.sharding import Mesh
 
 from convert.calibrate import calibration_batches
-from convert.experts import key_of
 from convert.options import Conversion, option
 from convert.refit import HELD_OUT
 from convert.ridge_router import ridge_routers
@@ -65,7 +64,7 @@ class RelayOptions:
     )
     calibration_tokens: int = option(65536, "tokens of the text to use; the last tenth judges")
     steps: int = option(200, "distil: gradient steps, one batch of 8 windows each")
-    learning_rate: float = option(0.03, "distil: Adam's first, as a share of each router's deviation; falls to 0", "X")
+    learning_rate: float = option(0.1, "distil: Adam's first, as a share of each router's deviation; falls to 0", "X")
     ridge: float = option(0.1, "ridge: how strongly the old router is held to", "X")
     mesh: str = option("", "devices as axes, such as fsdp=4,expert=2; both models lie on them (default: one)", "MESH")
     dtype: Literal["float32", "bfloat16"] = option("float32", "dtype to compute in; routers are float32 always")
@@ -97,7 +96,7 @@ def relay(source: str | Path, destination: str | Path, options: RelayOptions, ru
             return {}, {}
         old_DE, new_DE = old_LDE[number - config.dense_layers], new_LDE[number - config.dense_layers]
         change = np.linalg.norm(new_DE - old_DE) / max(np.linalg.norm(old_DE), np.finfo(np.float32).tiny)
-        return {key_of(router, number): router.to_torch(new_DE)}, {"router_change": float(change)}
+        return {router.key_of(number): router.to_torch(new_DE)}, {"router_change": float(change)}
 
     state = {
         "command": "relay",

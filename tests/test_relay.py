@@ -99,6 +99,16 @@ def test_noise_on_routers_is_undone(pair):
     assert abs(np.mean(losses) - after) < 1e-5
 
 
+def test_a_dense_teacher_never_makes_it_worse(pair, tmp_path):
+    hf.save(tmp_path / "dense", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    batches = list(pair[2][:32].reshape(-1, 8, LENGTH + 1))  # which that teacher did not write
+    routers_LDE, figures = recalibrate(Checkpoint(pair[0]), Checkpoint(tmp_path / "dense"), batches, OPTIONS)
+    assert figures["held_out_loss_after"] <= figures["held_out_loss_before"]
+    changed = (routers_LDE != relay.stored_routers(Checkpoint(pair[0]))).any((1, 2))
+    assert figures["kept"] == changed.sum()
+    assert (figures["held_out_loss_after"] < figures["held_out_loss_before"]) == changed.any()
+
+
 OLD = np.zeros((3, 2, 2), np.float32)
 NEW = np.ones((3, 2, 2), np.float32) * 0.7
 
