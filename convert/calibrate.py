@@ -27,7 +27,7 @@ from nemoe_jax.attention import Context
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.layers import NO_ADAPTERS, rms_norm
+from nemoe_jax.layers import NO_ADAPTERS, project, rms_norm
 from nemoe_jax.schema import ParamSpec, Tree, declare, leaves, unflatten
 from nemoe_jax.text import find_files, spaced_batches, tokenize
 from nemoe_jax.tokenizer import load_tokenizer
@@ -133,6 +133,12 @@ def _attend(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array) -> 
 def feed_forward(config: ModelConfig, kind: str, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
     """What the FFN of a block with those weights adds to the stream, (B, T, D)."""
     return nnx.merge(_graph(config, kind), weights).feed_forward(normed_BTD)[0]
+
+
+@jax.jit
+def hidden(ffn: Tree, x_BTD: jax.Array) -> jax.Array:
+    """What a dense FFN's `down` reads: silu(gate(x)) · up(x), (B, T, F)."""
+    return jax.nn.silu(project(x_BTD, ffn["gate"], 1, None)) * project(x_BTD, ffn["up"], 1, None)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -43,7 +43,7 @@ from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.schema import ParamSpec, declare
+from nemoe_jax.schema import declare
 from nemoe_jax.writer import refuse_existing
 
 
@@ -105,10 +105,12 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
             return {}, {}
         dense = _dense_ffn(checkpoint, number)
         key = jax.random.fold_in(jax.random.key(options.seed), number)
-        norm_D = jnp.asarray(checkpoint.finite(_key(declare(checkpoint.config)["blocks"]["dense"]["ffn_norm"], number)))
+        norm_D = jnp.asarray(
+            checkpoint.finite(declare(checkpoint.config)["blocks"]["dense"]["ffn_norm"].key_of(number))
+        )
         texts = None if text is None else text.enter(number)
         shared_S = _most_active(dense, texts and texts[0], config.shared_ffn)
-        members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D.astype(jnp.float32), options, key, shared_S)
+        members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D, options, key, shared_S)
         label_F = jnp.full(len(dense["gate"]), options.experts).at[members_EF].set(jnp.arange(options.experts)[:, None])
         if text is None or texts is None:
             scale_G = np.full(options.experts + 1, options.output_scale or data_free_scale(options), np.float32)
@@ -139,7 +141,7 @@ def _dense_ffn(checkpoint: Checkpoint, layer: int) -> Tensors:
         UserError: NaN or infinity among them, which would take the clustering and the fits with it.
     """
     specs = declare(checkpoint.config)["blocks"]["dense"]["ffn"]
-    return {name: checkpoint.finite(_key(spec, layer)) for name, spec in specs.items()}
+    return {name: checkpoint.finite(spec.key_of(layer)) for name, spec in specs.items()}
 
 
 def _most_active(dense: Tensors, text: LayerText | None, neurons: int) -> np.ndarray:
@@ -186,15 +188,15 @@ def _assemble(
 ) -> Tensors:
     """The layer's FFN by checkpoint keys."""
     ffn = declare(config)["blocks"]["moe"]["ffn"]
-    tensors = {_key(ffn["router"], layer): np.asarray(router_ED)}
+    tensors = {ffn["router"].key_of(layer): np.asarray(router_ED)}
     groups = [(ffn, expert, members) for expert, members in enumerate(members_EF)]
     if len(shared_S):
         groups.append((ffn["shared"], 0, shared_S))
-        tensors[_key(ffn["shared_gate"], layer)] = np.zeros((1, config.hidden), np.float32)  # SHARED_GATE, always
+        tensors[ffn["shared_gate"].key_of(layer)] = np.zeros((1, config.hidden), np.float32)  # SHARED_GATE, always
     for specs, expert, members in groups:
-        tensors[_key(specs["gate"], layer, expert)] = dense["gate"][members]
-        tensors[_key(specs["up"], layer, expert)] = dense["up"][members]
-        tensors[_key(specs["down"], layer, expert)] = down_DF[:, members]
+        tensors[specs["gate"].key_of(layer, expert)] = dense["gate"][members]
+        tensors[specs["up"].key_of(layer, expert)] = dense["up"][members]
+        tensors[specs["down"].key_of(layer, expert)] = down_DF[:, members]
     return tensors
 
 
@@ -278,10 +280,6 @@ def _choose_among(
     if options.router == "random":
         return members_EF, router.random_orthogonal_router(router_key, options.experts, hidden, temperature)
     return members_EF, router.polar_router(router.expert_directions(gate_FD, members_EF), temperature)
-
-
-def _key(spec: ParamSpec, layer: int, expert: int = 0) -> str:
-    return spec.key.format(layer=layer, expert=expert)
 
 
 def _figures(router_ED: jax.Array, scale_E: np.ndarray) -> Figures:

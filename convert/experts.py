@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.schema import ParamSpec, Tree
+from nemoe_jax.schema import Tree
 
 POSITIONS_AT_ONCE = 32  # of each sequence of a batch: bounds the memory that all experts' outputs take
 
@@ -63,8 +63,3 @@ def routing_within(config: ModelConfig, logits_TE: jax.Array, member_ES: jax.Arr
 def moe_layers(config: ModelConfig) -> range:
     """The numbers of the layers that are mixtures."""
     return range(config.dense_layers, config.layers)
-
-
-def key_of(spec: ParamSpec, layer: int, expert: int = 0) -> str:
-    """The checkpoint key of one of a layer's tensors."""
-    return spec.key.format(layer=layer, expert=expert)

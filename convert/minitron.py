@@ -24,7 +24,6 @@ import jax
 import numpy as np
 
 from convert.calibrate import calibration_batches, kind_of
-from convert.experts import key_of
 from convert.minitron_scores import Scorer, Scores
 from convert.options import Conversion, option
 from convert.stream import Figures, Report, Run, Tensors, stream
@@ -189,7 +188,7 @@ def _share(scores: np.ndarray, kept: np.ndarray) -> float | list[float]:
 
 def _figures(scores: Scores, kept: Kept, config: ModelConfig, layer: int) -> Figures:
     block = declare(config)["blocks"][kind_of(config, layer)]
-    keys = {name: key_of(block[name], layer) for name in ("attn_norm", "ffn_norm")}
+    keys = {name: block[name].key_of(layer) for name in ("attn_norm", "ffn_norm")}
     figures: Figures = {f"{name}_factor": kept.factors[key] for name, key in keys.items() if key in kept.factors}
     return figures | {
         f"{axis}_kept": _share(scores.neurons[layer][axis], indices) for axis, indices in kept.neurons[layer].items()

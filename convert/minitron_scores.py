@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.calibrate import LayerStream, feed_forward, kind_of
-from convert.experts import key_of, routing
+from convert.calibrate import LayerStream, feed_forward, hidden, kind_of
+from convert.experts import routing
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
@@ -68,7 +68,7 @@ class Scorer:
                 for name, (activity_D, share_D) in sums["norms"].items():
                     hidden_D += np.sqrt(activity_D)
                     spec = specs["blocks"][kind_of(self.config, layer)][name]
-                    shares_D[key_of(spec, layer)] = share_D / share_D.sum()
+                    shares_D[spec.key_of(layer)] = share_D / share_D.sum()
         share_D = np.sum([_shares(x_BTD) for x_BTD in self._x], axis=0, dtype=np.float64)
         return Scores(hidden_D, neurons, shares_D | {specs["norm"].key: share_D / share_D.sum()})
 
@@ -101,12 +101,12 @@ def _score(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array, midd
         }
     }
     if kind == "dense":
-        sums["neurons"] = {"ffn": _squares(_hidden(ffn, normed_BTD))}
+        sums["neurons"] = {"ffn": _squares(hidden(ffn, normed_BTD))}
     else:
         sums["neurons"] = {"expert_ffn": _expert_squares(config, ffn, normed_BTD)}
         if config.shared_ffn:
             gate_BT1 = jax.nn.sigmoid(project(normed_BTD, ffn["shared_gate"], 1, None))
-            sums["neurons"]["shared_ffn"] = _squares(gate_BT1 * _hidden(ffn["shared"], normed_BTD))
+            sums["neurons"]["shared_ffn"] = _squares(gate_BT1 * hidden(ffn["shared"], normed_BTD))
     return middle_BTD + feed_forward(config, kind, weights, normed_BTD), sums
 
 
@@ -117,7 +117,7 @@ def _expert_squares(config: ModelConfig, ffn: Tree, x_BTD: jax.Array) -> jax.Arr
 
     def of_expert(expert):
         maps, weights_T = expert
-        hidden_BTF = _hidden(maps, x_BTD)
+        hidden_BTF = hidden(maps, x_BTD)
         return _squares(weights_T.reshape(*x_BTD.shape[:2], 1) * hidden_BTF), _squares(hidden_BTF)
 
     maps = {name: ffn[name] for name in ("gate", "up")}
@@ -130,11 +130,6 @@ def _roots(axis: str, total: np.ndarray) -> np.ndarray:
         chosen_EF, all_EF = total
         total = np.where(chosen_EF.any(axis=1, keepdims=True), chosen_EF, all_EF)
     return np.sqrt(total)
-
-
-def _hidden(maps: Tree, x_BTD: jax.Array) -> jax.Array:
-    """silu(gate(x)) · up(x), (B, T, F)."""
-    return jax.nn.silu(project(x_BTD, maps["gate"], 1, None)) * project(x_BTD, maps["up"], 1, None)
 
 
 def _squares(x_BTF: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.calibrate import LayerStream, calibration_batches
-from convert.experts import einsum, expert_products, key_of, moe_layers, routing, routing_within
+from convert.experts import einsum, expert_products, moe_layers, routing, routing_within
 from convert.options import Conversion, option
 from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoint import Checkpoint
@@ -91,10 +91,10 @@ def prune(source: str | Path, destination: str | Path, options: PruneOptions, ru
         if number not in choices:
             return {}, {}
         kept = choices[number]["kept"]
-        router = key_of(specs["router"], number)
+        router = specs["router"].key_of(number)
         tensors = {router: checkpoint.view(router)[kept]}
         for name, (new, old) in itertools.product(("gate", "up", "down"), enumerate(kept)):
-            tensors[key_of(specs[name], number, new)] = checkpoint.view(key_of(specs[name], number, old))
+            tensors[specs[name].key_of(number, new)] = checkpoint.view(specs[name].key_of(number, old))
         return tensors, choices[number]
 
     return stream(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from convert.calibrate import LayerStream, block_weights, calibration_batches, feed_forward, kind_of
+from convert.calibrate import LayerStream, block_weights, calibration_batches, feed_forward, hidden, kind_of
 from convert.stream import Figures, Tensors
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
@@ -37,7 +37,7 @@ HELD_OUT = 10  # every tenth batch, and at least one
 ROUTER_STEPS = 300  # each on one batch
 ROUTER_LEARNING_RATE = 3e-3  # Adam's first; falls to 0 along a cosine
 ROUTER_RIDGE = 1e-2  # of the mean diagonal
-ROUTER_BALANCE = 0.1  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
+ROUTER_BALANCE = 0.3  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
 RIDGE_TOKENS = 2.0  # the refit's ridge is worth this many tokens for each neuron
 SHARED_GATE = 0.5  # what a shared expert is multiplied by: the sigmoid of a gate of zeros
 SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
@@ -56,7 +56,7 @@ class LayerText:
 
     def hidden(self, number: int) -> jax.Array:
         """The hidden activations (B, T, F) of a batch."""
-        return _hidden(self.inputs[number], self.ffn["gate"], self.ffn["up"])
+        return hidden(self.ffn, self.inputs[number])
 
 
 class CarvedStream:
@@ -199,11 +199,6 @@ def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: 
         "recall": float(recall),  # share of the experts with the largest outputs that were chosen
         "load_max_over_mean": float(load_E.max() / load_E.mean()),
     }
-
-
-@jax.jit
-def _hidden(x_BTD, gate_DF, up_DF):
-    return jax.nn.silu(_einsum("BTD,DF->BTF", x_BTD, gate_DF)) * _einsum("BTD,DF->BTF", x_BTD, up_DF)
 
 
 def _energies(hidden_BTF, down_FD, label_F, experts):

@@ -41,7 +41,7 @@ from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.schema import ParamSpec, declare
+from nemoe_jax.schema import declare
 from nemoe_jax.writer import refuse_existing
 
 SHIFT = {"float32": 1024.0, "bfloat16": 16.0, "float16": 16.0}  # spreads, by the dtype on disk
@@ -96,16 +96,16 @@ def upcycle(source: str | Path, destination: str | Path, options: UpcycleOptions
         if number < old.dense_layers:
             return {}, {}
         specs = block["ffn"]
-        router_ED = np.asarray(checkpoint.view(_key(specs["router"], number)), np.float32)
+        router_ED = np.asarray(checkpoint.view(specs["router"].key_of(number)), np.float32)
         figures: Figures = {}
         if options.mode == "copies":
-            norm_D = np.asarray(checkpoint.view(_key(block["ffn_norm"], number)), np.float32)
+            norm_D = np.asarray(checkpoint.view(block["ffn_norm"].key_of(number)), np.float32)
             router_ED, figures = shifted_rows(router_ED, norm_D, groups, old, options.shift or SHIFT[old.dtype])
         else:
             router_ED = np.tile(router_ED, (groups, 1))
-        tensors = {_key(specs["router"], number): router_ED}
+        tensors = {specs["router"].key_of(number): router_ED}
         for expert in range(old.experts):
-            gate, up, down = (checkpoint.view(_key(specs[name], number, expert)) for name in ("gate", "up", "down"))
+            gate, up, down = (checkpoint.view(specs[name].key_of(number, expert)) for name in ("gate", "up", "down"))
             if options.mode == "split":
                 parts = split_expert(gate, up, down, groups)
             elif options.mode == "wide":
@@ -115,7 +115,7 @@ def upcycle(source: str | Path, destination: str | Path, options: UpcycleOptions
                 parts = [(gate, up, down)] * groups
             for group, part in enumerate(parts):
                 for name, tensor in zip(("gate", "up", "down"), part, strict=True):
-                    tensors[_key(specs[name], number, group * old.experts + expert)] = tensor
+                    tensors[specs[name].key_of(number, group * old.experts + expert)] = tensor
         return tensors, figures
 
     recorded = {
@@ -216,10 +216,6 @@ def with_noise(down: np.ndarray, copies: int, noise: float, generator: np.random
         step[(mantissa < size) | (mantissa > (1 << bits) - 1 - size)] = 0
         result += [(stored + step).view(down.dtype), (stored - step).view(down.dtype)]
     return result
-
-
-def _key(spec: ParamSpec, layer: int, expert: int = 0) -> str:
-    return spec.key.format(layer=layer, expert=expert)
 
 
 def _summary(manifest: Report) -> dict[str, Any]:

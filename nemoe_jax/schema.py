@@ -70,10 +70,11 @@ class ParamSpec:
         """(index into the stacked axes, checkpoint key) of each tensor that the array is made of."""
         for index in itertools.product(*(range(n) for n in self.shape[: len(self.stacked)])):
             number = dict(zip(self.stacked, index, strict=True))
-            yield (
-                index,
-                self.key.format(layer=number.get("layers", 0) + self.first_layer, expert=number.get("experts", 0)),
-            )
+            yield index, self.key_of(number.get("layers", 0) + self.first_layer, number.get("experts", 0))
+
+    def key_of(self, layer: int, expert: int = 0) -> str:
+        """The checkpoint key of one tensor, by the absolute number of its layer."""
+        return self.key.format(layer=layer, expert=expert)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """One unstacked array of this spec in the checkpoint's layout (a view where NumPy can)."""
