@@ -115,12 +115,15 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
         if text is None or texts is None:
             scale_G = np.full(options.experts + 1, options.output_scale or data_free_scale(options), np.float32)
             scale_G[-1] = 1 / SHARED_GATE
-            down_DF = dense["down"].astype(np.float32) * scale_G[label_F]
+            down_DF, factor_F = dense["down"], scale_G[label_F]
             figures: Figures = {}
         else:
             router_ED, scale_G, down_DF, figures = _calibrated(text, texts, label_F, router_ED, options)
+            factor_F = np.ones(len(label_F), np.float32)
         figures = _figures(router_ED, scale_G[: options.experts]) | figures
-        return _assemble(config, number, dense, np.asarray(members_EF), shared_S, router_ED, down_DF), figures
+        tensors = _assemble(config, number, dense | {"down": down_DF}, np.asarray(members_EF), shared_S, factor_F)
+        router = declare(config)["blocks"]["moe"]["ffn"]["router"].key_of(number)
+        return {router: np.asarray(router_ED), **tensors}, figures
 
     return stream(
         checkpoint,
@@ -178,17 +181,11 @@ def _calibrated(
 
 
 def _assemble(
-    config: ModelConfig,
-    layer: int,
-    dense: Tensors,
-    members_EF: np.ndarray,
-    shared_S: np.ndarray,
-    router_ED: jax.Array,
-    down_DF: np.ndarray,
+    config: ModelConfig, layer: int, dense: Tensors, members_EF: np.ndarray, shared_S: np.ndarray, factor_F: np.ndarray
 ) -> Tensors:
-    """The layer's FFN by checkpoint keys."""
+    """The layer's experts by checkpoint keys, `down` times each neuron's factor."""
     ffn = declare(config)["blocks"]["moe"]["ffn"]
-    tensors = {ffn["router"].key_of(layer): np.asarray(router_ED)}
+    tensors = {}
     groups = [(ffn, expert, members) for expert, members in enumerate(members_EF)]
     if len(shared_S):
         groups.append((ffn["shared"], 0, shared_S))
@@ -196,7 +193,8 @@ def _assemble(
     for specs, expert, members in groups:
         tensors[specs["gate"].key_of(layer, expert)] = dense["gate"][members]
         tensors[specs["up"].key_of(layer, expert)] = dense["up"][members]
-        tensors[specs["down"].key_of(layer, expert)] = down_DF[:, members]
+        down_DF = dense["down"][:, members].astype(np.float32) * factor_F[members]
+        tensors[specs["down"].key_of(layer, expert)] = down_DF.astype(dense["up"].dtype)
     return tensors
 
 

@@ -31,6 +31,7 @@ from nemoe_jax.checkpoint import Checkpoint, TensorRef, units
 from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
+from nemoe_jax.file_copy import is_mapped_whole, write_at
 from nemoe_jax.mistral_layout import to_mistral_rows
 from nemoe_jax.tensor_file import is_finite
 from nemoe_jax.writer import check_room, refuse_existing
@@ -200,7 +201,7 @@ def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit:
             for tensor in tensors:
                 at = writer.ggml_pad(at, writer.data_alignment)
                 for ref in tensor.sources:
-                    for block in _blocks(checkpoint, ref.key):
+                    for block in _blocks(checkpoint, ref.key, jnp.dtype(DTYPES.get(tensor.kind, "float32"))):
                         where = f"{checkpoint.directory}: {ref.key}"
                         blocks.append(pool.submit(_write_block, file.fileno(), alone, at, block, tensor.kind, where))
                         at += block.size * tensor.size // math.prod(tensor.shape)
@@ -209,24 +210,25 @@ def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit:
         file.truncate(writer.ggml_pad(at, writer.data_alignment))
 
 
-def _blocks(checkpoint: Checkpoint, key: str) -> Iterator[np.ndarray]:
+def _blocks(checkpoint: Checkpoint, key: str, dtype: np.dtype) -> Iterator[np.ndarray]:
     """A tensor as runs of rows, in the order that llama.cpp shares with Mistral's own code."""
     rows = to_mistral_rows(key, checkpoint.view(key), checkpoint.config.head_dim)
+    if is_mapped_whole(rows) and rows.dtype == dtype:
+        yield rows  # the system copies it, whatever its size
+        return
     step = max(1, BLOCK * len(rows) // rows.size)
-    return (rows[start : start + step] for start in range(0, len(rows), step))
+    yield from (rows[start : start + step] for start in range(0, len(rows), step))
 
 
 def _write_block(descriptor: int, alone: threading.Lock, at: int, block: np.ndarray, kind: Kind, where: str) -> None:
+    dtype = jnp.dtype(DTYPES.get(kind, "float32"))
     with np.errstate(over="ignore"):  # refused below
-        values = np.ascontiguousarray(block, jnp.dtype(DTYPES.get(kind, "float32")))
+        values = block if block.dtype == dtype else np.ascontiguousarray(block, dtype)
     if not is_finite(values):
         raise UserError(f"{where}: NaN or infinite values in {kind.name.lower()}")
     data = quantize(values, kind) if kind is Kind.Q8_0 else values
-    rest = data.reshape(-1).view(np.uint8).data
     with alone:
-        while rest:
-            written = os.pwrite(descriptor, rest, at)
-            rest, at = rest[written:], at + written
+        write_at(descriptor, at, data)
 
 
 def _figures(report: Report) -> Figures:

@@ -24,6 +24,7 @@ import numpy as np
 from nemoe_jax.checkpoint import HUGGING_FACE, Layout, units
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import ResumableError, UserError
+from nemoe_jax.file_copy import write_at
 from nemoe_jax.tensor_file import TensorFile, header_of, is_finite
 
 SHARD_BYTES = 2_000_000_000
@@ -41,7 +42,6 @@ _STATE = "state.json"
 _FINISHED = "finished-{}.jsonl"  # one for each process
 KEPT = "what is finished is kept; the same command goes on from there"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_BLOCK = 1 << 24  # bytes in one write
 
 
 def refuse_existing(directory: str | Path) -> None:
@@ -193,16 +193,13 @@ class Writer:
     def _write_tensor(self, descriptor, offset, key, shape, tensors) -> None:
         tensor = self.layout.to_disk(key, tensors[key], self.config.head_dim)
         with np.errstate(over="ignore"):  # what is too large for the dtype is refused below
-            tensor = np.ascontiguousarray(tensor, jnp.dtype(self.config.dtype))
+            dtype = jnp.dtype(self.config.dtype)
+            if tensor.dtype != dtype or not tensor.flags.c_contiguous:
+                tensor = np.ascontiguousarray(tensor, dtype)
         assert tensor.shape == shape, f"{key}: wanted {shape}, got {tensor.shape}"
         if not is_finite(tensor):
             raise UserError(f"{key}: NaN or infinite values")
-        data = tensor.reshape(-1).view(np.uint8).data
-        for start in range(0, len(data), _BLOCK):
-            block = data[start : start + _BLOCK]
-            while block:
-                written = os.pwrite(descriptor, block, offset + start)
-                start, block = start + written, block[written:]
+        write_at(descriptor, offset, tensor)
 
     def read(self, unit: int) -> dict[str, np.ndarray]:
         """The tensors of a finished unit as `write` was given them, cast; mapped where their layout is that on disk."""

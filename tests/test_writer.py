@@ -1,6 +1,8 @@
 """The writer: what is finished is found again, the result is the same bytes, and nothing is lost or left behind."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import types
@@ -14,6 +16,7 @@ from safetensors.numpy import load_file
 
 from nemoe_jax import checkpoint, hf, schema, writer
 from nemoe_jax.errors import UserError
+from nemoe_jax.file_copy import is_mapped_whole, write_at
 from nemoe_jax.tensor_file import header_of, is_finite
 from nemoe_jax.writer import Writer
 from tests.conftest import DENSE
@@ -62,6 +65,33 @@ def test_an_interrupted_writer_goes_on_after_its_last_finished_unit(source, tmp_
         whole.finish(extra={"note.txt": "x"})
     assert files_of(tmp_path / "copy") == files_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "source", "whole"]
+
+
+def test_only_a_whole_mapped_array_is_copied_by_the_system(tmp_path, monkeypatch):
+    numbers = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    (tmp_path / "source").write_bytes(b"12345678" + numbers.tobytes())
+    mapped = np.memmap(tmp_path / "source", np.float32, "r", 8, numbers.shape)
+    for array in (mapped, mapped[3:], mapped[:, 2:5].copy(), numbers):
+        assert is_mapped_whole(array) == (array is mapped)
+        with (tmp_path / "target").open("wb") as target:
+            write_at(target.fileno(), 5, array)
+        assert (tmp_path / "target").read_bytes()[5:] == array.tobytes()
+    monkeypatch.delattr(os, "pwrite")
+    with (tmp_path / "target").open("wb") as target:
+        write_at(target.fileno(), 0, mapped)
+    assert (tmp_path / "target").read_bytes() == numbers.tobytes()
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS])
+def test_where_the_system_does_not_copy_the_bytes_are_written(tmp_path, monkeypatch, number):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    (tmp_path / "source").write_bytes(bytes(range(200)))
+    with (tmp_path / "target").open("wb") as target:
+        write_at(target.fileno(), 0, np.memmap(tmp_path / "source", np.uint8, "r"))
+    assert (tmp_path / "target").read_bytes() == bytes(range(200))
 
 
 def test_a_writer_with_other_options_starts_afresh(source, tmp_path):
