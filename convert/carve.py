@@ -282,7 +282,7 @@ def _choose_among(
 
 def _figures(router_ED: jax.Array, scale_E: np.ndarray) -> Figures:
     gram_EE = np.asarray(router_ED @ router_ED.T)
-    square = float(np.trace(gram_EE)) / len(gram_EE)
+    square = max(float(np.trace(gram_EE)) / len(gram_EE), float(np.finfo(np.float32).tiny))
     return {
         "router_temperature": square**0.5,
         "router_orthogonality_error": float(np.abs(gram_EE / square - np.eye(len(gram_EE))).max()),

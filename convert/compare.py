@@ -20,7 +20,6 @@ from convert.calibrate import BATCH, SEQUENCE_LENGTH, LayerStream
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.errors import UserError
 from nemoe_jax.layers import rms_norm
 from nemoe_jax.moe import MoE
 from nemoe_jax.schema import Tree, declare
@@ -50,11 +49,7 @@ def windows(source: Checkpoint, texts: Sequence[str], tokens: int, seed: int) ->
     batches = -(-tokens // (BATCH * length))
     if not texts:
         return list(np.random.default_rng(seed).integers(0, source.config.vocab, (batches, BATCH, length), np.int32))
-    stream = tokenize(find_files(texts), load_tokenizer(source.directory))
-    if stream.max() >= source.config.vocab:
-        raise UserError(
-            f"{source.directory}: its tokenizer gives token {stream.max()}, its vocabulary is {source.config.vocab}"
-        )
+    stream = tokenize(find_files(texts), load_tokenizer(source.directory), vocab=source.config.vocab)
     return [tokens_BT[:, :-1] for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
 
 

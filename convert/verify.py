@@ -71,9 +71,7 @@ def verify(
         raise UserError(f"--sequences: wanted a positive number, got {sequences}")
     targets_BT = None
     if texts:
-        stream = tokenize(find_files(texts), load_tokenizer(directory))
-        if stream.max() >= vocab:
-            raise UserError(f"{directory}: its tokenizer gives token {stream.max()}, its vocabulary is {vocab}")
+        stream = tokenize(find_files(texts), load_tokenizer(directory), vocab=vocab)
         windows = np.concatenate([window for window, _ in spaced_batches(stream, tokens, 1, sequences)])
         ids_BT, targets_BT = windows[:, :-1], windows[:, 1:]
     else:

@@ -211,7 +211,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     for name in ("batch_size", "batches"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: wanted a positive number, got {getattr(arguments, name)}")
-    stream = tokenize(find_files(arguments.texts), load_tokenizer(arguments.directory))
+    stream = tokenize(find_files(arguments.texts), load_tokenizer(arguments.directory), vocab=config.vocab)
     batches = spaced_batches(stream, length, arguments.batch_size, arguments.batches)
     _, params, mesh = _load(arguments)
     result = evaluate(config, params, batches, mesh)

@@ -61,7 +61,7 @@ class Command:
         except UserError as error:
             if arguments.debug:
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
             return EXIT_BAD_INPUT
         except KeyboardInterrupt as interrupt:
             print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)

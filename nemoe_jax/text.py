@@ -80,11 +80,16 @@ def read_documents(path: Path) -> Iterator[str]:
                 yield text
 
 
-def tokenize(files: Sequence[Path], tokenizer: Tokenizer, description: str = "tokenise") -> np.ndarray:
+def tokenize(
+    files: Sequence[Path], tokenizer: Tokenizer, description: str = "tokenise", vocab: int | None = None
+) -> np.ndarray:
     """All documents of the files as one stream, each closed by EOS: uint16 where the vocabulary allows, else uint32.
 
+    Args:
+        vocab: rows of the embedding that the tokens are for.
+
     Raises:
-        UserError: the files hold no text, or a file cannot be read (see `read_documents`).
+        UserError: the files hold no text, a file cannot be read (see `read_documents`), or a token has no row.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     encode = functools.partial(tokenizer.encode, eos=True)
@@ -96,7 +101,10 @@ def tokenize(files: Sequence[Path], tokenizer: Tokenizer, description: str = "to
     if not pieces:
         names = ", ".join(map(str, files[:3])) + (", …" if len(files) > 3 else "")
         raise UserError(f"{names}: empty text")
-    return np.concatenate(pieces)
+    stream = np.concatenate(pieces)
+    if vocab is not None and stream.max() >= vocab:
+        raise UserError(f"{tokenizer.path}: gives token {stream.max()}; the model's embedding has {vocab} rows")
+    return stream
 
 
 def _groups(documents: Iterable[str]) -> Iterator[list[str]]:

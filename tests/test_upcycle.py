@@ -227,7 +227,7 @@ def test_the_check_on_text(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("word68word " * 97)
     command[2] = str(tmp_path / "3")
     assert cli.main([*command, "--check", str(tmp_path / "text.txt")]) == 2
-    assert "its tokenizer gives token 72, its vocabulary is 72" in capsys.readouterr().err
+    assert "gives token 72; the model's embedding has 72 rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
