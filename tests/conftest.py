@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and small configurations whose sizes differ pairwise, so that no transposition passes."""
 
+import json
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+import tokenizers
 
 from nemoe_jax import hf, schema
 from nemoe_jax.config import ModelConfig
@@ -36,6 +38,18 @@ NEKOMIND = ModelConfig(
     **COMMON,
 )
 CONFIGS = {"dense": DENSE, "mixtral": MIXTRAL, "nekomind": NEKOMIND}
+
+
+def write_tokenizer(directory: Path, vocabulary: int = 72) -> tokenizers.Tokenizer:
+    """A tokenizer of whole words, `word0` and so on behind three control tokens, for a model of random weights."""
+    words = ["<unk>", "<s>", "</s>", *(f"word{number}" for number in range(vocabulary - 3))]
+    model = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return tokenizer
 
 
 @pytest.fixture

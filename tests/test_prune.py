@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from convert import cli, prune
 from convert.experts import expert_products
@@ -18,7 +17,7 @@ from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.moe import MoE
 from nemoe_jax.transformer import forward
-from tests.conftest import DENSE, MIXTRAL, NEKOMIND
+from tests.conftest import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
 
 MIXTURES = {
     "mixtral": MIXTRAL,
@@ -36,12 +35,7 @@ def mixture(request):
 def save(directory, config):
     """A model directory of random weights with a tokenizer of whole words."""
     hf.save(directory, config, schema.initialise(config, jax.random.key(3)))
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"word{number}": number + 3 for number in range(69)}
-    library = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    library.save(str(directory / "tokenizer.json"))
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
+    write_tokenizer(directory)
     return directory
 
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from convert import cli, relay, ridge_router
 from convert.experts import expert_products, routing
@@ -17,7 +16,7 @@ from convert.stream import MANIFEST, Run, Writer
 from nemoe_jax import hf, schema
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.transformer import forward
-from tests.conftest import DENSE, MIXTRAL, NEKOMIND
+from tests.conftest import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
 
 LENGTH = 8
 
@@ -49,12 +48,7 @@ def sharpened(config):
 def save_words(directory, config, params):
     """A model directory with a tokenizer of whole words."""
     hf.save(directory, config, params)
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"word{number}": number + 3 for number in range(69)}
-    library = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    library.save(str(directory / "tokenizer.json"))
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokens))
+    write_tokenizer(directory)
     return directory
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from convert import cli
 from convert.compare import compare
@@ -18,7 +17,7 @@ from nemoe_jax import hf, schema
 from nemoe_jax.checkpoint import Checkpoint, units
 from nemoe_jax.moe import MoE
 from nemoe_jax.transformer import forward
-from tests.conftest import DENSE, MIXTRAL, NEKOMIND
+from tests.conftest import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
 
 SOURCES = {
     "float32": MIXTRAL,
@@ -209,21 +208,15 @@ def test_the_command_reports_the_check_and_records_only_what_matters(tmp_path, c
 
 def test_the_check_on_text(tmp_path, capsys):
     save(tmp_path / "1", MIXTRAL)
-    words = ["<unk>", "<s>", "</s>", *(f"word{number}" for number in range(69))]
-    library = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
-    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    library.add_special_tokens(["<s>", "</s>"])
-    library.save(str(tmp_path / "1" / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>"}
-    (tmp_path / "1" / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = write_tokenizer(tmp_path / "1")
     numbers = np.random.default_rng(0).integers(0, 69, 97 * 8)
     (tmp_path / "text.txt").write_text(" ".join(f"word{number}" for number in numbers))
     command = ["upcycle", str(tmp_path / "1"), str(tmp_path / "2"), "--experts", "32", "--json"]
     assert cli.main([*command, "--check", str(tmp_path / "text.txt")]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["check_tokens"] == 8 * 96 and figures["check_changed_choices"] == 0
-    library.add_tokens(["word68word"])  # number 72: not in the model
-    library.save(str(tmp_path / "1" / "tokenizer.json"))
+    tokenizer.add_tokens(["word68word"])  # number 72: not in the model
+    tokenizer.save(str(tmp_path / "1" / "tokenizer.json"))
     (tmp_path / "text.txt").write_text("word68word " * 97)
     command[2] = str(tmp_path / "3")
     assert cli.main([*command, "--check", str(tmp_path / "text.txt")]) == 2
