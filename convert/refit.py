@@ -35,13 +35,14 @@ from nemoe_jax.schema import Tree
 
 HELD_OUT = 10  # every tenth batch, and at least one
 ROUTER_STEPS = 300  # each on one batch
-ROUTER_LEARNING_RATE = 3e-3  # Adam's first; falls to 0 along a cosine
+ROUTER_LOGIT_STEP = 0.5  # how far Adam's first step may move a logit; falls to 0 along a cosine
 ROUTER_RIDGE = 1e-2  # of the mean diagonal
 ROUTER_BALANCE = 0.3  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
 RIDGE_TOKENS = 2.0  # the refit's ridge is worth this many tokens for each neuron
 SHARED_GATE = 0.5  # what a shared expert is multiplied by: the sigmoid of a gate of zeros
 SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
 
+_ADAM = optax.scale_by_adam()
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -132,11 +133,12 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: i
         gram, moment = _ridge_sums(x_BTD, target_BTE)
         gram_DD, moment_DE = gram_DD + gram, moment_DE + moment
     router_ED = ridge_solve(gram_DD, moment_DE, ROUTER_RIDGE).T
-    optimizer = optax.adam(optax.cosine_decay_schedule(ROUTER_LEARNING_RATE, ROUTER_STEPS))
-    state = optimizer.init(router_ED)
+    # Adam moves every weight by about its learning rate, so a logit by that times the sum of the inputs' sizes
+    fall = optax.cosine_decay_schedule(ROUTER_LOGIT_STEP / float(_sum_of_sizes(text.inputs[0])), ROUTER_STEPS)
+    state = _ADAM.init(router_ED)
     for step in range(ROUTER_STEPS):
         number = step % len(targets)
-        router_ED, state = _router_step(optimizer, top_k, router_ED, state, text.inputs[number], targets[number])
+        router_ED, state = _router_step(top_k, router_ED, state, text.inputs[number], targets[number], fall(step))
         # one program at a time: XLA's collectives on virtual CPU devices can wait for each other for ever
         jax.block_until_ready(router_ED)
     router_ED -= router_ED.mean(axis=0)  # what is common to all experts' logits chooses nothing
@@ -228,8 +230,13 @@ def _logit_variance(x_BTD, router_ED):
     return jnp.mean(_einsum("BTD,ED->BTE", x_BTD, router_ED) ** 2)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _router_step(optimizer, top_k, router_ED, state, x_BTD, target_BTE):
+@jax.jit
+def _sum_of_sizes(x_BTD):
+    return jnp.mean(jnp.sum(jnp.abs(x_BTD), axis=-1))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _router_step(top_k, router_ED, state, x_BTD, target_BTE, learning_rate):
     def loss(router_ED):
         logits_BTE = _einsum("BTD,ED->BTE", x_BTD, router_ED)
         cross_entropy = -jnp.mean(jnp.sum(target_BTE * jax.nn.log_softmax(logits_BTE), axis=-1))
@@ -238,8 +245,8 @@ def _router_step(optimizer, top_k, router_ED, state, x_BTD, target_BTE):
         balance = len(load_E) * jnp.sum(load_E * jax.nn.softmax(logits_BTE).mean((0, 1)))
         return cross_entropy + ROUTER_BALANCE * balance
 
-    updates, state = optimizer.update(jax.grad(loss)(router_ED), state)
-    return optax.apply_updates(router_ED, updates), state
+    direction_ED, state = _ADAM.update(jax.grad(loss)(router_ED), state)
+    return router_ED - learning_rate * direction_ED, state
 
 
 def _routing_weights(x_BTD, router_ED, top_k):
