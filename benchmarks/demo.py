@@ -1,4 +1,4 @@
-"""The main job on a small model, end to end: train dense, carve, measure, repair, measure, generate.
+"""The main job on a small model, end to end: train dense, carve, with calibration text too, repair, measure, generate.
 
     make demo        (or: python benchmarks/demo.py --output runs/demo)
 
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import write_report
+from report import STAGES, write_report
 
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import count
@@ -30,6 +30,7 @@ from nemoe_jax.tokenizer import cut_tekken
 
 VOCABULARY = 4096
 EXPERTS, TOP_K = 16, 4
+CALIBRATION_TOKENS = "32768"
 PROMPT = 'def read(path):\n    """Read'
 MODULES = {"nemoe": "nemoe_jax.cli", "nemoe-convert": "convert.cli", "nemoe-train": "train.cli"}
 
@@ -51,7 +52,7 @@ def main() -> None:
     write_corpus(text, tekken_file())
     train, held_out = text / "train.jsonl", text / "held-out.jsonl"
     data = [f"data.train={train}", f"data.held_out={held_out}"]
-    models = {name: output / name for name in ("dense", "reference", "carved", "repaired")}
+    models = {name: output / name for name in STAGES}
     timings: dict[str, float] = {}
 
     def step(name: str, *command: str) -> dict[str, Any]:
@@ -73,28 +74,17 @@ def main() -> None:
     )
     carve = ("nemoe-convert", "carve", str(dense))
     shape = ("--experts", str(EXPERTS), "--top-k", str(TOP_K))
-    step(
-        "reference",
-        *carve,
-        str(models["reference"]),
-        *shape,
-        "--partition",
-        "contiguous",
-        "--router",
-        "random",
-        "--calibration",
-        str(train),
-        "--calibration-tokens",
-        "16384",
-        "--no-refit",
-    )
+    calibration = ("--calibration", str(train), "--calibration-tokens", CALIBRATION_TOKENS)
+    careless = ("--partition", "contiguous", "--router", "random", "--no-refit")
+    step("reference", *carve, str(models["reference"]), *shape, *careless, *calibration)
     step("carved", *carve, str(models["carved"]), *shape)
+    step("calibrated", *carve, str(models["calibrated"]), *shape, *calibration)
     step(
         "repaired",
         "nemoe-train",
         "run",
         "nano-repair",
-        f"model={models['carved']}",
+        f"model={models['calibrated']}",
         f"distill.teacher={dense}",
         f"output={models['repaired']}",
         *data,
@@ -110,7 +100,7 @@ def main() -> None:
     sampling = ("--max-new-tokens", "64", "--temperature", "0.7", "--min-p", "0.1")
     samples = {
         name: step(name, "nemoe", "generate", str(models[name]), "--prompt", PROMPT, *sampling)["text"]
-        for name in ("dense", "carved", "repaired")
+        for name in ("dense", "carved", "calibrated", "repaired")
     }
     report: dict[str, Any] = {
         name: stage(directory, measured, name, timings[name]) for name, directory in models.items()
@@ -186,7 +176,7 @@ def print_table(report: dict[str, Any]) -> None:
     columns = ("loss", "perplexity", "r", "load_max_over_mean", "params_total", "params_active", "seconds")
     titles = ("loss", "perplexity", "R", "load max/mean", "parameters", "active", "seconds")
     print(f"\n{'':10}" + "".join(f"{title:>15}" for title in titles))
-    for name in ("dense", "reference", "carved", "repaired"):
+    for name in STAGES:
         values = [report[name][column] for column in columns]
         cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values]
         print(f"{name:10}" + "".join(f"{cell:>15}" for cell in cells))

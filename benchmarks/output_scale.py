@@ -39,7 +39,7 @@ def main() -> None:
             figures("convert.cli", "carve", arguments.dense, carved, *shape, *flags)
             return figures("nemoe_jax.cli", "perplexity", carved, arguments.held_out)["loss"] - dense
 
-    peer = gap("--calibration", arguments.calibration)
+    peer = gap("--calibration", arguments.calibration, "--router", "gate-mean", "--no-refit")
     print(f"dense loss {dense:.4f}\n{'scale':16} {'gap':>8} {'ratio':>8}\n{'least squares':16} {peer:8.4f} {1:8.3f}")
     for name, flags in (("default", ()), *((str(scale), ("--output-scale", str(scale))) for scale in SCALES)):
         found = gap(*flags)

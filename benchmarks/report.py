@@ -12,8 +12,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-STAGES = ("dense", "reference", "carved", "repaired")
-COLOURS = {"dense": "#3b6ea5", "reference": "#9a9a9a", "carved": "#c8553d", "repaired": "#4f8a4f"}
+STAGES = ("dense", "reference", "carved", "calibrated", "repaired")
+COLOURS = {
+    "dense": "#3b6ea5",
+    "reference": "#9a9a9a",
+    "carved": "#c8553d",
+    "calibrated": "#c79a3a",
+    "repaired": "#4f8a4f",
+}
 
 
 def write_report(output: Path, report: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
@@ -55,7 +61,7 @@ def draw_losses(report: dict[str, Any]) -> plt.Figure:
             label="held-out text",
         )
         axis.set(title=title, xlabel="step", ylabel="cross-entropy, nats per token")
-    for name in ("dense", "carved", "reference"):
+    for name in ("dense", "calibrated", "carved", "reference"):
         axes[1].axhline(
             report[name]["loss"], color=COLOURS[name], linestyle="--", linewidth=1, label=f"{name}, held-out"
         )

@@ -15,12 +15,14 @@ from convert.relay import RELAY
 from convert.upcycle import UPCYCLE
 from nemoe_jax.command import EXIT_DISAGREES, Command, report
 
-CONVERSIONS = (CARVE, GGUF, LAYOUT, MERGE, MINITRON, PRUNE, RELAY, UPCYCLE)
+CONVERSIONS = (CARVE, UPCYCLE, PRUNE, RELAY, MINITRON, MERGE, LAYOUT, GGUF)
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.
 
-  nemoe-convert carve models/nemo-12b models/nemoe-12b-16e --experts 16 --top-k 4
+  nemoe-convert carve models/nemo-12b models/nemoe-12b-16e --experts 16 --top-k 4 --calibration text/
+  nemoe-convert upcycle models/nemoe-12b-16e models/nemoe-12b-32e --experts 32
+  nemoe-convert gguf models/nemoe-12b-16e nemoe-12b-16e.gguf --type q8_0
   nemoe-convert verify models/small-moe
 
 The result grows beside the target and takes its name when it is complete. An interrupted conversion goes on where it

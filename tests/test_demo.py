@@ -25,11 +25,14 @@ def test_the_demo_trains_carves_repairs_and_reports(tmp_path):
     assert "$ nemoe-convert carve" in printed and "$ nemoe-train run nano-repair" in printed
 
     report = json.loads((output / "report.json").read_text())
-    for name in ("dense", "reference", "carved", "repaired"):
+    for name in ("dense", "reference", "carved", "calibrated", "repaired"):
         assert checkpoint.read_config(report[name]["model_dir"]).experts == (0 if name == "dense" else 16)
         assert report[name]["params_active"] <= report[name]["params_total"]
     assert report["dense"]["loss"] < 8  # from ln 4096 = 8.3: it has learnt something
-    gaps = {name: report[name]["loss"] - report["dense"]["loss"] for name in ("reference", "carved", "repaired")}
+    gaps = {
+        name: report[name]["loss"] - report["dense"]["loss"]
+        for name in ("reference", "carved", "calibrated", "repaired")
+    }
     for name, gap in gaps.items():
         assert report[name]["r"] == pytest.approx(1 - gap / gaps["reference"])
     page = (output / "report.html").read_text()
