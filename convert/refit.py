@@ -37,7 +37,7 @@ HELD_OUT = 10  # every tenth batch, and at least one
 ROUTER_STEPS = 300  # each on one batch
 ROUTER_LOGIT_STEP = 0.5  # how far Adam's first step may move a logit; falls to 0 along a cosine
 ROUTER_RIDGE = 1e-2  # of the mean diagonal
-ROUTER_BALANCE = 0.3  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
+ROUTER_BALANCE = 1.0  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
 RIDGE_TOKENS = 2.0  # the refit's ridge is worth this many tokens for each neuron
 SHARED_GATE = 0.5  # what a shared expert is multiplied by: the sigmoid of a gate of zeros
 SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
@@ -52,7 +52,6 @@ class LayerText:
 
     ffn: Tree  # the dense FFN: gate, up (D, F) and down (F, D)
     inputs: Sequence[jax.Array]
-    outputs: Sequence[jax.Array]  # the dense FFN's, on the same inputs
     wanted: Sequence[jax.Array]  # with which the stream after the layer would be the dense model's
 
     def hidden(self, number: int) -> jax.Array:
@@ -80,18 +79,17 @@ class CarvedStream:
     def enter(self, layer: int) -> tuple[LayerText, LayerText]:
         """The layer's text to fit on and the held-out text; layers come in ascending order."""
         weights = self.layers.weights(layer)
-        self._after_attention, inputs, outputs, wanted = [], [], [], []
+        self._after_attention, inputs, wanted = [], [], []
         for number, (dense_BTD, carved_BTD) in enumerate(zip(self.dense, self.carved, strict=True)):
             middle_BTD, normed_BTD = self.layers.attend(layer, weights, dense_BTD)
             self.dense[number] = middle_BTD + self.layers.feed_forward(layer, weights, normed_BTD)
             middle_BTD, normed_BTD = self.layers.attend(layer, weights, carved_BTD)
             self._after_attention.append(middle_BTD)
             inputs.append(normed_BTD)
-            outputs.append(self.layers.feed_forward(layer, weights, normed_BTD))
             wanted.append(self.dense[number] - middle_BTD)
         self._inputs, self._entered = inputs, layer
         parts = slice(None, self.fitted), slice(self.fitted, None)
-        fitted, held_out = (LayerText(weights["ffn"], inputs[part], outputs[part], wanted[part]) for part in parts)
+        fitted, held_out = (LayerText(weights["ffn"], inputs[part], wanted[part]) for part in parts)
         return fitted, held_out
 
     def leave(self, layer: int, config: ModelConfig, written: Tensors) -> None:
@@ -190,8 +188,8 @@ def ridge_solve(gram: jax.Array, moment: jax.Array, ridge: float, towards: jax.A
 def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: jax.Array, top_k: int) -> Figures:
     """How a carved layer does on a text: error, recall of the experts that matter, load."""
     sums = [
-        _measures(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, text.ffn["down"], down_FD, top_k)
-        for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.outputs, strict=True))
+        _measures(text.hidden(number), x_BTD, label_F, router_ED, text.ffn["down"], down_FD, top_k)
+        for number, x_BTD in enumerate(text.inputs)
     ]
     error, energy, recall, load_E = (
         np.mean([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True)
@@ -272,7 +270,8 @@ def _normal_sums(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, top_k):
 
 
 @functools.partial(jax.jit, static_argnames="top_k")
-def _measures(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, dense_down_FD, down_FD, top_k):
+def _measures(hidden_BTF, x_BTD, label_F, router_ED, dense_down_FD, down_FD, top_k):
+    y_BTD = _einsum("BTF,FD->BTD", hidden_BTF, dense_down_FD)
     weights_BTE = _routing_weights(x_BTD, router_ED, top_k)
     output_BTD = _einsum("BTF,FD->BTD", hidden_BTF * _by_neuron(weights_BTE, label_F), down_FD)
     energies_BTE = _energies(hidden_BTF, dense_down_FD, label_F, len(router_ED))

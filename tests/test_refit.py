@@ -20,7 +20,7 @@ def text(random):
     ffn["down"] = random.normal(size=(NEURONS, HIDDEN)).astype(np.float32)
     inputs = [random.normal(size=(2, 33, HIDDEN)).astype(np.float32) for _ in range(3)]
     outputs = [hidden_of(ffn, x) @ ffn["down"] for x in inputs]
-    return LayerText(ffn, inputs, outputs, outputs)
+    return LayerText(ffn, inputs, outputs)
 
 
 @pytest.fixture
