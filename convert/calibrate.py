@@ -45,8 +45,8 @@ def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -
     """
     if tokens < 1:
         raise UserError(f"--calibration-tokens: wanted a positive number, got {tokens}")
-    tokenizer = load_tokenizer(source.directory)
-    stream = tokenize(find_files(texts), tokenizer, "tokenising calibration text", source.config.vocab)
+    files, tokenizer = find_files(texts), load_tokenizer(source.directory)
+    stream = tokenize(files, tokenizer, "tokenising calibration text", source.config.vocab)
     length = min(SEQUENCE_LENGTH, source.config.context)
     batches = -(-tokens // (BATCH * length))
     if len(stream) <= batches * BATCH * length:
