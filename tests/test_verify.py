@@ -141,7 +141,7 @@ BAD = {
     "no tokens": (["dense", "short", "--tokens", "0"], "--tokens: wanted 1 to the context of 16, got 0"),
     "sequences": (["dense", "short", "--tokens", "4", "--sequences", "0"], "--sequences: wanted a positive number"),
     "no tokenizer": (["touched", "dense", "--text", "text.txt"], "touched: no tokenizer"),
-    "another tokenizer": (["short", "dense", "--tokens", "4", "--text", "other.txt"], "gives token 79; the model's embedding"),
+    "another tokenizer": (["short", "dense", "--tokens", "4", "--text", "other.txt"], "gives token 79; the model"),
     "no text": (["dense", "dense", "--text", "nothing.txt"], "no text there"),
     "short text": (["dense", "dense", "--text", "short.txt"], "wanted at least sequence length"),
 }
