@@ -46,7 +46,7 @@ def main() -> None:
             )
         return json.loads(kept.read_text(encoding="utf-8"))["loss"]
 
-    check = ("--check", held_out, "--check-tokens", "8192")
+    check = ("--check", held_out, "--check-tokens", "4096")
     rows = []
     for mode in ("wide", "split", "copies"):
         source = str(carved)
@@ -63,7 +63,9 @@ def main() -> None:
     text = ("--calibration", train)
     shape = ("prune-experts", str(carved), "--experts", KEPT_EXPERTS)
     pruned = {method: made(method, *shape, "--method", method, *text) for method in ("frequency", "reap", "exhaustive")}
-    pruned["exhaustive, relayed"] = made("relayed", "relay", str(work / "exhaustive"), "--teacher", str(carved), *text)
+    pruned["exhaustive, relayed"] = made(
+        "relayed", "relay", str(work / "exhaustive"), "--teacher", str(carved), "--steps", "100", *text
+    )
     damage = pruned["frequency"]["loss"] - loss_of(carved)
     print(f"\n{'16 to 8 experts':22}{'loss':>9}{'damage / frequency':>20}")
     for name, figures in pruned.items():
