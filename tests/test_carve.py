@@ -12,6 +12,7 @@ from convert.carve import CarveOptions, carve, data_free_scale
 from nemoe_jax import checkpoint, hf
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward
+from tests.conftest import write_tokenizer
 
 EXPERTS, TOP_K = 4, 2
 OPTIONS = CarveOptions(experts=EXPERTS, top_k=TOP_K, svd="exact")
@@ -202,3 +203,27 @@ def test_torch_agrees_on_the_shared_layout(dense_directory, tmp_path):
     pytest.importorskip("torch")
     carve(dense_directory, tmp_path / "moe", SHARED)
     assert cli.main(["verify", str(tmp_path / "moe")]) == 0
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "shared"])
+def test_an_interrupted_calibrated_carve_gives_the_same_bytes(dense_directory, tmp_path, monkeypatch, layout):
+    write_tokenizer(dense_directory)
+    words = np.random.default_rng(0).integers(0, 69, 2000)
+    (tmp_path / "text.txt").write_text(" ".join(f"word{number}" for number in words))
+    more = {"shared_ffn": 8, "keep_dense": 1} if layout == "shared" else {}
+    calibration = {"calibration": (str(tmp_path / "text.txt"),), "calibration_tokens": 1500}
+    options = dataclasses.replace(OPTIONS, layout=layout, **more, **calibration)
+    wanted = carve(dense_directory, tmp_path / "whole", options)
+    last = wanted["layers"][-1]
+    assert 0 < last["reconstruction_error"] < 1 and last["recall"] > 0.3 and last["load_max_over_mean"] < 1.9
+    assert wanted["held_out_loss_carved"] == pytest.approx(wanted["held_out_loss_dense"], abs=0.2)
+    with monkeypatch.context() as patched:
+        interrupted(after_layers=1, monkeypatch=patched)
+        with pytest.raises(KeyboardInterrupt):
+            carve(dense_directory, tmp_path / "moe", options)
+    with monkeypatch.context() as patched:
+        seen = interrupted(after_layers=99, monkeypatch=patched)
+        carve(dense_directory, tmp_path / "moe", options)
+    assert len(seen) == 2 - len(more) // 2  # the first carved layer was there
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes(), path.name
