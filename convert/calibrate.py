@@ -35,6 +35,7 @@ from nemoe_jax.transformer import Block
 
 SEQUENCE_LENGTH = 256
 BATCH = 8
+HELD_OUT = 10  # every tenth batch, and at least one
 
 
 def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
@@ -55,6 +56,19 @@ def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -
             f"(--calibration-tokens {tokens}, in batches of {BATCH * length:,}), got {len(stream):,}"
         )
     return [tokens_BT for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
+
+
+def fitted_batches(batches: Sequence[np.ndarray]) -> int:
+    """How many of the batches are for fitting; the rest, the last tenth and at least one, is held out.
+
+    Raises:
+        UserError: a single batch, which cannot be both.
+    """
+    if len(batches) < 2:
+        raise UserError(
+            f"--calibration-tokens: wanted more than {batches[0][:, 1:].size:,}, for two batches, one of them held out"
+        )
+    return len(batches) - max(len(batches) // HELD_OUT, 1)
 
 
 class LayerStream:
@@ -88,9 +102,9 @@ class LayerStream:
     def loss(self, streams: Sequence[jax.Array], batches: Sequence[np.ndarray]) -> float:
         """Mean next-token loss, nats, of residual streams that have passed the last layer."""
         specs = declare(self.config)
-        head_VD = jax.device_put(np.asarray(self.source.view(specs["embed" if self.config.tied else "head"].key)))
+        head_VD = self.source.view(specs["embed" if self.config.tied else "head"].key)
         norm_D = jax.device_put(np.asarray(self.source.view(specs["norm"].key), np.float32), self.whole)
-        head_VD = jax.device_put(head_VD, self.whole)
+        head_VD = jax.device_put(np.asarray(head_VD), self.whole)
         losses = [
             _loss(self.config.norm_eps, norm_D, head_VD, x_BTD, jax.device_put(tokens[:, 1:], self.cut))
             for x_BTD, tokens in zip(streams, batches, strict=True)

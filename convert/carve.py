@@ -112,13 +112,13 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
         shared_S = _most_active(dense, texts and texts[0], config.shared_ffn)
         members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D, options, key, shared_S)
         label_F = jnp.full(len(dense["gate"]), options.experts).at[members_EF].set(jnp.arange(options.experts)[:, None])
-        if text is None or texts is None:
+        if texts is None:
             scale_G = np.full(options.experts + 1, options.output_scale or data_free_scale(options), np.float32)
             scale_G[-1] = 1 / SHARED_GATE
             down_DF, factor_F = dense["down"], scale_G[label_F]
             figures: Figures = {}
         else:
-            router_ED, scale_G, down_DF, figures = _calibrated(text, texts, label_F, router_ED, options)
+            router_ED, scale_G, down_DF, figures = _calibrated(*texts, label_F, router_ED, options)
             factor_F = np.ones(len(label_F), np.float32)
         figures = _figures(router_ED, scale_G[: options.experts]) | figures
         tensors = _assemble(config, number, dense | {"down": down_DF}, np.asarray(members_EF), shared_S, factor_F)
@@ -160,21 +160,16 @@ def _most_active(dense: Tensors, text: LayerText | None, neurons: int) -> np.nda
 
 
 def _calibrated(
-    text: CarvedStream,
-    texts: tuple[LayerText, LayerText],
-    label_F: jax.Array,
-    router_ED: jax.Array,
-    options: CarveOptions,
+    fitted: LayerText, held_out: LayerText, label_F: jax.Array, router_ED: jax.Array, options: CarveOptions
 ) -> tuple[jax.Array, np.ndarray, np.ndarray, Figures]:
     """Router (E, D), the output scale of each expert and of the shared one (E + 1,), `down` (D, F), and figures."""
-    fitted, held_out = texts
     if options.router in ("auto", "distilled"):
         router_ED = distilled_router(fitted, label_F, options.experts, options.top_k, options.logit_std)
     gram_FF, moment_FD = normal_equations(fitted, label_F, router_ED, options.top_k)
     scale_G = output_scale(gram_FF, moment_FD, fitted.ffn["down"], label_F, options.experts + 1)
     down_FD = fitted.ffn["down"] * scale_G[label_F][:, None]
     if options.refit:
-        ridge = options.refit_ridge or RIDGE_TOKENS * len(down_FD) / text.fitted_tokens
+        ridge = options.refit_ridge or RIDGE_TOKENS * len(down_FD) / fitted.tokens
         down_FD = ridge_solve(gram_FF, moment_FD, ridge, down_FD)
     figures = measure(held_out, label_F, router_ED, down_FD, options.top_k)
     return router_ED, np.asarray(scale_G), np.asarray(down_FD.T), figures

@@ -26,14 +26,13 @@ import numpy as np
 
 from nemoe_jax.checkpoint import TensorRef, units
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.errors import UserError
+from nemoe_jax.errors import UserError, listed
 from nemoe_jax.schema import ParamSpec
 from nemoe_jax.tensor_file import TensorFile, is_finite
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_PROBLEMS_SHOWN = 20
 _ROWS = 1024  # of a weight that are in float32 at once
 _ALL = slice(None)
 
@@ -187,9 +186,7 @@ class PeftAdapter:
         if not self.file.entries:
             self._problems.append("no tensors")
         if self._problems:
-            rest = len(self._problems) - _PROBLEMS_SHOWN
-            more = f"; and {rest} more" if rest > 0 else ""
-            raise UserError(f"{path}: " + "; ".join(self._problems[:_PROBLEMS_SHOWN]) + more)
+            raise UserError(f"{path}: {listed(self._problems)}")
         for name in self.file.entries:
             if not is_finite(self.file.view(name)):
                 raise UserError(f"{path}: {name}: NaN or infinite values")

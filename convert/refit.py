@@ -27,13 +27,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from convert.calibrate import LayerStream, block_weights, calibration_batches, feed_forward, hidden, kind_of
+from convert.calibrate import (
+    LayerStream,
+    block_weights,
+    calibration_batches,
+    feed_forward,
+    fitted_batches,
+    hidden,
+    kind_of,
+)
 from convert.stream import Figures, Tensors
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import Tree
 
-HELD_OUT = 10  # every tenth batch, and at least one
 ROUTER_STEPS = 300  # each on one batch
 ROUTER_LOGIT_STEP = 0.5  # how far Adam's first step may move a logit; falls to 0 along a cosine
 ROUTER_RIDGE = 1e-2  # of the mean diagonal
@@ -54,6 +61,11 @@ class LayerText:
     inputs: Sequence[jax.Array]
     wanted: Sequence[jax.Array]  # with which the stream after the layer would be the dense model's
 
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return sum(x_BTD[..., 0].size for x_BTD in self.inputs)
+
     def hidden(self, number: int) -> jax.Array:
         """The hidden activations (B, T, F) of a batch."""
         return hidden(self.ffn, self.inputs[number])
@@ -70,10 +82,9 @@ class CarvedStream:
         """
         self.layers = LayerStream(source)
         self.batches = calibration_batches(source, texts, tokens)
-        self.fitted = len(self.batches) - max(len(self.batches) // HELD_OUT, 1)  # batches that are not held out
+        self.fitted = fitted_batches(self.batches)
         self.dense = [self.layers.embed(tokens_BS[:, :-1]) for tokens_BS in self.batches]
         self.carved = list(self.dense)
-        self.fitted_tokens = sum(tokens_BS[:, 1:].size for tokens_BS in self.batches[: self.fitted])
         self._entered = -1  # the last layer that was
 
     def enter(self, layer: int) -> tuple[LayerText, LayerText]:
@@ -147,13 +158,13 @@ def normal_equations(
     text: LayerText, label_F: jax.Array, router_ED: jax.Array, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
     """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the wanted outputs, means over tokens."""
-    neurons, hidden = text.ffn["down"].shape
-    gram_FF, moment_FD, tokens = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, hidden)), 0
+    neurons, width = text.ffn["down"].shape
+    gram_FF, moment_FD = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, width))
     for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True)):
         gram, moment = _normal_sums(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, top_k)
-        gram_FF, moment_FD, tokens = gram_FF + gram, moment_FD + moment, tokens + y_BTD[..., 0].size
+        gram_FF, moment_FD = gram_FF + gram, moment_FD + moment
         jax.block_until_ready(gram_FF)
-    return gram_FF / tokens, moment_FD / tokens
+    return gram_FF / text.tokens, moment_FD / text.tokens
 
 
 @functools.partial(jax.jit, static_argnames="groups")

@@ -30,9 +30,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from convert.calibrate import calibration_batches
+from convert.calibrate import calibration_batches, fitted_batches
 from convert.options import Conversion, option
-from convert.refit import HELD_OUT
 from convert.ridge_router import ridge_routers
 from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax import hf, sharding
@@ -81,11 +80,7 @@ def relay(source: str | Path, destination: str | Path, options: RelayOptions, ru
     _refuse_misfits(config, teacher.config, options, str(source))
     refuse_existing(destination)  # before the text is read
     batches = calibration_batches(student, options.calibration, options.calibration_tokens)
-    if len(batches) < 2:
-        raise UserError(
-            f"--calibration-tokens: wanted more than {batches[0][:, 1:].size:,}, for two batches of which one is held "
-            f"out, got {options.calibration_tokens}"
-        )
+    fitted_batches(batches)  # enough of them
     old_LDE = stored_routers(student)
     # a dry run is about the files
     new_LDE, figures = (old_LDE, {}) if run.dry_run else recalibrate(student, teacher, batches, options)
@@ -140,7 +135,7 @@ def recalibrate(
     Args:
         batches: tokens (B, T + 1), int32; the last tenth is held out.
     """
-    fitted = len(batches) - max(len(batches) // HELD_OUT, 1)
+    fitted = fitted_batches(batches)
     mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh)) if options.mesh else None
     models = [hf.load(model.directory, mesh=mesh, dtype=options.dtype, progress=True) for model in (student, teacher)]
 

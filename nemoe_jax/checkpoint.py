@@ -17,7 +17,7 @@ import numpy as np
 
 from nemoe_jax import mistral_layout
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.errors import UserError
+from nemoe_jax.errors import UserError, listed
 from nemoe_jax.schema import ParamSpec, declare, leaves
 from nemoe_jax.tensor_file import TensorFile, is_finite
 
@@ -26,7 +26,6 @@ PARAMS = "params.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONSOLIDATED = "consolidated.safetensors"
-_PROBLEMS_SHOWN = 20
 
 
 class TensorRef(NamedTuple):
@@ -179,8 +178,7 @@ class Checkpoint:
         self._refuse_another_size()
         problems += self._differences()
         if problems:
-            more = f"; and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
-            raise UserError(f"{self.directory}: " + "; ".join(problems[:_PROBLEMS_SHOWN]) + more)
+            raise UserError(f"{self.directory}: {listed(problems)}")
 
     def _refuse_another_size(self) -> None:
         """Raises where the config speaks of many times the tensors: too many, perhaps, to list."""

@@ -143,7 +143,7 @@ class Writer:
             (self.partial / _STATE).write_text(json.dumps(self.state), encoding="utf-8")
             for path in self.partial.glob(_FINISHED.format("*")):
                 if not path.read_bytes().endswith(b"\n"):  # killed in the midst of a line
-                    path.open("ab").write(b"\n")
+                    path.write_bytes(path.read_bytes() + b"\n")
         except OSError as error:
             if error.errno in _FULL:
                 raise ResumableError(f"{self.partial}: {error.strerror}; {KEPT}") from error

@@ -37,6 +37,20 @@ NEKOMIND = ModelConfig(
     tied=True,
     **COMMON,
 )
+# the sizes of DENSE as transformers' configs want them
+TORCH_SIZES = {
+    name: DENSE.to_hf()[name]
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position_embeddings",
+        "sliding_window",
+    )
+}
 CONFIGS = {"dense": DENSE, "mixtral": MIXTRAL, "nekomind": NEKOMIND}
 
 

@@ -145,6 +145,23 @@ def test_bad_options_are_one_line_and_exit_status_2(dense_directory, tmp_path, c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("9", "--calibration-tokens: wanted more than 768, for two batches, one of them held out"),
+        ("131072", "wanted more than 131,328 tokens (--calibration-tokens 131072, in batches of 768), got 2,001"),
+        ("0", "--calibration-tokens: wanted a positive number, got 0"),
+    ],
+)
+def test_text_that_is_too_short_for_the_fits(dense_directory, tmp_path, capsys, tokens, message):
+    write_tokenizer(dense_directory)
+    (tmp_path / "text.txt").write_text("word7 " * 2000)
+    flags = ["--experts", "4", "--top-k", "2", "--calibration-tokens", tokens, "--calibration"]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), *flags, str(tmp_path / "text.txt")]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+
+
 def test_a_mixture_is_not_carved_again_and_nothing_is_overwritten(dense_directory, tmp_path, capsys):
     carve(dense_directory, tmp_path / "moe", OPTIONS)
     with pytest.raises(UserError, match="has 4 experts already"):

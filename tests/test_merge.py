@@ -19,19 +19,10 @@ from nemoe_jax import hf, schema
 from nemoe_jax.checkpoint import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward
-from tests.conftest import DENSE, NEKOMIND
+from tests.conftest import DENSE, NEKOMIND, TORCH_SIZES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "vocab_size": 72,
-    "max_position_embeddings": 128,
-    "sliding_window": None,
-}
+SIZES = TORCH_SIZES | {"num_hidden_layers": 2}
 IDS = np.random.default_rng(0).integers(0, 72, (3, 29))
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -15,33 +15,24 @@ from convert.verify import compare
 from nemoe_jax import checkpoint, hf, schema
 from nemoe_jax.transformer import forward
 from nemoe_jax.writer import Writer
-from tests.conftest import NEKOMIND
+from tests.conftest import NEKOMIND, TORCH_SIZES
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "vocab_size": 72,
-    "max_position_embeddings": 128,
-    "sliding_window": None,
-}
-
 
 def mistral():
-    return transformers.MistralForCausalLM(transformers.MistralConfig(intermediate_size=48, **SIZES))
+    return transformers.MistralForCausalLM(transformers.MistralConfig(intermediate_size=48, **TORCH_SIZES))
 
 
 def llama():
-    sizes = {key: value for key, value in SIZES.items() if key != "sliding_window"}
+    sizes = {key: value for key, value in TORCH_SIZES.items() if key != "sliding_window"}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=48, **sizes))
 
 
 def mixtral(top_k):
-    config = transformers.MixtralConfig(intermediate_size=16, num_local_experts=16, num_experts_per_tok=top_k, **SIZES)
+    config = transformers.MixtralConfig(
+        intermediate_size=16, num_local_experts=16, num_experts_per_tok=top_k, **TORCH_SIZES
+    )
     return transformers.MixtralForCausalLM(config)
 
 
