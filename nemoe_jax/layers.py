@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nemoe_jax.grouped_matmul import grouped_matmul
-from nemoe_jax.lora import Adapter
+from nemoe_jax.lora import Adapter, dropped
 from nemoe_jax.schema import ParamSpec, Tree
 
 Adapters = Mapping[str, Any]  # the adapter tree's part that belongs to a module; empty without adapters
@@ -53,7 +53,7 @@ def project(
     y = _contract(x, weight, inputs, group_sizes)
     if adapter is None:
         return y
-    low_rank = _contract(x, adapter.a, inputs, group_sizes)
+    low_rank = _contract(dropped(x, adapter), adapter.a, inputs, group_sizes)
     return y + adapter.scale * _contract(low_rank, adapter.b, 1, group_sizes)
 
 

@@ -10,6 +10,7 @@ each device computes what its experts owe them, and the sums are scattered back.
 B batch, T tokens, D embed, E experts, C top-k, R = T·C rows, F expert_ffn.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.ffn import SwiGLU
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project
-from nemoe_jax.lora import Adapter, adapter_axes
+from nemoe_jax.lora import Adapter, factors, keys_by_device
 from nemoe_jax.schema import ParamSpec, Tree
 from nemoe_jax.sharding import batch_axes
 
@@ -79,8 +80,11 @@ class MoE(SpecModule):
         batch = batch_axes(sizes, x_BTD.shape[0])
         gathered = "expert" in batch  # the expert axis cuts the batch too: gather tokens, scatter sums
 
+        # what one device computes is its own along these, and the same along the others
+        own = [name for name in sizes if name in (*batch, "expert", "tensor")]
+
         def on_device(x, weights, chosen, experts, adapters):
-            first = 0
+            first, adapters = 0, keys_by_device(adapters, own)
             if sizes.get("expert", 1) > 1:
                 first = lax.axis_index("expert") * experts["gate"].shape[0]
             if gathered:
@@ -113,8 +117,9 @@ def _own_axes(axes: tuple[str, ...], mesh_shape: dict[str, int]) -> PartitionSpe
 
 
 def _adapter_spec(spec: ParamSpec, adapter: Adapter, mesh_shape: dict[str, int]) -> Adapter:
-    a, b = (_own_axes(axes[1:], mesh_shape) for axes in adapter_axes(spec))
-    return Adapter(a, b, adapter.scale)
+    a, b = (_own_axes(factor.axes[1:], mesh_shape) for factor in factors(spec, adapter.a.shape[-1]))
+    key = None if adapter.key is None else PartitionSpec()
+    return dataclasses.replace(adapter, a=a, b=b, key=key)
 
 
 def run_experts(

@@ -10,6 +10,11 @@ from nemoe_jax.transformer import forward
 from tests.conftest import MIXTRAL
 
 
+def every_weight(config, **options):
+    narrow = [Target("*/shared_gate", 1, 2.0, **options)] if config.shared_ffn else []
+    return [*narrow, Target("*", 3, 6.0, **options)]
+
+
 def trained(config, targets, seed=1):
     """Adapters as if trained: B is not zero."""
     adapters = lora.initialise(config, targets, jax.random.key(seed))
@@ -19,7 +24,7 @@ def trained(config, targets, seed=1):
 def test_fresh_adapters_change_nothing(config):
     params = schema.initialise(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
-    adapters = lora.initialise(config, [Target("*", 3, 6.0)], jax.random.key(2))
+    adapters = lora.initialise(config, every_weight(config), jax.random.key(2))
     np.testing.assert_array_equal(
         forward(config, params, tokens, adapters=adapters).logits, forward(config, params, tokens).logits
     )
@@ -30,7 +35,7 @@ def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
     base = forward(config, params, tokens).logits
     run = jax.jit(lambda params, adapters: forward(config, params, tokens, adapters=adapters).logits)
-    every = schema.leaves(trained(config, [Target("*", 3, 6.0)]))
+    every = schema.leaves(trained(config, every_weight(config)))
     for path in every:
         # the other adapters are there, and zero: one compilation serves all
         chosen = {other: jax.tree.map(lambda x, on=other == path: x * on, adapter) for other, adapter in every.items()}
@@ -45,7 +50,7 @@ def test_every_adapter_gets_a_gradient(config):
     params = schema.initialise(config, jax.random.key(0))
     # enough tokens that every expert is chosen
     tokens = jax.random.randint(jax.random.key(1), (8, 32), 0, config.vocab)
-    adapters = trained(config, [Target("*", 3, 6.0)])
+    adapters = trained(config, every_weight(config))
 
     def loss(adapters):
         return jnp.mean(jax.nn.log_softmax(forward(config, params, tokens, adapters=adapters).logits)[..., 3])
@@ -82,6 +87,11 @@ def test_the_first_matching_target_wins():
         (Target("blocks/*/attention/*", 4, 8.0), "matches no weight; the weights are: embed, blocks/moe/attn/q"),
         (Target("norm", 4, 8.0), "matches no weight"),  # a norm is no linear map
         (Target("*", 0, 8.0), "wanted a positive rank"),
+        (Target("*", 3, 8.0, dropout=1.0), "dropout: wanted 0 to below 1, got 1.0"),
+        (
+            Target("blocks/*/ffn/[gr]*", 13, 8.0),
+            r"blocks/\*/ffn/\[gr\]\*: rank 13 is above 12, the smaller dimension of blocks/moe/ffn/gate \(24, 12\)",
+        ),
     ],
 )
 def test_bad_targets(target, message):

@@ -78,7 +78,8 @@ def objective(config, params, adapters, tokens):
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: ",".join(f"{k}={v}" for k, v in sizes.items()))
 def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
     params = schema.initialise(config, jax.random.key(0))
-    adapters = lora.initialise(config, [lora.Target("*", 4, 8.0)], jax.random.key(1))
+    narrow = [lora.Target("*/shared_gate", 1, 2.0)] if config.shared_ffn else []
+    adapters = lora.initialise(config, [*narrow, lora.Target("*", 4, 8.0)], jax.random.key(1))
     adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
     tokens = jax.random.randint(jax.random.key(3), (8, 11), 0, config.vocab)
 
