@@ -1,7 +1,7 @@
 """Merging a LoRA adapter (Hu et al. 2021) of Hugging Face PEFT into a model: W + scale · B · A, layer by layer.
 
 The sum is formed in float32 and cast once to the model's dtype; tensors that the adapter does not name are copied as
-they are. The adapter's format is peft.py's business.
+they are. The adapter's format is the business of nemoe_jax/peft_tensors.py.
 """
 
 import dataclasses
@@ -9,9 +9,10 @@ import hashlib
 from pathlib import Path
 
 from convert.options import Conversion, option
-from convert.peft import CONFIG, WEIGHTS, PeftAdapter
 from convert.stream import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoint import Checkpoint, units
+from nemoe_jax.peft_config import CONFIG
+from nemoe_jax.peft_tensors import WEIGHTS, PeftAdapter
 from nemoe_jax.writer import refuse_existing
 
 

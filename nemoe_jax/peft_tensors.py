@@ -1,6 +1,6 @@
-"""LoRA adapters as Hugging Face PEFT saves them: what each of their tensors means for a checkpoint's weights.
+"""adapter_model.safetensors of Hugging Face PEFT: what each tensor means for a checkpoint's weights.
 
-An adapter directory holds adapter_config.json and adapter_model.safetensors. Keys name PEFT's modules, not files:
+Keys name PEFT's modules, not files:
 
     base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight    (r, in)
     base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight    (out, r)
@@ -15,11 +15,9 @@ rank i of expert e. B is rank-major: (out, r E), column i E + e. The older form,
 r rank, E experts, F expert_ffn, D embed.
 """
 
-import json
-import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +25,10 @@ import numpy as np
 from nemoe_jax.checkpoint import TensorRef, units
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError, listed
+from nemoe_jax.peft_config import read_config
 from nemoe_jax.schema import ParamSpec
 from nemoe_jax.tensor_file import TensorFile, is_finite
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _ROWS = 1024  # of a weight that are in float32 at once
@@ -39,105 +37,6 @@ _ALL = slice(None)
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)(?P<inner>\.base_layer)?\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|weight)"
 )
-# what changes the weights in ways other than a low-rank sum
-_REFUSED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights as well
-
-
-class AdapterConfig(NamedTuple):
-    """What adapter_config.json says about the size of updates."""
-
-    rank: int
-    alpha: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    rslora: bool  # scale alpha / √r (Kalajdzievski 2023) instead of alpha / r
-    parameters: tuple[str, ...]  # targets named as parameters rather than as modules
-    ties: bool  # embedding and head were adapted as one
-
-    def rank_of(self, name: str) -> int:
-        """The rank of the update of a module or parameter."""
-        return _lookup(self.rank_pattern, name, self.rank)
-
-    def scale_of(self, name: str) -> float:
-        """The factor of B A."""
-        rank = self.rank_of(name)
-        return _lookup(self.alpha_pattern, name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
-
-    def name_of(self, module: str) -> str:
-        """What patterns are matched against: the parameter where that was the target, else the module."""
-        parameter = f".{module}.weight"
-        return parameter[1:] if any(parameter.endswith(f".{target}") for target in self.parameters) else module
-
-
-def _lookup(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a dotted name."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def read_config(directory: Path) -> AdapterConfig:
-    """Reads adapter_config.json.
-
-    Raises:
-        UserError: no adapter directory, or a kind of adapter that a low-rank sum does not describe.
-    """
-    path = directory / CONFIG
-    if not path.is_file():
-        raise UserError(f"{directory}: not a PEFT adapter directory: no {CONFIG}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kind = content.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object ({error})") from error
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type: wanted LORA, got {kind}")
-    problems = [f"{key} = {content[key]} is not supported" for key in _REFUSED if content.get(key)]
-    if content.get("bias", "none") != "none":
-        problems.append(f"bias: wanted none, got {content['bias']}")
-    if content.get("init_lora_weights") not in _PLAIN_INITS:
-        problems.append(
-            f"init_lora_weights = {content['init_lora_weights']} changed the base model's weights; "
-            "convert the adapter to a plain LoRA with PEFT first"
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(content.get(key) or {}, dict):
-            raise UserError(f"{path}: {key}: wanted an object, got {content[key]}")
-    config = AdapterConfig(
-        rank=content.get("r", 8),
-        alpha=content.get("lora_alpha", 8),
-        rank_pattern=content.get("rank_pattern") or {},
-        alpha_pattern=content.get("alpha_pattern") or {},
-        rslora=bool(content.get("use_rslora")),
-        parameters=tuple(content.get("target_parameters") or ()),
-        ties=bool(content.get("ensure_weight_tying")),
-    )
-    for rank in (config.rank, *config.rank_pattern.values()):
-        if type(rank) is not int or rank < 1:
-            problems.append(f"r and rank_pattern: wanted positive whole numbers, got {rank}")
-    for alpha in (config.alpha, *config.alpha_pattern.values()):
-        if type(alpha) not in (int, float):
-            problems.append(f"lora_alpha and alpha_pattern: wanted numbers, got {alpha}")
-    for pattern in (*config.rank_pattern, *config.alpha_pattern):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"rank_pattern and alpha_pattern: wanted regular expressions, got {pattern} ({error})")
-    if problems:
-        raise UserError(f"{path}: " + "; ".join(problems))
-    return config
 
 
 class LowRank(NamedTuple):
@@ -145,16 +44,24 @@ class LowRank(NamedTuple):
 
     a: str
     b: str
+    rank: int
     scale: float
     embedding: bool = False  # W += (B A)^T
     ranks_of_a: slice = _ALL
     ranks_of_b: slice = _ALL
     outputs: slice = _ALL
 
+    def read_a(self, file: TensorFile) -> np.ndarray:
+        """A, float32 (r, inputs)."""
+        return np.asarray(file.view(self.a)[self.ranks_of_a], np.float32)
+
+    def read_b(self, file: TensorFile) -> np.ndarray:
+        """B, float32 (outputs, r)."""
+        return np.asarray(file.view(self.b)[self.outputs, self.ranks_of_b], np.float32)
+
     def factors(self, file: TensorFile) -> tuple[np.ndarray, np.ndarray]:
         """Float32 (rows, r) and (r, columns), whose product times `scale` is added to the weight."""
-        a = np.asarray(file.view(self.a)[self.ranks_of_a], np.float32)
-        b = np.asarray(file.view(self.b)[self.outputs, self.ranks_of_b], np.float32)
+        a, b = self.read_a(file), self.read_b(file)
         return (a.T, b.T) if self.embedding else (b, a)
 
 
@@ -253,7 +160,7 @@ class PeftAdapter:
         embedding = "lora_embedding_A" in parts
         inputs, outputs = (rows, columns) if embedding else (columns, rows)
         if self._fits(pair[0], (rank, inputs)) and self._fits(pair[1], (outputs, rank)):
-            self.low_rank[key] = LowRank(*pair, scale, embedding)
+            self.low_rank[key] = LowRank(*pair, rank, scale, embedding)
 
     def _match_experts(self, module: str, refs: list[TensorRef], parts: dict[str, str]) -> None:
         """A layer's experts, fused: which of the two parameters it is shows in the shapes, which never coincide."""
@@ -274,7 +181,7 @@ class PeftAdapter:
             if _leaf(ref) in places:
                 expert = ref.place[1]
                 own_ranks = slice(expert * rank, (expert + 1) * rank), slice(expert, None, count)
-                self.low_rank[ref.key] = LowRank(*pair, scale, False, *own_ranks, places[_leaf(ref)])
+                self.low_rank[ref.key] = LowRank(*pair, rank, scale, False, *own_ranks, places[_leaf(ref)])
 
     def _pair(self, parts: dict[str, str]) -> tuple[str, str] | None:
         """The names of A and B, or a problem."""

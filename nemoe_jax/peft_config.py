@@ -1,0 +1,111 @@
+"""adapter_config.json of Hugging Face PEFT: which kind of adapter a directory holds, and the sizes of its updates."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemoe_jax.errors import UserError
+
+CONFIG = "adapter_config.json"
+
+# what changes the weights in ways other than a low-rank sum
+_REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+)
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights as well
+
+
+class AdapterConfig(NamedTuple):
+    """What adapter_config.json says about the size of updates."""
+
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    rslora: bool  # scale alpha / √r (Kalajdzievski 2023) instead of alpha / r
+    parameters: tuple[str, ...]  # targets named as parameters rather than as modules
+    ties: bool  # embedding and head were adapted as one
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the update of a module or parameter."""
+        return _lookup(self.rank_pattern, name, self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """The factor of B A."""
+        rank = self.rank_of(name)
+        return _lookup(self.alpha_pattern, name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    def name_of(self, module: str) -> str:
+        """What patterns are matched against: the parameter where that was the target, else the module."""
+        parameter = f".{module}.weight"
+        return parameter[1:] if any(parameter.endswith(f".{target}") for target in self.parameters) else module
+
+
+def _lookup(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a dotted name."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def read_config(directory: Path) -> AdapterConfig:
+    """Reads adapter_config.json.
+
+    Raises:
+        UserError: no adapter directory, or a kind of adapter that a low-rank sum does not describe.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        raise UserError(f"{directory}: not a PEFT adapter directory: no {CONFIG}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error})") from error
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type: wanted LORA, got {kind}")
+    problems = [f"{key} = {content[key]} is not supported" for key in _REFUSED if content.get(key)]
+    if content.get("bias", "none") != "none":
+        problems.append(f"bias: wanted none, got {content['bias']}")
+    if content.get("init_lora_weights") not in _PLAIN_INITS:
+        problems.append(
+            f"init_lora_weights = {content['init_lora_weights']} changed the base model's weights; "
+            "convert the adapter to a plain LoRA with PEFT first"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise UserError(f"{path}: {key}: wanted an object, got {content[key]}")
+    config = AdapterConfig(
+        rank=content.get("r", 8),
+        alpha=content.get("lora_alpha", 8),
+        rank_pattern=content.get("rank_pattern") or {},
+        alpha_pattern=content.get("alpha_pattern") or {},
+        rslora=bool(content.get("use_rslora")),
+        parameters=tuple(content.get("target_parameters") or ()),
+        ties=bool(content.get("ensure_weight_tying")),
+    )
+    for rank in (config.rank, *config.rank_pattern.values()):
+        if type(rank) is not int or rank < 1:
+            problems.append(f"r and rank_pattern: wanted positive whole numbers, got {rank}")
+    for alpha in (config.alpha, *config.alpha_pattern.values()):
+        if type(alpha) not in (int, float):
+            problems.append(f"lora_alpha and alpha_pattern: wanted numbers, got {alpha}")
+    for pattern in (*config.rank_pattern, *config.alpha_pattern):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"rank_pattern and alpha_pattern: wanted regular expressions, got {pattern} ({error})")
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(problems))
+    return config
