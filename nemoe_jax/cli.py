@@ -16,7 +16,7 @@ from nemoe_jax.command import Command, report
 from nemoe_jax.config import PRESETS, preset
 from nemoe_jax.describe import describe, print_description
 from nemoe_jax.errors import UserError
-from nemoe_jax.tokenizer import StreamDecoder, load_tokenizer, text_from_bytes
+from nemoe_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, text_from_bytes
 
 DESCRIPTION = """\
 Looks into Hugging Face model directories of the NeMo family (Mistral, Llama, Mixtral, NekoMind) and runs them.
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
-    source.add_argument("--chat", metavar="FILE", help="JSON list of messages to answer, in the model's chat format")
+    source.add_argument(
+        "--chat", metavar="FILE", help="JSON list of messages to answer, or an object of messages and tools"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most (default 128)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 is greedy (default); NeMo's makers advise 0.3"
@@ -111,6 +113,10 @@ def _add_running(parser: argparse.ArgumentParser, mesh_help: str) -> None:
     )
 
 
+def _chat_ids(tokenizer: Tokenizer, path: str) -> list[int]:
+    return chat.render_chat(tokenizer, chat.read_messages(path), tools=chat.read_tools(path))
+
+
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     """(config, params, mesh) of a command that runs a model."""
     mesh = sharding.make_mesh(sharding.parse_mesh(arguments.mesh)) if arguments.mesh else None
@@ -135,10 +141,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: wanted a positive number, got {arguments.max_new_tokens}")
     tokenizer = load_tokenizer(arguments.directory)
-    if arguments.chat:
-        prompt = chat.render_chat(tokenizer, chat.read_messages(arguments.chat))
-    else:
-        prompt = tokenizer.encode(arguments.prompt, bos=True)
+    chatting = arguments.chat is not None
+    prompt = _chat_ids(tokenizer, arguments.chat) if chatting else tokenizer.encode(arguments.prompt, bos=True)
     config, params, mesh = _load(arguments)
     stop = {tokenizer.eos_id} if tokenizer.eos_id is not None else set()
     stop |= set(config.eos_token_id if isinstance(config.eos_token_id, tuple) else [config.eos_token_id]) - {None}
@@ -231,7 +235,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 def _tokenize(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.tokenizer)
     if arguments.chat:
-        ids = chat.render_chat(tokenizer, chat.read_messages(arguments.chat))
+        ids = _chat_ids(tokenizer, arguments.chat)
     else:
         try:
             data = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()

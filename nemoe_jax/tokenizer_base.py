@@ -14,6 +14,8 @@ from typing import Any, SupportsIndex
 
 from nemoe_jax.errors import UserError
 
+MarkedPart = tuple[str | int, bool]  # a text or a control id, and a mark that its ids take over
+
 
 class Tokenizer(ABC):
     """Text to ids and back.
@@ -45,6 +47,11 @@ class Tokenizer(ABC):
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         """Ids of texts interleaved with control ids; each text is encoded apart from its neighbours."""
         return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else [part])]
+
+    def encode_marked(self, parts: Iterable[MarkedPart]) -> tuple[list[int], list[bool]]:
+        """Ids as `encode_parts` gives them, and of each the mark of the part that it came from."""
+        encoded = [(self.encode_parts([part]), mark) for part, mark in parts]
+        return [i for ids, _ in encoded for i in ids], [mark for ids, mark in encoded for _ in ids]
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         """Text of ids; control tokens are left out, or written by name. Bytes that are no UTF-8 become U+FFFD."""

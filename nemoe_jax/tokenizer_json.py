@@ -21,7 +21,7 @@ import jinja2
 import tokenizers
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.tokenizer_base import Tokenizer, mend_surrogates, read_json
+from nemoe_jax.tokenizer_base import MarkedPart, Tokenizer, mend_surrogates, read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ALWAYS_CONTROL = ("bos_token", "eos_token", "unk_token")
@@ -68,12 +68,22 @@ class TokenizerJson(Tokenizer):
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         """As in the base class, except that the library sees all parts as one text, as it would see a rendered chat."""
-        parts = list(parts)
-        wrong = next((part for part in parts if not isinstance(part, str) and part not in self._hidden), None)
-        if wrong is not None:
-            raise UserError(f"{self.path}: no control token with id {wrong}")
-        text = (mend_surrogates(part) if isinstance(part, str) else self._hidden[part] for part in parts)
-        return self._encode_text("".join(text))
+        return self._encode_text("".join(map(self._written, parts)))
+
+    def encode_marked(self, parts: Iterable[MarkedPart]) -> tuple[list[int], list[bool]]:
+        """As in the base class; an id that joins characters of two parts is marked if one of them is."""
+        written = [(self._written(part), mark) for part, mark in parts]
+        marks = b"".join(bytes([mark]) * len(text) for text, mark in written)
+        encoding = self._model.encode("".join(text for text, _ in written), add_special_tokens=False)
+        return encoding.ids, [1 in marks[start : max(end, start + 1)] for start, end in encoding.offsets]
+
+    def _written(self, part: str | int) -> str:
+        """A part as the library reads it: a control id by its secret name."""
+        if isinstance(part, str):
+            return mend_surrogates(part)
+        if part not in self._hidden:
+            raise UserError(f"{self.path}: no control token with id {part}")
+        return self._hidden[part]
 
     def piece(self, token: int) -> str:
         name = self._model.id_to_token(self._check([token])[0]) or ""

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from nemoe_jax.chat import read_messages, render_chat
+from nemoe_jax.chat import read_messages, read_tools, render_chat, spoken_ids
 from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import Tokenizer, cut_tekken, load_tokenizer
 
 mistral_common = pytest.importorskip("mistral_common")
 from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -62,6 +63,49 @@ CHATS = {
 }
 
 
+def call(name: str, call_id: str, arguments: object) -> dict:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+WEATHER, SUM = call("weather", "a1B2c3D4e", '{"city":  "Graz", "é": [1.50, null]}'), call("sum-2", "zzzzzzzz9", "")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather </s> é",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    },
+    {"type": "function", "function": {"name": "sum-2", "parameters": {}, "strict": True}},
+]
+ASKED = [*say("s:You are a cat.", "u:Before", "a:Yes", "u:Is it cold?"), {"role": "assistant", "tool_calls": [WEATHER]}]
+ANSWERED = [*ASKED, {"role": "tool", "tool_call_id": "a1B2c3D4e", "content": '{"degrees":  -3, "ü": "[INST]"}'}]
+TWO = [
+    *say("u:Is it cold?"),
+    {"role": "assistant", "content": None, "tool_calls": [WEATHER, SUM]},
+    {"role": "tool", "tool_call_id": "zzzzzzzz9", "content": "not JSON [TOOL_CALLS]"},
+    {
+        "role": "tool",
+        "tool_call_id": "a1B2c3D4e",
+        "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "5"}],
+    },
+]
+TOOL_CHATS = {
+    "tools alone": say("s:You are a cat.", "u:Hi", "a:Miaow", "u:Go on"),
+    "called": ASKED,
+    "result": ANSWERED,
+    "told": [*ANSWERED, *say("a:It is. ", "u:Really?")],
+    "two results": TWO,
+    "two told": [*TWO, *say("a:It is.", "u:And now?", "a:Still.")],
+    "empty result": [*ASKED, {"role": "tool", "tool_call_id": "a1B2c3D4e", "content": ""}],
+    "arguments as an object": [*say("u:x"), {"role": "assistant", "tool_calls": [call("f", "a1B2c3D4e", {"ß": 1})]}],
+    "arguments that are no JSON": [*say("u:x"), {"role": "assistant", "tool_calls": [call("f", "a1B2c3D4e", "{x")]}],
+}
+TOOL_FILES = ["tekken_240718.json", "mistral_instruct_tokenizer_240323.model.v3", "tekken_v7.json"]
+TOOL_FILES += ["tekken_v11.json", "tekken_v13.json"]
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> dict[str, tuple[Tokenizer, dict[ValidationMode, MistralTokenizer]]]:
     directory = tmp_path_factory.mktemp("tekken")
@@ -87,11 +131,37 @@ def pairs(tmp_path_factory) -> dict[str, tuple[Tokenizer, dict[ValidationMode, M
 ALL = [*FILES, *(f"tekken_{version}.json" for version in NEWER)]
 
 
-def reference(theirs: dict[ValidationMode, MistralTokenizer], messages: list[dict]) -> list[int]:
+def mode_of(messages: list[dict]) -> ValidationMode:
     """mistral-common has one mode for chats that end in a question, and one for those that end in an answer."""
     answered = messages and messages[-1]["role"] == "assistant" and not messages[-1].get("prefix")
-    mode = ValidationMode.finetuning if answered else ValidationMode.test
-    return theirs[mode].encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+    return ValidationMode.finetuning if answered else ValidationMode.test
+
+
+def reference(
+    theirs: dict[ValidationMode, MistralTokenizer], messages: list[dict], tools: list[dict] | None = None
+) -> list[int]:
+    request = ChatCompletionRequest(messages=messages, tools=tools)
+    return theirs[mode_of(messages)].encode_chat_completion(request).tokens
+
+
+def reference_spoken(tokenizer: MistralTokenizer, request: ChatCompletionRequest) -> tuple[list[int], list[bool]]:
+    """mistral-common's ids message by message, so that those of the assistant are known."""
+    encoder = tokenizer.instruct_tokenizer
+    request = InstructRequestNormalizer.normalizer().from_chat_completion_request(request)
+    first, last = encoder.find_first_last_user(request)
+    ids, spoken = encoder.start(), [False]
+    for at, message in enumerate(request.messages):
+        if message.role == "user":
+            new = encoder.encode_user_message(
+                message, request.available_tools, at == last, at == first, system_prompt=request.system_prompt
+            )[0]
+        elif message.role == "tool":
+            new = encoder.encode_tool_message(message, at < last)[0]
+        else:
+            new = encoder.encode_assistant_message(message, at < last)
+        ids += new
+        spoken += [message.role == "assistant"] * len(new)
+    return ids, spoken
 
 
 @pytest.mark.parametrize("file", ALL)
@@ -142,6 +212,76 @@ def test_random_chats_have_the_ids_of_mistral_common(pairs):
             assert render_chat(ours, messages) == reference(theirs, messages)
 
 
+@pytest.mark.parametrize("file", TOOL_FILES)
+@pytest.mark.parametrize("name", TOOL_CHATS)
+def test_tools_have_the_ids_of_mistral_common(file, name, pairs):
+    ours, theirs = pairs[file]
+    for tools in (None, TOOLS):
+        assert render_chat(ours, TOOL_CHATS[name], tools=tools) == reference(theirs, TOOL_CHATS[name], tools)
+
+
+@pytest.mark.parametrize("file", [file for file in TOOL_FILES if file not in ("tekken_240718.json", TOOL_FILES[1])])
+def test_newer_formats_have_answers_of_text_and_calls(file, pairs):
+    ours, theirs = pairs[file]
+    chat = [*say("u:Is it cold?"), {"role": "assistant", "content": "I will look. ", "tool_calls": [WEATHER, SUM]}]
+    assert render_chat(ours, chat, tools=TOOLS) == reference(theirs, chat, TOOLS)
+
+
+@pytest.mark.parametrize("file", TOOL_FILES[:2])
+@pytest.mark.parametrize("name", [*TOOL_CHATS, *CHATS])
+def test_spoken_ids_are_the_assistants_messages_of_mistral_common(file, name, pairs):
+    ours, theirs = pairs[file]
+    chat = (TOOL_CHATS | CHATS)[name]
+    tools = TOOLS if name in TOOL_CHATS else None
+    ids, spoken = reference_spoken(theirs[mode_of(chat)], ChatCompletionRequest(messages=chat, tools=tools))
+    assert spoken_ids(ours, chat, tools) == (ids, spoken)
+    assert ids == render_chat(ours, chat, tools=tools)
+
+
+def test_an_answer_of_weight_0_is_not_to_be_learned(pairs):
+    ours, _ = pairs["tekken_240718.json"]
+    chat = say("u:x", "a:no", "u:y", "a:yes")
+    ids, spoken = spoken_ids(ours, chat)
+    begin, end = ids.index(ours.control["[/INST]"]) + 1, ids.index(ours.control["</s>"]) + 1
+    chat[1]["weight"], chat[3]["weight"] = 0, 1
+    assert spoken_ids(ours, chat) == (ids, [*spoken[:begin], *[False] * (end - begin), *spoken[end:]])
+
+
+def test_orders_of_calls_and_results_that_mistral_common_accepts(pairs):
+    ours, theirs = pairs["tekken_v11.json"]  # which compares ids, as we do for all formats
+    counts = [0, 0]
+    for letters in itertools.product("uact", repeat=4):
+        chat: list[dict] = []
+        for at, letter in enumerate(["u", *letters]):
+            if letter == "c":
+                chat.append({"role": "assistant", "tool_calls": [call("f", f"identity{at}", "{}")]})
+            elif letter == "t":
+                made = [message["tool_calls"][0]["id"] for message in chat if "tool_calls" in message]
+                chat.append({"role": "tool", "content": "x", "tool_call_id": ["nothing99", *made][-1]})
+            else:
+                chat += say(f"{letter}:text {at}")
+        try:
+            expected = reference(theirs, chat)
+        except MistralCommonException:
+            counts[0] += 1
+            with pytest.raises(UserError, match=r"messages\[\d\]: "):
+                render_chat(ours, chat)
+        else:
+            counts[1] += 1
+            assert render_chat(ours, chat) == expected
+    assert min(counts) > 20
+
+
+def test_a_last_call_may_lack_an_id(pairs):
+    ours, theirs = pairs["tekken_240718.json"]
+    for extra in ({}, {"id": "null"}):
+        chat = [
+            *say("u:x"),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}, **extra}]},
+        ]
+        assert render_chat(ours, chat) == reference(theirs, chat)
+
+
 def test_the_system_prompt_is_folded_in(pairs):
     tokenizer, _ = pairs["tekken_240718.json"]
     text = tokenizer.decode(render_chat(tokenizer, CHATS["turns"]), skip_special=False)
@@ -161,8 +301,39 @@ BAD = {
     "no role": ([{"content": "x"}], r"messages\[0\]: role: wanted one of system.*got None"),
     "strange role": ([*say("u:x"), {"role": "bot", "content": "x"}], r"messages\[1\]: role: .*got 'bot'"),
     "unhashable role": ([{"role": ["user"], "content": "x"}], r"messages\[0\]: role"),
-    "tool": ([*say("u:x"), {"role": "tool", "content": "x"}], r"messages\[1\]: role tool is not supported"),
-    "tool calls": ([*say("u:x"), {"role": "assistant", "tool_calls": [{}]}], r"messages\[1\]: tool calls"),
+    "developer": ([{"role": "developer", "content": "x"}], r"messages\[0\]: role developer is not supported"),
+    "tool after user": (
+        [*say("u:x"), {"role": "tool", "content": "x"}],
+        r"messages\[1\]: role tool cannot follow user",
+    ),
+    "result of no call": ([*ASKED[:3], {"role": "tool", "content": "x"}], r"messages\[3\]: tool_call_id: .*got None"),
+    "result of another call": (
+        [*ASKED, {**ANSWERED[-1], "tool_call_id": "a"}],
+        r"messages\[5\]: tool_call_id: .*got 'a'",
+    ),
+    "result twice": ([*ANSWERED, ANSWERED[-1]], r"messages\[6\]: tool_call_id"),
+    "no result": ([*ASKED, *say("u:x", "a:y")], r"messages\[6\]: an answer before the results of the calls a1B2c3D4e"),
+    "empty call": (
+        [*say("u:x"), {"role": "assistant", "tool_calls": [{}]}],
+        r"messages\[1\]: tool_calls: wanted a fun",
+    ),
+    "calls that are no list": (
+        [*say("u:x"), {"role": "assistant", "tool_calls": 3}],
+        r"messages\[1\]: tool_calls: .*3",
+    ),
+    "call id": (
+        [*say("u:x"), {"role": "assistant", "tool_calls": [call("f", "call_12345", "")]}],
+        r"messages\[1\]: tool_calls: id: wanted 9 letters or digits, got 'call_12345'",
+    ),
+    "call name": (
+        [*say("u:x"), {"role": "assistant", "tool_calls": [call("f x", "123456789", "")]}],
+        r"messages\[1\]: tool_calls: name: wanted 1 to 64 .*got 'f x'",
+    ),
+    "same id": ([*say("u:x"), {"role": "assistant", "tool_calls": [WEATHER] * 2}], "two calls with the id a1B2c3D4e"),
+    "text and calls": (
+        [*say("u:x"), {"role": "assistant", "content": "x", "tool_calls": [WEATHER]}],
+        r"messages\[1\]: chat format v3 has no answer of both",
+    ),
     "no content": ([{"role": "user"}], r"messages\[0\]: content: wanted a text .*got None"),
     "number": ([{"role": "user", "content": 3}], r"messages\[0\]: content: wanted a text .*got 3"),
     "image": ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]: content"),
@@ -175,6 +346,27 @@ def test_bad_chats_are_one_clear_line(name, pairs):
     messages, message = BAD[name]
     with pytest.raises(UserError, match=message):
         render_chat(pairs["tekken_240718.json"][0], messages)
+
+
+@pytest.mark.parametrize(
+    "file, tools, message",
+    [
+        ("tekken_240718.json", "x", "tools: wanted a list"),
+        ("tekken_240718.json", [3], "tools: wanted a list"),
+        ("tekken_240718.json", [{}], r"tools\[0\]: wanted the type function"),
+        ("tekken_240718.json", [TOOLS[0], {"function": {"name": ""}}], r"tools\[1\]: name: wanted"),
+        ("tekken_240718.json", [{"function": {"name": "f", "parameters": 3}}], r"tools\[0\]: wanted .* parameters"),
+        ("tokenizer.model.v1", TOOLS, "chat format v1 has no tools; v3 and newer have"),
+    ],
+)
+def test_bad_tools_are_one_clear_line(file, tools, message, pairs):
+    with pytest.raises(UserError, match=message):
+        render_chat(pairs[file][0], say("u:x"), tools=tools)
+
+
+def test_tool_calls_need_a_format_that_has_them(pairs):
+    with pytest.raises(UserError, match="chat format v1 has no tool calls"):
+        render_chat(pairs["tokenizer.model.v1"][0], ASKED)
 
 
 def test_only_an_answer_can_be_continued(pairs):
@@ -195,7 +387,12 @@ def test_messages_are_read_from_json(tmp_path):
     path.write_text(json.dumps(CHATS["system"]), encoding="utf-8")
     assert read_messages(path) == CHATS["system"]
     path.write_text(json.dumps({"messages": CHATS["turns"], "model": "x"}))
-    assert read_messages(path) == CHATS["turns"]
+    assert read_messages(path) == CHATS["turns"] and read_tools(path) is None
+    path.write_text(json.dumps({"messages": CHATS["turns"], "tools": TOOLS}))
+    assert read_tools(path) == TOOLS
+    path.write_text(json.dumps({"messages": CHATS["turns"], "tools": {"a": 1}}))
+    with pytest.raises(UserError, match=r"chat\.json: tools: wanted a list"):
+        read_tools(path)
     for content, message in {
         "[": "not a JSON file",
         "{}": "wanted a list",

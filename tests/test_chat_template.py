@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemoe_jax.chat import render_chat
+from nemoe_jax.chat import render_chat, spoken_ids
 from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import Tokenizer, cut_tekken, load_tokenizer
 
@@ -225,3 +225,71 @@ def test_tekken_beside_a_template_keeps_mistrals_format(tmp_path):
     cut_tekken(Path(mistral_common.__file__).parent / "data" / "tekken_240718.json", tmp_path / "tekken.json", 600)
     ours = load_tokenizer(tmp_path)
     assert ours.decode(render_chat(ours, CHAT[1:2]), skip_special=False) == "<s>[INST]  Who are you?\n\n[/INST]"
+
+
+SPOKEN = """{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}
+{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+{% else %}{{ m.content }}<|im_end|>{% endif %}
+
+{% endfor %}"""
+ANSWERED = [*CHAT, {"role": "assistant", "content": "\n\n</s>[INST] over"}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_blocks_mark_the_ids_that_transformers_marks(kind, tmp_path):
+    ours, fast = make(tmp_path, kind, SPOKEN)
+    chat = [*CHAT, {"role": "assistant", "content": "\n\nover"}]  # transformers would read look-alikes as control ids
+    expected = fast.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
+    ids, spoken = spoken_ids(ours, chat)
+    assert ids == expected["input_ids"] == render_chat(ours, chat)
+    assert spoken == [bool(mark) for mark in expected["assistant_masks"]]
+    assert spoken_ids(ours, ANSWERED)[0] == render_chat(ours, ANSWERED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_generation_blocks_the_difference_marks_the_answers(kind, tmp_path):
+    ours, _ = make(tmp_path, kind, CHATML)
+    ids, spoken = spoken_ids(ours, ANSWERED)
+    assert ids == render_chat(ours, ANSWERED)
+    said = ours.decode([i for i, mark in zip(ids, spoken, strict=True) if mark], skip_special=False)
+    answers = [message["content"].strip() for message in ANSWERED if message["role"] == "assistant"]
+    assert said.replace(" ", "") == "".join(f"{answer}<|im_end|>" for answer in answers).replace(" ", "")
+
+
+def test_an_answer_of_weight_0_is_not_spoken(tmp_path):
+    for name, template in (("blocks", SPOKEN), ("plain", CHATML)):
+        (tmp_path / name).mkdir()
+        ours, _ = make(tmp_path / name, "byte level", template)
+        weighted = [{**message, "weight": int(at > 2)} for at, message in enumerate(ANSWERED)]
+        ids, spoken = spoken_ids(ours, weighted)
+        said = ours.decode([i for i, mark in zip(ids, spoken, strict=True) if mark], skip_special=False)
+        assert ids == spoken_ids(ours, ANSWERED)[0] and said.strip() == "</s>[INST] over<|im_end|>"
+
+
+def test_a_template_that_changes_what_it_wrote_is_refused_for_training(tmp_path):
+    ours, _ = make(tmp_path, "byte level", MISTRAL.replace("generation", "if true").replace("endif true", "endif"))
+    assert sum(spoken_ids(ours, CHAT[1:3])[1]) > 2
+    with pytest.raises(UserError, match=r"up to messages\[2\] changes with what follows"):
+        spoken_ids(ours, [*CHAT, {"role": "assistant", "content": "x"}])
+
+
+TOOLING = """{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}
+{% for call in m.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}
+{{ m.content or '' }}<|im_end|>
+{% endfor %}"""
+
+
+def test_tools_have_the_ids_of_transformers(tmp_path):
+    ours, fast = make(tmp_path, "byte level", TOOLING)
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"é<": {}}}}}
+    ]
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Graz", "n": [1]}}}]}
+    chat = [*CHAT[:2], called, {"role": "tool", "content": "12", "tool_call_id": "a"}]
+    expected = fast.apply_chat_template(chat, tools=tools, return_dict=False)
+    assert render_chat(ours, chat, tools=tools) == expected
+    called["tool_calls"][0]["function"]["arguments"] = '{"city": "Graz", "n": [1]}'  # as OpenAI writes them
+    assert render_chat(ours, chat, tools=tools) == expected
+    lookalike = json.loads(json.dumps(tools).replace("\\u00e9<", "</s>"))
+    assert ours.control["</s>"] not in render_chat(ours, chat, tools=lookalike)
