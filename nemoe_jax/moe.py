@@ -33,6 +33,7 @@ class Routing(NamedTuple):
     load_E: jax.Array  # share of the tokens' choices that went to each expert; sums to 1
     balance_loss: jax.Array  # E · Σ load · mean probability; 1 when balanced (Fedus et al., 2021)
     z_loss: jax.Array  # mean of logsumexp(logits)² (Zoph et al., 2022)
+    entropy: jax.Array  # mean entropy of the router's probabilities, in nats; ln E where they are even
 
 
 class MoE(SpecModule):
@@ -42,9 +43,11 @@ class MoE(SpecModule):
         self.expert_specs = tuple((name, specs[name]) for name in ("gate", "up", "down"))
         self.shared = SwiGLU(specs["shared"]) if config.shared_ffn else None
 
-    def __call__(self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, Routing]:
-        """(B, T, D) -> (B, T, D) and what the router did."""
-        weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters)
+    def __call__(
+        self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing]:
+        """(B, T, D) -> (B, T, D) and what the router did with the tokens that are no padding (segment 0)."""
+        weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters, segments_BT)
         experts = {name: getattr(self, name)[...] for name, _ in self.expert_specs}
         own_adapters = {name: adapters[name] for name in experts if name in adapters}
         y_BTD = self._compute(x_BTD, weights_BTC, chosen_BTC, experts, own_adapters)
@@ -53,21 +56,18 @@ class MoE(SpecModule):
             y_BTD += share * self.shared(x_BTD, adapters.get("shared", NO_ADAPTERS))
         return y_BTD, routing
 
-    def route(self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, jax.Array, Routing]:
+    def route(
+        self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Routing]:
         """Routing weights (B, T, C) in x's dtype, the chosen experts (B, T, C), and statistics."""
         # float32: bfloat16 ties change which experts are chosen
         logits_BTE = self.project("router", x_BTD.astype(jnp.float32), adapters)
-        probabilities_BTE = jax.nn.softmax(logits_BTE)
         top_BTC, chosen_BTC = lax.top_k(logits_BTE, self.top_k)
         if self.normalise:
             weights_BTC = jax.nn.softmax(top_BTC)
         else:
-            weights_BTC = jnp.take_along_axis(probabilities_BTE, chosen_BTC, axis=-1)
-        experts = logits_BTE.shape[-1]
-        load_E = jnp.bincount(chosen_BTC.reshape(-1), length=experts) / chosen_BTC.size
-        balance = experts * jnp.sum(load_E * probabilities_BTE.mean((0, 1)))
-        z_loss = jnp.mean(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2)
-        return weights_BTC.astype(x_BTD.dtype), chosen_BTC, Routing(load_E, balance, z_loss)
+            weights_BTC = jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1)
+        return weights_BTC.astype(x_BTD.dtype), chosen_BTC, _statistics(logits_BTE, chosen_BTC, segments_BT)
 
     def _compute(
         self, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Tree, adapters: Adapters
@@ -108,6 +108,27 @@ class MoE(SpecModule):
             out_specs=tokens,
             check_vma=False,
         )(x_BTD, weights_BTC, chosen_BTC, experts, adapters)
+
+
+def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.Array | None) -> Routing:
+    """Means over the tokens that are no padding."""
+    counts_BT = jnp.ones(logits_BTE.shape[:2]) if segments_BT is None else (segments_BT > 0).astype(jnp.float32)
+    tokens = jnp.maximum(counts_BT.sum(), 1.0)
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.tensordot(counts_BT, values, 2) / tokens
+
+    experts = logits_BTE.shape[-1]
+    log_probabilities_BTE = jax.nn.log_softmax(logits_BTE)
+    probabilities_BTE = jnp.exp(log_probabilities_BTE)
+    chosen_share_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, experts), axis=-2) / chosen_BTC.shape[-1]
+    load_E = lax.stop_gradient(mean(chosen_share_BTE))
+    return Routing(
+        load_E=load_E,
+        balance_loss=experts * jnp.sum(load_E * mean(probabilities_BTE)),
+        z_loss=mean(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2),
+        entropy=mean(-jnp.sum(probabilities_BTE * log_probabilities_BTE, axis=-1)),
+    )
 
 
 def _own_axes(axes: tuple[str, ...], mesh_shape: dict[str, int]) -> PartitionSpec:

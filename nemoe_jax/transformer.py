@@ -1,8 +1,13 @@
 """The decoder-only transformer: embedding, runs of stacked blocks that are scanned over, final norm, logits.
 
-    logits = forward(config, params, tokens_BT).logits
+    logits_BTV = forward(config, params, tokens_BT).logits
 
-B batch, T sequence, D embed, V vocabulary, L layers, S cache slots, E experts.
+or in two parts, so that a loss can go through the vocabulary in chunks of tokens:
+
+    x_BTD = hidden(config, params, tokens_BT).x_BTD
+    logits_BTV = logits(config, params, x_BTD)
+
+B batch, T sequence, D embed, V vocabulary, L layers, S cache slots, E experts, R rank.
 """
 
 import functools
@@ -15,7 +20,7 @@ from flax import nnx
 from nemoe_jax.attention import Attention, Context, LayerCache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.ffn import SwiGLU
-from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm
+from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm
 from nemoe_jax.moe import MoE, Routing
 from nemoe_jax.schema import Tree, declare
 from nemoe_jax.sharding import constrain_batch
@@ -28,12 +33,20 @@ class Cache(NamedTuple):
     length_B: jax.Array
 
 
+class Hidden(NamedTuple):
+    """What the blocks give: all of a forward pass but the head."""
+
+    x_BTD: jax.Array  # after the final norm
+    cache: Cache | None
+    routing: Routing | None  # load (L, E), losses and entropy averaged over the MoE layers; None for a dense model
+
+
 class Output(NamedTuple):
     """What a forward pass gives."""
 
     logits: jax.Array  # (B, T, V) float32
     cache: Cache | None
-    routing: Routing | None  # load (L, E), losses averaged over the MoE layers; None for a dense model
+    routing: Routing | None  # as in Hidden
 
 
 class Block(SpecModule):
@@ -52,10 +65,12 @@ class Block(SpecModule):
         x_BTD = constrain_batch(x_BTD + y_BTD)
         return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache
 
-    def feed_forward(self, normed_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, Routing | None]:
+    def feed_forward(
+        self, normed_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
         """What the FFN adds to the stream, and its routing where it is a mixture."""
         if isinstance(self.ffn, MoE):
-            return self.ffn(normed_BTD, adapters)
+            return self.ffn(normed_BTD, adapters, segments_BT)
         return self.ffn(normed_BTD, adapters), None
 
     def __call__(
@@ -63,7 +78,7 @@ class Block(SpecModule):
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
         x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
-        y_BTD, routing = self.feed_forward(normed, adapters.get("ffn", NO_ADAPTERS))
+        y_BTD, routing = self.feed_forward(normed, adapters.get("ffn", NO_ADAPTERS), context.segments_BT)
         return constrain_batch(x_BTD + y_BTD), cache, routing
 
 
@@ -73,7 +88,7 @@ class Transformer(SpecModule):
     def __init__(self, config: ModelConfig):
         specs = declare(config)
         super().__init__(specs)
-        self.eps, self.tied = config.norm_eps, config.tied
+        self.eps = config.norm_eps
         self.blocks = nnx.Dict({kind: Block(config, block) for kind, block in specs["blocks"].items()})
 
     def __call__(
@@ -85,7 +100,7 @@ class Transformer(SpecModule):
         segments: jax.Array | None = None,
         cache: Cache | None = None,
         remat: bool = False,
-    ) -> Output:
+    ) -> Hidden:
         start_B = None if cache is None else cache.length_B
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if start_B is None else start_B[:, None])
@@ -108,8 +123,8 @@ class Transformer(SpecModule):
         routing = None
         if routings:
             routing = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings)
-            routing = Routing(routing.load_E, routing.balance_loss.mean(), routing.z_loss.mean())
-        return Output(self._logits(x_BTD, adapters), cache, routing)
+            routing = Routing(routing.load_E, *(statistic.mean() for statistic in routing[1:]))
+        return Hidden(x_BTD, cache, routing)
 
     def _embed(self, tokens_BT: jax.Array, adapters: Adapters) -> jax.Array:
         x_BTD = self.weight("embed")[tokens_BT]
@@ -117,15 +132,6 @@ class Transformer(SpecModule):
         if adapter is not None:
             x_BTD += (adapter.scale * adapter.a[tokens_BT] @ adapter.b).astype(x_BTD.dtype)
         return x_BTD
-
-    def _logits(self, x_BTD: jax.Array, adapters: Adapters) -> jax.Array:
-        if not self.tied:
-            return self.project("head", x_BTD, adapters).astype(jnp.float32)
-        logits = x_BTD @ self.weight("embed").T
-        adapter = adapters.get("embed")
-        if adapter is not None:
-            logits += adapter.scale * (x_BTD @ adapter.b.T.astype(x_BTD.dtype)) @ adapter.a.T.astype(x_BTD.dtype)
-        return logits.astype(jnp.float32)
 
 
 def _scan_run(
@@ -151,6 +157,47 @@ def graph_of(config: ModelConfig) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Transformer(config)))[0]
 
 
+def hidden(
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: jax.Array,
+    *,
+    adapters: Tree | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    cache: Cache | None = None,
+    remat: bool = False,
+) -> Hidden:
+    """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
+
+    Args:
+        params: the schema's tree; computation is in the dtype of `params["embed"]`.
+        adapters: LoRA adapters (lora.py).
+        positions: (B, T) positions for RoPE; by default 0, 1, … after what the cache holds.
+        segments: (B, T) document numbers of packed sequences, from 1; 0 is padding, which no statistic of the routing
+            counts. Not together with a cache.
+        cache: keys and values so far; the new ones are written behind them. The caller sees that they fit.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+    model = nnx.merge(graph_of(config), params)
+    return model(
+        tokens_BT, adapters=adapters or NO_ADAPTERS, positions=positions, segments=segments, cache=cache, remat=remat
+    )
+
+
+def logits(config: ModelConfig, params: Tree, x_BTD: jax.Array, adapters: Tree | None = None) -> jax.Array:
+    """Float32 logits (B, T, V) of hidden states; of the trees it reads "head" alone, or "embed" where that is tied."""
+    adapters = adapters or {}
+    if not config.tied:
+        return project(x_BTD, params["head"], 1, adapters.get("head")).astype(jnp.float32)
+    logits_BTV = x_BTD @ params["embed"].T.astype(x_BTD.dtype)
+    adapter = adapters.get("embed")
+    if adapter is not None:
+        a_RV, b_DR = adapter.a.T.astype(x_BTD.dtype), adapter.b.T.astype(x_BTD.dtype)
+        logits_BTV += adapter.scale * (x_BTD @ b_DR) @ a_RV
+    return logits_BTV.astype(jnp.float32)
+
+
 def forward(
     config: ModelConfig,
     params: Tree,
@@ -162,20 +209,11 @@ def forward(
     cache: Cache | None = None,
     remat: bool = False,
 ) -> Output:
-    """One pass over int32 tokens (B, T); jit it (with `config` and `remat` static or closed over).
-
-    Args:
-        params: the schema's tree; computation is in the dtype of `params["embed"]`.
-        adapters: LoRA adapters (lora.py).
-        positions: (B, T) positions for RoPE; by default 0, 1, … after what the cache holds.
-        segments: (B, T) document numbers of packed sequences; not together with a cache.
-        cache: keys and values so far; the new ones are written behind them. The caller sees that they fit.
-        remat: recompute each block in the backward pass instead of keeping its activations.
-    """
-    model = nnx.merge(graph_of(config), params)
-    return model(
-        tokens_BT, adapters=adapters or NO_ADAPTERS, positions=positions, segments=segments, cache=cache, remat=remat
+    """`hidden`, then `logits`; the arguments are those of `hidden`."""
+    x_BTD, cache, routing = hidden(
+        config, params, tokens_BT, adapters=adapters, positions=positions, segments=segments, cache=cache, remat=remat
     )
+    return Output(logits(config, params, x_BTD, adapters), cache, routing)
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16) -> Cache:

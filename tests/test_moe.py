@@ -17,7 +17,7 @@ def layer_of(config, seed=0):
     params = schema.initialise(config, jax.random.key(seed))
     weights = jax.tree.map(lambda array: array[0], params["blocks"]["moe"]["ffn"])
     graph = nnx.split(nnx.eval_shape(lambda: MoE(config, schema.declare(config)["blocks"]["moe"]["ffn"])))[0]
-    return lambda weights, x: nnx.merge(graph, weights)(x), weights
+    return lambda weights, x, segments=None: nnx.merge(graph, weights)(x, segments_BT=segments), weights
 
 
 def silu(x):
@@ -85,6 +85,20 @@ def test_statistics_of_an_even_and_of_a_one_sided_router():
     one_sided = jnp.zeros_like(weights["router"]).at[:, 3].set(50 * jnp.sign(x[0, 0]))
     load = layer(weights | {"router": one_sided}, x[:1, :1])[1].load_E
     assert float(load[3]) == pytest.approx(1 / MIXTRAL.top_k)
+    assert float(even.entropy) == pytest.approx(np.log(MIXTRAL.experts))
+
+
+def test_padding_does_not_count_in_the_statistics():
+    layer, weights = layer_of(MIXTRAL)
+    x = jax.random.normal(jax.random.key(1), (2, 8, MIXTRAL.hidden))
+    segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 0, 0], [1] * 5 + [0] * 3])
+    routing = layer(weights, x, segments=segments)[1]
+    wanted = layer(weights, x[:, :5])[1]
+    jax.tree.map(lambda got, right: np.testing.assert_allclose(got, right, rtol=1e-5), routing, wanted)
+    everything = layer(weights, x)[1]
+    assert abs(float(everything.z_loss) - float(wanted.z_loss)) > 1e-3
+    nothing = layer(weights, x, segments=jnp.zeros((2, 8), jnp.int32))[1]
+    assert not any(jnp.any(leaf) for leaf in nothing)
 
 
 FLOPS = ModelConfig(

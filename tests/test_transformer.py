@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nemoe_jax import schema
-from nemoe_jax.transformer import empty_cache, forward
+from nemoe_jax import lora, schema
+from nemoe_jax.transformer import empty_cache, forward, hidden, logits
 
 
 def setup(config, batch=3, length=13):
@@ -19,6 +19,17 @@ def test_logits_are_float32_whatever_the_weights(config):
     assert output.logits.shape == (3, 13, config.vocab)
 
 
+def test_logits_want_the_head_alone(config):
+    params, tokens = setup(config)
+    name = "embed" if config.tied else "head"
+    adapters = lora.initialise(config, [lora.Target(name, 4, 8.0)], jax.random.key(2))
+    adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
+    x = hidden(config, params, tokens, adapters=adapters).x_BTD
+    got = logits(config, {name: params[name]}, x, adapters)
+    np.testing.assert_allclose(got, forward(config, params, tokens, adapters=adapters).logits, atol=1e-6)
+    assert float(jnp.abs(got - logits(config, params, x)).max()) > 1e-3
+
+
 def test_prefill_and_decode_equal_the_full_pass(config):
     params, tokens = setup(config)
     wanted = forward(config, params, tokens).logits
@@ -27,8 +38,8 @@ def test_prefill_and_decode_equal_the_full_pass(config):
     step = jax.jit(lambda cache, token: forward(config, params, token, cache=cache)[:2])
     cache = output.cache
     for at in range(5, 13):
-        logits, cache = step(cache, tokens[:, at : at + 1])
-        parts.append(logits)
+        next_logits, cache = step(cache, tokens[:, at : at + 1])
+        parts.append(next_logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), wanted, atol=1e-5)
     assert cache.length_B.tolist() == [13] * 3
 
