@@ -38,6 +38,7 @@ class AdapterConfig(NamedTuple):
     rslora: bool  # scale alpha / √r (Kalajdzievski 2023) instead of alpha / r
     parameters: tuple[str, ...]  # targets named as parameters rather than as modules
     ties: bool  # embedding and head were adapted as one
+    dropout: float  # of the adapters' inputs, in training
 
     def rank_of(self, name: str) -> int:
         """The rank of the update of a module or parameter."""
@@ -94,7 +95,10 @@ def read_config(directory: Path) -> AdapterConfig:
         rslora=bool(content.get("use_rslora")),
         parameters=tuple(content.get("target_parameters") or ()),
         ties=bool(content.get("ensure_weight_tying")),
+        dropout=content.get("lora_dropout") or 0.0,
     )
+    if type(config.dropout) not in (int, float):
+        problems.append(f"lora_dropout: wanted a number, got {config.dropout}")
     for rank in (config.rank, *config.rank_pattern.values()):
         if type(rank) is not int or rank < 1:
             problems.append(f"r and rank_pattern: wanted positive whole numbers, got {rank}")
