@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 
 def auto(config: ModelConfig, devices: int, rows: int, sequence_length: int) -> dict[str, int]:
-    """Mesh sizes, of the axes above 1 (at least fsdp), that multiply to `devices`; the rules are the module's docstring.
+    """Mesh sizes that multiply to `devices`, those above 1 alone; the rules are the module's docstring.
 
     Args:
         rows: rows of a batch that are computed at once.
