@@ -22,8 +22,10 @@ TEXT_SUFFIXES = (".txt", ".jsonl")
 CHARACTERS_IN_FLIGHT = 8_000_000  # bounds the text held in memory while tokenising
 
 
-def find_files(patterns: Sequence[str], exclude: Iterable[Path] = ()) -> list[Path]:
-    """The files of paths, globs and directories (their .txt and .jsonl files), sorted, each once.
+def find_files(
+    patterns: Sequence[str], exclude: Iterable[Path] = (), suffixes: Sequence[str] = TEXT_SUFFIXES
+) -> list[Path]:
+    """The files of paths, globs and directories (their files of those suffixes), sorted, each once.
 
     Raises:
         UserError: a pattern that matches no file, or nothing left after the exclusion.
@@ -32,7 +34,7 @@ def find_files(patterns: Sequence[str], exclude: Iterable[Path] = ()) -> list[Pa
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            matches = [file for suffix in TEXT_SUFFIXES for file in path.rglob(f"*{suffix}")]
+            matches = [file for suffix in suffixes for file in path.rglob(f"*{suffix}")]
         elif path.is_file():
             matches = [path]
         else:
@@ -42,7 +44,7 @@ def find_files(patterns: Sequence[str], exclude: Iterable[Path] = ()) -> list[Pa
                 raise UserError(f"{pattern}: {error}") from error
         matches = [match for match in matches if match.is_file()]
         if not matches:
-            kinds = " and ".join(TEXT_SUFFIXES)
+            kinds = " and ".join(suffixes)
             raise UserError(f"{pattern}: no text there; wanted a file, a glob, or a directory of {kinds} files")
         found.update(match.resolve() for match in matches)
     left = sorted(found - {path.resolve() for path in exclude})
