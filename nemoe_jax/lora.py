@@ -122,7 +122,10 @@ def abstract(config: ModelConfig, targets: Sequence[Target]) -> Tree:
 
 
 def shardings(config: ModelConfig, targets: Sequence[Target], mesh: Mesh | None, rules: Rules = RULES) -> Tree:
-    """Where A and B live: each axis as in the adapted weight, the rank whole; without a mesh, the first device.
+    """Where A and B live: each axis as in the adapted weight; without a mesh, the first device.
+
+    The rank is whole, but for the experts' factors without an embed axis: they are the largest, and would otherwise be
+    on every device along fsdp.
 
     Raises:
         UserError: see `match` and `sharding.partition_spec`.
@@ -131,7 +134,11 @@ def shardings(config: ModelConfig, targets: Sequence[Target], mesh: Mesh | None,
     def place(spec: ParamSpec) -> Any:
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
-        return NamedSharding(mesh, partition_spec(spec, mesh.shape, rules))
+        rank = spec.shape[spec.axes.index("rank")]
+        cut = "embed" not in spec.axes and rank % mesh.shape.get("fsdp", 1) == 0
+        return NamedSharding(
+            mesh, partition_spec(spec, mesh.shape, {**rules, "experts.rank": ("fsdp",)} if cut else rules)
+        )
 
     return jax.tree.map(place, declare(config, targets))
 
