@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.stream import MANIFEST, REPORT, Report, Run
-from nemoe_jax.command import Command, report
+from nemoe_jax.command import Command, add_distributed_flag, join_distributed, report
 from nemoe_jax.errors import UserError
 from nemoe_jax.writer import SHARD_BYTES
 
@@ -107,32 +107,11 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="size of a weight file in 1e9 bytes; whole layers, at least one (default 2)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and time one layer; write nothing")
-    parser.add_argument(
-        "--distributed",
-        nargs="*",
-        metavar="ARG",
-        help="this is one of several processes with a shared file system, each of which takes its own layers; nothing "
-        "more to say on a TPU pod or under Slurm, elsewhere: COORDINATOR_HOST:PORT PROCESSES PROCESS_NUMBER",
-    )
+    add_distributed_flag(parser, "each of which takes its own layers")
 
 
 def _run_of(arguments: argparse.Namespace) -> Run:
     if not arguments.shard_gb > 0:
         raise UserError(f"--shard-gb: wanted a positive number, got {arguments.shard_gb}")
-    if arguments.distributed is not None:
-        _join(arguments.distributed)
+    join_distributed(arguments.distributed)
     return Run(int(arguments.shard_gb * 1e9), arguments.dry_run)
-
-
-def _join(words: list[str]) -> None:
-    """Becomes a process of a `jax.distributed` job."""
-    import jax
-
-    try:
-        if words:
-            coordinator, processes, number = words
-            jax.distributed.initialize(coordinator, int(processes), int(number))
-        else:
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed {' '.join(words)}: {error}") from error

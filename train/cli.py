@@ -4,13 +4,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from nemoe_jax.command import Command, report
+from nemoe_jax.command import Command, add_distributed_flag, join_distributed, report
 from train import recipe as recipes
 
-DESCRIPTION = """Trains a model as a recipe says: LoRA adapters or every weight, on plain text or against a teacher.
+DESCRIPTION = """Trains a model as a recipe says: LoRA adapters, routers or every weight, on text and chats or against a
+teacher, in one phase or several.
 
   nemoe-train recipes                     what comes with the package
   nemoe-train show nano-repair            a recipe with all its defaults
@@ -29,10 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run,
         "train as a recipe says",
         "Everything is checked before any work: files, keys, shapes. The output directory must not exist; it appears\n"
-        "when all is done, a Hugging Face model directory (adapters merged) with train_log.jsonl, report.json and\n"
-        "recipe.yaml, and an interrupted run leaves nothing. Relative paths are seen from the current directory.",
+        "when all is done: a Hugging Face model directory (adapters merged) with train_log.jsonl, report.json,\n"
+        "report.html, recipe.yaml, TensorBoard's files and an adapter of every phase in PEFT's layout.\n\n"
+        "Until then the run works in .NAME.partial beside it. Interrupted (Ctrl-C, SIGTERM, even SIGKILL), it goes on\n"
+        "from the last checkpoint when the same command is given again, on any mesh, as if nothing had happened.\n"
+        "Relative paths are seen from the current directory. For pods: --distributed, the same command everywhere.",
         reports=True,
     )
+    run.add_argument("--restart", action="store_true", help="begin anew, throwing away what an earlier attempt left")
+    run.add_argument("--profile", type=Path, metavar="DIR", help="trace some steps of the first phase, for xprof")
+    add_distributed_flag(run, "which work on the same steps")
     show = command.add("show", _show, "print a recipe with its overrides and all defaults, as YAML")
     for parser in (run, show):
         parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
@@ -42,13 +50,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command.main(argv)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int | None:
     recipe = recipes.read_recipe(arguments.recipe, arguments.overrides)
+    join_distributed(arguments.distributed)
     from train.loop import train  # JAX loads here, so that the other sub-commands answer at once
+    from train.workspace import Interrupted
 
-    figures = train(recipe)
-    figures.pop("expert_load", None)  # a table, in report.json
+    try:
+        figures = train(recipe, arguments.restart, arguments.profile)
+    except Interrupted as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return stop.exit_status
+    figures.pop("expert_load", None)  # tables, in report.json
+    figures.pop("phases")
     report(figures, arguments.json)
+    return None
 
 
 def _show(arguments: argparse.Namespace) -> None:

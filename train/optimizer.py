@@ -1,10 +1,11 @@
 """AdamW over whatever tree is trained, with two exceptions that go by a parameter's path.
 
-Norms have no weight decay. Routers learn at a rate scaled to their own size: a carved router's weights may deviate by
-1e-5, and Adam moves every weight by about the learning rate whatever the gradient's size, so one step of 1e-3 would
-replace such a router by noise.
+Norms, or what else the recipe names, have no weight decay. Routers learn at a rate scaled to their own size: a carved
+router's weights may deviate by 1e-5, and Adam moves every weight by about the learning rate whatever the gradient's
+size, so one step of 1e-3 would replace such a router by noise.
 """
 
+import fnmatch
 from typing import Any
 
 import jax
@@ -19,9 +20,10 @@ def path_names(path: tuple[Any, ...]) -> list[str]:
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path).split("/")
 
 
-def is_norm(path: tuple[Any, ...]) -> bool:
-    """Whether the parameter is a normalisation's scale (`norm`, `attn_norm`, `q_norm`, …)."""
-    return any(name.endswith("norm") for name in path_names(path))
+def weight_path(path: tuple[Any, ...]) -> str:
+    """The schema's path of a leaf of the trained tree: params/PATH, or adapters/PATH/a and b."""
+    names = path_names(path)
+    return "/".join(names[1:-1] if names[0] == "adapters" else names[1:])
 
 
 def is_router(path: tuple[Any, ...]) -> bool:
@@ -54,17 +56,18 @@ def router_scale(router_LDE: jax.Array, factor: float) -> jax.Array:
     return factor * jnp.minimum(1.0, rms_L11 * router_LDE.shape[-2] ** 0.5)
 
 
-def make_optimizer(
-    options: Optimizer, steps: int, router_scale_L11: jax.Array | None = None
-) -> optax.GradientTransformation:
-    """Clip by global norm → Adam → weight decay except on norms → schedule → the routers' factor.
+def make_optimizer(options: Optimizer, steps: int, router_scale_L11: Any = None) -> optax.GradientTransformation:
+    """Clip by global norm → Adam → weight decay except where `no_decay` says → schedule → the routers' factor.
 
     Args:
         router_scale_L11: from `router_scale`; for every leaf, stacked over the layers, whose path names a router.
     """
 
     def decays(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: not is_norm(path), params)
+        def decayed(path: tuple[Any, ...], _: Any) -> bool:
+            return not any(fnmatch.fnmatchcase(weight_path(path), pattern) for pattern in options.no_decay)
+
+        return jax.tree_util.tree_map_with_path(decayed, params)
 
     def scale_routers(updates: Any, params: Any) -> Any:
         def scale(path: tuple[Any, ...], update: jax.Array) -> jax.Array:

@@ -2,18 +2,20 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nemoe_jax import checkpoint, hf, lora, schema, sharding
+from nemoe_jax import checkpoint, hf, lora, peft, schema, sharding
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.schema import ParamSpec, Tree
-from nemoe_jax.text import find_files
+from nemoe_jax.schema import Tree, leaves
 from nemoe_jax.tokenizer import Tokenizer, load_tokenizer
-from train.recipe import Recipe
+from train.optimizer import router_scale
+from train.recipe import Phase, Recipe
 from train.step import Flat, split
 
 
@@ -22,13 +24,10 @@ class Inputs:
     """What a recipe names, found and read as far as that costs nothing."""
 
     config: ModelConfig
-    teacher_config: ModelConfig | None
+    teachers: list[ModelConfig | None]  # of each phase
+    targets: list[list[lora.Target]]  # likewise
     tokenizer: Tokenizer
     tokenizer_path: Path
-    targets: list[lora.Target]
-    train_files: list[Path]
-    held_out_files: list[Path]
-    mesh_sizes: dict[str, int] | None
 
 
 def check(recipe: Recipe) -> Inputs:
@@ -39,72 +38,116 @@ def check(recipe: Recipe) -> Inputs:
     """
     if recipe.output.exists():
         raise UserError(f"output: {recipe.output} already exists")
-    mesh_sizes = sharding.parse_mesh(recipe.mesh) if recipe.mesh else None
-    held_out_files = find_files(recipe.data.held_out) if recipe.data.held_out else []
-    train_files = find_files(recipe.data.train, exclude=held_out_files)
     tokenizer_path = recipe.tokenizer or recipe.model
     if tokenizer_path is None:
         raise UserError("tokenizer: missing")
     tokenizer = load_tokenizer(tokenizer_path)
     config = checkpoint.read_config(recipe.model) if recipe.model else recipe.scratch_config(tokenizer)
-    teacher_config = checkpoint.read_config(recipe.distill.teacher) if recipe.distill else None
-    _check_fit(recipe, config, teacher_config, tokenizer)
-    targets = [lora.Target(target.pattern, target.rank, target.alpha) for target in recipe.lora]
-    lora.match(config, targets)
-    return Inputs(config, teacher_config, tokenizer, tokenizer_path, targets, train_files, held_out_files, mesh_sizes)
-
-
-def _check_fit(recipe: Recipe, config: ModelConfig, teacher: ModelConfig | None, tokenizer: Tokenizer) -> None:
-    """Whether text, model and teacher fit together."""
     if tokenizer.vocab_size > config.vocab:
         raise UserError(f"tokenizer: wanted at most the model's {config.vocab} tokens, got {tokenizer.vocab_size}")
-    if recipe.distill and teacher and teacher.vocab != config.vocab:
+    teachers = [checkpoint.read_config(phase.distill.teacher) if phase.distill else None for phase in recipe.phases]
+    targets = [targets_of(phase, config) for phase in recipe.phases]
+    for phase, teacher in zip(recipe.phases, teachers, strict=True):
+        check_fit(recipe, phase, config, teacher)
+    return Inputs(config, teachers, targets, tokenizer, tokenizer_path)
+
+
+def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelConfig | None) -> None:
+    """Whether a phase, the model, its teacher and the mesh fit together; raises UserError."""
+    if teacher and phase.distill and teacher.vocab != config.vocab:
         raise UserError(
-            f"distill.teacher: {recipe.distill.teacher}: wanted the model's vocabulary of {config.vocab}, "
+            f"distill.teacher: {phase.distill.teacher}: wanted the model's vocabulary of {config.vocab}, "
             f"got {teacher.vocab}"
         )
-    if recipe.data.separate_documents and tokenizer.eos_id is None:
-        raise UserError(f"data.separate_documents: the tokenizer {tokenizer.path} has no end-of-sequence token")
-    if recipe.data.sequence_length > config.context:
-        raise UserError(
-            f"data.sequence_length: wanted at most the model's context of {config.context} tokens, "
-            f"got {recipe.data.sequence_length}"
-        )
-    if recipe.train_router and not config.experts:
-        raise UserError(f"train_router: wanted a mixture of experts, got the dense {recipe.model}")
+    for name, model in (("model", config), ("teacher", teacher)):
+        if model and phase.data.sequence_length > model.context:
+            raise UserError(
+                f"data.sequence_length: wanted at most the {name}'s context of {model.context} tokens, "
+                f"got {phase.data.sequence_length}"
+            )
+    for key, wanted in (("train_router", phase.train_router), ("trainable: router", phase.trainable == "router")):
+        if wanted and not config.experts:
+            raise UserError(f"{key}: wanted a mixture of experts, got the dense {recipe.model}")
+    if recipe.mesh and recipe.mesh != "auto":
+        sharding.parse_mesh(recipe.mesh)
 
 
-def load(recipe: Recipe, inputs: Inputs, mesh: Mesh | None) -> tuple[Tree, Flat]:
-    """The trained tree {"params": …, "adapters": …} and the frozen rest of the model, each array on its devices."""
-    config, key = inputs.config, jax.random.key(recipe.seed)
+def targets_of(phase: Phase, config: ModelConfig) -> list[lora.Target]:
+    """The LoRA targets of a phase, found to match the model; a PEFT adapter brings its own."""
+    if phase.adapter:
+        return peft.read_targets(phase.adapter, config)
+    targets = [lora.Target(**target.model_dump()) for target in phase.lora]
+    lora.match(config, targets)
+    return targets
+
+
+def make_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mesh | None:
+    """The recipe's mesh over the devices (all of them by default); None for the first device alone."""
+    if recipe.mesh is None:
+        if jax.process_count() > 1:
+            raise UserError("mesh: wanted over several processes; for example mesh=auto")
+        return None
+    devices = jax.devices() if devices is None else devices
+    if recipe.mesh != "auto":
+        return sharding.make_mesh(sharding.parse_mesh(recipe.mesh), devices)
+    data = [phase.data for phase in recipe.phases]
+    rows = int(np.gcd.reduce([part.batch_size // part.accumulation for part in data]))
+    from train.mesh import auto
+
+    return sharding.make_mesh(auto(config, len(devices), rows, max(part.sequence_length for part in data)), devices)
+
+
+def trains(phase: Phase, path: str) -> bool:
+    """Whether the weight of that path itself learns, beside adapters."""
+    routers = phase.train_router or phase.trainable == "router"
+    return phase.trainable == "all" or (routers and path.endswith("/router"))
+
+
+def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
+    """The model's parameters, each array on its devices; float32 where a phase trains every weight."""
     if recipe.model is None:
-        params = schema.initialise(config, key, jnp.float32, sharding.shardings(config, mesh))
+        key = jax.random.key(recipe.phases[0].seed)
+        return schema.initialise(config, key, jnp.float32, sharding.shardings(config, mesh))
+    whole = any(phase.trainable == "all" for phase in recipe.phases)
+    return hf.load(recipe.model, mesh=mesh, dtype="float32" if whole else recipe.dtype, progress=True)[1]
+
+
+def trainable_of(
+    recipe: Recipe, phase: Phase, config: ModelConfig, targets: list[lora.Target], params: Tree, mesh: Mesh | None
+) -> tuple[Tree, Flat]:
+    """What a phase trains, {"params": …, "adapters": …}, and the frozen rest of the model."""
+    spent = phase.trainable == "all" and phase.tolerance is None  # nobody asks for the weights before the phase again
+    trained, frozen = split(params, lambda path: trains(phase, path), recipe.dtype, copy=not spent)
+    if phase.adapter:
+        adapters = peft.load_adapters(phase.adapter, config, mesh)[1]
     else:
-        dtype = "float32" if recipe.trainable == "all" else recipe.dtype
-        params = hf.load(recipe.model, mesh=mesh, dtype=dtype, progress=True)[1]
-
-    def trains(path: str) -> bool:
-        return recipe.trainable == "all" or (recipe.train_router and path.endswith("/router"))
-
-    trained, frozen = split(params, trains)
-    adapters = lora.initialise(config, inputs.targets, key)
-    return {"params": trained, "adapters": jax.device_put(adapters, _adapter_shardings(inputs, mesh))}, frozen
+        adapters = lora.initialise(config, targets, jax.random.key(phase.seed), lora.shardings(config, targets, mesh))
+    return {"params": trained, "adapters": adapters}, frozen
 
 
-def _adapter_shardings(inputs: Inputs, mesh: Mesh | None) -> Tree:
-    """Where A and B live: each axis as in the adapted weight, the rank on every device."""
+def abstract(
+    recipe: Recipe, phase: Phase, config: ModelConfig, targets: list[lora.Target], mesh: Mesh | None
+) -> tuple[Tree, Flat]:
+    """The shapes and shardings of `trainable_of`, with no array made."""
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    places = leaves(sharding.shardings(config, mesh))
+    for path, spec in leaves(schema.declare(config)).items():
+        into, dtype = (trained, "float32") if trains(phase, path) else (frozen, recipe.dtype)
+        into[path] = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=places[path])
+    adapters = jax.tree.map(
+        lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
+        lora.abstract(config, targets),
+        lora.shardings(config, targets, mesh),
+    )
+    return {"params": trained, "adapters": adapters}, frozen
 
-    def place(spec: ParamSpec, target: lora.Target) -> lora.Adapter:
-        if mesh is None:
-            return lora.Adapter(one_device, one_device, target.alpha / target.rank)
-        inputs_end = len(spec.stacked) + len(spec.contracted)
-        a = dataclasses.replace(spec, produced=("rank",), shape=(*spec.shape[:inputs_end], target.rank))
-        b = dataclasses.replace(
-            spec, contracted=("rank",), shape=(*spec.shape[: len(spec.stacked)], target.rank, *spec.shape[inputs_end:])
-        )
-        place_a, place_b = (NamedSharding(mesh, sharding.partition_spec(part, mesh.shape)) for part in (a, b))
-        return lora.Adapter(place_a, place_b, target.alpha / target.rank)
 
-    one_device = SingleDeviceSharding(jax.local_devices()[0])
-    matched = lora.match(inputs.config, inputs.targets)
-    return schema.unflatten({path: place(spec, target) for path, (spec, target) in matched.items()})
+def routers_scale(phase: Phase, params: Tree, mesh: Mesh | None) -> np.ndarray | None:
+    """The learning-rate factor of each layer's router; a model has at most one run of mixtures."""
+    for path, router_LDE in leaves(params).items():
+        if path.endswith("/router"):
+            everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
+            factor = phase.optimizer.router_learning_rate_scale
+            return np.asarray(jax.jit(router_scale, static_argnums=1, out_shardings=everywhere)(router_LDE, factor))
+    return None

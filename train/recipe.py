@@ -3,11 +3,16 @@
 `read_recipe` takes the file (or the bare name of a shipped recipe), applies `key=value` overrides with dotted keys, and
 validates the whole before any device is touched. The fields below are the only list of keys: `nemoe-train keys` prints
 their descriptions, and the nearest of them is what an unknown key is answered with.
+
+A run is a list of phases, each on the result of the last accepted one. The keys of a phase may stand at the top of the
+file, where they hold for every phase that does not say otherwise; a file without `phases` is a run of one.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib.resources
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +29,13 @@ from nemoe_jax.tokenizer import Tokenizer
 DType = Literal["float32", "bfloat16"]
 FilePath = Annotated[Path, BeforeValidator(lambda value: Path(str(value)).expanduser() if value is not None else value)]
 Globs = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Tree = dict[str, Any]
+
+
+def _sources(value: Any) -> Any:
+    """A path or a single source stands for a list of one; a path in the list for a source of that file."""
+    values = value if isinstance(value, list) else [value]
+    return [{"files": [item]} if isinstance(item, str) else item for item in values]
 
 
 class Section(BaseModel):
@@ -60,6 +72,8 @@ class LoraTarget(Section):
     pattern: str = Field(description="glob over the parameter paths, such as blocks/*/attn/*")
     rank: int = Field(16, gt=0, description="rank of the adapters")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    rslora: bool = Field(False, description="scale by alpha / √rank instead (rank-stabilised LoRA)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs that is dropped in training")
 
 
 class Distill(Section):
@@ -70,16 +84,46 @@ class Distill(Section):
     ce_weight: float = Field(0.0, ge=0, description="weight of the cross-entropy to the text, per token")
 
 
-class Data(Section):
-    """The text: UTF-8 files (one document each) and JSON Lines (one {"text": …} document a line)."""
+class Source(Section):
+    """One source of documents: files, or a dataset of Hugging Face."""
 
-    train: Globs = Field(min_length=1, description="files, globs (** descends) or directories of .txt and .jsonl files")
-    held_out: Globs = Field([], description="the same, for evaluation; files named here are left out of train")
-    sequence_length: int = Field(gt=0, description="tokens predicted per window")
-    batch_size: int = Field(gt=0, description="windows per step, over all devices")
-    separate_documents: bool = Field(
-        False, description="whether attention and loss stop at the documents' ends inside a window"
+    files: Globs = Field([], description="files, globs (** descends) or directories of .jsonl, .json, .parquet, .txt")
+    dataset: str | None = Field(None, description="instead of files: name of a dataset on the hub, or its directory")
+    subset: str | None = Field(None, description="the dataset's configuration")
+    split: str = Field("train", description="the dataset's split")
+    format: Literal["auto", "text", "sharegpt", "messages", "alpaca", "metamath"] = Field(
+        "auto", description="what a row looks like; auto goes by its keys"
     )
+    weight: float | None = Field(None, gt=0, description="relative share of the training rows; default: by size")
+    limit: int | None = Field(None, gt=0, description="documents to take at most, from the beginning")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Source":
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("wanted exactly one of files and dataset")
+        return self
+
+
+Sources = Annotated[list[Source], BeforeValidator(_sources)]
+
+
+class Data(Section):
+    """Text and chats, packed into rows: no attention and no target crosses a document's end."""
+
+    train: Sources = Field(min_length=1, description="sources, or simply a path")
+    held_out: Sources = Field([], description="the same, for evaluation; files named here are left out of train")
+    sequence_length: int = Field(gt=0, description="tokens of a row")
+    batch_size: int = Field(gt=0, description="rows per step, over all devices")
+    accumulation: int = Field(1, gt=0, description="parts that a step's rows are computed in, one after another")
+    bad_rows: Literal["skip", "stop"] = Field("skip", description="whether a malformed row is left out or an error")
+    max_bad_share: float = Field(0.01, ge=0, le=1, description="share of malformed rows that stops the run")
+    cache: FilePath | None = Field(None, description="where tokens are kept; default: ~/.cache/nemoe-jax")
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> "Data":
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation: wanted a divisor of batch_size {self.batch_size}, got {self.accumulation}")
+        return self
 
 
 class Optimizer(Section):
@@ -89,7 +133,8 @@ class Optimizer(Section):
     warmup_steps: int = Field(0, ge=0, description="steps of linear rise to the peak")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="fall after the warm-up")
     final_fraction: float = Field(0.0, ge=0, le=1, description="learning rate at the last step, as a share of the peak")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; never on norms")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    no_decay: Globs = Field(["*norm"], description="globs over the parameter paths that have no weight decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's mean")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the squared gradient's mean")
     clip_norm: float = Field(1.0, gt=0, description="largest global norm of the gradient")
@@ -101,48 +146,89 @@ class Optimizer(Section):
     )
 
 
-class Recipe(Section):
-    """A training run."""
+class Phase(Section):
+    """One phase of a run."""
 
-    output: FilePath = Field(description="directory to create: the trained model, train_log.jsonl and report.json")
-    model: FilePath | None = Field(None, description="model directory to start from (or else: scratch)")
-    scratch: Scratch | None = Field(  # type: ignore[valid-type]
-        None, description="shape of a new model to initialise (or else: model)"
+    name: str = Field("train", pattern=r"^[\w.-]+$", description="name in reports and of the adapter's directory")
+    trainable: Literal["lora", "router", "all"] = Field(
+        "lora", description="what learns: adapters (with train_router the routers, too), routers alone, every weight"
     )
-    tokenizer: FilePath | None = Field(None, description="tokenizer file or directory; default: the model's own")
-    trainable: Literal["lora", "all"] = Field("lora", description="what learns: adapters alone, or every weight")
     lora: list[LoraTarget] = Field([], description="adapters, for trainable: lora")
+    adapter: FilePath | None = Field(None, description="PEFT adapter to go on from, instead of lora: its targets")
     train_router: bool = Field(False, description="with adapters, whether the routers themselves learn as well")
     distill: Distill | None = Field(None, description="a teacher to match; default: plain cross-entropy")
     data: Data = Field(description="text")
     optimizer: Optimizer = Field(description="AdamW")
     steps: int = Field(gt=0, description="optimizer steps")
+    tolerance: float | None = Field(
+        None,
+        ge=0,
+        description="gate: rise of the held-out loss (nats) from which the phase is discarded and its adapter kept "
+        "aside; default: no gate",
+    )
     balance_loss_weight: float = Field(0.0, ge=0, description="weight of the experts' load-balancing loss")
     z_loss_weight: float = Field(0.0, ge=0, description="weight of the squared log-partition of the router's logits")
     eval_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only before and after")
     eval_batches: int = Field(16, gt=0, description="batches per held-out evaluation, evenly spaced over the text")
-    log_every: int = Field(1, gt=0, description="steps between lines of train_log.jsonl")
-    seed: int = Field(0, ge=0, description="seed of the initialisation and of the order of the text")
+    seed: int = Field(0, ge=0, description="seed of the initialisation, of the order of the text and of dropout")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Phase":
+        wrong = None
+        if self.trainable == "lora" and not (self.lora or self.adapter):
+            wrong = "lora: wanted at least one {pattern, rank, alpha} (or adapter: DIRECTORY) for trainable: lora"
+        elif self.trainable != "lora" and (self.lora or self.adapter):
+            wrong = f"{'lora' if self.lora else 'adapter'}: came with trainable: {self.trainable}, which wants none"
+        elif self.lora and self.adapter:
+            wrong = "adapter: brings its own targets, but lora came as well"
+        elif self.optimizer.warmup_steps > self.steps:
+            wrong = f"optimizer.warmup_steps: wanted at most steps ({self.steps}), got {self.optimizer.warmup_steps}"
+        elif self.tolerance is not None and not self.data.held_out:
+            wrong = "tolerance: wanted data.held_out to judge by"
+        if wrong:
+            raise ValueError(wrong)
+        return self
+
+
+class Checkpoints(Section):
+    """What is kept so that an interrupted run can go on."""
+
+    every: int = Field(100, gt=0, description="steps between checkpoints of a phase; the last step always has one")
+    keep: int = Field(2, gt=0, description="newest checkpoints to keep, beside the one of the best held-out loss")
+
+
+class Recipe(Section):
+    """A training run."""
+
+    output: FilePath = Field(description="directory to create: the trained model with its log, report and adapters")
+    model: FilePath | None = Field(None, description="model directory to start from (or else: scratch)")
+    scratch: Scratch | None = Field(  # type: ignore[valid-type]
+        None, description="shape of a new model to initialise (or else: model)"
+    )
+    tokenizer: FilePath | None = Field(None, description="tokenizer file or directory; default: the model's own")
     dtype: DType = Field("float32", description="dtype of computation and of frozen weights; what learns is float32")
     save_dtype: DType | None = Field(None, description="dtype of the saved weights; default: dtype")
     remat: bool = Field(False, description="recompute each block in the backward pass: less memory, a third more time")
-    mesh: str | None = Field(None, description="device mesh, such as fsdp=4,expert=2; default: one device")
+    logits_chunk: int = Field(1024, gt=0, description="tokens on a device whose logits are in memory at once")
+    mesh: str | None = Field(None, description="device mesh, such as fsdp=4,expert=2, or auto; default: one device")
+    checkpoints: Checkpoints = Field(Checkpoints(every=100, keep=2), description="checkpoints of the running training")
+    max_skipped: int = Field(10, ge=0, description="steps in a row skipped for non-finite gradients before it stops")
+    log_every: int = Field(1, gt=0, description="steps between lines of train_log.jsonl and TensorBoard")
+    wandb: str | None = Field(None, description="project of Weights & Biases to log to as well, if it is installed")
+    phases: list[Phase] = Field(min_length=1, description="the phases; keys that are not said here stand at the top")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         wrong = None
+        names = [phase.name for phase in self.phases]
         if (self.model is None) == (self.scratch is None):
             wrong = "wanted exactly one of model (a directory) and scratch (a shape)"
         elif self.scratch and self.tokenizer is None:
             wrong = "tokenizer: wanted with scratch, to give the vocabulary"
-        elif self.scratch and self.trainable == "lora":
-            wrong = "trainable: lora needs a model to adapt; a scratch run wants trainable: all"
-        elif self.trainable == "lora" and not self.lora:
-            wrong = "lora: wanted at least one {pattern, rank, alpha} for trainable: lora"
-        elif self.trainable == "all" and self.lora:
-            wrong = "lora: came with trainable: all, which wants none"
-        elif self.optimizer.warmup_steps > self.steps:
-            wrong = f"optimizer.warmup_steps: wanted at most steps ({self.steps}), got {self.optimizer.warmup_steps}"
+        elif self.scratch and self.phases[0].trainable != "all":
+            wrong = f"trainable: {self.phases[0].trainable} needs a model; a scratch run wants trainable: all"
+        elif len(set(names)) < len(names):
+            wrong = f"phases: wanted different names, got {', '.join(names)}"
         if wrong:
             raise ValueError(wrong)
         return self
@@ -189,20 +275,47 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name}: wanted a mapping of keys, got {type(tree).__name__}")
+    tree = copy.deepcopy(tree)
     overridden = [_override(tree, override) for override in overrides]
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(_spread(tree))
     except ValidationError as error:
-        complaints = [_explain(detail, overridden) for detail in error.errors()]
+        complaints = dict.fromkeys(_explain(detail, tree, overridden) for detail in error.errors())
         raise UserError(f"{name}: " + "; ".join(complaints)) from error
 
 
-def list_keys(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every dotted key with its field, depth first; the items of a list are written `lora.N.rank`."""
+def _spread(tree: Tree) -> Tree:
+    """The tree with every phase complete: what stands at the top holds for each phase that does not say otherwise."""
+    shared = {key: value for key, value in tree.items() if key in Phase.model_fields}
+    phases = tree.get("phases", [{}])
+    if isinstance(phases, list):
+        phases = [_merged(shared, phase) if isinstance(phase, dict) else phase for phase in phases]
+    return {key: value for key, value in tree.items() if key not in shared} | {"phases": phases}
+
+
+def _merged(under: Tree, over: Tree) -> Tree:
+    """Both mappings, nested ones merged likewise; `over` wins."""
+    both = {key: _merged(under[key], value) for key, value in over.items() if _both_mappings(under.get(key), value)}
+    return under | over | both
+
+
+def _both_mappings(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def list_keys() -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key with its field; the items of a list are written `lora.N.rank`. A phase's keys as at the top."""
+    for key, field in _keys_of(Recipe):
+        if not key.startswith("phases."):
+            yield key, field
+    yield from _keys_of(Phase)
+
+
+def _keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
         yield prefix + name, field
         if inner := _inner_section(field):
-            yield from list_keys(inner, f"{prefix}{name}.{'N.' if typing.get_origin(field.annotation) is list else ''}")
+            yield from _keys_of(inner, f"{prefix}{name}.{'N.' if typing.get_origin(field.annotation) is list else ''}")
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -218,8 +331,8 @@ def _inner_section(field: FieldInfo) -> type[Section] | None:
     return None
 
 
-def _override(tree: dict[str, Any], override: str) -> str:
-    """Sets one `dotted.key=value` in the tree and returns the key."""
+def _override(tree: Tree, override: str) -> str:
+    """Sets one `dotted.key=value` in the tree and returns the key; what it sets at the top holds for every phase."""
     key, equals, text = override.partition("=")
     if not (equals and key):
         raise UserError(f"wanted key=value after the recipe, got {override!r}")
@@ -227,11 +340,27 @@ def _override(tree: dict[str, Any], override: str) -> str:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{key}: not a YAML value: {text!r}") from error
-    _assign(tree, key.split("."), value, key)
+    names = key.split(".")
+    _assign(tree, names, value, key)
+    for phase in tree.get("phases") or []:
+        if names[0] != "phases" and _said(phase, names):
+            _assign(phase, names, value, key)
     return key
 
 
-def _assign(node: Any, names: list[str], value: Any, key: str) -> None:
+def _said(node: Any, names: Sequence[str | int]) -> bool:
+    """Whether the tree has a value at `node[names[0]][names[1]]…`."""
+    for name in names:
+        if isinstance(node, dict) and name in node:
+            node = node[name]
+        elif isinstance(node, list) and str(name).isdecimal() and int(name) < len(node):
+            node = node[int(name)]
+        else:
+            return False
+    return True
+
+
+def _assign(node: Any, names: Sequence[str], value: Any, key: str) -> None:
     """`node[names[0]][names[1]]… = value`, through mappings (made where missing) and lists."""
     name, *rest = names
     place: Any = name
@@ -249,18 +378,22 @@ def _assign(node: Any, names: list[str], value: Any, key: str) -> None:
         node[place] = value
 
 
-def _explain(detail: Any, overridden: Sequence[str]) -> str:
-    """One of pydantic's errors as `key: wanted …, got …`."""
-    key = ".".join(str(part) for part in detail["loc"])
+def _explain(detail: Any, tree: Tree, overridden: Sequence[str]) -> str:
+    """One of pydantic's errors as `key: wanted …, got …`, the key as the file has it."""
+    place = list(detail["loc"])
+    inner = place[2:] if place[:1] == ["phases"] and len(place) > 1 else place
+    if inner is not place and ("phases" not in tree or (inner and not _said(tree, place) and _said(tree, inner[:1]))):
+        place = inner
+    key = ".".join(map(str, place))
     origin = " (from the command line)" if any(f"{key}.".startswith(f"{name}.") for name in overridden) else ""
     if detail["type"] == "extra_forbidden":
         return f"{key}: unknown key{origin}; the nearest known key is {_nearest(key)}"
     if detail["type"] == "missing":
-        parts = ".".join("N" if isinstance(part, int) else str(part) for part in detail["loc"])
-        return f"{key}: missing; wanted {dict(list_keys())[parts].description}"
+        known = ".".join("N" if isinstance(part, int) else str(part) for part in inner)
+        return f"{key}: missing; wanted {dict(list_keys())[known].description}"
     message = detail["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
+    if message != detail["msg"]:  # one of the checks above, which name keys and values themselves
+        return f"{key}.{message}" if key and re.match(r"[\w.]+: ", message) else f"{key}: {message}".removeprefix(": ")
     wanted = message.replace("Input should be", "wanted").replace(", unable to parse string as a number", "")
     wanted = wanted.replace(", unable to parse string as an integer", "")
     return f"{key}: {wanted}, got {detail['input']!r}{origin}"

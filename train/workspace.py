@@ -1,0 +1,99 @@
+"""Where a run works, and how it is told to stop.
+
+A run works in `.NAME.partial` beside its output, which takes the name when all is done. What is there is enough to go
+on after any interruption: the recipe, the log, and the checkpoints of each phase.
+"""
+
+import contextlib
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.writer import barrier
+from train.recipe import Recipe
+
+UNSEEN = ("log_every", "wandb", "mesh", "checkpoints", "max_skipped")  # keys that may change when a run is taken up
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and what it had is saved."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_status = 128 + number
+
+
+class Signals:
+    """SIGTERM and the first Ctrl-C as a wish that the loop asks about; use it as a context."""
+
+    def __enter__(self) -> "Signals":
+        self._number, self._before = 0, {}
+        with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there has signals of their own
+            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._number:
+            raise KeyboardInterrupt
+        self._number = number
+
+    def received(self, step: int) -> int:
+        """The signal's number, 0 while there is none; over several processes all get the same answer at a step."""
+        if jax.process_count() == 1:
+            return self._number
+        return int(np.max(multihost_utils.process_allgather(np.int32(self._number))))
+
+
+@contextlib.contextmanager
+def working_directory(recipe: Recipe, restart: bool) -> Iterator[Path]:
+    """`.NAME.partial` beside the output, new or an earlier attempt's; gone at the end, unless there is something in it
+    to go on from."""
+    directory = recipe.output.absolute().parent / f".{recipe.output.name}.partial"
+    missing = [parent for parent in directory.parents if not parent.exists()]
+    if restart and jax.process_index() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    barrier("restarted")
+    state = _identity(recipe)
+    kept, new = directory / "run.json", not (directory / "run.json").exists()
+    if not new and (earlier := json.loads(kept.read_text("utf-8"))) != state:
+        differ = [key for key in state | earlier if state.get(key) != earlier.get(key)]
+        raise UserError(
+            f"{directory}: holds an unfinished run of another recipe or model ({', '.join(differ)} differ); "
+            "finish that one, choose another output, or throw it away with --restart"
+        )
+    barrier("compared")
+    if jax.process_index() == 0 and new:
+        directory.mkdir(parents=True, exist_ok=True)
+        kept.with_suffix(".new").write_text(json.dumps(state), "utf-8")
+        kept.with_suffix(".new").rename(kept)
+    barrier("working directory")
+    if not kept.exists():
+        raise UserError(f"{directory.parent}: not shared by all processes; they must see the same directory")
+    try:
+        yield directory
+    finally:
+        if jax.process_index() == 0 and not any(directory.glob("checkpoints/*/*")):
+            shutil.rmtree(directory, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: the output is there, or another run's
+                for parent in missing:
+                    parent.rmdir()
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What an attempt must have in common with the one that it goes on from, as JSON holds it."""
+    keys = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in UNSEEN}
+    files = sorted(recipe.model.glob("*.safetensors")) if recipe.model else []
+    return keys | {"model files": {file.name: file.stat().st_size for file in files}}
