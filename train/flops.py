@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and what a chip can do at most: the two halves of an MFU.
+"""Floating-point operations: of the mathematics, of a compiled program, and what a chip can do at most.
 
 Model FLOPs are what the mathematics needs, whatever the program does (PaLM, arXiv 2204.02311, appendix B). A matmul
 with a weight of P elements costs each token
@@ -8,19 +8,27 @@ with a weight of P elements costs each token
 Experts count by top-k / experts; the embedding's look-up is free; the output layer counts, tied or not. An adapter of
 rank R on a weight of D inputs and F outputs adds R·(D + F) trained elements. Attention of N heads of size H over T
 tokens costs a token 2·2·N·H·(T + 1)/2 forward (scores and sums over itself and what came before), and twice that
-backward. Recomputation (remat) does not count: it is in the executed FLOPs (hlo.py), not in the model's.
+backward.
+
+Executed FLOPs are what a compiled program multiplies, recomputation included. XLA's own cost analysis counts the body
+of a loop once, and a TPU kernel (`tpu_custom_call`) not at all; here loops count by their trip counts, and kernels by
+the estimate that they carry or by what the caller knows of them.
 
 D inputs, F outputs, R rank, N heads, H head_dim, T sequence.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
+
+import numpy as np
 
 from nemoe_jax import lora
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import ParamSpec, declare, leaves
+from train import hlo
 
 Trained = Literal["lora", "router", "all"]
 
@@ -83,6 +91,70 @@ def _adapter_elements(config: ModelConfig, targets: Sequence[lora.Target]) -> It
     for spec, target in lora.match(config, targets).values():
         for factor in lora.factors(spec, target.rank):
             yield 0 if spec.lookup and "rank" in factor.produced else _active(factor, config)
+
+
+KernelFlops = Callable[[hlo.Instruction, hlo.Computation], float]
+
+
+def executed_flops(program: hlo.Program, of_kernel: KernelFlops = lambda kernel, computation: 0.0) -> float:
+    """FLOPs of the matrix products and kernels that one device runs; what goes element by element is left out.
+
+    Args:
+        of_kernel: FLOPs of a `tpu_custom_call` that carries no estimate, given it and its computation.
+    """
+    return sum(program.times[name] * _flops(one, program.computations[name], of_kernel) for name, one in program)
+
+
+def _flops(instruction: hlo.Instruction, computation: hlo.Computation, of_kernel: KernelFlops) -> float:
+    if instruction.opcode == "dot":
+        shape = computation[instruction.operands[0]].result[0].shape
+        contracted = [int(axis) for axis in (instruction.attribute("lhs_contracting_dims") or "").split(",") if axis]
+        return 2.0 * instruction.result[0].size * math.prod(shape[axis] for axis in contracted)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, computation)
+    if instruction.opcode == "custom-call" and 'target="tpu_custom_call"' in instruction.attributes:
+        estimate = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
+        return float(estimate[1]) if estimate else of_kernel(instruction, computation)
+    return 0.0
+
+
+def _convolution_flops(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
+    """Products with padding do not count: TPUs write a batched matmul as a window that slides over padding."""
+    left, kernel = (computation[name].result[0].shape for name in instruction.operands[:2])
+    output = instruction.result[0].shape
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        return 0.0
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", instruction.attribute("window") or ""))
+
+    def of_axis(key: str, axis: int, otherwise: int) -> int:
+        return int(window[key].split("x")[axis].split("_")[0]) if key in window else otherwise
+
+    total = 2.0 * output[labels[3].index("b")] * output[labels[3].index("f")] * kernel[labels[2].index("i")]
+    for axis in range(len(labels[1]) - 2):
+        sizes = [
+            shape[names.index(str(axis))] for shape, names in zip((left, kernel, output), labels.groups(), strict=True)
+        ]
+        total *= _pairs(
+            *sizes,
+            stride=of_axis("stride", axis, 1),
+            low=of_axis("pad", axis, 0),
+            left_dilation=of_axis("lhs_dilate", axis, 1),
+            kernel_dilation=of_axis("rhs_dilate", axis, 1),
+        )
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def _pairs(
+    left: int, kernel: int, output: int, *, stride: int, low: int, left_dilation: int, kernel_dilation: int
+) -> int:
+    """(place in the output, place in the kernel) pairs that meet an element of the left side."""
+    count = 0
+    for place in range(kernel):
+        at = np.arange(output) * stride + place * kernel_dilation - low
+        count += int(np.sum((at >= 0) & (at % left_dilation == 0) & (at // left_dilation < left)))
+    return count
 
 
 # Dense bfloat16 with float32 accumulation, as JAX counts devices (a TPU chip; v4 and v5p with their two cores as one).

@@ -1,0 +1,247 @@
+"""A compiled program, read from its text: its computations, how often each runs, and what it sends between devices.
+
+The text is that of `compiled.as_text()`: computations, `name (parameters) -> shape {`, of lines
+`%name = shape opcode(operands), attributes`; a computation is called by its name in the attributes.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_OF_SCALARS = ("all-reduce", "all-reduce-start", "reduce", "reduce-scatter", "reduce-window", "scatter", "sort")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\]")
+_CALLS = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%[\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """A dtype and a shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in memory, without padding."""
+        bits = re.match(r"[a-z]+(\d+)", self.dtype)
+        return self.size * int(bits[1] if bits else 8) // 8  # pred has no number, and a byte
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    result: tuple[Array, ...]  # of a tuple, its parts
+    operands: tuple[str, ...]  # names of instructions of the same computation
+    literal: str  # what else stands in the parentheses: a constant's value, a parameter's number
+    attributes: str
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """The computations that it runs."""
+        if self.opcode in _OF_SCALARS:
+            return ()  # what is done with each pair of numbers
+        return tuple(re.findall(r"%([\w.\-]+)", " ".join(_CALLS.findall(self.attributes))))
+
+    def attribute(self, name: str) -> str | None:
+        """`name={…}` or `name=…` of the attributes, without braces."""
+        found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\->]+))", self.attributes)
+        return (found[1] if found[1] is not None else found[2]) if found else None
+
+
+Computation = Mapping[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A transfer between devices."""
+
+    kind: str
+    bytes: int  # that one device sends, each time
+    times: int  # in one run of the program
+    asynchronous: bool  # whether other work goes on meanwhile
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled module: its computations by name."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+
+    def __iter__(self) -> Iterator[tuple[str, Instruction]]:
+        """(name of its computation, instruction) of every instruction that runs."""
+        for name in self._order:
+            for instruction in self.computations[name].values():
+                yield name, instruction
+
+    @functools.cached_property
+    def _order(self) -> list[str]:
+        """The computations that run, callers before what they call."""
+        order: dict[str, None] = {}
+
+        def visit(name: str) -> None:
+            for instruction in self.computations[name].values():
+                for called in instruction.called:
+                    if called not in order:
+                        visit(called)
+            order[name] = None
+
+        visit(self.entry)
+        return list(reversed(order))
+
+    @functools.cached_property
+    def times(self) -> Counter[str]:
+        """How often each computation runs; each branch of a conditional counts as if it were taken."""
+        times = Counter({self.entry: 1})
+        for name, instruction in self:
+            trips = self.trip_count(name, instruction) if instruction.opcode == "while" else 1
+            for called in instruction.called:
+                times[called] += times[name] * trips
+        return times
+
+    @functools.cached_property
+    def _loops(self) -> dict[str, str]:
+        """For each computation, the loop's body (or the entry) that it belongs to."""
+        loops = {self.entry: self.entry}
+        for name, instruction in self:
+            for called in instruction.called:
+                loops[called] = called if instruction.opcode == "while" else loops[name]
+        return loops
+
+    def trip_count(self, computation: str, loop: Instruction) -> int:
+        """Iterations of a `while`: what XLA wrote down, or from the counter that its condition compares; else 1."""
+        if known := re.search(r"known_trip_count\D*(\d+)", loop.attributes):
+            return int(known[1])
+        body, condition = (self.computations[str(loop.attribute(part))] for part in ("body", "condition"))
+        compare = next((one for one in condition.values() if one.opcode == "compare"), None)
+        if compare is None:
+            return 1
+        counter, bound = (condition[name] for name in compare.operands)
+        index = int(counter.attribute("index") or -1)
+        limit = _constant(bound)
+        if limit is None or index < 0:
+            return 1
+        start = _constant(self._element(self.computations[computation], loop.operands[0], index)) or 0
+        added = self._element(body, list(body)[-1], index)
+        steps = [_constant(body[name]) for name in added.operands] if added and added.opcode == "add" else []
+        step = next((value for value in steps if value), 1)
+        return max(-(-(limit - start) // step), 1)
+
+    @staticmethod
+    def _element(computation: Computation, name: str, index: int) -> Instruction | None:
+        """What a tuple's element was made from, through copies."""
+        made = computation[name]
+        if made.opcode != "tuple":
+            return None
+        made = computation[made.operands[index]]
+        while made.opcode in ("copy", "bitcast"):
+            made = computation[made.operands[0]]
+        return made
+
+    @functools.cached_property
+    def collectives(self) -> list[Collective]:
+        """Every transfer. On TPU several fusions carry the same one on beside other work: it counts once."""
+        found: dict[tuple[str, str], Collective] = {}
+        for name, instruction in self:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                loop = self._loops[name]
+                key = loop, instruction.attribute("channel_id") or instruction.name
+                waited_for = instruction.opcode.endswith("-start") or name in self._waited_for
+                asynchronous = waited_for or (key in found and found[key].asynchronous)
+                sent = sent_bytes(instruction, self.computations[name])
+                found[key] = Collective(kind, sent, self.times[loop], asynchronous)
+        return list(found.values())
+
+    @functools.cached_property
+    def _waited_for(self) -> set[str]:
+        """Computations that begin a transfer which another instruction ends."""
+        started = (instruction.called for _, instruction in self if instruction.opcode == "async-start")
+        fused = (name for name, instruction in self if 'target="AsyncCollectiveStart"' in instruction.attributes)
+        return {name for names in started for name in names} | set(fused)
+
+
+def parse(text: str) -> Program:
+    """Reads the text of a compiled module."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if match := _INSTRUCTION.match(line):
+            current[match[1]] = _instruction(match[1], line[match.end() :])
+        elif match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
+    return Program(computations, entry)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    """The rest of a line after `%name = `."""
+    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    opening = text.index("(", end)
+    closing = _closing(text, opening)
+    inside = text[opening + 1 : closing]
+    arrays = (
+        Array(dtype, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size))
+        for dtype, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}|/\*.*?\*/", "", text[:end]))
+    )
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(name, text[end + 1 : opening].strip(), tuple(arrays), operands, inside, text[closing + 1 :])
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the parenthesis at `opening` closes."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, opening):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    return len(text)
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    number = (
+        instruction is not None and instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.literal)
+    )
+    return int(number[0]) if number else None
+
+
+def sent_bytes(collective: Instruction, computation: Computation) -> int:
+    """Bytes that one device sends at least.
+
+    With G devices taking part and S bytes of the gathered, or the not yet reduced, array: S·(G − 1)/G, twice that for
+    an all-reduce. A permutation sends its operand.
+    """
+    size = sum(array.bytes for name in collective.operands for array in computation[name].result)
+    kind = collective.opcode.removesuffix("-start")
+    if kind == "collective-permute":
+        return size
+    devices = group_size(collective.attributes)
+    factor = {"all-gather": devices, "all-reduce": 2}.get(kind, 1)
+    return size * factor * (devices - 1) // devices
+
+
+def group_size(attributes: str) -> int:
+    """Devices that take part in one collective, from any of three spellings of `replica_groups`."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return listed[1].count(",") + 1
+    if grid := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):  # [groups,devices]<=[…]
+        return int(grid[1])
+    if mesh := re.search(r"replica_groups=@?\w*\[([^\]]*)\]\s*\{([^}]*)\}", attributes):  # mesh['x'=2,'y'=4] {'y'}
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # an axis, or a part of one: 'y':(1)2
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 1
