@@ -285,6 +285,7 @@ def test_bad_rows(row, form, message):
         ("a.json", b'[{"text": "x"}, {"text": ]', r"a\.json: row 2: not JSON, or cut short: '\{\"text\": \]'"),
         ("a.json", b'[{"text": "x"}', r"a\.json: row 2: not JSON, or cut short: ''"),
         ("a.json", b"3", r"a\.json: wanted a list of rows, or one row a line, got '3'"),
+        ("a.json", b'{\n "a": 1\n}\n', r"a\.json: wanted a list of rows, or one row a line"),
         ("a.json", b'[{"text": "\xff"}]', r"a\.json: wanted UTF-8, got byte 0xff"),
         ("a.parquet", b"PAR1nothing", r"a\.parquet: not a Parquet file, or damaged"),
     ],

@@ -77,7 +77,7 @@ def read_lines(path: Path) -> Iterator[PlacedRow]:
                 yield f"{path}:{number}", _parsed(line)
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed(line: bytes | str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -92,7 +92,8 @@ def read_list(path: Path) -> Iterator[PlacedRow]:
         try:
             text = file.read(CHUNK)
             start = _end(blank, text, 0)
-            if text[start : start + 1] == "{":
+            line, newline, _ = text[start:].partition("\n")
+            if line.startswith("{") and not (newline and isinstance(_parsed(line), BadRow)):
                 yield from read_lines(path)
                 return
             if text[start : start + 1] != "[":

@@ -61,11 +61,8 @@ def tokenise(
         tokens = open_entry(path)
         if tokens is None:
             raise UserError(f"data.cache: {path}: damaged while it was written")
-    figures = tokens.figures
-    _check_vocab(figures["largest"], tokenizer, vocab)
-    _check_rows(figures["rows"], figures["bad_rows"], figures["bad"], data, name)
-    if not figures["documents"]:
-        raise UserError(f"{name}: {rows.name}: no document in it {_quoted(figures['bad'])}".rstrip())
+    _check_vocab(tokens.figures["largest"], tokenizer, vocab)
+    _check_rows(tokens.figures["rows"], tokens.figures["bad_rows"], tokens.figures["bad"], data, name)
     return tokens
 
 
@@ -114,6 +111,9 @@ def _write(
             bar.update(task, completed=documents)
             if documents == source.limit:
                 break
+        if not documents:
+            _check_rows(seen, bad, first_bad, data, name)
+            raise UserError(f"{name}: {rows.name}: no document in it {_quoted(first_bad)}".rstrip())
         writer.finish({"documents": documents, "rows": seen, "bad_rows": bad, "bad": first_bad, "largest": largest})
 
 
