@@ -11,7 +11,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.layers import project
 from nemoe_jax.lora import Adapter, Target
 from nemoe_jax.transformer import forward
-from tests.conftest import MIXTRAL
+from tests.conftest import DENSE, MIXTRAL
 
 
 def every_weight(config, **options):
@@ -144,16 +144,16 @@ def test_dropout_drops_and_scales_the_adapters_input_alone():
 
 
 def test_dropout_is_the_same_when_blocks_are_recomputed():
-    params = schema.initialise(MIXTRAL, jax.random.key(0))
-    adapters = trained(MIXTRAL, [Target("embed", 3, 6.0, dropout=0.5), Target("blocks/*/[qg]*", 3, 6.0, dropout=0.5)])
+    params = schema.initialise(DENSE, jax.random.key(0))
+    adapters = trained(DENSE, [Target("embed", 3, 6.0, dropout=0.5), Target("blocks/*/[qg]*", 3, 6.0, dropout=0.5)])
     assert adapters["embed"].dropout == 0.0  # a look-up
-    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, MIXTRAL.vocab)
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, DENSE.vocab)
 
     @functools.partial(jax.jit, static_argnums=2)
     def loss_and_gradient(adapters, key, remat):
         def loss(adapters):
             keyed = lora.with_dropout(adapters, key)
-            return forward(MIXTRAL, params, tokens, adapters=keyed, remat=remat).logits.std()
+            return forward(DENSE, params, tokens, adapters=keyed, remat=remat).logits.std()
 
         return jax.value_and_grad(loss)(adapters)
 
