@@ -2,7 +2,6 @@
 
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import load_tokenizer
 from train import tokenise as tokenise_module
 from train.data import Batch, Corpus, open_corpus, source_files
+from train.recipe import Data, Source
 from train.token_cache import default_cache
 from train.tokenise import tokenise
 
@@ -30,17 +30,12 @@ def tokenizer(tmp_path):
     return load_tokenizer(tmp_path / "model")
 
 
-def source(*files, weight=None, limit=None, form="auto"):
-    files = [str(file) for file in files]
-    return SimpleNamespace(
-        files=files, dataset=None, subset=None, split="train", format=form, weight=weight, limit=limit
-    )
+def source(*files, form="auto", **keys) -> Source:
+    return Source(files=[str(file) for file in files], format=form, **keys)
 
 
-def options(tmp_path, length=12, bad_rows="skip", max_bad_share=0.01):
-    return SimpleNamespace(
-        sequence_length=length, bad_rows=bad_rows, max_bad_share=max_bad_share, cache=tmp_path / "cache"
-    )
+def options(tmp_path, **keys) -> Data:
+    return Data(train=["any"], sequence_length=12, batch_size=1, cache=tmp_path / "cache", **keys)
 
 
 def write(path, rows):
@@ -242,14 +237,13 @@ def test_epochs_hold_every_row_once_in_new_orders_and_sources_their_share(tmp_pa
     by_size = open_corpus([chats, texts], options(tmp_path), tokenizer, VOCAB)
     sizes = [len(packed) for packed in by_size.packed]
     assert by_size.shares == [size / sum(sizes) for size in sizes]
-    chats.weight, texts.weight = 3.0, 1.0
-    weighted = open_corpus([chats, texts], options(tmp_path), tokenizer, VOCAB)
+    three, one = chats.model_copy(update={"weight": 3.0}), texts.model_copy(update={"weight": 1.0})
+    weighted = open_corpus([three, one], options(tmp_path), tokenizer, VOCAB)
     of_texts = {weighted.packed[1][row].inputs.tobytes() for row in range(len(weighted.packed[1]))}
     drawn = weighted.iterator(1, 0)
     assert sum(next(drawn).inputs.tobytes() in of_texts for _ in range(100)) == 25
-    chats.weight = None
     with pytest.raises(UserError, match=r"data\.train: weight: wanted one for every source or for none, got 1 of 2"):
-        open_corpus([chats, texts], options(tmp_path), tokenizer, VOCAB)
+        open_corpus([chats, one], options(tmp_path), tokenizer, VOCAB)
 
 
 def test_held_out_rows_are_evenly_spaced_and_a_short_batch_is_filled_up(corpus):

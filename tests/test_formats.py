@@ -1,17 +1,17 @@
 """Rows of six published data sets' own formats, and of malformed ones, as documents."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from nemoe_jax.errors import UserError
 from train.formats import BadRow, Chat, call_id, to_document
+from train.recipe import Source
 from train.sources import find_rows, read_file
 
 
-def source(*files, dataset=None, subset=None, split="train"):
-    return SimpleNamespace(files=[str(file) for file in files], dataset=dataset, subset=subset, split=split)
+def source(*files, **keys) -> Source:
+    return Source(files=[str(file) for file in files], **keys)
 
 
 def chat(*texts: str) -> Chat:

@@ -14,7 +14,7 @@ Letters: B rows of a batch, T tokens of a row.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,11 +23,9 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.text import find_files
 from nemoe_jax.tokenizer import Tokenizer
 from train.packing import Batch, Figures, Packed
+from train.recipe import Data, Source
 from train.sources import SUFFIXES
 from train.tokenise import tokenise
-
-if TYPE_CHECKING:
-    from train.recipe import Data, Source
 
 __all__ = ["Batch", "Corpus", "Figures", "open_corpus", "source_files"]
 
@@ -36,8 +34,8 @@ STEPS_AHEAD = 8
 
 
 def open_corpus(
-    sources: Sequence["Source"],
-    data: "Data",
+    sources: Sequence[Source],
+    data: Data,
     tokenizer: Tokenizer,
     vocab: int,
     name: str = "data.train",
@@ -66,7 +64,7 @@ def open_corpus(
     return Corpus(packed, weighted or [len(rows) for rows in packed])
 
 
-def source_files(sources: Iterable["Source"]) -> list[Path]:
+def source_files(sources: Iterable[Source]) -> list[Path]:
     """The files of sources, those of data sets apart. Raises UserError where a pattern matches none."""
     return [file for source in sources if source.files for file in find_files(source.files, suffixes=SUFFIXES)]
 

@@ -8,14 +8,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.text import find_files
 from train.formats import COLUMNS, BadRow
-
-if TYPE_CHECKING:
-    from train.recipe import Source
+from train.recipe import Source
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 MISSING = "wanted the package {0} for {1} (pip install 'nemoe-jax[datasets]')"
@@ -34,7 +32,7 @@ class Rows(NamedTuple):
     read: Callable[[], Iterator[PlacedRow]]
 
 
-def find_rows(source: "Source", exclude: Iterable[Path] = ()) -> Rows:
+def find_rows(source: Source, exclude: Iterable[Path] = ()) -> Rows:
     """Finds a source's files (but for the excluded ones) or its data set.
 
     Raises:

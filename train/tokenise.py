@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,12 +18,10 @@ from nemoe_jax.command import progress_bar
 from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import Tokenizer
 from train.formats import BadRow, to_document
+from train.recipe import Data, Source
 from train.render import Rendered, render
 from train.sources import PlacedRow, Rows, find_rows
 from train.token_cache import VERSION, Tokens, Writer, default_cache, open_entry
-
-if TYPE_CHECKING:
-    from train.recipe import Data, Source
 
 ROWS_AT_ONCE = 64
 CHARACTERS_AT_ONCE = 1 << 20  # of texts given to a thread together
@@ -34,8 +31,8 @@ Outcome = Rendered | str  # a document, or the place and reason of a bad row
 
 
 def tokenise(
-    source: "Source",
-    data: "Data",
+    source: Source,
+    data: Data,
     tokenizer: Tokenizer,
     vocab: int,
     name: str,
@@ -66,7 +63,7 @@ def tokenise(
     return tokens
 
 
-def _key(rows: Rows, source: "Source", tokenizer: Tokenizer) -> str:
+def _key(rows: Rows, source: Source, tokenizer: Tokenizer) -> str:
     """A hash of all that the tokens depend on."""
     with tokenizer.path.open("rb") as file:
         tokenizer_sum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -83,7 +80,7 @@ def _key(rows: Rows, source: "Source", tokenizer: Tokenizer) -> str:
 
 
 def _write(
-    path: Path, rows: Rows, source: "Source", data: "Data", tokenizer: Tokenizer, vocab: int, name: str, threads: int
+    path: Path, rows: Rows, source: Source, data: Data, tokenizer: Tokenizer, vocab: int, name: str, threads: int
 ) -> None:
     """Tokenises the source into a new entry of the cache."""
     documents, seen, bad, largest = 0, 0, 0, 0
@@ -161,7 +158,7 @@ def _check_vocab(largest: int, tokenizer: Tokenizer, vocab: int) -> None:
         raise UserError(f"{tokenizer.path}: gives token {largest}; the model's embedding has {vocab} rows")
 
 
-def _check_rows(seen: int, bad: int, first: list[str], data: "Data", name: str) -> None:
+def _check_rows(seen: int, bad: int, first: list[str], data: Data, name: str) -> None:
     """Raises UserError where there are more bad rows than the recipe allows."""
     if bad and data.bad_rows == "stop":
         raise UserError(f"{name}: {first[0]} (data.bad_rows: skip leaves such rows out)")
