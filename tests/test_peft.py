@@ -1,9 +1,13 @@
 """Adapters to and from PEFT's directories, against PEFT itself on the models of transformers."""
 
+import dataclasses
 import errno
 import functools
 import json
 import os
+import socket
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -23,7 +27,7 @@ from nemoe_jax.lora import Target
 from nemoe_jax.peft import load_adapters, read_targets, save_adapters
 from nemoe_jax.peft_tensors import PeftAdapter
 from nemoe_jax.transformer import forward
-from tests.conftest import NEKOMIND
+from tests.conftest import MIXTRAL, NEKOMIND
 from tests.peft_models import IDS, SIZES, adapt, base, logits_of, mistral, mixtral, opened
 from tests.test_lora import every_weight, trained
 from tests.test_merge import CASES, linear, older
@@ -214,6 +218,38 @@ def test_a_mesh_holds_the_same_adapters(bases, tmp_path):
         place = schema.leaves(lora.shardings(config, found, mesh))[path]
         assert (adapter.a.sharding, adapter.b.sharding) == (place.a, place.b), path
         np.testing.assert_array_equal(adapter.a, schema.leaves(placed)[path].a)
+
+
+COPY = """
+import json, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from nemoe_jax import sharding
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.peft import load_adapters, save_adapters
+config = ModelConfig(**json.loads(sys.argv[3]))
+_, adapters = load_adapters("adapter", config, sharding.make_mesh({"fsdp": 2}))
+assert not jax.tree.leaves(adapters)[0].is_fully_addressable
+save_adapters("copy", config, adapters, base_model="base")
+"""
+
+
+def test_two_processes_read_and_write_what_one_does(tmp_path):
+    adapters = trained(MIXTRAL, [Target("*/q", 4, 6.0), Target("blocks/moe/ffn/[gud]*", 2, 3.0)])
+    save_adapters(tmp_path / "adapter", MIXTRAL, adapters, base_model="base")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", COPY, address]
+    environment = os.environ | {"XLA_FLAGS": ""}  # one device each
+    config = json.dumps(dataclasses.asdict(MIXTRAL))
+    processes = [
+        subprocess.Popen([*command, str(number), config], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+        for number in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes(), name
 
 
 def test_bad_adapters(bases, tmp_path):
