@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from nemoe_jax import cli
 from nemoe_jax.chat import read_messages, read_tools, render_chat, spoken_ids
 from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import Tokenizer, cut_tekken, load_tokenizer
 
 mistral_common = pytest.importorskip("mistral_common")
 from mistral_common.exceptions import MistralCommonException
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -147,7 +147,7 @@ def reference(
 def reference_spoken(tokenizer: MistralTokenizer, request: ChatCompletionRequest) -> tuple[list[int], list[bool]]:
     """mistral-common's ids message by message, so that those of the assistant are known."""
     encoder = tokenizer.instruct_tokenizer
-    request = InstructRequestNormalizer.normalizer().from_chat_completion_request(request)
+    request = tokenizer._instruct_request_normalizer.from_chat_completion_request(request)
     first, last = encoder.find_first_last_user(request)
     ids, spoken = encoder.start(), [False]
     for at, message in enumerate(request.messages):
@@ -157,6 +157,8 @@ def reference_spoken(tokenizer: MistralTokenizer, request: ChatCompletionRequest
             )[0]
         elif message.role == "tool":
             new = encoder.encode_tool_message(message, at < last)[0]
+        elif message.role == "system":
+            new = encoder.encode_system_message(message)[0]
         else:
             new = encoder.encode_assistant_message(message, at < last)
         ids += new
@@ -227,7 +229,7 @@ def test_newer_formats_have_answers_of_text_and_calls(file, pairs):
     assert render_chat(ours, chat, tools=TOOLS) == reference(theirs, chat, TOOLS)
 
 
-@pytest.mark.parametrize("file", TOOL_FILES[:2])
+@pytest.mark.parametrize("file", TOOL_FILES)
 @pytest.mark.parametrize("name", [*TOOL_CHATS, *CHATS])
 def test_spoken_ids_are_the_assistants_messages_of_mistral_common(file, name, pairs):
     ours, theirs = pairs[file]
@@ -404,3 +406,10 @@ def test_messages_are_read_from_json(tmp_path):
         assert str(path) in str(caught.value)
     with pytest.raises(UserError, match="No such file"):
         read_messages(tmp_path / "missing.json")
+
+
+def test_the_command_line_takes_a_chat_with_tools(pairs, tmp_path, capsys):
+    tokenizer, _ = pairs["tekken_240718.json"]
+    (tmp_path / "chat.json").write_text(json.dumps({"messages": ANSWERED, "tools": TOOLS}))
+    assert cli.main(["tokenize", str(tokenizer.path), "--chat", str(tmp_path / "chat.json")]) == 0
+    assert json.loads(capsys.readouterr().out) == render_chat(tokenizer, ANSWERED, tools=TOOLS)

@@ -257,7 +257,7 @@ def test_held_out_rows_are_evenly_spaced_and_a_short_batch_is_filled_up(corpus):
     count = len(rows)
     batches = corpus.held_out_batches(count - 1, 9)
     assert [batch.inputs.shape for batch in batches] == [(count - 1, 12)] * 2
-    assert batches[1].mask[0].any() and not batches[1].mask[1:].any()
+    assert batches[1].mask[0].any() and not any(array[1:].any() for array in batches[1])
     assert same(Batch(*(array[0] for array in batches[1])), rows[-1])
 
 

@@ -31,7 +31,9 @@ def write_openhermes(path):
     extra = {"id": None, "title": None, "source": "airoboros2.2", "category": "orca", "views": 3, "system_prompt": None}
     plain, weighted = turns("u:Why?", "a:So."), turns("s:Be brief.", "u:1+1", "a:2", "u:2+2", "a:4")
     weighted = [{**turn, "weight": None} for turn in weighted]
-    path.write_text(json.dumps([{**extra, "conversations": plain}, {**extra, "conversations": weighted}], indent=1))
+    path.write_text(
+        json.dumps([{**extra, "conversations": plain}, {**extra, "conversations": weighted, "system": " "}], indent=1)
+    )
     return [chat("u:Why?", "a:So."), chat("s:Be brief.", "u:1+1", "a:2", "u:2+2", "a:4")]
 
 

@@ -105,14 +105,14 @@ class Corpus:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=STEPS_AHEAD)))
 
     def held_out_batches(self, batch_size: int, batches: int) -> list[Batch]:
-        """At most `batches` batches of evenly spaced rows, in order; the last is filled up with rows of mask 0."""
+        """At most `batches` batches of evenly spaced rows, in order; the last is filled up with rows of padding."""
         places = [(packed, row) for packed in self.packed for row in range(len(packed))]
         wanted = min(batches * batch_size, len(places))
         chosen = [places[at] for at in np.linspace(0, len(places) - 1, wanted).round().astype(int)]
         result = []
         for first in range(0, wanted, batch_size):
             rows = [packed[row] for packed, row in chosen[first : first + batch_size]]
-            filling = rows[0]._replace(mask=np.zeros_like(rows[0].mask))
+            filling = Batch(*map(np.zeros_like, rows[0]))
             result.append(_stacked(rows + [filling] * (batch_size - len(rows))))
         return result
 

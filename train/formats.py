@@ -140,7 +140,9 @@ def _chat(row: Row, messages: list[Message]) -> Chat:
     system = row.get("system")
     if isinstance(system, str) and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    messages = [message for message in messages if message["role"] != "system" or message.get("content")]
+    messages = [
+        message for message in messages if message["role"] != "system" or str(message.get("content") or "").strip()
+    ]
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not any(message["role"] == "assistant" and message.get("weight") != 0 for message in messages):
