@@ -122,10 +122,7 @@ def abstract(config: ModelConfig, targets: Sequence[Target]) -> Tree:
 
 
 def shardings(config: ModelConfig, targets: Sequence[Target], mesh: Mesh | None, rules: Rules = RULES) -> Tree:
-    """Where A and B live: each axis as in the adapted weight; without a mesh, the first device.
-
-    The rank is whole, but for the experts' factors without an embed axis: they are the largest, and would otherwise be
-    on every device along fsdp.
+    """Where A and B live: each axis as in the adapted weight, the rank whole; without a mesh, the first device.
 
     Raises:
         UserError: see `match` and `sharding.partition_spec`.
@@ -134,11 +131,7 @@ def shardings(config: ModelConfig, targets: Sequence[Target], mesh: Mesh | None,
     def place(spec: ParamSpec) -> Any:
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
-        rank = spec.shape[spec.axes.index("rank")]
-        cut = "embed" not in spec.axes and rank % mesh.shape.get("fsdp", 1) == 0
-        return NamedSharding(
-            mesh, partition_spec(spec, mesh.shape, {**rules, "experts.rank": ("fsdp",)} if cut else rules)
-        )
+        return NamedSharding(mesh, partition_spec(spec, mesh.shape, rules))
 
     return jax.tree.map(place, declare(config, targets))
 
