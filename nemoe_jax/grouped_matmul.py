@@ -1,15 +1,17 @@
-"""Grouped matmul: rows sorted by expert, each multiplied with its own expert's matrix.
+"""Grouped matmul: rows sorted by expert, each multiplied with its own expert's matrix, and perhaps its own adapter.
 
     y_RF[r] = x_RD[r] @ w_EDF[expert of row r]        rows r in groups of sizes_E, in order
 
-`jax.lax.ragged_dot` is a real kernel on TPU. On CPU it multiplies every row with every expert, so there the rows are
-cut into tiles that belong to one expert each, and a loop runs over the tiles that exist. Rows beyond the last group
-(experts that live on another device) are neither computed nor defined.
+`jax.lax.ragged_dot` is a real kernel on TPU. On CPU it multiplies every row with every expert, so there a loop runs
+over tiles of rows that belong to one expert each. Rows beyond the last group (experts that live on another device) are
+neither computed nor defined.
 
-R rows, D inputs, F outputs, E experts, M rows of a tile.
+R rows, D inputs, F outputs, E experts, K rank of the adapters, M rows of a tile.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +37,57 @@ def _backward(residuals, dy_RF):
     dx_RD = lax.platform_dependent(
         dy_RF, w_EDF, sizes_E, cpu=functools.partial(_tiled_matmul, transpose=True), default=_ragged_matmul_transposed
     )
-    dw_EDF = lax.platform_dependent(
-        x_RD, dy_RF.astype(x_RD.dtype), sizes_E, cpu=_tiled_outer, default=_ragged_outer
-    ).astype(w_EDF.dtype)
-    return dx_RD, dw_EDF, None
+    return dx_RD, _outer(x_RD, dy_RF, sizes_E).astype(w_EDF.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def grouped_lora(
+    x_RD: jax.Array, w_EDF: jax.Array, a_EDK: jax.Array, b_EKF: jax.Array, sizes_E: jax.Array, scale: float
+) -> jax.Array:
+    """`grouped_matmul(x, w) + scale · grouped_matmul(grouped_matmul(x, a), b)`; w, a and b are cast to x's dtype.
+
+    One pass over the rows on CPU. Differentiable in x, w, a and b; the gradient of w vanishes as above.
+    """
+    return _lora_forward(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale)[0]
+
+
+def _lora_forward(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale):
+    weights = (array.astype(x_RD.dtype) for array in (w_EDF, a_EDK, b_EKF))
+    y_RF, low_RK = lax.platform_dependent(
+        x_RD,
+        *weights,
+        sizes_E,
+        cpu=functools.partial(_tiled_lora, scale=scale),
+        default=functools.partial(_ragged_lora, scale=scale),
+    )
+    return y_RF, (x_RD, low_RK, w_EDF, a_EDK, b_EKF, sizes_E)
+
+
+def _lora_backward(scale, residuals, dy_RF):
+    x_RD, low_RK, w_EDF, a_EDK, b_EKF, sizes_E = residuals
+    weights = (array.astype(x_RD.dtype) for array in (w_EDF, a_EDK, b_EKF))
+    dx_RD, da_EDK, db_EKF = lax.platform_dependent(
+        x_RD,
+        low_RK,
+        dy_RF.astype(x_RD.dtype),
+        *weights,
+        sizes_E,
+        cpu=functools.partial(_tiled_lora_gradients, scale=scale),
+        default=functools.partial(_ragged_lora_gradients, scale=scale),
+    )
+    dw_EDF = _outer(x_RD, dy_RF, sizes_E).astype(w_EDF.dtype)
+    return dx_RD, dw_EDF, da_EDK.astype(a_EDK.dtype), db_EKF.astype(b_EKF.dtype), None
+
+
+grouped_lora.defvjp(_lora_forward, _lora_backward)
+
+
+def _outer(x_RD, dy_RF, sizes_E):
+    """Gradient of w: for each group, x^T dy, as float32 (E, D, F)."""
+    return lax.platform_dependent(x_RD, dy_RF.astype(x_RD.dtype), sizes_E, cpu=_tiled_outer, default=_ragged_outer)
 
 
 def _ragged_matmul(x_RD, w_EDF, sizes_E):
@@ -53,71 +99,163 @@ def _ragged_matmul_transposed(dy_RF, w_EDF, sizes_E):
 
 
 def _ragged_outer(x_RD, dy_RF, sizes_E):
-    """Gradient of w: for each group, x^T dy, as (E, D, F)."""
     over_rows = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
     return lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=jnp.float32)
 
 
+def _ragged_lora(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale):
+    low_RK = _ragged_matmul(x_RD, a_EDK, sizes_E)
+    return _ragged_matmul(x_RD, w_EDF, sizes_E) + scale * _ragged_matmul(low_RK, b_EKF, sizes_E), low_RK
+
+
+def _ragged_lora_gradients(x_RD, low_RK, dy_RF, w_EDF, a_EDK, b_EKF, sizes_E, scale):
+    dlow_RK = scale * _ragged_matmul_transposed(dy_RF, b_EKF, sizes_E)
+    dx_RD = _ragged_matmul_transposed(dy_RF, w_EDF, sizes_E) + _ragged_matmul_transposed(dlow_RK, a_EDK, sizes_E)
+    return dx_RD, _ragged_outer(x_RD, dlow_RK, sizes_E), scale * _ragged_outer(low_RK, dy_RF, sizes_E)
+
+
+class Tile(NamedTuple):
+    """Some rows in a row, of which `mine` belong to the tile's expert and to no other tile."""
+
+    expert: jax.Array
+    begin: jax.Array
+    mine_M1: jax.Array
+
+    def read(self, x_RD: jax.Array) -> jax.Array:
+        """The tile's rows of x, (M, D)."""
+        return lax.dynamic_slice_in_dim(x_RD, self.begin, len(self.mine_M1))
+
+    def write(self, y_RF: jax.Array, new_MF: jax.Array) -> jax.Array:
+        """y with the expert's own rows replaced."""
+        new_MF = jnp.where(self.mine_M1, new_MF.astype(y_RF.dtype), self.read(y_RF))
+        return lax.dynamic_update_slice_in_dim(y_RF, new_MF, self.begin, 0)
+
+    def own(self, x_MD: jax.Array) -> jax.Array:
+        """x with zeros in rows that are not the expert's own."""
+        return jnp.where(self.mine_M1, x_MD, 0)
+
+    def add(self, total_EDF: jax.Array, more_DF: jax.Array) -> jax.Array:
+        """The total with more added to the expert's part."""
+        part_DF = lax.dynamic_index_in_dim(total_EDF, self.expert, keepdims=False) + more_DF
+        return lax.dynamic_update_index_in_dim(total_EDF, part_DF, self.expert, 0)
+
+
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows of a tile on CPU: a power of two, small enough that half-filled last tiles waste little.
+    """Rows of a small tile on CPU: a power of two, few enough that half-filled last tiles waste little.
 
     An expert's last tile may hold a single row. Tiles of at most rows / (8 experts) rows waste an eighth of all rows at
     worst; tiles of fewer than 8 rows are not worth their overhead.
     """
     largest = max(rows // (8 * experts), 8)
-    return min(1 << (largest.bit_length() - 1), 256, rows)
+    return min(1 << (largest.bit_length() - 1), 64, rows)
 
 
-def tile_plan(sizes_E: jax.Array, tile: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(number of tiles, then for each tile: its expert, its first row, the end of its group), int32.
+def for_each_tile(
+    sizes_E: jax.Array,
+    rows: int,
+    prepare: Callable[[jax.Array], Any],
+    work: Callable[[Tile, Any, Any], Any],
+    carry: Any,
+) -> Any:
+    """Runs `carry = work(tile, prepare(expert), carry)` over tiles that hold every row of every group once.
 
-    The arrays have the static length of the worst case, `rows // tile + experts`; entries past the number of tiles
-    mean nothing.
+    Tiles of four times `tile_rows`, which keep two cores busy, then small ones for what is left of the group. Experts
+    without rows cost nothing: their weights are not even read.
     """
-    experts = sizes_E.shape[0]
-    worst = rows // tile + min(experts, rows)
+    busy_E = jnp.argsort(sizes_E == 0)  # stable: first the experts that have rows, in order
     ends_E = jnp.cumsum(sizes_E)
-    tiles_E = (sizes_E + tile - 1) // tile
-    last_E = jnp.cumsum(tiles_E)
-    number = jnp.arange(worst)
-    expert = jnp.minimum(jnp.searchsorted(last_E, number, side="right"), experts - 1)
-    within = number - (last_E - tiles_E)[expert]
-    first = (ends_E - sizes_E)[expert] + within * tile
-    return last_E[-1], expert, first, ends_E[expert]
+    small = tile_rows(rows, len(sizes_E))
+    large = min(4 * small, rows)
+
+    def run_expert(number: jax.Array, carry: Any) -> Any:
+        expert = busy_E[number]
+        prepared, end = prepare(expert), ends_E[expert]
+        first = end - sizes_E[expert]
+        rest = first + (end - first) // large * large
+        for size, start, stop in ((large, first, rest), (small, rest, end)):
+
+            def run_tile(t: jax.Array, carry: Any, size: int = size, start: jax.Array = start) -> Any:
+                # the last tile starts early enough to lie within the rows, which spares a padded copy of them
+                begin = jnp.minimum(start + t * size, rows - size)
+                row_M = begin + jnp.arange(size)
+                mine_M = (row_M >= start + t * size) & (row_M < end)
+                return work(Tile(expert, begin, mine_M[:, None]), prepared, carry)
+
+            carry = lax.fori_loop(0, (stop - start + size - 1) // size, run_tile, carry)
+        return carry
+
+    return lax.fori_loop(0, jnp.sum(sizes_E > 0), run_expert, carry)
+
+
+def _dot(x: jax.Array, w: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+    return lax.dot_general(x, w, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _pick(array: jax.Array, expert: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(array, expert, keepdims=False)
 
 
 def _tiled_matmul(x_RD, w_EDF, sizes_E, transpose=False):
-    rows = x_RD.shape[0]
-    tile = tile_rows(rows, sizes_E.shape[0])
-    tiles, expert, first, _ = tile_plan(sizes_E, tile, rows)
-    contraction = ((1,), (1 if transpose else 0,))
+    rows, axes = len(x_RD), (1, 1 if transpose else 0)
 
-    def body(t, y):
-        # A group's last tile runs over into the next group's rows; that group's own tiles come later and overwrite.
-        x_MD = lax.dynamic_slice_in_dim(x, first[t], tile)
-        w_DF = lax.dynamic_index_in_dim(w_EDF, expert[t], keepdims=False)
-        y_MF = lax.dot_general(x_MD, w_DF, (contraction, ((), ())), preferred_element_type=jnp.float32)
-        return lax.dynamic_update_slice_in_dim(y, y_MF.astype(y.dtype), first[t], 0)
+    def work(tile, w_DF, y_RF):
+        return tile.write(y_RF, _dot(tile.read(x_RD), w_DF, axes))
 
-    x = jnp.pad(x_RD, ((0, tile), (0, 0)))
-    y = jnp.zeros((rows + tile, w_EDF.shape[1 if transpose else 2]), x_RD.dtype)
-    return lax.fori_loop(0, tiles, body, y)[:rows]
+    y_RF = jnp.zeros((rows, w_EDF.shape[1 if transpose else 2]), x_RD.dtype)
+    return for_each_tile(sizes_E, rows, functools.partial(_pick, w_EDF), work, y_RF)
 
 
 def _tiled_outer(x_RD, dy_RF, sizes_E):
-    rows, experts = x_RD.shape[0], sizes_E.shape[0]
-    tile = tile_rows(rows, experts)
-    tiles, expert, first, end = tile_plan(sizes_E, tile, rows)
+    def work(tile, _, dw_EDF):
+        return tile.add(dw_EDF, _dot(tile.own(tile.read(x_RD)), tile.read(dy_RF), (0, 0)))
 
-    def body(t, dw_EDF):
-        inside_M = (first[t] + jnp.arange(tile) < end[t])[:, None]
-        x_MD = jnp.where(inside_M, lax.dynamic_slice_in_dim(x, first[t], tile), 0)
-        dy_MF = lax.dynamic_slice_in_dim(dy, first[t], tile)
-        dw_DF = lax.dot_general(x_MD, dy_MF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        sofar = lax.dynamic_index_in_dim(dw_EDF, expert[t], keepdims=False)
-        return lax.dynamic_update_index_in_dim(dw_EDF, sofar + dw_DF, expert[t], 0)
+    dw_EDF = jnp.zeros((len(sizes_E), x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
+    return for_each_tile(sizes_E, len(x_RD), lambda expert: None, work, dw_EDF)
 
-    x, dy = (jnp.pad(array, ((0, tile), (0, 0))) for array in (x_RD, dy_RF))
-    return lax.fori_loop(0, tiles, body, jnp.zeros((experts, x.shape[1], dy.shape[1]), jnp.float32))
+
+def _tiled_lora(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale):
+    outputs = w_EDF.shape[2]
+
+    def prepare(expert):
+        # x meets w and a in one product; the copy takes the place of that which picks the expert's weights anyway
+        return jnp.concatenate([_pick(w_EDF, expert), _pick(a_EDK, expert)], axis=1), _pick(b_EKF, expert)
+
+    def work(tile, weights, carry):
+        (wa, b_KF), (y_RF, low_RK) = weights, carry
+        both = _dot(tile.read(x_RD), wa)
+        low_MK = both[:, outputs:].astype(x_RD.dtype)
+        y_MF = both[:, :outputs] + scale * _dot(low_MK, b_KF)
+        return tile.write(y_RF, y_MF), tile.write(low_RK, low_MK)
+
+    rows = len(x_RD)
+    carry = jnp.zeros((rows, outputs), x_RD.dtype), jnp.zeros((rows, a_EDK.shape[2]), x_RD.dtype)
+    return for_each_tile(sizes_E, rows, prepare, work, carry)
+
+
+def _tiled_lora_gradients(x_RD, low_RK, dy_RF, w_EDF, a_EDK, b_EKF, sizes_E, scale):
+    inputs = w_EDF.shape[1]
+
+    def prepare(expert):
+        return jnp.concatenate([_pick(w_EDF, expert), _pick(b_EKF, expert)], axis=0), _pick(a_EDK, expert)
+
+    def work(tile, weights, carry):
+        (wb, a_DK), (dx_RD, da_EKD, db_EKF) = weights, carry
+        dy_MF = tile.read(dy_RF)
+        both = _dot(dy_MF, wb, (1, 1))
+        dlow_MK = (scale * both[:, inputs:]).astype(dy_MF.dtype)
+        dx_MD = both[:, :inputs] + _dot(dlow_MK, a_DK, (1, 1))
+        return (
+            tile.write(dx_RD, dx_MD),
+            tile.add(da_EKD, _dot(tile.own(dlow_MK), tile.read(x_RD), (0, 0))),
+            tile.add(db_EKF, scale * _dot(tile.own(tile.read(low_RK)), dy_MF, (0, 0))),
+        )
+
+    # a's gradient is summed transposed: a product that is wide rather than tall is twice as fast
+    experts, rank = a_EDK.shape[0], a_EDK.shape[2]
+    sums = jnp.zeros((experts, rank, inputs), jnp.float32), jnp.zeros(b_EKF.shape, jnp.float32)
+    dx_RD, da_EKD, db_EKF = for_each_tile(
+        sizes_E, len(x_RD), prepare, work, (jnp.zeros((len(x_RD), inputs), x_RD.dtype), *sums)
+    )
+    return dx_RD, da_EKD.swapaxes(1, 2), db_EKF

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nemoe_jax import grouped_matmul as module
-from nemoe_jax.grouped_matmul import grouped_matmul, tile_plan, tile_rows
+from nemoe_jax.grouped_matmul import for_each_tile, grouped_matmul, tile_rows
 
 GROUPS = {
     "even": [40, 40, 40],
@@ -82,18 +82,50 @@ def test_bfloat16_accumulates_in_float32():
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_tiles_cover_every_row_of_its_own_expert_once(name):
+def test_tiles_hold_every_row_of_its_own_expert_once(name):
     sizes = np.array(GROUPS[name])
     rows = ROWS.get(name, int(sizes.sum()))
-    tile = tile_rows(rows, len(sizes))
-    count, expert, first, end = (np.asarray(part) for part in tile_plan(jnp.asarray(sizes), tile, rows))
-    assert count <= len(expert)
-    owner = np.full(rows, -1)
-    for number in range(count):
-        covered = np.arange(first[number], min(first[number] + tile, end[number]))
-        assert (owner[covered] == -1).all()
-        owner[covered] = expert[number]
-    np.testing.assert_array_equal(owner[: sizes.sum()], np.repeat(np.arange(len(sizes)), sizes))
+
+    def work(tile, prepared, seen_RE):
+        once = jax.nn.one_hot(jnp.full(tile.mine_M1.shape[0], prepared), len(sizes))
+        return tile.write(seen_RE, tile.read(seen_RE) + tile.own(once))
+
+    seen_RE = for_each_tile(jnp.asarray(sizes), rows, lambda expert: expert, work, jnp.zeros((rows, len(sizes))))
+    wanted_RE = np.zeros((rows, len(sizes)))
+    wanted_RE[np.arange(sizes.sum()), np.repeat(np.arange(len(sizes)), sizes)] = 1
+    np.testing.assert_array_equal(seen_RE, wanted_RE)
+
+
+@jax.jit
+def cpu_lora(sizes, dy, *arrays):
+    """The product, and the gradients of x, w, a and b."""
+    y, pull = jax.vjp(lambda *arrays: module.grouped_lora(*arrays, sizes, 1.5), *arrays)
+    return y, pull(dy)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("backend", ["cpu", "others"])
+def test_adapters_and_all_gradients_equal_the_oracle(name, backend):
+    x, w, sizes, used = problem(name)
+    random = np.random.default_rng(2)
+    a, b = (jnp.asarray(random.normal(size=(len(sizes), *shape)), jnp.float32) for shape in ((13, 3), (3, 9)))
+    dy = jnp.asarray(random.normal(size=(len(x), 9)), jnp.float32)
+    experts = jnp.asarray(np.repeat(np.arange(len(sizes)), GROUPS[name]))
+
+    def plain(x, w, a, b):
+        return jnp.einsum("rd,rdf->rf", x[:used], w[experts] + 1.5 * jnp.matmul(a, b)[experts])
+
+    wanted, pull = jax.vjp(plain, x, w, a, b)
+    if backend == "cpu":
+        got, gradients = cpu_lora(sizes, dy, x, w, a, b)
+    else:
+        got, low = module._ragged_lora(x, w, a, b, sizes, 1.5)
+        dx, da, db = module._ragged_lora_gradients(x, low, dy, w, a, b, sizes, 1.5)
+        gradients = dx, module._ragged_outer(x, dy, sizes), da, db
+    np.testing.assert_allclose(got[:used], wanted, atol=1e-4)
+    for letter, right, gradient in zip("xwab", pull(dy[:used]), gradients, strict=True):
+        rows = slice(used) if letter == "x" else slice(None)
+        np.testing.assert_allclose(gradient[rows], right[rows], atol=2e-4, err_msg=letter)
 
 
 @pytest.mark.parametrize(("rows", "experts"), [(2048, 16), (8192, 16), (8192, 32), (4096, 64), (65536, 16)])
