@@ -198,15 +198,21 @@ def dropped(x: jax.Array, adapter: Adapter) -> jax.Array:
 
 
 def merge(config: ModelConfig, params: Tree, adapters: Tree) -> Tree:
-    """W + scale · A @ B for every adapted weight, in W's dtype; the sum is formed in float32."""
+    """W + scale · A @ B for every adapted weight, in W's dtype and place; the sum is formed in float32."""
     specs = leaves(schema.declare(config))
     flat = leaves(params)
     for path, adapter in leaves(adapters).items():
-        flat[path] = _merged(len(specs[path].stacked), flat[path], adapter)
+        sharding = getattr(flat[path], "sharding", None)
+        place = sharding if isinstance(sharding, NamedSharding) else None
+        flat[path] = _merge_into(len(specs[path].stacked), place)(flat[path], adapter)
     return unflatten(flat)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.lru_cache(maxsize=128)
+def _merge_into(stacked: int, place: NamedSharding | None) -> Any:
+    return jax.jit(functools.partial(_merged, stacked), out_shardings=place)
+
+
 def _merged(stacked: int, weight: jax.Array, adapter: Adapter) -> jax.Array:
     rank = adapter.b.shape[stacked]
     lead = weight.shape[:stacked]

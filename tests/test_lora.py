@@ -120,6 +120,9 @@ def test_adapters_are_made_where_they_live_and_are_the_same_there():
     assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed) == lora.abstract(MIXTRAL, targets)
     assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, placed, places))
     assert places["blocks"]["moe"]["ffn"]["gate"].a.shard_shape((3, 16, 24, 4))[1] <= 8  # of 16 experts
+    params = schema.initialise(MIXTRAL, jax.random.key(0), shardings=sharding.shardings(MIXTRAL, mesh))
+    merged = lora.merge(MIXTRAL, params, placed)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, merged, params))
     for path, adapter in schema.leaves(alone).items():
         np.testing.assert_array_equal(adapter.a, schema.leaves(placed)[path].a, err_msg=path)
 
