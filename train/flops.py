@@ -105,6 +105,20 @@ def executed_flops(program: hlo.Program, of_kernel: KernelFlops = lambda kernel,
     return sum(program.times[name] * _flops(one, program.computations[name], of_kernel) for name, one in program)
 
 
+def attention_kernel_flops(kernel: hlo.Instruction, computation: hlo.Computation) -> float:
+    """FLOPs of a call of splash attention's kernels, which carry no estimate; 0 for other kernels.
+
+    Forward multiplies two pairs of matrices, the gradients of keys and values four, that of queries three. Its blocks
+    above the diagonal are left out: of n · n, n · (n + 1) / 2 are computed.
+    """
+    found = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", kernel.name)
+    if found is None:
+        return 0.0
+    blocks, queries, keys = (computation[kernel.operands[number]].result[0].shape for number in (0, 2, 3))
+    share = (blocks[-2] + 1) / (2 * blocks[-2])
+    return {"fwd": 2, "dkv": 4, "dq": 3}[found[1]] * 2.0 * math.prod(queries) * keys[-2] * share
+
+
 def _flops(instruction: hlo.Instruction, computation: hlo.Computation, of_kernel: KernelFlops) -> float:
     if instruction.opcode == "dot":
         shape = computation[instruction.operands[0]].result[0].shape

@@ -178,13 +178,16 @@ class Program:
 def parse(text: str) -> Program:
     """Reads the text of a compiled module."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", {}
+    entry, current, name = "", {}, ""
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
-            current[match[1]] = _instruction(match[1], line[match.end() :])
+            name = match[1]
+            current[name] = _instruction(name, line[match.end() :])
         elif match := _COMPUTATION.match(line):
-            current = computations.setdefault(match[2], {})
+            name, current = "", computations.setdefault(match[2], {})
             entry = match[2] if match[1] else entry
+        elif name and line != "}":  # a kernel's attributes go over several lines
+            current[name] = dataclasses.replace(current[name], attributes=current[name].attributes + line)
     return Program(computations, entry)
 
 

@@ -1,27 +1,26 @@
 """`mesh: auto`: how a number of devices is divided among the mesh axes for training.
 
-Every division that the model and the batch allow is weighed; in this order, the best has
+Of the divisions that fit model and batch without a device repeating another's work (`sharding.check`), the best has as
+little as possible of
 
-1. no device that repeats another's work: rows are cut over data, fsdp and expert, the tokens of a row over sequence,
-   and whatever does not divide is computed twice;
-2. as little of tensor, then of expert, then of sequence as that takes. They send activations in every layer, fsdp sends
-   weights, and those not more than once per layer however long the batch. So up to some 8k tokens, where there are
-   rows enough for all devices, fsdp stands alone; with long rows, which are few, the sequence axis takes over;
-3. as little of data as possible, which holds a copy of the weights.
+1. tensor, 2. expert, 3. sequence, which send activations in every layer, while fsdp sends weights, and those once a
+   layer however long the batch is;
+4. data, which keeps copies of the weights.
 
-The sequence axis divides the tokens of a row, and the query heads (attention has whole rows of some heads).
+So while there are rows for all devices, as there are with some 8k tokens a row, fsdp stands alone. Long rows are few:
+with 32k tokens and more, the sequence axis takes the devices that rows are missing for. What that cannot take either
+(it divides the query heads and the tokens of a row), experts do, and then heads and neurons.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from nemoe_jax import sharding
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.schema import declare, leaves
+from nemoe_jax.sharding import MESH_AXES, check
 
-AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+COSTLY = ("tensor", "expert", "sequence", "data")
 
 
 def auto(config: ModelConfig, devices: int, rows: int, sequence_length: int) -> dict[str, int]:
@@ -31,41 +30,28 @@ def auto(config: ModelConfig, devices: int, rows: int, sequence_length: int) -> 
         rows: rows of a batch that are computed at once.
         sequence_length: tokens of a row.
     Raises:
-        UserError: no division fits the model.
+        UserError: no division fits.
     """
-    possible = (sizes for sizes in _divisions(devices) if _fits(config, sizes, sequence_length))
-    best = min(possible, key=lambda sizes: _cost(sizes, rows), default=None)
-    if best is None:
-        raise UserError(
-            f"mesh: auto: {devices} devices divide no axis of the model (hidden {config.hidden}, heads {config.heads}, "
-            f"experts {config.experts}) nor rows of {sequence_length} tokens; another number of devices, such as a "
-            "power of two, may"
-        )
-    return {name: size for name, size in best.items() if size > 1} or {"fsdp": 1}
-
-
-def _divisions(devices: int) -> Iterator[dict[str, int]]:
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
-    for sizes in itertools.product(divisors, repeat=len(AXES)):
-        if math.prod(sizes) == devices:
-            yield dict(zip(AXES, sizes, strict=True))
+    divisions = (
+        dict(zip(MESH_AXES, sizes, strict=True))
+        for sizes in itertools.product(divisors, repeat=len(MESH_AXES))
+        if math.prod(sizes) == devices
+    )
+    for sizes in sorted(divisions, key=lambda sizes: [sizes[name] for name in COSTLY]):
+        if _fits(config, sizes, rows, sequence_length):
+            return {name: size for name, size in sizes.items() if size > 1} or {"fsdp": 1}
+    raise UserError(
+        f"mesh: auto: no division of {devices} devices fits {rows} rows of {sequence_length} tokens, {config.heads} "
+        f"heads and a width of {config.hidden}; a power of two of devices, or a batch of {devices} rows, may"
+    )
 
 
-def _fits(config: ModelConfig, sizes: Mapping[str, int], sequence_length: int) -> bool:
-    if (sequence_length % sizes["sequence"]) or (config.heads // sizes["tensor"]) % sizes["sequence"]:
-        return False
+def _fits(config: ModelConfig, sizes: Mapping[str, int], rows: int, sequence_length: int) -> bool:
     if sizes["expert"] > 1 and not config.experts:
-        return False
+        return False  # of a dense model it would cut no more than fsdp does
     try:
-        for spec in leaves(declare(config)).values():
-            sharding.partition_spec(spec, sizes)
+        check(config, sizes, rows, sequence_length)
     except UserError:
         return False
     return True
-
-
-def _cost(sizes: Mapping[str, int], rows: int) -> tuple[int, ...]:
-    """What is to be least, most important first."""
-    cut = math.prod(sizes[name] for name in sharding.batch_axes(sizes, rows))
-    repeated = math.prod(sizes.values()) // (cut * sizes["tensor"] * sizes["sequence"])
-    return repeated, sizes["tensor"], sizes["expert"], sizes["sequence"], sizes["data"]
