@@ -32,6 +32,7 @@ def merge(source: str | Path, destination: str | Path, options: MergeOptions, ru
     refuse_existing(destination)
     checkpoint = Checkpoint(source)
     adapter = PeftAdapter(options.adapter, checkpoint.config)
+    adapter.check_values(progress=True)
     changed = adapter.low_rank.keys() | adapter.whole.keys()
     by_unit = units(checkpoint.config)
 

@@ -74,6 +74,7 @@ def load_adapters(
     """
     source = PeftAdapter(directory, config)
     stacks = _stacks(source, config)
+    source.check_values(progress)
     targets = [stack.target for stack in stacks.values()]
     specs, places = lora.declare(config, targets), leaves(lora.shardings(config, targets, mesh, rules))
 

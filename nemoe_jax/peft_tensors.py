@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.checkpoint import TensorRef, units
+from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.peft_config import read_config
@@ -69,7 +70,7 @@ class PeftAdapter:
     """An adapter directory, matched against a model."""
 
     def __init__(self, directory: str | Path, model: ModelConfig):
-        """Reads the config and the header, finds each tensor's place, and checks the values.
+        """Reads the config and the header, and finds each tensor's place.
 
         Raises:
             UserError: not a LoRA adapter that can be merged, or tensors that do not fit the model; all are listed.
@@ -94,9 +95,17 @@ class PeftAdapter:
             self._problems.append("no tensors")
         if self._problems:
             raise UserError(f"{path}: {listed(self._problems)}")
-        for name in self.file.entries:
-            if not is_finite(self.file.view(name)):
-                raise UserError(f"{path}: {name}: NaN or infinite values")
+
+    def check_values(self, progress: bool = False) -> None:
+        """Reads all tensors.
+
+        Raises:
+            UserError: NaN or infinite values.
+        """
+        with progress_bar(visible=progress) as bar:
+            for name in bar.track(self.file.entries, description=f"checking {self.directory.name}"):
+                if not is_finite(self.file.view(name)):
+                    raise UserError(f"{self.file.path}: {name}: NaN or infinite values")
 
     def merged(self, key: str, weight: np.ndarray) -> np.ndarray:
         """The checkpoint tensor `key` with the adapter in it: W + scale B A in float32, cast to the model's dtype."""

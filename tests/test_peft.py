@@ -268,6 +268,13 @@ def test_bad_adapters(bases, tmp_path):
         UserError, match=r"wide/adapter_model.safetensors: LoRA target blocks/dense/attn/k: rank 21 is above 20"
     ):
         load_adapters(tmp_path / "wide", config)
+    write(tmp_path / "nan", linear("model.layers.0.self_attn.k_proj", 20, 24, value=np.nan))
+    with pytest.raises(UserError, match=r"nan/adapter_model.safetensors: .*k_proj.lora_A.weight: NaN or infinite"):
+        load_adapters(tmp_path / "nan", config)
+    write(tmp_path / "dropout", linear("model.layers.0.self_attn.k_proj", 20, 24), lora_dropout=1.0)
+    with pytest.raises(UserError, match=r"LoRA target blocks/dense/attn/k: dropout: wanted 0 to below 1, got 1.0"):
+        read_targets(tmp_path / "dropout", config)
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "file", "wide", "nan", "dropout"}
 
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(bases, tmp_path, monkeypatch):
