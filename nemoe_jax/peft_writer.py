@@ -31,7 +31,7 @@ from nemoe_jax.peft_config import CONFIG
 from nemoe_jax.peft_parts import Experts, Part, adapter_parts, module_of
 from nemoe_jax.peft_tensors import WEIGHTS
 from nemoe_jax.schema import Tree, leaves, unflatten
-from nemoe_jax.tensor_file import header_of
+from nemoe_jax.tensor_file import header_of, is_finite
 from nemoe_jax.writer import barrier, check_room, refuse_existing
 
 _PREFIX = "base_model.model."
@@ -57,7 +57,7 @@ def save_adapters(
         progress: show a progress bar on a terminal.
 
     Raises:
-        UserError: the directory exists or cannot be written, the disk has no room, or there is nothing to write.
+        UserError: the directory exists or cannot be written, the disk has no room, there is nothing to write, or NaN.
     """
     target = Path(directory)
     refuse_existing(target)
@@ -76,8 +76,11 @@ def save_adapters(
         for part in bar.track(parts, description=f"writing {target.name}"):
             for (name, shape), tensor in zip(part.shapes.items(), part.read(), strict=True):
                 assert tensor.shape == shape, f"{name}: wanted {shape}, got {tensor.shape}"
+                tensor = np.ascontiguousarray(tensor)
+                if not is_finite(tensor):  # in every process, so that all of them stop
+                    raise UserError(f"{target}: {name}: NaN or infinite values")
                 if file is not None:
-                    write_at(file, offsets[_PREFIX + name], np.ascontiguousarray(tensor))
+                    write_at(file, offsets[_PREFIX + name], tensor)
         if file is not None:
             (_partial(target) / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     barrier("adapters saved")

@@ -94,7 +94,9 @@ def test_peft_loads_what_is_saved(kind, targets, options, bases, tmp_path):
     assert read_targets(tmp_path / "adapter", config) == found
     # the shapes that are planned with are those that come
     assert jax.tree.structure(lora.abstract(config, found)) == jax.tree.structure(loaded)
-    assert_equal_trees(lora.merge(config, params, loaded), lora.merge(config, params, adapters), 1e-6)
+    merged = lora.merge(config, params, adapters)
+    assert_equal_trees(lora.merge(config, params, loaded), merged, 1e-6)
+    assert_equal_trees(merged_by(PeftAdapter(tmp_path / "adapter", config), config, params), merged, 1e-6)
     if not options:
         for path, adapter in schema.leaves(adapters).items():
             again = schema.leaves(loaded)[path]
@@ -280,6 +282,9 @@ def test_bad_adapters(bases, tmp_path):
 def test_nothing_is_left_of_a_file_that_cannot_be_written(bases, tmp_path, monkeypatch):
     _, config, _ = bases(mistral)
     adapters = trained(config, [Target("*/q", 3, 6.0)])
+    diverged = jax.tree.map(lambda x: x.at[1].set(jnp.nan), adapters)
+    with pytest.raises(UserError, match=r"adapter: model.layers.1.self_attn.q_proj.lora_A.weight: NaN or infinite"):
+        save_adapters(tmp_path / "adapter", config, diverged, base_model="base")
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
