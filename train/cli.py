@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic_core import PydanticUndefined
 
 from nemoe_jax.command import Command, add_distributed_flag, join_distributed, report
+from train import plan
 from train import recipe as recipes
 
 DESCRIPTION = """Trains a model as a recipe says: LoRA adapters, routers or every weight, on text and chats or against a
@@ -18,6 +19,7 @@ teacher, in one phase or several.
   nemoe-train show nano-repair            a recipe with all its defaults
   nemoe-train keys                        every key with its meaning
   nemoe-train run my.yaml steps=500 optimizer.learning_rate=1e-3
+  nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (no TPU wanted)
 """
 RECIPE_HELP = "a YAML file, or the name of a shipped recipe"
 OVERRIDES_HELP = "keys to set instead of the recipe's, dotted: data.batch_size=4 lora.0.rank=8"
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for parser in (run, show):
         parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    plan.add_to(command)
     command.add("recipes", _recipes, "list the recipes that come with the package")
     command.add("keys", _keys, "print every recipe key with its default and its meaning")
     return command.main(argv)
