@@ -6,14 +6,21 @@ row's true length (a right-padded prompt) are never seen and are overwritten as 
 B batch, T new tokens, S keys (cache slots), D embed, N heads, K kv heads, H head_dim.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 
+from nemoe_jax.attention_kernels import LONG, causal_attention
+from nemoe_jax.chunked_attention import CHUNK
 from nemoe_jax.config import ModelConfig
+from nemoe_jax.errors import UserError
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope
 from nemoe_jax.schema import Tree
+from nemoe_jax.sharding import batch_axes, sequence_axes
 
 
 class LayerCache(NamedTuple):
@@ -49,19 +56,71 @@ class Attention(SpecModule):
         if cache is not None and context.start_B is not None:
             cache = LayerCache(_write(cache.k, k, context.start_B), _write(cache.v, v, context.start_B))
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-        y_BTNH = attend(q, k, v, context, cached=cache is not None)
+            y_BTNH = attend_cached(q, k, v, context.positions_BT)
+        else:
+            y_BTNH = attend(q, k, v, context.segments_BT)
         return self.project("o", y_BTNH, adapters), cache
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cached: bool) -> jax.Array:
-    """Causal attention of (B, T, N, H) queries over (B, S, K, H) keys and values; softmax in float32."""
-    mask = None
-    if cached:
-        slots_S = jnp.arange(k.shape[1])
-        mask = (slots_S <= context.positions_BT[..., None])[:, None]
-    elif context.segments_BT is not None:
-        mask = (context.segments_BT[:, :, None] == context.segments_BT[:, None])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=not cached)
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Causal attention of (B, T, N, H) queries over (B, T, K, H) keys and values, over the ambient mesh.
+
+    Where the sequence is cut, two all-to-alls go from all heads of some tokens to some heads of all tokens, and back
+    (Jacobs et al., 2023, DeepSpeed Ulysses). Keys and values are repeated where there are fewer than devices.
+
+    Raises:
+        UserError: the mesh's tensor and sequence axes do not divide the heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return causal_attention(q, k, v, segments_BT)
+    rows, tokens = batch_axes(mesh.shape, q.shape[0]), sequence_axes(mesh.shape, q.shape[1])
+    tensor = ("tensor",) if mesh.shape.get("tensor", 1) > 1 else ()
+    parts = math.prod(mesh.shape[name] for name in (*tensor, *tokens))
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads % parts:
+        shape = " × ".join(f"{name} {mesh.shape[name]}" for name in (*tensor, *tokens))
+        raise UserError(f"attention: mesh {shape} does not divide {heads} heads")
+    group = heads // kv_heads
+    copies = next(copies for copies in range(1, group + 1) if group % copies == 0 and kv_heads * copies % parts == 0)
+    if copies > 1:
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+
+    def on_device(q, k, v, segments_BT):
+        if not tokens:
+            return causal_attention(q, k, v, segments_BT)
+        q, k, v = (lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
+        if segments_BT is not None:
+            segments_BT = lax.all_gather(segments_BT, "sequence", axis=1, tiled=True)
+        y = causal_attention(q, k, v, segments_BT)
+        return lax.all_to_all(y, "sequence", split_axis=1, concat_axis=2, tiled=True)
+
+    place = PartitionSpec(rows or None, tokens or None, tensor or None)
+    of_tokens = PartitionSpec(rows or None, tokens or None)
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(place, place, place, of_tokens), out_specs=place, check_vma=False
+    )(q, k, v, segments_BT)
+
+
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Attention of (B, T, N, H) queries over the (B, S, K, H) slots up to their positions."""
+
+    def some(queries: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, positions_BT = queries
+        mask = (jnp.arange(k.shape[1]) <= positions_BT[..., None])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    batch, length = positions_BT.shape
+    if length <= LONG:
+        return some((q, positions_BT))
+    # a long prompt in chunks, so that no more than a chunk's scores are kept
+    fill = -length % CHUNK
+    q_chunks, position_chunks = (
+        jnp.pad(x, ((0, 0), (0, fill), *[(0, 0)] * (x.ndim - 2))).reshape(batch, -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+        for x in (q, positions_BT)
+    )
+    y = lax.map(some, (q_chunks, position_chunks)).swapaxes(0, 1)
+    return y.reshape(batch, length + fill, *y.shape[3:])[:, :length]
 
 
 def _write(slots_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:

@@ -22,9 +22,9 @@ from jax.sharding import PartitionSpec
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.ffn import SwiGLU
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project
-from nemoe_jax.lora import Adapter, factors, keys_by_device
+from nemoe_jax.lora import factors, keys_by_device
 from nemoe_jax.schema import ParamSpec, Tree
-from nemoe_jax.sharding import batch_axes
+from nemoe_jax.sharding import axes_of, batch_axes, partition_spec, sequence_axes, used_spec
 
 
 class Routing(NamedTuple):
@@ -77,37 +77,62 @@ class MoE(SpecModule):
         if mesh.empty or mesh.size == 1:
             return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0)
         sizes = dict(mesh.shape)
-        batch = batch_axes(sizes, x_BTD.shape[0])
-        gathered = "expert" in batch  # the expert axis cuts the batch too: gather tokens, scatter sums
-
+        rows, tokens = batch_axes(sizes, x_BTD.shape[0]), sequence_axes(sizes, x_BTD.shape[1])
+        exchange = "expert" in rows  # the expert axis cuts the batch too: gather tokens, scatter sums
         # what one device computes is its own along these, and the same along the others
-        own = [name for name in sizes if name in (*batch, "expert", "tensor")]
+        own = [name for name in sizes if name in (*rows, *tokens, "expert", "tensor")]
+        stored, used = {}, {}
+        for name, spec in self.expert_specs:
+            stored[name], used[name] = _places(spec, sizes)
+        stored_adapters, used_adapters = {}, {}
+        for name, adapter in adapters.items():
+            a, b = (_places(factor, sizes) for factor in factors(dict(self.expert_specs)[name], adapter.a.shape[-1]))
+            key = None if adapter.key is None else PartitionSpec()
+            stored_adapters[name] = dataclasses.replace(adapter, a=a[0], b=b[0], key=key)
+            used_adapters[name] = dataclasses.replace(adapter, a=a[1], b=b[1], key=key)
 
         def on_device(x, weights, chosen, experts, adapters):
-            first, adapters = 0, keys_by_device(adapters, own)
+            experts = jax.tree.map(_gather, experts, stored, used)
+            adapters = keys_by_device(jax.tree.map(_gather, adapters, stored_adapters, used_adapters), own)
+            first = 0
             if sizes.get("expert", 1) > 1:
                 first = lax.axis_index("expert") * experts["gate"].shape[0]
-            if gathered:
+            if exchange:
                 x, weights, chosen = (
                     lax.all_gather(array, "expert", axis=0, tiled=True) for array in (x, weights, chosen)
                 )
             y = run_experts(x, weights, chosen, experts, adapters, first)
             if sizes.get("tensor", 1) > 1:
                 y = lax.psum(y, "tensor")
-            if gathered:
+            if exchange:
                 return lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
             return lax.psum(y, "expert") if sizes.get("expert", 1) > 1 else y
 
-        tokens = PartitionSpec(batch or None)
-        weight_specs = {name: _own_axes(spec.axes[1:], sizes) for name, spec in self.expert_specs}
-        adapter_specs = {name: _adapter_spec(dict(self.expert_specs)[name], adapters[name], sizes) for name in adapters}
+        of_tokens = PartitionSpec(rows or None, tokens or None)
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(tokens, tokens, tokens, weight_specs, adapter_specs),
-            out_specs=tokens,
+            in_specs=(of_tokens, of_tokens, of_tokens, stored, stored_adapters),
+            out_specs=of_tokens,
             check_vma=False,
         )(x_BTD, weights_BTC, chosen_BTC, experts, adapters)
+
+
+def _places(spec: ParamSpec, mesh_shape: dict[str, int]) -> tuple[PartitionSpec, PartitionSpec]:
+    """How one layer's part of an array lies (stored, while it is used)."""
+    stored = partition_spec(spec, mesh_shape)
+    return PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:])
+
+
+def _gather(array: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:
+    """Inside of a shard_map: the parts that other devices store of what this one uses."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    for axis, (cut, kept) in enumerate(zip(stored, used, strict=True)):
+        others = tuple(name for name in axes_of(cut) if name != kept)
+        if others:
+            array = lax.all_gather(array, others, axis=axis, tiled=True)
+    return array
 
 
 def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.Array | None) -> Routing:
@@ -129,18 +154,6 @@ def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.A
         z_loss=mean(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2),
         entropy=mean(-jnp.sum(probabilities_BTE * log_probabilities_BTE, axis=-1)),
     )
-
-
-def _own_axes(axes: tuple[str, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
-    """How the experts' weights lie while they are used: by expert and by neuron, whole along everything else."""
-    owner = {"experts": "expert", "expert_ffn": "tensor"}
-    return PartitionSpec(*(owner[axis] if owner.get(axis) in mesh_shape else None for axis in axes))
-
-
-def _adapter_spec(spec: ParamSpec, adapter: Adapter, mesh_shape: dict[str, int]) -> Adapter:
-    a, b = (_own_axes(factor.axes[1:], mesh_shape) for factor in factors(spec, adapter.a.shape[-1]))
-    key = None if adapter.key is None else PartitionSpec()
-    return dataclasses.replace(adapter, a=a, b=b, key=key)
 
 
 def run_experts(

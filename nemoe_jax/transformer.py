@@ -10,20 +10,24 @@ or in two parts, so that a loss can go through the vocabulary in chunks of token
 B batch, T sequence, D embed, V vocabulary, L layers, S cache slots, E experts, R rank.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from nemoe_jax.attention import Attention, Context, LayerCache
 from nemoe_jax.config import ModelConfig
+from nemoe_jax.embedding import look_up
 from nemoe_jax.ffn import SwiGLU
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm
+from nemoe_jax.lora import Adapter, factors
 from nemoe_jax.moe import MoE, Routing
-from nemoe_jax.schema import Tree, declare
-from nemoe_jax.sharding import constrain_batch
+from nemoe_jax.schema import ParamSpec, Tree, declare, leaves, map_with_path
+from nemoe_jax.sharding import constrain_tokens, gathered, partition_spec, used_spec
 
 
 class Cache(NamedTuple):
@@ -62,7 +66,7 @@ class Block(SpecModule):
         """The stream after attention, its normalised copy that the FFN reads (both (B, T, D)), and the cache."""
         normed = rms_norm(x_BTD, self.weight("attn_norm"), self.eps)
         y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
-        x_BTD = constrain_batch(x_BTD + y_BTD)
+        x_BTD = constrain_tokens(x_BTD + y_BTD)
         return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache
 
     def feed_forward(
@@ -79,7 +83,7 @@ class Block(SpecModule):
         """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
         x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
         y_BTD, routing = self.feed_forward(normed, adapters.get("ffn", NO_ADAPTERS), context.segments_BT)
-        return constrain_batch(x_BTD + y_BTD), cache, routing
+        return constrain_tokens(x_BTD + y_BTD), cache, routing
 
 
 class Transformer(SpecModule):
@@ -88,7 +92,7 @@ class Transformer(SpecModule):
     def __init__(self, config: ModelConfig):
         specs = declare(config)
         super().__init__(specs)
-        self.eps = config.norm_eps
+        self.config, self.eps = config, config.norm_eps
         self.blocks = nnx.Dict({kind: Block(config, block) for kind, block in specs["blocks"].items()})
 
     def __call__(
@@ -106,13 +110,16 @@ class Transformer(SpecModule):
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if start_B is None else start_B[:, None])
             positions = jnp.broadcast_to(positions, tokens_BT.shape)
         context = Context(positions, segments, start_B)
-        x_BTD = constrain_batch(self._embed(tokens_BT, adapters))
+        spec = declare(self.config)["embed"]
+        x_BTD = look_up(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
         caches: dict[str, LayerCache] = {}
         routings = []
         for kind, block in self.blocks.items():
             run_cache = None if cache is None else cache.blocks[kind]
             run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
-            x_BTD, run_cache, routing = _scan_run(block, x_BTD, context, run_cache, run_adapters, remat)
+            x_BTD, run_cache, routing = _scan_run(
+                block, declare(self.config)["blocks"][kind], x_BTD, context, run_cache, run_adapters, remat
+            )
             if run_cache is not None:
                 caches[kind] = run_cache
             if routing is not None:
@@ -126,29 +133,56 @@ class Transformer(SpecModule):
             routing = Routing(routing.load_E, *(statistic.mean() for statistic in routing[1:]))
         return Hidden(x_BTD, cache, routing)
 
-    def _embed(self, tokens_BT: jax.Array, adapters: Adapters) -> jax.Array:
-        x_BTD = self.weight("embed")[tokens_BT]
-        adapter = adapters.get("embed")
-        if adapter is not None:
-            x_BTD += (adapter.scale * adapter.a[tokens_BT] @ adapter.b).astype(x_BTD.dtype)
-        return x_BTD
-
 
 def _scan_run(
-    block: Block, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters, remat: bool
+    block: Block,
+    specs: Tree,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: LayerCache | None,
+    adapters: Adapters,
+    remat: bool,
 ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
     """A run of stacked layers, one after another: compiled once whatever their number."""
     graph, stacked = nnx.split(block)
 
     def layer(x_BTD, slice_of_run):
         weights, layer_cache, layer_adapters = slice_of_run
+        weights, layer_adapters = _gathered_layer(specs, weights, layer_adapters, x_BTD.dtype)
         x_BTD, layer_cache, routing = nnx.merge(graph, weights)(x_BTD, context, layer_cache, layer_adapters)
         return x_BTD, (layer_cache, routing)
 
     if remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
-    x_BTD, (cache, routing) = jax.lax.scan(layer, x_BTD, (stacked, cache, dict(adapters)))
+    x_BTD, (cache, routing) = jax.lax.scan(layer, x_BTD, (nnx.to_pure_dict(stacked), cache, dict(adapters)))
     return x_BTD, cache, routing
+
+
+def _gathered_layer(specs: Tree, weights: Tree, adapters: Tree, dtype: Any) -> tuple[Tree, Tree]:
+    """One layer's weights and adapters as they are used, but for the experts', which moe.py gathers.
+
+    Adapters are cast first: half of the bytes of the float32 that is trained go over the wires.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    of_path = leaves(specs)
+
+    def gather(spec: ParamSpec, array: jax.Array) -> jax.Array:
+        if mesh.empty or mesh.size == 1 or "experts" in spec.stacked or not spec.contracted:
+            return array
+        stored = partition_spec(spec, mesh.shape)
+        return gathered(array, PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:]))
+
+    def gather_adapter(path: str, adapter: Adapter) -> Adapter:
+        spec = of_path[path]
+        spec_a, spec_b = factors(spec, adapter.a.shape[-1])
+        cast = jnp.float32 if path == "ffn/router" else dtype
+        a, b = gather(spec_a, adapter.a.astype(cast)), gather(spec_b, adapter.b.astype(cast))
+        return dataclasses.replace(adapter, a=a, b=b)
+
+    return (
+        map_with_path(lambda path, array: gather(of_path[path], array), weights),
+        map_with_path(gather_adapter, adapters),
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,7 +1,11 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from nemoe_jax import lora, schema, sharding
 from nemoe_jax.config import preset
@@ -9,12 +13,15 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward
 from tests.conftest import MIXTRAL, NEKOMIND
 
-MESHES = [
-    {"fsdp": 8},
-    {"expert": 8},
-    {"fsdp": 2, "expert": 4},
-    {"data": 2, "expert": 2, "tensor": 2},
-    {"fsdp": 4, "tensor": 2},
+# 4 query heads to 2 key heads: with 4 devices to the heads, keys are repeated
+FOUR_HEADS = MIXTRAL.replace(heads=4, kv_heads=2)
+SHARED = NEKOMIND.replace(layers=2, dense_layers=1)
+CASES = [
+    (MIXTRAL, {"fsdp": 2, "expert": 4}),
+    (MIXTRAL, {"fsdp": 4, "sequence": 2}),
+    (FOUR_HEADS, {"expert": 2, "tensor": 2, "sequence": 2}),
+    (SHARED, {"data": 2, "fsdp": 2, "sequence": 2}),
+    (SHARED, {"expert": 4, "tensor": 2}),
 ]
 
 
@@ -41,59 +48,110 @@ def spec_of(path):
     return schema.leaves(schema.declare(preset("nemoe-12b-16e")))[path]
 
 
-def test_experts_lie_on_the_expert_axis_and_the_rest_on_fsdp_and_tensor():
-    place = sharding.partition_spec(spec_of("blocks/moe/ffn/gate"), {"fsdp": 2, "expert": 4, "tensor": 2})
-    assert place == jax.sharding.PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
-
-
-def test_all_else_is_cut_over_fsdp_and_expert_together():
-    place = sharding.partition_spec(spec_of("blocks/moe/attn/q"), {"fsdp": 2, "expert": 4, "tensor": 2})
-    assert place == jax.sharding.PartitionSpec(None, ("fsdp", "expert"), ("tensor",), None)
+@pytest.mark.parametrize(
+    ("path", "mesh", "place"),
+    [
+        # experts first, expert by expert; what no longer divides them, what they contract
+        ("blocks/moe/ffn/gate", {"fsdp": 2, "expert": 4, "tensor": 2}, (None, ("expert", "fsdp"), None, ("tensor",))),
+        ("blocks/moe/ffn/gate", {"fsdp": 16, "sequence": 4}, (None, ("fsdp",), ("sequence",), None)),
+        ("blocks/moe/ffn/down", {"fsdp": 16, "sequence": 4}, (None, ("fsdp",), ("sequence",), None)),
+        ("blocks/moe/ffn/down", {"fsdp": 64, "tensor": 2}, (None, None, ("tensor", "fsdp"), None)),
+        # the rest over fsdp, expert and sequence together
+        ("blocks/moe/attn/q", {"fsdp": 2, "expert": 4, "tensor": 2}, (None, ("expert", "fsdp"), ("tensor",), None)),
+        ("blocks/moe/attn/q", {"fsdp": 4, "sequence": 4}, (None, ("fsdp", "sequence"), None, None)),
+        ("blocks/moe/attn/o", {"fsdp": 4, "sequence": 4}, (None, ("fsdp", "sequence"), None, None)),
+        ("blocks/moe/attn/o", {"fsdp": 64}, (None, None, ("fsdp",), None)),
+        ("blocks/moe/attn/k", {"tensor": 16}, (None, None, None, ("tensor",))),
+        ("blocks/moe/ffn/router", {"expert": 4}, (None, ("expert",), None)),
+        ("blocks/moe/ffn_norm", {"fsdp": 4}, (None, None)),
+        ("embed", {"fsdp": 4, "tensor": 2, "sequence": 2}, (("tensor",), ("fsdp", "sequence"))),
+    ],
+)
+def test_where_weights_lie(path, mesh, place):
+    assert sharding.partition_spec(spec_of(path), mesh) == PartitionSpec(*place)
 
 
 def test_a_size_that_does_not_divide_is_named():
-    with pytest.raises(UserError, match=r"blocks/moe/ffn/gate: axis experts of size 16 does not divide .* of size 3"):
+    message = "blocks/moe/ffn/gate: mesh axis expert of size 3 does not divide axis experts of size 16"
+    with pytest.raises(UserError, match=message):
         sharding.partition_spec(spec_of("blocks/moe/ffn/gate"), {"expert": 3})
 
 
-def test_two_axes_on_one_mesh_axis_are_named():
-    rules = {"embed": ("fsdp",), "heads": ("fsdp",)}
-    with pytest.raises(UserError, match="blocks/moe/attn/q: axes embed and heads are both mapped to mesh axis fsdp"):
-        sharding.partition_spec(spec_of("blocks/moe/attn/q"), {"fsdp": 2}, rules)
-
-
 def test_a_rule_for_arrays_stacked_over_experts_wins():
-    rules = {"embed": ("fsdp",), "experts": ("expert", "fsdp"), "experts.embed": ()}
+    rules = {"embed": ("fsdp",), "experts": ("expert",), "experts.embed": ()}
     place = sharding.partition_spec(spec_of("blocks/moe/ffn/gate"), {"fsdp": 2, "expert": 4}, rules)
-    assert place == jax.sharding.PartitionSpec(None, ("expert", "fsdp"), None, None)
+    assert place == PartitionSpec(None, ("expert",), None, None)
 
 
-def objective(config, params, adapters, tokens):
-    output = forward(config, params, tokens, adapters=adapters)
+@pytest.mark.parametrize(
+    ("mesh", "batch", "length", "messages"),
+    [
+        ({"fsdp": 16}, 32, 8192, ()),
+        ({"fsdp": 4, "sequence": 4}, 4, 32768, ()),
+        ({"data": 2, "expert": 4, "tensor": 4, "sequence": 8}, 8, 131072, ()),
+        ({"fsdp": 16}, 4, 8192, ["mesh fsdp 16 does not divide batch of 4"]),
+        ({"data": 2, "fsdp": 4}, 4, 8192, ["mesh data 2 × fsdp 4 does not divide batch of 4"]),
+        ({"sequence": 8}, 1, 8190, ["mesh sequence 8 does not divide sequence_length of 8190"]),
+        ({"tensor": 4, "sequence": 16}, 1, 8192, ["mesh tensor 4 × sequence 16 does not divide heads of 32"]),
+        (
+            {"expert": 3, "tensor": 5},
+            3,
+            64,
+            ["mesh axis expert of size 3 does not divide", "mesh axis tensor of size 5 .*more weights", "divide heads"],
+        ),
+    ],
+)
+def test_every_impossible_axis_of_a_mesh_is_named(mesh, batch, length, messages):
+    config = preset("nemoe-12b-16e")
+    if not messages:
+        sharding.check(config, mesh, batch, length)
+        return
+    with pytest.raises(UserError, match=".*; .*".join(messages)) as caught:
+        sharding.check(config, mesh, batch, length)
+    assert "\n" not in str(caught.value)
+
+
+def objective(config, params, adapters, tokens, segments):
+    output = forward(config, params, tokens, adapters=adapters, segments=segments, remat=True)
     loss = jnp.mean(jax.nn.log_softmax(output.logits)[..., 5])
-    return loss + output.routing.balance_loss + output.routing.z_loss, output.logits
+    return loss + output.routing.balance_loss + output.routing.z_loss + output.routing.entropy, output.logits
 
 
-@pytest.mark.parametrize("config", [MIXTRAL, NEKOMIND], ids=["mixtral", "nekomind"])
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: ",".join(f"{k}={v}" for k, v in sizes.items()))
-def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
+def case(config):
     params = schema.initialise(config, jax.random.key(0))
     narrow = [lora.Target("*/shared_gate", 1, 2.0)] if config.shared_ffn else []
-    adapters = lora.initialise(config, [*narrow, lora.Target("*", 4, 8.0)], jax.random.key(1))
+    targets = [*narrow, lora.Target("*", 4, 8.0)]
+    adapters = lora.initialise(config, targets, jax.random.key(1))
     adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
-    tokens = jax.random.randint(jax.random.key(3), (8, 11), 0, config.vocab)
+    tokens = jax.random.randint(jax.random.key(3), (8, 12), 0, config.vocab)
+    segments = jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2, [1] * 12, [1] * 3 + [2] * 3 + [3] * 6, [1, 0] * 6] * 2)
 
-    def run(params, adapters, tokens):
-        return jax.value_and_grad(lambda p, a: objective(config, p, a, tokens), (0, 1), has_aux=True)(params, adapters)
+    def run(params, adapters, tokens, segments):
+        def loss(params, adapters):
+            return objective(config, params, adapters, tokens, segments)
 
-    (loss, logits), gradients = jax.jit(run)(params, adapters, tokens)
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, adapters)
+
+    return run, targets, params, adapters, tokens, segments
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    CASES,
+    ids=[f"{c.family},{','.join(f'{k}={v}' for k, v in sizes.items())}" for c, sizes in CASES],
+)
+def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
+    run, targets, params, adapters, tokens, segments = case(config)
+    (loss, logits), gradients = jax.jit(run)(params, adapters, tokens, segments)
     mesh = sharding.make_mesh(sizes)
     placed = jax.device_put(params, sharding.shardings(config, mesh))
+    placed_adapters = jax.device_put(adapters, lora.shardings(config, targets, mesh))
     with jax.set_mesh(mesh):
-        (mesh_loss, mesh_logits), mesh_gradients = jax.jit(run)(placed, adapters, tokens)
-        few = jax.jit(lambda p, t: forward(config, p, t, adapters=adapters).logits)(placed, tokens[:3])
+        (mesh_loss, mesh_logits), mesh_gradients = jax.jit(run)(placed, placed_adapters, tokens, segments)
+        few = jax.jit(lambda p, t: forward(config, p, t, adapters=adapters).logits)(placed, tokens[:3, :11])
     np.testing.assert_allclose(mesh_logits, logits, atol=2e-5)
-    np.testing.assert_allclose(few, logits[:3], atol=2e-5)  # a batch that no mesh axis divides
+    whole = forward(config, params, tokens[:3, :11], adapters=adapters).logits
+    np.testing.assert_allclose(few, whole, atol=2e-5)  # rows and tokens that no mesh axis divides
     np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
     for path, wanted in schema.leaves(gradients[0]).items():
         got = schema.leaves(mesh_gradients[0])[path]
@@ -103,3 +161,21 @@ def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
         mesh_gradients[1],
         gradients[1],
     )
+
+
+@pytest.mark.usefixtures("optimised")
+def test_what_goes_between_devices():
+    """Sequence parallelism exchanges heads for tokens; weights are gathered, and no activation is summed for them."""
+    config = MIXTRAL.replace(heads=8, kv_heads=2, layers=1)
+    run, targets, params, adapters, _, _ = case(config)
+    mesh = sharding.make_mesh({"fsdp": 2, "sequence": 4})
+    params = jax.device_put(params, sharding.shardings(config, mesh))
+    adapters = jax.device_put(adapters, lora.shardings(config, targets, mesh))
+    tokens = jnp.ones((8, 96), jnp.int32)  # so many that activations are larger than the weights
+    with jax.set_mesh(mesh):
+        text = jax.jit(lambda *arrays: run(*arrays)[1][1]).lower(params, adapters, tokens, tokens).compile().as_text()
+    assert text.count(" all-to-all(") >= 4
+    assert " all-gather(" in text
+    activation = 8 * 96 * config.hidden // 8
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]\S* all-reduce\(", text)]
+    assert max(sizes) < activation

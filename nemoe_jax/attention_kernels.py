@@ -1,0 +1,65 @@
+"""Causal attention on one device, by the best kernel that its platform has.
+
+- TPU: splash attention, JAX's own Pallas kernel, which keeps no scores and shares keys and values between the heads of
+  a group; where head_dim and length are multiples of its 128 lanes.
+- Elsewhere, and there too otherwise: XLA's plain attention while the scores are small, then `chunked_attention`.
+
+The platform is that of the ambient mesh, so that a program for a TPU slice can be compiled on a host that has none.
+
+B batch, T sequence, N heads, K kv heads, H head_dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from nemoe_jax.chunked_attention import chunked_attention
+
+LONG = 2048  # tokens above which the scores of all pairs are not kept
+_LANES = 128
+_BLOCKS = (1024, 512, 256, 128)  # tokens of a splash block: the largest that divides the length
+
+
+def causal_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
+) -> jax.Array:
+    """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
+    length, head_dim = q_BTNH.shape[1], q_BTNH.shape[3]
+    if _platform() == "tpu" and length % _LANES == 0 and head_dim % _LANES == 0:
+        return splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    if length > LONG:
+        return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True)
+
+
+def splash_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, interpret: bool = False
+) -> jax.Array:
+    """`causal_attention` by the Pallas kernel; `interpret` runs it on any platform, slowly."""
+    length, heads, head_dim = q_BTNH.shape[1:]
+    block = next(size for size in _BLOCKS if length % size == 0)
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
+        interpret=interpret,
+    )
+    scaled = (q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype)
+    of_rows = (x.swapaxes(1, 2) for x in (scaled, k_BTKH, v_BTKH))
+    if segments_BT is None:
+        y_BNTH = jax.vmap(kernel)(*of_rows)
+    else:
+        ids = splash_attention_kernel.SegmentIds(segments_BT, segments_BT)
+        y_BNTH = jax.vmap(functools.partial(kernel))(*of_rows, ids)
+    return y_BNTH.swapaxes(1, 2)
+
+
+def _platform() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
