@@ -3,6 +3,7 @@
 - TPU: splash attention, JAX's own Pallas kernel, which keeps no scores and shares keys and values between the heads of
   a group; where head_dim and length are multiples of its 128 lanes.
 - Elsewhere, and there too otherwise: XLA's plain attention while the scores are small, then `chunked_attention`.
+- On CPU not the plain attention but `stepped_attention`, which leaves out most of what the causal mask hides.
 
 The platform is that of the ambient mesh, so that a program for a TPU slice can be compiled on a host that has none.
 
@@ -31,8 +32,41 @@ def causal_attention(
         return splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if length > LONG:
         return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    if _platform() == "cpu":
+        return stepped_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True)
+
+
+def stepped_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, step: int = 0
+) -> jax.Array:
+    """`causal_attention` in steps along the queries, each over the keys up to its end; a group's heads share products.
+
+    Args:
+        step: queries of a step; by default an eighth of the length, and 128 at least.
+    """
+    batch, length, heads, width = q_BTNH.shape
+    kv_heads = k_BTKH.shape[2]
+    step = step or max(-(-length // 8), 128)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    tokens = jnp.arange(length)
+    steps = []
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        q = q_BTNH[:, start:end].reshape(batch, end - start, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+        flat = q.reshape(batch, kv_heads, -1, width)  # one large product for all heads that share keys
+        scores = jnp.einsum("bkqh,bksh->bkqs", flat, k_BKTH[:, :, :end], preferred_element_type=jnp.float32)
+        seen = tokens[start:end, None] >= tokens[:end]
+        if segments_BT is not None:
+            seen = (seen & (segments_BT[:, start:end, None] == segments_BT[:, None, :end]))[:, None, None]
+        scores = jnp.where(seen, scores.reshape(*q.shape[:-1], end) * width**-0.5, -jnp.inf)
+        largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - largest).reshape(*flat.shape[:-1], end)
+        part = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v_BKTH.dtype), v_BKTH[:, :, :end])
+        part = (part / weights.sum(-1, keepdims=True)).astype(q.dtype)
+        steps.append(part.reshape(q.shape).transpose(0, 3, 1, 2, 4).reshape(batch, end - start, heads, width))
+    return jnp.concatenate(steps, axis=1)
 
 
 def splash_attention(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nemoe_jax.attention import attend_cached
-from nemoe_jax.attention_kernels import splash_attention
+from nemoe_jax.attention_kernels import splash_attention, stepped_attention
 from nemoe_jax.chunked_attention import chunked_attention
 
 
@@ -48,6 +48,12 @@ def test_chunks_equal_the_full_square(packed):
     """45 tokens in chunks of 16: the last chunk is not full, and documents end anywhere."""
     q, k, v, segments = inputs(45)
     check(lambda *arrays: chunked_attention(*arrays, 16), q, k, v, segments if packed else None)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
+def test_steps_equal_the_full_square(packed):
+    q, k, v, segments = inputs(45)
+    check(lambda *arrays: stepped_attention(*arrays, 16), q, k, v, segments if packed else None)
 
 
 def test_chunks_of_keys_after_their_queries_are_not_visited():
