@@ -154,25 +154,28 @@ class Program:
 
     @functools.cached_property
     def collectives(self) -> list[Collective]:
-        """Every transfer. On TPU several fusions carry the same one on beside other work: it counts once."""
-        found: dict[tuple[str, str], Collective] = {}
+        """Every transfer. On TPU several fusions carry one on beside other work: it counts where it is started."""
+        transfers = []
         for name, instruction in self:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
-                loop = self._loops[name]
-                key = loop, instruction.attribute("channel_id") or instruction.name
-                waited_for = instruction.opcode.endswith("-start") or name in self._waited_for
-                asynchronous = waited_for or (key in found and found[key].asynchronous)
+            if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
+                transfers.append((name, instruction, (self._loops[name], instruction.attribute("channel_id"))))
+        started = {channel for name, _, channel in transfers if name in self._starting}
+        found = []
+        for name, instruction, channel in transfers:
+            starts = name in self._starting
+            if starts or channel not in started:
                 sent = sent_bytes(instruction, self.computations[name])
-                found[key] = Collective(kind, sent, self.times[loop], asynchronous)
-        return list(found.values())
+                beside = starts or instruction.opcode.endswith("-start")
+                kind = instruction.opcode.removesuffix("-start")
+                found.append(Collective(kind, sent, self.times[name], beside))
+        return found
 
     @functools.cached_property
-    def _waited_for(self) -> set[str]:
+    def _starting(self) -> set[str]:
         """Computations that begin a transfer which another instruction ends."""
-        started = (instruction.called for _, instruction in self if instruction.opcode == "async-start")
+        wrapped = (instruction.called for _, instruction in self if instruction.opcode == "async-start")
         fused = (name for name, instruction in self if 'target="AsyncCollectiveStart"' in instruction.attributes)
-        return {name for names in started for name in names} | set(fused)
+        return {name for names in wrapped for name in names} | set(fused)
 
 
 def parse(text: str) -> Program:
