@@ -26,6 +26,8 @@ from nemoe_jax.lora import factors, keys_by_device
 from nemoe_jax.schema import ParamSpec, Tree
 from nemoe_jax.sharding import axes_of, batch_axes, partition_spec, sequence_axes, used_spec
 
+AT_ONCE = 4096  # tokens whose rows are held at a time; more are computed part by part, and again for the gradient
+
 
 class Routing(NamedTuple):
     """What the router did, for losses and logs; of one layer, or stacked over layers."""
@@ -165,10 +167,43 @@ def run_experts(
     first: int | jax.Array,
 ) -> jax.Array:
     """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D)."""
+    top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
+    per_token = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k), chosen_BTC.reshape(-1, top_k) - first
+    parts = _parts(per_token[0].shape[0])
+    if parts == 1:
+        return _run_part(*per_token, experts, adapters).reshape(x_BTD.shape)
+    # gradients of the adapters are summed over the parts: in float32
+    adapters = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, adapters
+    )
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(part, number):
+        # masks of dropout differ between the parts
+        keyed = jax.tree.map(
+            lambda leaf: jax.random.fold_in(leaf, number) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf,
+            adapters,
+        )
+        return _run_part(*part, experts, keyed)
+
+    cut = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), per_token)
+    y = lax.scan(lambda _, xs: (None, run(*xs)), None, (cut, jnp.arange(parts)))[1]
+    return y.reshape(x_BTD.shape)
+
+
+def _parts(tokens: int) -> int:
+    """In how many equal parts tokens are computed one after another: of `AT_ONCE` at most, where that divides them."""
+    fewest = -(-tokens // AT_ONCE)
+    return next((parts for parts in range(fewest, 2 * fewest) if tokens % parts == 0), 1)
+
+
+def _run_part(
+    x_TD: jax.Array, weights_TC: jax.Array, local_TC: jax.Array, experts: Tree, adapters: Adapters
+) -> jax.Array:
+    """`run_experts` for tokens whose choices count from the first held expert."""
     held = experts["gate"].shape[0]
-    top_k = chosen_BTC.shape[-1]
-    x_TD, weights_TC = x_BTD.reshape(-1, x_BTD.shape[-1]), weights_BTC.reshape(-1, top_k)
-    local_R = chosen_BTC.reshape(-1) - first
+    top_k = local_TC.shape[-1]
+    local_R = local_TC.reshape(-1)
     local_R = jnp.where((local_R >= 0) & (local_R < held), local_R, held)  # other devices' rows are sorted last
     order_R = jnp.argsort(local_R)
     sizes_E = jnp.bincount(local_R, length=held + 1)[:held].astype(jnp.int32)
@@ -182,7 +217,7 @@ def run_experts(
     x_RD = _dispatch(x_TD, token_R, place_TC, rows)
     hidden_RF = jax.nn.silu(project_rows("gate", x_RD)) * project_rows("up", x_RD)
     y_RD = project_rows("down", hidden_RF * weights_TC.reshape(-1)[order_R][:, None])
-    return _combine(y_RD, token_R, place_TC, rows).reshape(x_BTD.shape)
+    return _combine(y_RD, token_R, place_TC, rows)
 
 
 @jax.custom_vjp

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nemoe_jax import schema
+from nemoe_jax import moe, schema
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.grouped_matmul import tile_rows
 from nemoe_jax.moe import MoE
@@ -57,7 +57,9 @@ def test_equals_one_token_at_a_time(config):
     assert float(routing.load_E.sum()) == pytest.approx(1)
 
 
-def test_gradients_equal_those_of_a_mixture_computed_in_full():
+@pytest.mark.parametrize("at_once", [4096, 5], ids=["all tokens at once", "in six parts"])
+def test_gradients_equal_those_of_a_mixture_computed_in_full(at_once, monkeypatch):
+    monkeypatch.setattr(moe, "AT_ONCE", at_once)
     layer, weights = layer_of(MIXTRAL)
     x = jax.random.normal(jax.random.key(1), (2, 9, MIXTRAL.hidden))
 
