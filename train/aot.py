@@ -227,15 +227,21 @@ def measure(step: Step, compiled: Any) -> dict[str, Any]:
         "program": analysis.generated_code_size_in_bytes,
     }
     memory["total"] = sum(memory.values())
-    try:
-        program = hlo.parse(compiled.as_text())
-    except jax.errors.JaxRuntimeError:
-        program = None
+    text = text_of(compiled)
+    program = hlo.parse(text) if text else None
     return {
         "memory": memory,
         "collectives": _collectives(program) if program else None,
         "flops": _all_flops(step, program) if program else model_flops(step),
     }
+
+
+def text_of(compiled: Any) -> str | None:
+    """The program's text; None where libtpu refuses it, as it does for some programs of large chips."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _collectives(program: hlo.Program) -> dict[str, dict[str, int]]:

@@ -117,8 +117,17 @@ def plan(
             dataclasses.asdict(change) for change in advise(step, figures["memory"], figures["limit"])
         ]
     if hlo_file and "compile_seconds" in figures:
-        hlo_file.write_text(compiled.as_text(), "utf-8")
+        _write(hlo_file, aot.text_of(compiled))
     return figures
+
+
+def _write(path: Path, text: str | None) -> None:
+    if text is None:
+        raise UserError(f"--hlo: {path}: libtpu does not give the text of this program")
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"--hlo: {path}: {error.strerror}") from error
 
 
 @dataclasses.dataclass(frozen=True)
