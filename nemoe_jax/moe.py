@@ -168,10 +168,11 @@ def run_experts(
 ) -> jax.Array:
     """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D)."""
     top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
-    per_token = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k), chosen_BTC.reshape(-1, top_k) - first
-    parts = _parts(per_token[0].shape[0])
+    x_TD, weights_TC = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k)
+    local_TC = chosen_BTC.reshape(-1, top_k) - first
+    parts = _parts(x_TD.shape[0])
     if parts == 1:
-        return _run_part(*per_token, experts, adapters).reshape(x_BTD.shape)
+        return _run_part(x_TD, weights_TC, local_TC, experts, adapters).reshape(x_BTD.shape)
     # gradients of the adapters are summed over the parts: in float32
     adapters = jax.tree.map(
         lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, adapters
@@ -179,16 +180,21 @@ def run_experts(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def run(part, number):
-        # masks of dropout differ between the parts
-        keyed = jax.tree.map(
-            lambda leaf: jax.random.fold_in(leaf, number) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf,
-            adapters,
-        )
-        return _run_part(*part, experts, keyed)
+        x_TD, weights_TC, local_TC = part
+        return _run_part(x_TD, weights_TC, local_TC, experts, _keyed(adapters, number))
 
-    cut = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), per_token)
+    cut = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (x_TD, weights_TC, local_TC))
     y = lax.scan(lambda _, xs: (None, run(*xs)), None, (cut, jnp.arange(parts)))[1]
     return y.reshape(x_BTD.shape)
+
+
+def _keyed(adapters: Adapters, number: jax.Array) -> Adapters:
+    """The adapters with dropout masks that differ between the parts."""
+
+    def fold_in(leaf: jax.Array) -> jax.Array:
+        return jax.random.fold_in(leaf, number) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return jax.tree.map(fold_in, adapters)
 
 
 def _parts(tokens: int) -> int:
