@@ -49,6 +49,7 @@ def stepped_attention(
     batch, length, heads, width = q_BTNH.shape
     kv_heads = k_BTKH.shape[2]
     step = step or max(-(-length // 8), 128)
+    q_BTNH = _scaled(q_BTNH)
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
     tokens = jnp.arange(length)
     steps = []
@@ -60,7 +61,7 @@ def stepped_attention(
         seen = tokens[start:end, None] >= tokens[:end]
         if segments_BT is not None:
             seen = (seen & (segments_BT[:, start:end, None] == segments_BT[:, None, :end]))[:, None, None]
-        scores = jnp.where(seen, scores.reshape(*q.shape[:-1], end) * width**-0.5, -jnp.inf)
+        scores = jnp.where(seen, scores.reshape(*q.shape[:-1], end), -jnp.inf)
         largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - largest).reshape(*flat.shape[:-1], end)
         part = jnp.einsum("bkqs,bksh->bkqh", weights.astype(v_BKTH.dtype), v_BKTH[:, :, :end])
@@ -73,7 +74,7 @@ def splash_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, interpret: bool = False
 ) -> jax.Array:
     """`causal_attention` by the Pallas kernel; `interpret` runs it on any platform, slowly."""
-    length, heads, head_dim = q_BTNH.shape[1:]
+    length, heads = q_BTNH.shape[1:3]
     block = next(size for size in _BLOCKS if length % size == 0)
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads),
@@ -84,14 +85,18 @@ def splash_attention(
         ),
         interpret=interpret,
     )
-    scaled = (q_BTNH.astype(jnp.float32) * head_dim**-0.5).astype(q_BTNH.dtype)
-    of_rows = (x.swapaxes(1, 2) for x in (scaled, k_BTKH, v_BTKH))
+    of_rows = (x.swapaxes(1, 2) for x in (_scaled(q_BTNH), k_BTKH, v_BTKH))
     if segments_BT is None:
         y_BNTH = jax.vmap(kernel)(*of_rows)
     else:
         ids = splash_attention_kernel.SegmentIds(segments_BT, segments_BT)
         y_BNTH = jax.vmap(functools.partial(kernel))(*of_rows, ids)
     return y_BNTH.swapaxes(1, 2)
+
+
+def _scaled(q_BTNH: jax.Array) -> jax.Array:
+    """Queries times H^-1/2: a pass over them is cheaper than one over the scores."""
+    return (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5).astype(q_BTNH.dtype)
 
 
 def _platform() -> str:
