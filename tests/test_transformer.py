@@ -1,8 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nemoe_jax import lora, schema
+from nemoe_jax.config import ModelConfig
 from nemoe_jax.transformer import empty_cache, forward, hidden, logits
 
 
@@ -84,3 +86,28 @@ def test_rematerialisation_changes_no_gradient(config):
         return jax.jit(jax.grad(loss))(params)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient(True), gradient(False))
+
+
+# in the proportions of a 12B model
+WIDE = ModelConfig(
+    family="mistral", hidden=80, layers=2, heads=4, kv_heads=1, head_dim=16, ffn=224, vocab=64, context=64
+)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_the_gradient_of_adapters_computes_little_more_than_it_must():
+    """With rematerialisation: forward, the gradients of the activations, and forward again without the last product of
+    each layer; and no gradient of a frozen weight. XLA counts one layer of each loop."""
+    params = schema.initialise(WIDE, jax.random.key(0))
+    adapters = lora.initialise(WIDE, [lora.Target("blocks/*", 1, 2.0)], jax.random.key(1))
+    tokens = jnp.zeros((4, 32), jnp.int32)
+
+    def loss(adapters, params):
+        return jnp.sum(hidden(WIDE, params, tokens, adapters=adapters, remat=True).x_BTD)
+
+    counted = jax.jit(jax.grad(loss)).lower(adapters, params).compile().cost_analysis()["flops"]
+    weights = sum(array[0].size for array in jax.tree.leaves(params["blocks"]) if array.ndim > 2)
+    rank_1 = sum(array[0].size for array in jax.tree.leaves(adapters))
+    scores = 2 * WIDE.heads * WIDE.head_dim * 32  # products of a token with all keys, and with all values
+    model = 2 * tokens.size * (2 * weights + 3 * rank_1 + 3 * scores)
+    assert 1.1 * model < counted < 1.45 * model
