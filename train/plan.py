@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from nemoe_jax.command import Command
 from nemoe_jax.errors import UserError
 from train import recipe as recipes
@@ -32,12 +34,8 @@ ENVIRONMENT = {  # read when JAX and libtpu load
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-SPREAD = (
-    "frozen weights",
-    "trained weights",
-    "optimizer state",
-    "teacher",
-)  # cut over all devices but for data's copies
+# cut over all devices, but for data's copies
+SPREAD = ("frozen weights", "trained weights", "optimizer state", "teacher")
 
 
 def add_to(command: Command) -> None:
@@ -47,7 +45,8 @@ def add_to(command: Command) -> None:
         _plan,
         "compile a recipe's step for a TPU slice, without a TPU, and say whether it fits",
         "Bytes per device by kind against the chip's limit, transfers between devices, FLOPs. No weights are wanted:\n"
-        "model and distill.teacher may be names of presets (nemoe inspect NAME shows one) instead of directories.\n"
+        "model and distill.teacher may be names of presets (nemoe inspect NAME shows one) instead of directories. The\n"
+        "mesh is the recipe's, or auto where it has none, as is written in train/mesh.py.\n\n"
         "Exit status 3 where it does not fit, with what to change. Wants libtpu: pip install 'nemoe-jax[tpu]'.\n\n"
         "  nemoe-train plan nemoe-12b-16e-repair model=nemoe-12b-16e distill.teacher=mistral-nemo-12b \\\n"
         "      --topology v5e:4x4",
@@ -104,7 +103,8 @@ def plan(
         "limit": aot.memory_limit(devices[0]),
     }
     try:
-        compiled, seconds = aot.compile_step(step)
+        with Console(stderr=True).status(f"compiling for {len(devices)} × {devices[0].device_kind}: a minute or more"):
+            compiled, seconds = aot.compile_step(step)
         figures |= aot.measure(step, compiled) | {"compile_seconds": round(seconds, 1)}
     except aot.OutOfMemory as error:
         arguments = step.bytes_by_kind()
