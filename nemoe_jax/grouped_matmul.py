@@ -10,6 +10,7 @@ R rows, D inputs, F outputs, E experts, K rank of the adapters, M rows of a tile
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,46 +44,60 @@ def _backward(residuals, dy_RF):
 grouped_matmul.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_lora(
-    x_RD: jax.Array, w_EDF: jax.Array, a_EDK: jax.Array, b_EKF: jax.Array, sizes_E: jax.Array, scale: float
-) -> jax.Array:
-    """`grouped_matmul(x, w) + scale · grouped_matmul(grouped_matmul(x, a), b)`; w, a and b are cast to x's dtype.
+class Adapted(NamedTuple):
+    """The experts' weights with their adapters: x @ w + scale · (x @ a) @ b."""
+
+    w_EDF: jax.Array
+    a_EDK: jax.Array
+    b_EKF: jax.Array
+    scale: float
+
+
+def grouped_lora(x_RD: jax.Array, maps: tuple[Adapted, ...], sizes_E: jax.Array) -> tuple[jax.Array, ...]:
+    """What each of the maps makes of the same rows: (R, F) in x's dtype, as `grouped_matmul` would product by product.
 
     One pass over the rows on CPU. Differentiable in x, w, a and b; the gradient of w vanishes as above.
     """
-    return _lora_forward(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale)[0]
+    scales = tuple(one.scale for one in maps)
+    return _lora(x_RD, tuple((one.w_EDF, one.a_EDK, one.b_EKF) for one in maps), sizes_E, scales)
 
 
-def _lora_forward(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale):
-    weights = (array.astype(x_RD.dtype) for array in (w_EDF, a_EDK, b_EKF))
-    y_RF, low_RK = lax.platform_dependent(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _lora(x_RD, maps, sizes_E, scales):
+    return _lora_forward(x_RD, maps, sizes_E, scales)[0]
+
+
+def _lora_forward(x_RD, maps, sizes_E, scales):
+    ys, lows = lax.platform_dependent(
         x_RD,
-        *weights,
+        _cast(maps, x_RD.dtype),
         sizes_E,
-        cpu=functools.partial(_tiled_lora, scale=scale),
-        default=functools.partial(_ragged_lora, scale=scale),
+        cpu=functools.partial(_tiled_lora, scales=scales),
+        default=functools.partial(_ragged_lora, scales=scales),
     )
-    return y_RF, (x_RD, low_RK, w_EDF, a_EDK, b_EKF, sizes_E)
+    return ys, (x_RD, lows, maps, sizes_E)
 
 
-def _lora_backward(scale, residuals, dy_RF):
-    x_RD, low_RK, w_EDF, a_EDK, b_EKF, sizes_E = residuals
-    weights = (array.astype(x_RD.dtype) for array in (w_EDF, a_EDK, b_EKF))
-    dx_RD, da_EDK, db_EKF = lax.platform_dependent(
+def _lora_backward(scales, residuals, dys):
+    x_RD, lows, maps, sizes_E = residuals
+    dx_RD, factors = lax.platform_dependent(
         x_RD,
-        low_RK,
-        dy_RF.astype(x_RD.dtype),
-        *weights,
+        lows,
+        _cast(dys, x_RD.dtype),
+        _cast(maps, x_RD.dtype),
         sizes_E,
-        cpu=functools.partial(_tiled_lora_gradients, scale=scale),
-        default=functools.partial(_ragged_lora_gradients, scale=scale),
+        cpu=functools.partial(_tiled_lora_gradients, scales=scales),
+        default=functools.partial(_ragged_lora_gradients, scales=scales),
     )
-    dw_EDF = _outer(x_RD, dy_RF, sizes_E).astype(w_EDF.dtype)
-    return dx_RD, dw_EDF, da_EDK.astype(a_EDK.dtype), db_EKF.astype(b_EKF.dtype), None
+    gradients = tuple((_outer(x_RD, dy_RF, sizes_E), *ab) for dy_RF, ab in zip(dys, factors, strict=True))
+    return dx_RD, jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), gradients, maps), None
 
 
-grouped_lora.defvjp(_lora_forward, _lora_backward)
+_lora.defvjp(_lora_forward, _lora_backward)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda array: array.astype(dtype), tree)
 
 
 def _outer(x_RD, dy_RF, sizes_E):
@@ -105,15 +120,21 @@ def _ragged_outer(x_RD, dy_RF, sizes_E):
     return lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=jnp.float32)
 
 
-def _ragged_lora(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale):
-    low_RK = _ragged_matmul(x_RD, a_EDK, sizes_E)
-    return _ragged_matmul(x_RD, w_EDF, sizes_E) + scale * _ragged_matmul(low_RK, b_EKF, sizes_E), low_RK
+def _ragged_lora(x_RD, maps, sizes_E, scales):
+    ys, lows = [], []
+    for (w_EDF, a_EDK, b_EKF), scale in zip(maps, scales, strict=True):
+        lows.append(_ragged_matmul(x_RD, a_EDK, sizes_E))
+        ys.append(_ragged_matmul(x_RD, w_EDF, sizes_E) + scale * _ragged_matmul(lows[-1], b_EKF, sizes_E))
+    return tuple(ys), tuple(lows)
 
 
-def _ragged_lora_gradients(x_RD, low_RK, dy_RF, w_EDF, a_EDK, b_EKF, sizes_E, scale):
-    dlow_RK = scale * _ragged_matmul_transposed(dy_RF, b_EKF, sizes_E)
-    dx_RD = _ragged_matmul_transposed(dy_RF, w_EDF, sizes_E) + _ragged_matmul_transposed(dlow_RK, a_EDK, sizes_E)
-    return dx_RD, _ragged_outer(x_RD, dlow_RK, sizes_E), scale * _ragged_outer(low_RK, dy_RF, sizes_E)
+def _ragged_lora_gradients(x_RD, lows, dys, maps, sizes_E, scales):
+    parts, factors = [], []
+    for (w_EDF, a_EDK, b_EKF), scale, low_RK, dy_RF in zip(maps, scales, lows, dys, strict=True):
+        dlow_RK = scale * _ragged_matmul_transposed(dy_RF, b_EKF, sizes_E)
+        parts += [_ragged_matmul_transposed(dy_RF, w_EDF, sizes_E), _ragged_matmul_transposed(dlow_RK, a_EDK, sizes_E)]
+        factors.append((_ragged_outer(x_RD, dlow_RK, sizes_E), scale * _ragged_outer(low_RK, dy_RF, sizes_E)))
+    return functools.reduce(jnp.add, parts), tuple(factors)
 
 
 class Tile(NamedTuple):
@@ -215,47 +236,53 @@ def _tiled_outer(x_RD, dy_RF, sizes_E):
     return for_each_tile(sizes_E, len(x_RD), lambda expert: None, work, dw_EDF)
 
 
-def _tiled_lora(x_RD, w_EDF, a_EDK, b_EKF, sizes_E, scale):
-    outputs = w_EDF.shape[2]
+def _beside(maps: Any, expert: jax.Array) -> jax.Array:
+    """An expert's weights and first factors side by side, (D, F + … + K + …), for one product instead of several.
 
+    The copy takes the place of that which picks the expert's weights anyway.
+    """
+    columns = [*(w_EDF for w_EDF, _, _ in maps), *(a_EDK for _, a_EDK, _ in maps)]
+    return jnp.concatenate([_pick(array, expert) for array in columns], axis=1)
+
+
+def _tiled_lora(x_RD, maps, sizes_E, scales):
     def prepare(expert):
-        # x meets w and a in one product; the copy takes the place of that which picks the expert's weights anyway
-        return jnp.concatenate([_pick(w_EDF, expert), _pick(a_EDK, expert)], axis=1), _pick(b_EKF, expert)
+        return _beside(maps, expert), [_pick(b_EKF, expert) for _, _, b_EKF in maps]
 
     def work(tile, weights, carry):
-        (wa, b_KF), (y_RF, low_RK) = weights, carry
-        both = _dot(tile.read(x_RD), wa)
-        low_MK = both[:, outputs:].astype(x_RD.dtype)
-        y_MF = both[:, :outputs] + scale * _dot(low_MK, b_KF)
-        return tile.write(y_RF, y_MF), tile.write(low_RK, low_MK)
+        (wa, bs), (ys, lows) = weights, carry
+        parts = jnp.split(_dot(tile.read(x_RD), wa), cuts, axis=1)
+        lows_MK = [part.astype(x_RD.dtype) for part in parts[len(maps) :]]
+        ys_MF = [y + scale * _dot(low, b) for y, scale, low, b in zip(parts, scales, lows_MK, bs, strict=False)]
+        return tuple(map(tile.write, ys, ys_MF)), tuple(map(tile.write, lows, lows_MK))
 
-    rows = len(x_RD)
-    carry = jnp.zeros((rows, outputs), x_RD.dtype), jnp.zeros((rows, a_EDK.shape[2]), x_RD.dtype)
-    return for_each_tile(sizes_E, rows, prepare, work, carry)
+    widths = [*(w_EDF.shape[2] for w_EDF, _, _ in maps), *(a_EDK.shape[2] for _, a_EDK, _ in maps)]
+    cuts = list(itertools.accumulate(widths))[:-1]
+    ys = tuple(jnp.zeros((len(x_RD), w_EDF.shape[2]), x_RD.dtype) for w_EDF, _, _ in maps)
+    lows = tuple(jnp.zeros((len(x_RD), a_EDK.shape[2]), x_RD.dtype) for _, a_EDK, _ in maps)
+    return for_each_tile(sizes_E, len(x_RD), prepare, work, (ys, lows))
 
 
-def _tiled_lora_gradients(x_RD, low_RK, dy_RF, w_EDF, a_EDK, b_EKF, sizes_E, scale):
-    inputs = w_EDF.shape[1]
-
+def _tiled_lora_gradients(x_RD, lows, dys, maps, sizes_E, scales):
     def prepare(expert):
-        return jnp.concatenate([_pick(w_EDF, expert), _pick(b_EKF, expert)], axis=0), _pick(a_EDK, expert)
+        return _beside(maps, expert), [_pick(b_EKF, expert) for _, _, b_EKF in maps]
 
     def work(tile, weights, carry):
-        (wb, a_DK), (dx_RD, da_EKD, db_EKF) = weights, carry
-        dy_MF = tile.read(dy_RF)
-        both = _dot(dy_MF, wb, (1, 1))
-        dlow_MK = (scale * both[:, inputs:]).astype(dy_MF.dtype)
-        dx_MD = both[:, :inputs] + _dot(dlow_MK, a_DK, (1, 1))
-        return (
-            tile.write(dx_RD, dx_MD),
-            tile.add(da_EKD, _dot(tile.own(dlow_MK), tile.read(x_RD), (0, 0))),
-            tile.add(db_EKF, scale * _dot(tile.own(tile.read(low_RK)), dy_MF, (0, 0))),
-        )
+        (wa, bs), (dx_RD, das, dbs) = weights, carry
+        x_MD, dys_MF = tile.read(x_RD), [tile.read(dy_RF) for dy_RF in dys]
+        dlows_MK = [
+            (scale * _dot(dy, b, (1, 1))).astype(x_RD.dtype) for scale, dy, b in zip(scales, dys_MF, bs, strict=True)
+        ]
+        dx_MD = _dot(jnp.concatenate([*dys_MF, *dlows_MK], axis=1), wa, (1, 1))
+        das = [tile.add(da_EKD, _dot(tile.own(dlow), x_MD, (0, 0))) for da_EKD, dlow in zip(das, dlows_MK, strict=True)]
+        dbs = [
+            tile.add(db_EKF, scale * _dot(tile.own(tile.read(low_RK)), dy, (0, 0)))
+            for db_EKF, scale, low_RK, dy in zip(dbs, scales, lows, dys_MF, strict=True)
+        ]
+        return tile.write(dx_RD, dx_MD), das, dbs
 
     # a's gradient is summed transposed: a product that is wide rather than tall is twice as fast
-    experts, rank = a_EDK.shape[0], a_EDK.shape[2]
-    sums = jnp.zeros((experts, rank, inputs), jnp.float32), jnp.zeros(b_EKF.shape, jnp.float32)
-    dx_RD, da_EKD, db_EKF = for_each_tile(
-        sizes_E, len(x_RD), prepare, work, (jnp.zeros((len(x_RD), inputs), x_RD.dtype), *sums)
-    )
-    return dx_RD, da_EKD.swapaxes(1, 2), db_EKF
+    das = [jnp.zeros((a_EDK.shape[0], *a_EDK.shape[:0:-1]), jnp.float32) for _, a_EDK, _ in maps]
+    dbs = [jnp.zeros(b_EKF.shape, jnp.float32) for _, _, b_EKF in maps]
+    dx_RD, das, dbs = for_each_tile(sizes_E, len(x_RD), prepare, work, (jnp.zeros_like(x_RD), das, dbs))
+    return dx_RD, tuple((da_EKD.swapaxes(1, 2), db_EKF) for da_EKD, db_EKF in zip(das, dbs, strict=True))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nemoe_jax.grouped_matmul import grouped_lora, grouped_matmul
+from nemoe_jax.grouped_matmul import grouped_matmul
 from nemoe_jax.lora import Adapter, dropped
 from nemoe_jax.schema import ParamSpec, Tree
 
@@ -50,8 +50,6 @@ def project(
     x: jax.Array, weight: jax.Array, inputs: int, adapter: Adapter | None, group_sizes: jax.Array | None = None
 ) -> jax.Array:
     """`SpecModule.project` on a bare array whose first `inputs` axes (after that of the experts) are contracted."""
-    if adapter is not None and adapter.key is None and group_sizes is not None:
-        return grouped_lora(x, weight, adapter.a, adapter.b, group_sizes, adapter.scale)
     y = _contract(x, weight, inputs, group_sizes)
     if adapter is None:
         return y

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.ffn import SwiGLU
+from nemoe_jax.grouped_matmul import Adapted, grouped_lora
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project
 from nemoe_jax.lora import factors, keys_by_device
 from nemoe_jax.schema import ParamSpec, Tree
@@ -217,12 +218,18 @@ def _run_part(
     place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
     token_R = order_R // top_k
 
-    def project_rows(name, rows_R):
-        return project(rows_R, experts[name], 1, adapters.get(name), sizes_E)
+    def project_rows(rows_R, *names):
+        own = [adapters[name] for name in names if name in adapters]
+        if len(own) == len(names) and all(adapter.key is None for adapter in own):
+            maps = zip(names, own, strict=True)
+            adapted = tuple(Adapted(experts[name], one.a, one.b, one.scale) for name, one in maps)
+            return grouped_lora(rows_R, adapted, sizes_E)
+        return tuple(project(rows_R, experts[name], 1, adapters.get(name), sizes_E) for name in names)
 
     x_RD = _dispatch(x_TD, token_R, place_TC, rows)
-    hidden_RF = jax.nn.silu(project_rows("gate", x_RD)) * project_rows("up", x_RD)
-    y_RD = project_rows("down", hidden_RF * weights_TC.reshape(-1)[order_R][:, None])
+    gate_RF, up_RF = project_rows(x_RD, "gate", "up")
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF
+    (y_RD,) = project_rows(hidden_RF * weights_TC.reshape(-1)[order_R][:, None], "down")
     return _combine(y_RD, token_R, place_TC, rows)
 
 

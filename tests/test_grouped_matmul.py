@@ -96,36 +96,55 @@ def test_tiles_hold_every_row_of_its_own_expert_once(name):
     np.testing.assert_array_equal(seen_RE, wanted_RE)
 
 
+SCALES = 1.5, 0.7
+
+
 @jax.jit
-def cpu_lora(sizes, dy, *arrays):
-    """The product, and the gradients of x, w, a and b."""
-    y, pull = jax.vjp(lambda *arrays: module.grouped_lora(*arrays, sizes, 1.5), *arrays)
-    return y, pull(dy)
+def cpu_lora(sizes, dys, x, maps):
+    """The products, and the gradients of x and of each (w, a, b)."""
+
+    def products(x, maps):
+        return module.grouped_lora(
+            x, tuple(module.Adapted(*one, scale) for one, scale in zip(maps, SCALES, strict=True)), sizes
+        )
+
+    ys, pull = jax.vjp(products, x, maps)
+    return ys, pull(dys)
 
 
 @pytest.mark.parametrize("name", GROUPS)
 @pytest.mark.parametrize("backend", ["cpu", "others"])
 def test_adapters_and_all_gradients_equal_the_oracle(name, backend):
+    """Two maps of the same rows, with adapters of rank 3 and 2."""
     x, w, sizes, used = problem(name)
     random = np.random.default_rng(2)
-    a, b = (jnp.asarray(random.normal(size=(len(sizes), *shape)), jnp.float32) for shape in ((13, 3), (3, 9)))
-    dy = jnp.asarray(random.normal(size=(len(x), 9)), jnp.float32)
-    experts = jnp.asarray(np.repeat(np.arange(len(sizes)), GROUPS[name]))
 
-    def plain(x, w, a, b):
-        return jnp.einsum("rd,rdf->rf", x[:used], w[experts] + 1.5 * jnp.matmul(a, b)[experts])
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
 
-    wanted, pull = jax.vjp(plain, x, w, a, b)
+    many = len(sizes)
+    maps = (w, normal(many, 13, 3), normal(many, 3, 9)), (normal(many, 13, 5), normal(many, 13, 2), normal(many, 2, 5))
+    dys = normal(len(x), 9), normal(len(x), 5)
+    experts = jnp.asarray(np.repeat(np.arange(many), GROUPS[name]))
+
+    def plain(x, maps):
+        return tuple(
+            jnp.einsum("rd,rdf->rf", x[:used], (w + scale * jnp.matmul(a, b))[experts])
+            for (w, a, b), scale in zip(maps, SCALES, strict=True)
+        )
+
+    wanted, pull = jax.vjp(plain, x, maps)
     if backend == "cpu":
-        got, gradients = cpu_lora(sizes, dy, x, w, a, b)
+        got, gradients = cpu_lora(sizes, dys, x, maps)
     else:
-        got, low = module._ragged_lora(x, w, a, b, sizes, 1.5)
-        dx, da, db = module._ragged_lora_gradients(x, low, dy, w, a, b, sizes, 1.5)
-        gradients = dx, module._ragged_outer(x, dy, sizes), da, db
-    np.testing.assert_allclose(got[:used], wanted, atol=1e-4)
-    for letter, right, gradient in zip("xwab", pull(dy[:used]), gradients, strict=True):
-        rows = slice(used) if letter == "x" else slice(None)
-        np.testing.assert_allclose(gradient[rows], right[rows], atol=2e-4, err_msg=letter)
+        got, lows = module._ragged_lora(x, maps, sizes, SCALES)
+        dx, factors = module._ragged_lora_gradients(x, lows, dys, maps, sizes, SCALES)
+        outer = (module._ragged_outer(x, dy, sizes) for dy in dys)
+        gradients = dx, tuple((dw, *ab) for dw, ab in zip(outer, factors, strict=True))
+    dx, of_maps = pull(tuple(dy[:used] for dy in dys))
+    right = wanted, (dx[:used], of_maps)
+    result = tuple(y[:used] for y in got), (gradients[0][:used], gradients[1])
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=3e-4), result, right)
 
 
 @pytest.mark.parametrize(("rows", "experts"), [(2048, 16), (8192, 16), (8192, 32), (4096, 64), (65536, 16)])
