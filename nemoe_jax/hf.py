@@ -72,7 +72,7 @@ def save(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model directory; complete or not at all.
+    """Writes a model directory; complete or not at all. Every process of a job calls it, each writes some layers.
 
     Args:
         tokenizer_from: a directory whose tokenizer files are carried along.
@@ -91,12 +91,14 @@ def save(
         for path, refs in itertools.groupby(by_unit[unit], lambda ref: ref.spec.path):
             group = list(refs)
             layered = "layers" in group[0].spec.stacked
-            array = np.asarray(flat[path][group[0].place[0]] if layered else flat[path])
+            array = sharding.on_host(flat[path][group[0].place[0]] if layered else flat[path])
             for ref in group:
                 tensors[ref.key] = ref.spec.to_torch(array[ref.place[1:]] if layered else array)
         return tensors
 
     with Writer(directory, config, shard_bytes) as writer:
         for unit in range(len(by_unit)):
-            writer.write(unit, produce(unit))
+            tensors = produce(unit)
+            if unit % jax.process_count() == jax.process_index():
+                writer.write(unit, tensors)
         writer.finish(tokenizer_from)

@@ -10,13 +10,13 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from nemoe_jax import schema
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.lora import Adapter
 from nemoe_jax.schema import ParamSpec, leaves
+from nemoe_jax.sharding import on_host
 
 Experts = Literal["fused", "linear"]
 _Triple = dict[str, Adapter]  # those of gate, up and down that are adapted
@@ -66,12 +66,7 @@ def module_of(config: ModelConfig, key: str) -> str:
 
 def _on_host(array: Any, place: tuple[int, ...]) -> np.ndarray:
     """Part of an array in float32, gathered from all processes where they hold it together."""
-    part = array[place]
-    if isinstance(part, jax.Array) and not part.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        part = multihost_utils.process_allgather(part, tiled=True)
-    return np.asarray(part, np.float32)
+    return on_host(array[place]).astype(np.float32)
 
 
 def _pair(module: str, rows_of_a: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemoe_jax.config import ModelConfig
@@ -209,3 +210,10 @@ def constrain_tokens(array: jax.Array) -> jax.Array:
         return array
     rows, tokens = batch_axes(mesh.shape, array.shape[0]), sequence_axes(mesh.shape, array.shape[1])
     return jax.lax.with_sharding_constraint(array, PartitionSpec(rows or None, tokens or None))
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The whole of an array, gathered from all processes where they hold it together: then each of them must ask."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

@@ -27,10 +27,10 @@ def minimal(tmp_path):
 
 
 def test_values_and_defaults(minimal):
-    recipe = read_recipe(minimal)
-    assert recipe.optimizer.learning_rate == 1e-3  # YAML reads 1e-3 as text
-    assert recipe.data.train == ["text.txt"]
-    assert (recipe.trainable, recipe.seed, recipe.lora[0].rank) == ("lora", 0, 16)
+    (phase,) = read_recipe(minimal).phases
+    assert phase.optimizer.learning_rate == 1e-3  # YAML reads 1e-3 as text
+    assert [source.files for source in phase.data.train] == [["text.txt"]]
+    assert (phase.trainable, phase.seed, phase.lora[0].rank) == ("lora", 0, 16)
 
 
 def test_overrides_reach_every_depth(minimal):
@@ -47,9 +47,46 @@ def test_overrides_reach_every_depth(minimal):
             "output=2024",
         ],
     )
-    assert recipe.steps == 20 and recipe.optimizer.learning_rate == 2e-4 and recipe.lora[0].rank == 8
-    assert recipe.distill.kl_weight == 0.5 and str(recipe.distill.teacher) == "big"
-    assert recipe.data.train == ["a.txt", "b.txt"] and recipe.remat is True and str(recipe.output) == "2024"
+    (phase,) = recipe.phases
+    assert phase.steps == 20 and phase.optimizer.learning_rate == 2e-4 and phase.lora[0].rank == 8
+    assert phase.distill.kl_weight == 0.5 and str(phase.distill.teacher) == "big"
+    assert [source.files for source in phase.data.train] == [["a.txt"], ["b.txt"]]
+    assert recipe.remat is True and str(recipe.output) == "2024"
+
+
+PHASES = [{"name": "a"}, {"name": "b", "steps": 7, "optimizer": {"warmup_steps": 2}, "lora": [{"pattern": "embed"}]}]
+
+
+def test_phases_take_from_the_top_what_they_do_not_say(minimal):
+    minimal.write_text(yaml.safe_dump(MINIMAL | {"phases": PHASES}))
+    first, second = read_recipe(minimal).phases
+    assert (first.steps, second.steps) == (10, 7)
+    assert (first.optimizer.warmup_steps, second.optimizer.warmup_steps) == (0, 2)
+    assert first.optimizer.learning_rate == second.optimizer.learning_rate == 1e-3  # mappings are merged
+    assert [target.pattern for target in second.lora] == ["embed"]  # lists are not
+    assert read_recipe(minimal, ["phases.1.steps=3"]).phases[1].steps == 3
+    everywhere = read_recipe(minimal, ["steps=4", "optimizer.warmup_steps=1", "seed=5"])
+    assert [(phase.steps, phase.optimizer.warmup_steps, phase.seed) for phase in everywhere.phases] == [(4, 1, 5)] * 2
+
+
+@pytest.mark.parametrize(
+    "phases, override, wanted",
+    [
+        ([{}, {}], "seed=1", r"phases: wanted different names, got train, train"),
+        (PHASES, "phases.1.stepz=3", r"phases\.1\.stepz: unknown key.*nearest known key is steps"),
+        (PHASES, "phases.2.steps=3", r"wanted an index below 2, got '2'"),
+        (PHASES, "data.batch_size=0", r"[^.]data\.batch_size: wanted greater than 0, got 0 \(from the command line\)$"),
+        (PHASES, "phases.1.optimizer.warmup_steps=9", r"phases\.1\.optimizer\.warmup_steps: wanted at most steps"),
+        ([3], "seed=1", r"phases\.0: wanted a valid dictionary"),
+        ([], "seed=1", r"phases: .*at least 1 item"),
+        ("two", "seed=1", r"phases: wanted a valid list"),
+    ],
+)
+def test_bad_phases(minimal, phases, override, wanted):
+    minimal.write_text(yaml.safe_dump(MINIMAL | {"phases": phases}))
+    with pytest.raises(UserError) as caught:
+        read_recipe(minimal, [override])
+    assert re.search(wanted, str(caught.value)), caught.value
 
 
 @pytest.mark.parametrize(
@@ -73,6 +110,11 @@ def test_overrides_reach_every_depth(minimal):
         ("model=null", r"exactly one of model"),
         ("lora=[]", r"lora: wanted at least one"),
         ("trainable=all", r"lora: came with trainable: all"),
+        ("data.accumulation=4", r"data\.accumulation: wanted a divisor of batch_size 2, got 4"),
+        ("data.train={files: a, dataset: b}", r"data\.train\.0: wanted exactly one of files and dataset"),
+        ("adapter=there", r"adapter: brings its own targets"),
+        ("tolerance=0.1", r"tolerance: wanted data\.held_out"),
+        ("lora.0.dropout=1", r"lora\.0\.dropout: wanted less than 1"),
         ("optimizer.warmup_steps=11", r"optimizer\.warmup_steps: wanted at most steps \(10\), got 11"),
     ],
 )

@@ -1,6 +1,6 @@
 """Training end to end on tiny models: what learns, what must not, what is written and what is left behind."""
 
-import base64
+import itertools
 import json
 import os
 import subprocess
@@ -11,100 +11,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
+from train_runs import CONTROL, DENSE, MIXTURE, TEXT, log_of, make_workplace, random_params, write_recipe
 
 from nemoe_jax import checkpoint, hf, schema
-from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import leaves
 from nemoe_jax.tokenizer import load_tokenizer
 from nemoe_jax.transformer import forward
 from train import loop
 from train.cli import main
+from train.data import Batch
 from train.journal import Journal
 from train.loop import train
 from train.optimizer import learning_rate_schedule, make_optimizer
-from train.prepare import check, load
+from train.prepare import check, load, routers_scale, trainable_of
 from train.recipe import Recipe, read_recipe
 from train.step import Objective, combine, initial_state, make_update, split
-
-CONTROL = 20
-SHAPE = {"hidden": 24, "layers": 2, "heads": 6, "kv_heads": 2, "head_dim": 10, "context": 64}
-DENSE = ModelConfig(family="mistral", vocab=CONTROL + 256, ffn=40, dtype="float32", **SHAPE)
-MIXTURE = DENSE.replace(family="mixtral", ffn=0, experts=4, top_k=2, expert_ffn=12)
-TEXT = [f"{number} and {number} are {2 * number}; all sums are even.\n" * 3 for number in range(30)]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A byte-level tokenizer, a dense and a carved-like model, and text."""
     place = tmp_path_factory.mktemp("workplace")
-    names = ["<unk>", "<s>", "</s>"] + [f"<SPECIAL_{number}>" for number in range(3, CONTROL)]
-    vocab = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
-    config = {
-        "pattern": r"[^\s]+|\s+",
-        "num_vocab_tokens": 256,
-        "default_vocab_size": CONTROL + 256,
-        "default_num_special_tokens": CONTROL,
-        "version": "v3",
-    }
-    special = [{"rank": rank, "token_str": name, "is_control": True} for rank, name in enumerate(names)]
-    (place / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab, "special_tokens": special}))
-    for name, model in (("dense", DENSE), ("mixture", MIXTURE), ("other", DENSE.replace(vocab=300))):
-        params = random_params(model)
-        if model.experts:  # as small as carving leaves it
-            params["blocks"]["moe"]["ffn"]["router"] *= 1e-3
-        hf.save(place / name, model, params)
-        (place / name / "tekken.json").write_bytes((place / "tekken.json").read_bytes())
-    (place / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT[3:]))
-    (place / "held_out.txt").write_text("".join(TEXT[:3]))
+    make_workplace(place)
     return place
-
-
-def random_params(config: ModelConfig, seed: int = 0):
-    """Parameters from NumPy's generator, which has nothing to compile."""
-    rng = np.random.default_rng(seed)
-
-    def make(spec):
-        return np.ones(spec.shape, "f4") if spec.std is None else np.float32(rng.normal(size=spec.shape) * spec.std)
-
-    return jax.tree.map(make, schema.declare(config))
 
 
 @pytest.fixture
 def write(workplace, tmp_path, monkeypatch):
     """Writes a recipe over the workplace and returns its path; the run's own paths are under tmp_path."""
     monkeypatch.chdir(tmp_path)
-
-    def write(name: str, **keys) -> Path:
-        recipe = {
-            "output": str(tmp_path / "out"),
-            "steps": 8,
-            "eval_batches": 2,
-            "data": {
-                "train": str(workplace / "train.jsonl"),
-                "held_out": str(workplace / "held_out.txt"),
-                "sequence_length": 32,
-                "batch_size": 4,
-            },
-            "optimizer": {"learning_rate": "1e-2", "warmup_steps": 2, "schedule": "linear"},
-        }
-        if name == "scratch":
-            recipe |= {"trainable": "all", "scratch": SHAPE | {"ffn": 40}, "tokenizer": str(workplace / "tekken.json")}
-        else:
-            recipe |= {
-                "model": str(workplace / "mixture"),
-                "train_router": True,
-                "lora": [{"pattern": "blocks/*/attn/*", "rank": 3}, {"pattern": "blocks/moe/ffn/[gud]*", "rank": 2}],
-                "distill": {"teacher": str(workplace / "dense")},
-            }
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe | keys))
-        return tmp_path / f"{name}.yaml"
-
-    return write
-
-
-def log_of(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+    return lambda name, **keys: write_recipe(
+        tmp_path / f"{name}.yaml", workplace, name, **{"output": str(tmp_path / "out")} | keys
+    )
 
 
 def losses_of(output: Path) -> list[float]:
@@ -112,25 +49,36 @@ def losses_of(output: Path) -> list[float]:
 
 
 def ready(recipe: Recipe):
-    """(objective, state, frozen, optimizer, update) of a recipe, without the loop."""
-    inputs = check(recipe)
-    trainable, frozen = load(recipe, inputs, None)
-    objective = Objective(recipe, inputs.config, inputs.teacher_config, inputs.tokenizer.eos_id)
-    optimizer = make_optimizer(recipe.optimizer, recipe.steps, loop._router_scale(recipe, trainable, frozen))
-    state = initial_state(trainable, optimizer)
-    update = make_update(objective, optimizer, learning_rate_schedule(recipe.optimizer, recipe.steps), state)
+    """(objective, state, frozen, update) of a recipe's first phase, without the loop."""
+    inputs, phase = check(recipe), recipe.phases[0]
+    params = load(recipe, inputs.config, None)
+    optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, None))
+    trainable, frozen = trainable_of(recipe, phase, inputs.config, inputs.targets[0], params, None)
+    objective = Objective(recipe, phase, inputs.config, inputs.teachers[0])
+    state = initial_state(trainable, optimizer, phase.seed)
+    update = make_update(objective, optimizer, learning_rate_schedule(phase.optimizer, phase.steps), state)
     return objective, state, frozen, update
 
 
-def tokens_of(rows: int = 4) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).integers(CONTROL, CONTROL + 256, (rows, 33)), jnp.int32)
+def batch_of(rows: int = 4, documents: tuple[int, ...] = (32,), seed: int = 0) -> Batch:
+    """Random tokens, each row cut into documents of those lengths; all but a document's last have targets."""
+    tokens = np.random.default_rng(seed).integers(CONTROL, CONTROL + 256, (rows, sum(documents) + 1)).astype("i4")
+    lengths = np.array(documents)
+    segments = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    positions = np.concatenate([np.arange(length) for length in documents])
+    mask = np.append(segments[1:] == segments[:-1], False)
+    whole = [np.broadcast_to(array, (rows, len(array))) for array in (mask, segments, positions)]
+    mask, segments, positions = (jnp.asarray(array) for array in whole)
+    return Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), mask.astype(jnp.float32), segments, positions)
 
 
 def test_scratch_run_learns_and_its_output_is_a_model(write, workplace, capsys):
     assert main(["run", str(write("scratch")), "steps=30", "eval_every=20", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     output = Path("out")
-    assert json.loads((output / "report.json").read_text()) == figures
+    report = json.loads((output / "report.json").read_text())
+    (phase,) = report.pop("phases")
+    assert report == figures and phase["accepted"] and phase["data"][0]["documents"] == len(TEXT) - 3
     assert figures["held_out_loss_before"] == pytest.approx(np.log(276), abs=1)
     assert figures["held_out_loss_after"] < 3.5
     assert figures["params_trained"] == figures["params_total"] == schema.count(DENSE)[0]
@@ -146,20 +94,24 @@ def test_scratch_run_learns_and_its_output_is_a_model(write, workplace, capsys):
     assert config == DENSE.replace(bos_token_id=1, eos_token_id=2)
     assert held_out_loss(config, params, workplace) == pytest.approx(figures["held_out_loss_after"], abs=1e-5)
     assert load_tokenizer(output).encode("ab") == [CONTROL + 97, CONTROL + 98]
-    assert read_recipe(output / "recipe.yaml").steps == 30
+    assert read_recipe(output / "recipe.yaml").phases[0].steps == 30
     assert sorted(path.name for path in Path().iterdir()) == ["out", "scratch.yaml"]
 
 
 def held_out_loss(config, params, workplace) -> float:
-    """Mean −log p over the windows that evaluation takes, in NumPy."""
+    """Mean −log p over the held-out text's rows, in NumPy; its one document is cut every 32 tokens."""
     tokenizer = load_tokenizer(workplace)
     stream = np.array(tokenizer.encode((workplace / "held_out.txt").read_text(), eos=True))
-    windows = min(8, (len(stream) - 1) // 32)
-    starts = np.linspace(0, len(stream) - 33, windows).astype(int)
-    rows = np.stack([stream[start : start + 33] for start in starts])
-    logits = np.asarray(forward(config, params, jnp.asarray(rows[:, :-1])).logits, np.float64)
-    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return -np.take_along_axis(log_probs, rows[:, 1:, None], -1).mean()
+    rows = [stream[start : start + 32] for start in range(0, len(stream), 32)]
+    chosen = np.linspace(0, len(rows) - 1, min(8, len(rows))).round().astype(int)
+    total = count = 0
+    for number in chosen:
+        inputs, after = rows[number], stream[32 * number + 1 : 32 * number + 33]
+        logits = np.asarray(forward(config, params, jnp.asarray(inputs[None])).logits[0], np.float64)[: len(after)]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= np.take_along_axis(log_probs, after[:, None], -1).sum()
+        count += len(after)
+    return total / count
 
 
 def test_lora_repair_learns_and_merges(write, workplace):
@@ -187,7 +139,7 @@ def test_updates_reach_every_adapter_and_the_router_and_nothing_else(write):
     assert list(first["params"]) == ["blocks/moe/ffn/router"]
     assert set(frozen) == set(leaves(schema.declare(MIXTURE))) - set(first["params"])
     for _ in range(2):  # B is zero at first, so that A moves only from the second step on
-        state, figures = update(state, frozen, None, tokens_of())
+        state, figures = update(state, frozen, None, batch_of())
     assert figures["gradient_norm"] > 0 and update._cache_size() == 1  # compiled once
     for path, array in frozen.items():
         np.testing.assert_array_equal(array, kept[path], err_msg=path)
@@ -208,7 +160,7 @@ def test_without_train_router_only_adapters_learn(write):
 
 def test_split_and_combine_are_inverse():
     params = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), random_params(MIXTURE))
-    trained, frozen = split(params, lambda path: path.endswith("router"))
+    trained, frozen = split(params, lambda path: path.endswith("router"), "bfloat16")
     assert trained["blocks/moe/ffn/router"].dtype == jnp.float32 and frozen["embed"].dtype == jnp.bfloat16
     for path, array in leaves(combine(trained, frozen)).items():
         np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(leaves(params)[path], np.float32))
@@ -221,38 +173,79 @@ def test_the_loss_is_the_weighted_sum_and_zero_against_itself(write, workplace):
     )
     objective, state, frozen, _ = ready(recipe)
     teacher = hf.load(workplace / "dense")[1]
-    total, parts = jax.jit(objective.loss)(state.trainable, frozen, teacher, tokens_of())
+    total, parts = jax.jit(objective.loss)(state.trainable, frozen, teacher, batch_of())
     wanted = 0.7 * parts["kl"] + 0.2 * parts["cross_entropy"] + 0.3 * parts["balance_loss"] + 0.01 * parts["z_loss"]
     assert total == pytest.approx(float(wanted), rel=1e-6) and parts["kl"] > 0.1
 
     itself = read_recipe(write("repair"), [f"distill.teacher={workplace / 'mixture'}"])
     objective, state, frozen, _ = ready(itself)
-    total, _ = jax.jit(objective.loss)(state.trainable, frozen, hf.load(workplace / "mixture")[1], tokens_of())
+    total, _ = jax.jit(objective.loss)(state.trainable, frozen, hf.load(workplace / "mixture")[1], batch_of())
     assert abs(float(total)) < 1e-6
 
 
-def test_separate_documents_do_not_see_each_other(write):
-    recipe = read_recipe(write("scratch"), ["data.separate_documents=true"])
-    objective, state, frozen, _ = ready(recipe)
-    row = np.array(tokens_of(1)[0])
-    row[12] = row[25] = 2  # EOS: documents of 13, 13 and 7 tokens
+def test_documents_of_a_row_do_not_see_each_other(write):
+    objective, state, frozen, _ = ready(read_recipe(write("scratch")))
+    lengths = (13, 13, 6)
+    packed = batch_of(1, lengths)
     held_out = jax.jit(objective.held_out)
-    packed = held_out(state.trainable, frozen, jnp.asarray(row[None]), jnp.ones(1))
+    whole = held_out(state.trainable, frozen, packed)
+    ends = np.cumsum((0, *lengths))
     alone = [
-        held_out(state.trainable, frozen, jnp.asarray(part[None]), jnp.ones(1))
-        for part in (row[:13], row[13:26], row[26:])
+        held_out(state.trainable, frozen, Batch(*(array[:, start:stop] for array in packed)))
+        for start, stop in itertools.pairwise(ends)
     ]
-    assert packed["tokens"] == sum(part["tokens"] for part in alone) == 30
-    assert packed["loss"] == pytest.approx(float(sum(part["loss"] for part in alone)), rel=1e-5)
+    assert whole["tokens"] == sum(part["tokens"] for part in alone) == 29
+    assert whole["loss"] == pytest.approx(float(sum(part["loss"] for part in alone)), rel=1e-5)
 
 
-def test_rows_of_weight_zero_do_not_count(write):
+def test_masked_targets_and_padding_do_not_count(write):
     objective, state, frozen, _ = ready(read_recipe(write("repair")))
-    tokens = tokens_of(4)
-    held_out = jax.jit(objective.held_out)
-    whole = held_out(state.trainable, frozen, tokens, jnp.array([1.0, 1, 0, 0]))
-    half = held_out(state.trainable, frozen, tokens[:2], jnp.ones(2))
-    assert whole["tokens"] == 64 and whole["loss"] == pytest.approx(float(half["loss"]), rel=1e-5)
+    batch = batch_of(4)
+    masked = batch._replace(mask=batch.mask.at[2:].set(0), segments=batch.segments.at[2:].set(0))
+    whole = jax.jit(objective.held_out)(state.trainable, frozen, masked)
+    half = jax.jit(objective.held_out)(state.trainable, frozen, Batch(*(array[:2] for array in batch)))
+    assert whole["tokens"] == half["tokens"] == 62 and whole["loss"] == pytest.approx(float(half["loss"]), rel=1e-5)
+    np.testing.assert_allclose(whole["load"], half["load"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{}, {"distill": None, "balance_loss_weight": 0.1}])
+def test_accumulated_parts_make_the_step_of_the_whole(write, workplace, keys):
+    teacher = hf.load(workplace / "dense")[1] if "distill" not in keys else None
+    batch = batch_of(4, (20, 12))
+    batch = batch._replace(mask=batch.mask.at[0, :15].set(0))  # parts with unlike numbers of targets
+    after = {}
+    for parts in (1, 2):
+        _, state, frozen, update = ready(read_recipe(write("repair", **keys), [f"data.accumulation={parts}"]))
+        state, figures = update(state, frozen, teacher, batch)
+        after[parts] = state.trainable["adapters"], figures
+    names = ("loss", "cross_entropy", "gradient_norm") if teacher else ("cross_entropy",)  # balance is of each part
+    for name in names:
+        assert after[1][1][name] == pytest.approx(float(after[2][1][name]), rel=1e-4)
+    if teacher:
+        for one, two in zip(*(jax.tree.leaves(after[parts][0]) for parts in (1, 2)), strict=True):
+            np.testing.assert_allclose(one, two, atol=2e-3)  # Adam's first step is the gradient's sign times 5e-3
+            assert np.mean(np.abs(one - two) > 1e-4) < 0.01
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(write):
+    _, state, frozen, update = ready(read_recipe(write("repair", distill=None)))
+    state, _ = update(state, frozen, None, batch_of())
+    before = jax.tree.map(np.array, state)
+    spoilt = frozen | {"norm": frozen["norm"].at[0].set(jnp.nan)}
+    state, figures = update(state, spoilt, None, batch_of())
+    assert figures["skipped"] and (state.step, state.skipped) == (2, 1)
+    for old, new in zip(jax.tree.leaves(before.trainable), jax.tree.leaves(state.trainable), strict=True):
+        np.testing.assert_array_equal(old, new)
+    for old, new in zip(jax.tree.leaves(before.optimizer_state), jax.tree.leaves(state.optimizer_state), strict=True):
+        np.testing.assert_array_equal(old, new)
+    state, figures = update(state, frozen, None, batch_of())
+    assert not figures["skipped"] and state.skipped == 1
+
+
+def test_the_router_alone(write):
+    _, state, frozen, _ = ready(read_recipe(write("repair", trainable="router", lora=[], train_router=False)))
+    assert list(state.trainable["params"]) == ["blocks/moe/ffn/router"] and state.trainable["adapters"] == {}
+    assert set(frozen) == set(leaves(schema.declare(MIXTURE))) - {"blocks/moe/ffn/router"}
 
 
 def test_the_seed_decides_everything(write):
@@ -280,11 +273,12 @@ def test_master_weights_are_float32_and_saved_in_save_dtype(write):
         (["model=missing"], "missing: no such"),
         (["distill.teacher=missing"], "missing: no such"),
         (["data.train=missing.txt"], "missing.txt: no text there"),
-        (["data.train=empty.txt"], "empty.txt: empty text"),
+        (["data.train=empty.txt"], "empty.txt: text: empty"),
         (["data.sequence_length=65"], "data.sequence_length: wanted at most the model's context of 64 tokens, got 65"),
         (["lora.0.pattern=blocks/*/attention"], "LoRA target blocks/*/attention matches no weight"),
         (["mesh=fsdp=3,rows=2"], "unknown axis 'rows'"),
-        (["mesh=fsdp=3"], "wants 3 devices"),
+        (["mesh=fsdp=3"], "mesh fsdp 3 does not divide batch of 4"),
+        (["mesh=fsdp=2"], "wants 2 devices"),
         (["distill.teacher=OTHER"], "other: wanted the model's vocabulary of 276, got 300"),
         (["model=OTHER", "train_router=false"], "distill.teacher: "),
         (["model=OTHER", "train_router=true", "lora=[{pattern: blocks/*}]"], "vocabulary of 300"),

@@ -83,7 +83,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 def _keys(arguments: argparse.Namespace) -> None:
     for key, field in recipes.list_keys():
-        unset = field.default is PydanticUndefined or field.default is None
+        unset = field.default in (PydanticUndefined, None) or isinstance(field.default, recipes.Section)
         default = "" if unset else f" = {json.dumps(field.default)}"
         print(f"{key}{default}\n    {field.description}{' (required)' if field.is_required() else ''}")
 

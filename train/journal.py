@@ -6,6 +6,7 @@ behind its last checkpoint.
 """
 
 import json
+import math
 import resource
 import sys
 import time
@@ -196,7 +197,8 @@ def _boards(directory: Path, recipe: Recipe) -> list[tuple[Callable[[int, Line],
 
     def write(step: int, numbers: Line) -> None:
         for name, value in numbers.items():
-            tensorboard.add_scalar(name, value, step)
+            if math.isfinite(value):
+                tensorboard.add_scalar(name, value, step)
 
     boards: list[tuple[Callable[[int, Line], None], Callable[[], None]]] = [(write, tensorboard.close)]
     if recipe.wandb:

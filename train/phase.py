@@ -93,11 +93,12 @@ class PhaseRun:
                     last = done == phase.steps
                     stop = signals.received(self.offset + done)
                     evaluates = self.held_out and (last or (phase.eval_every and done % phase.eval_every == 0))
-                    if evaluates or last or stop or done % checkpoints.every == 0:
+                    saves = last or stop or done % checkpoints.every == 0
+                    if evaluates or saves:
                         journal.flush()
                         if evaluates:
                             journal.evaluated(done, evaluate(state.trainable, frozen))
-                        if last or stop or done % checkpoints.every == 0:
+                        if last or stop or (saves and not journal.skipped_in_row):
                             save(wait=bool(stop))
                         journal.resume()
                     elif done == 1:

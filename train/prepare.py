@@ -46,9 +46,9 @@ def check(recipe: Recipe) -> Inputs:
     if tokenizer.vocab_size > config.vocab:
         raise UserError(f"tokenizer: wanted at most the model's {config.vocab} tokens, got {tokenizer.vocab_size}")
     teachers = [checkpoint.read_config(phase.distill.teacher) if phase.distill else None for phase in recipe.phases]
-    targets = [targets_of(phase, config) for phase in recipe.phases]
     for phase, teacher in zip(recipe.phases, teachers, strict=True):
         check_fit(recipe, phase, config, teacher)
+    targets = [targets_of(phase, config) for phase in recipe.phases]
     return Inputs(config, teachers, targets, tokenizer, tokenizer_path)
 
 
@@ -69,7 +69,9 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
         if wanted and not config.experts:
             raise UserError(f"{key}: wanted a mixture of experts, got the dense {recipe.model}")
     if recipe.mesh and recipe.mesh != "auto":
-        sharding.parse_mesh(recipe.mesh)
+        sizes = sharding.parse_mesh(recipe.mesh)
+        for model in filter(None, (config, teacher)):
+            sharding.check(model, sizes, phase.data.batch_size // phase.data.accumulation, phase.data.sequence_length)
 
 
 def targets_of(phase: Phase, config: ModelConfig) -> list[lora.Target]:

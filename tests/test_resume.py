@@ -1,0 +1,189 @@
+"""Interrupted runs: killed, stopped, damaged, taken up on another mesh; the result is that of a run nobody touched."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from train_runs import log_of, make_workplace, write_recipe
+
+from nemoe_jax import hf
+from nemoe_jax.errors import ResumableError
+from train import loop
+from train.cli import main
+from train.loop import train
+from train.recipe import read_recipe
+from train.workspace import Interrupted, Signals
+
+PARTIAL = Path(".out.partial")
+KEYS = {"eval_every": 4, "checkpoints": {"every": 3, "keep": 2}, "distill": None}
+KEYS["lora"] = [{"pattern": "blocks/*/attn/*", "rank": 3, "dropout": 0.2}]  # so that the RNG's state counts
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    place = tmp_path_factory.mktemp("workplace")
+    make_workplace(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def whole(workplace, tmp_path_factory):
+    """The output of a run that nobody interrupted."""
+    place = tmp_path_factory.mktemp("whole")
+    recipe = write_recipe(place / "recipe.yaml", workplace, "repair", **KEYS)
+    assert main(["run", str(recipe), f"output={place / 'out'}"]) == 0
+    return place / "out"
+
+
+@pytest.fixture
+def recipe(workplace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path / "recipe.yaml", workplace, "repair", **KEYS)
+
+
+def interrupt(monkeypatch, at: int):
+    """As if SIGTERM came during that step."""
+    monkeypatch.setattr(Signals, "received", lambda self, step: signal.SIGTERM if step == at else 0)
+
+
+def same_result(output: Path, whole: Path) -> bool:
+    assert log_of(output) == log_of(whole)
+    files = ("model.safetensors", "adapters/1-train/adapter_model.safetensors")
+    return all((output / name).read_bytes() == (whole / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_process_and_the_same_command_again(recipe, whole, number, status):
+    environment = os.environ | {"PYTHONPATH": str(Path(loop.__file__).parents[1])}
+    command = [sys.executable, "-m", "train.cli", "run", str(recipe)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        log, deadline = PARTIAL / "train_log.jsonl", time.monotonic() + 120
+        while not (log.exists() and '"step": 4' in log.read_text()):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait(60) in (status, 0)  # 0: it was done before the signal came
+        stopped = process.returncode == status
+        assert not stopped or status == -9 or "the same command goes on" in process.stderr.read()
+    assert PARTIAL.exists() == stopped and Path("out").exists() != stopped
+    if stopped:
+        assert main(["run", str(recipe)]) == 0
+    assert same_result(Path("out"), whole) and not PARTIAL.exists()
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 8])
+def test_stopped_after_any_step(recipe, whole, monkeypatch, at):
+    with monkeypatch.context() as patch:
+        interrupt(patch, at)
+        with pytest.raises(Interrupted) as stopped:
+            train(read_recipe(recipe))
+        assert stopped.value.exit_status == 143
+    assert main(["run", str(recipe), "checkpoints.every=50"]) == 0  # what does not change the result may change
+    assert same_result(Path("out"), whole)
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before(recipe, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 7)
+        with pytest.raises(Interrupted):
+            train(read_recipe(recipe))
+    for data in (PARTIAL / "checkpoints/1-train/7/state").rglob("d/*"):
+        content = bytearray(data.read_bytes())
+        for at in range(0, len(content), 97):
+            content[at] ^= 1
+        data.write_bytes(content)
+    assert main(["run", str(recipe)]) == 0
+    assert "warning: " in (err := capsys.readouterr().err) and "1-train/7: damaged checkpoint" in err
+    assert same_result(Path("out"), whole)
+
+
+def test_a_checkpoint_whose_files_are_gone(recipe, whole, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        with pytest.raises(Interrupted):
+            train(read_recipe(recipe))
+    shutil.rmtree(PARTIAL / "checkpoints/1-train/5/state")
+    assert main(["run", str(recipe)]) == 0
+    assert "damaged checkpoint" in capsys.readouterr().err
+    assert same_result(Path("out"), whole)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,sequence=2", "auto"])
+def test_taken_up_on_another_mesh(recipe, whole, monkeypatch, mesh):
+    keys = ["mesh=" + mesh, "data.batch_size=8", "lora.0.dropout=0"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted):
+            train(read_recipe(recipe, keys[1:]))
+    assert main(["run", str(recipe), *keys]) == 0
+    assert main(["run", str(recipe), *keys[1:], "output=alone"]) == 0
+    one, many = ([line["loss"] for line in log_of(Path(name)) if "loss" in line] for name in ("alone", "out"))
+    assert many[:4] == one[:4]
+    np.testing.assert_allclose(many, one, rtol=1e-4)
+
+
+def test_another_recipe_is_refused_and_restart_throws_away(recipe, whole, workplace, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        assert main(["run", str(recipe)]) == 143
+    before = sorted(path.as_posix() for path in PARTIAL.rglob("*"))
+    assert main(["run", str(recipe), "steps=9"]) == 2
+    assert "holds an unfinished run of another recipe or model (phases differ)" in capsys.readouterr().err
+    assert sorted(path.as_posix() for path in PARTIAL.rglob("*")) == before
+    assert main(["run", str(recipe), "--restart"]) == 0
+    assert same_result(Path("out"), whole)
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, workplace, tmp_path, capsys):
+    config, params = hf.load(workplace / "mixture")
+    params["norm"] = params["norm"].at[0].set(3e38)  # finite, but not what comes of it
+    hf.save(tmp_path / "hot", config, params)
+    shutil.copy(workplace / "tekken.json", tmp_path / "hot")
+    with pytest.raises(ResumableError, match=r"more than 2 steps in a row .* not finite; there is no checkpoint"):
+        train(read_recipe(recipe, ["model=hot", "max_skipped=2", "data.held_out=[]"]))
+    assert "step 1: gradient not finite; skipped" in capsys.readouterr().err
+
+
+def test_two_processes_train_as_one(recipe, whole):
+    """Over loopback, one virtual device each; the weights that are saved are those of a run on one device."""
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(loop.__file__).parents[1]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    with __import__("socket").socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "train.cli",
+        "run",
+        str(recipe),
+        "mesh=fsdp=2",
+        "lora.0.dropout=0",
+        "--distributed",
+    ]
+    processes = [
+        subprocess.Popen(
+            [*command, f"localhost:{port}", "2", str(number)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for number in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert main(["run", str(recipe), "output=alone", "lora.0.dropout=0"]) == 0
+    one, two = (
+        [line.get("loss", line.get("held_out_loss")) for line in log_of(Path(name))] for name in ("alone", "out")
+    )
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    for alone, shared in zip(jax.tree.leaves(hf.load("alone")[1]), jax.tree.leaves(hf.load("out")[1]), strict=True):
+        np.testing.assert_allclose(alone, shared, atol=2e-3)
+    assert json.loads(Path("out/adapters/1-train/adapter_config.json").read_text())["peft_type"] == "LORA"
