@@ -29,9 +29,9 @@ def test_fresh_adapters_change_nothing(config):
     params = schema.initialise(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
     adapters = lora.initialise(config, every_weight(config), jax.random.key(2))
-    np.testing.assert_array_equal(
-        forward(config, params, tokens, adapters=adapters).logits, forward(config, params, tokens).logits
-    )
+    got, wanted = forward(config, params, tokens, adapters=adapters).logits, forward(config, params, tokens).logits
+    # on CPU the experts' A stand beside their W in one product, which rounds otherwise than W alone
+    np.testing.assert_allclose(got, wanted, atol=2e-6)
 
 
 def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
