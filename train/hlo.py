@@ -157,18 +157,23 @@ class Program:
         """Every transfer. On TPU several fusions carry one on beside other work: it counts where it is started."""
         transfers = []
         for name, instruction in self:
-            if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
-                transfers.append((name, instruction, (self._loops[name], instruction.attribute("channel_id"))))
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                channel = (self._loops[name], kind, instruction.attribute("channel_id"))
+                transfers.append((name, instruction, channel))
         started = {channel for name, _, channel in transfers if name in self._starting}
         found = []
         for name, instruction, channel in transfers:
             starts = name in self._starting
-            if starts or channel not in started:
+            if starts or channel not in started or name not in self._fused:
                 sent = sent_bytes(instruction, self.computations[name])
                 beside = starts or instruction.opcode.endswith("-start")
-                kind = instruction.opcode.removesuffix("-start")
-                found.append(Collective(kind, sent, self.times[name], beside))
+                found.append(Collective(channel[1], sent, self.times[name], beside))
         return found
+
+    @functools.cached_property
+    def _fused(self) -> set[str]:
+        return {name for _, instruction in self if instruction.opcode == "fusion" for name in instruction.called}
 
     @functools.cached_property
     def _starting(self) -> set[str]:
