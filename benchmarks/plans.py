@@ -34,6 +34,7 @@ CASES = {
     "v5e-8k": Case(LORA_16, "v5e:4x4", 8192, 32, below=13.0),
     "v5e-32k": Case(LORA_16, "v5e:4x4", 32768, 4),
     "v5p-128k": Case(LORA_16, "v5p:2x4x4", 131072, 2),
+    "v5e-128k": Case(LORA_16, "v5e:4x8", 131072, 2),
     "v5e-distil": Case(DISTILLATION, "v5e:8x8", 8192, 768),
     "v5e-4k": Case(LORA_16, "v5e:4x4", 4096, 16),
     "v5p-8k": Case(LORA_16, "v5p:2x2x4", 8192, 32),

@@ -239,6 +239,8 @@ def render(figures: dict[str, Any]) -> Iterator[str]:
         yield "\nsent per step              count   beside work   10^9 bytes per device"
         for kind, row in figures["collectives"].items():
             yield f"  {kind:<22}{row['count']:>8}{row['asynchronous']:>14}{row['bytes'] / 1e9:>24.3f}"
+    elif "compile_seconds" in figures:
+        yield "\nlibtpu does not give the text of this program: what is sent, and what is executed, is not known"
     yield "\nFLOPs"
     yield f"  model, per token      {amounts['model_per_token']:>12.4g}"
     yield f"  model, per step       {amounts['model_per_step']:>12.4g}"
