@@ -7,7 +7,8 @@ Named peer: transformers with PEFT (attention's modules, the fused experts as ta
 torch's clipping. Each runs in a process of its own; on CPU they take steps in turn, on a GPU they have it one after the
 other. Both get the same A and B = 0, so the losses of the first two steps must agree; then they part a little, since
 PEFT has one A for gate and up, and we one each. Limits: tokens per second 1.5 times the peer's; executed over model
-FLOPs at most 1.45 with every block recomputed.
+FLOPs at most 1.45 with every block recomputed. On a machine that does other work as well, give it one core of its own
+(taskset -c 1) and go by the ratio of CPU time: with more cores the peer's threads wait for each other actively.
 
 Executed FLOPs are read from the compiled program. The loops over the experts' tiles have trip counts that depend on the
 routing: their products are counted as if every expert's last tile were half full.
@@ -333,6 +334,7 @@ def show(figures: dict[str, Any]) -> None:
         print(f"{side['cpu_seconds']:.3f} s of CPU time, peak {memory}", end="")
         print(f", MFU {side['mfu']:.3f}" if "mfu" in side else "")
         print("  losses " + " ".join(f"{loss:.5f}" for loss in side["losses"]))
+    print(f"{figures['machine']}, {figures['cores']} cores, {figures['versions']}")
     print(f"the first two losses differ by {figures['first_losses_differ_by']:.1e} at most")
     print(f"ratio {figures['ratio']:.2f} (limit {SPEED_LIMIT}), of CPU time {figures['cpu_ratio']:.2f}")
     for key in ("executed_over_model", "executed_over_model_with_remat"):
@@ -348,7 +350,8 @@ def machine() -> dict[str, Any]:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()} {model}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()} {model}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
