@@ -10,10 +10,9 @@ The platform is that of the ambient mesh, so that a program for a TPU slice can 
 B batch, T sequence, N heads, K kv heads, H head_dim.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from nemoe_jax.chunked_attention import chunked_attention
@@ -77,7 +76,7 @@ def splash_attention(
     length, heads = q_BTNH.shape[1:3]
     block = next(size for size in _BLOCKS if length % size == 0)
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads),
+        splash_attention_mask.MultiHeadMask([CornerMask((length, length))] * heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash_attention_kernel.BlockSizes(
@@ -90,8 +89,20 @@ def splash_attention(
         y_BNTH = jax.vmap(kernel)(*of_rows)
     else:
         ids = splash_attention_kernel.SegmentIds(segments_BT, segments_BT)
-        y_BNTH = jax.vmap(functools.partial(kernel))(*of_rows, ids)
+        y_BNTH = jax.vmap(kernel)(*of_rows, ids)
     return y_BNTH.swapaxes(1, 2)
+
+
+class CornerMask(splash_attention_mask.CausalMask):
+    """The causal mask, of whose blocks only the corners are made.
+
+    They tell the kernel's set-up whether a block is whole, empty or cut. All entries of the blocks of 131,072 tokens
+    would take it minutes.
+    """
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = (np.array([part.start, part.stop - 1]) for part in index)
+        return rows[:, None] >= columns
 
 
 def _scaled(q_BTNH: jax.Array) -> jax.Array:

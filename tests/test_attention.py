@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from nemoe_jax.attention import attend_cached
-from nemoe_jax.attention_kernels import splash_attention, stepped_attention
+from nemoe_jax.attention_kernels import CornerMask, splash_attention, stepped_attention
 from nemoe_jax.chunked_attention import chunked_attention
 
 
@@ -78,6 +80,17 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
 def test_the_tpu_kernel_equals_the_full_square():
     q, k, v, segments = inputs(256, 4, 2, 128, 1)
     check(lambda *arrays: splash_attention(*arrays, interpret=True), q, k, v, segments)
+
+
+def test_the_corners_of_the_mask_tell_the_tpu_kernel_all():
+    def infos(mask, process):
+        masks = splash_attention_mask.MultiHeadMask([mask((1024, 1024))] * 4)
+        return process(masks, (128, 128), head_shards=1, q_seq_shards=1)[0]
+
+    for process in (mask_info.process_mask, mask_info.process_mask_dkv):
+        jax.tree.map(
+            np.testing.assert_array_equal, infos(CornerMask, process), infos(splash_attention_mask.CausalMask, process)
+        )
 
 
 def test_a_long_prompt_is_attended_in_chunks():
