@@ -35,6 +35,13 @@ HloModule step, is_scheduled=true
   ROOT %tuple.2 = (bf16[16,8]{1,0}, f32[6,3]{1,0}) tuple(%all-gather.2, %convolution.1)
 }
 
+%all-reduce-scatter.1 (g: f32[6,3]) -> f32[3,3] {
+  %g = f32[6,3]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %all-reduce.1 = f32[6,3]{1,0} all-reduce(%g), channel_id=8, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %own = f32[3,3]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={3,3}
+}
+
 %body (arg: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %arg = (s32[]{:T(128)}, /*index=1*/bf16[4,8]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%arg), index=0
@@ -45,6 +52,8 @@ HloModule step, is_scheduled=true
   %x.1 = f32[6,10]{1,0} constant({...})
   %y.1 = f32[10,3]{1,0} constant({...})
   %second = (bf16[16,8]{1,0}, f32[6,3]{1,0}) fusion(%a, %x.1, %y.1), kind=kOutput, calls=%carried_on
+  %product = f32[6,3]{1,0} get-tuple-element(%second), index=1
+  %scattered = f32[3,3]{1,0} fusion(%product), kind=kCustom, calls=%all-reduce-scatter.1
   %kernel.1 = bf16[4,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={metadata={
 "xprof_metadata":"{\\"block\\": 128}"
 }}, backend_config={"custom_call_config":{"body":"TUzvUg==","cost_estimate":{"flops":"1000","bytes_accessed":"1"}}}
@@ -70,12 +79,13 @@ ENTRY %main (q: bf16[4,8]) -> bf16[4,8] {
 
 
 def test_snippet_of_a_tpu_program():
-    """A loop from 1 to 11 by 2 runs 5 times; a gather that three fusions share is one; kernels bring their FLOPs."""
+    """A loop from 1 to 11 by 2 runs 5 times; a gather that two fusions share is one; kernels bring their FLOPs."""
     program = hlo.parse(SNIPPET)
     assert program.entry == "main" and program.times["body"] == program.times["started"] == 5
-    gather, permute = sorted(program.collectives, key=lambda one: one.kind)
+    gather, permute, scatter = sorted(program.collectives, key=lambda one: one.kind)
     assert gather == hlo.Collective("all-gather", bytes=4 * 8 * 2 * 3, times=5, asynchronous=True)
     assert permute == hlo.Collective("collective-permute", bytes=4 * 8 * 2, times=5, asynchronous=False)
+    assert scatter == hlo.Collective("reduce-scatter", bytes=6 * 3 * 4 // 2, times=5, asynchronous=False)
     assert flops.executed_flops(program) == 5 * (2 * 6 * 10 * 3 + 1000)
 
 

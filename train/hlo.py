@@ -157,19 +157,23 @@ class Program:
         """Every transfer. On TPU several fusions carry one on beside other work: it counts where it is started."""
         transfers = []
         for name, instruction in self:
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in _COLLECTIVES:
-                channel = (self._loops[name], kind, instruction.attribute("channel_id"))
-                transfers.append((name, instruction, channel))
+            if (kind := self._kind(name, instruction)) in _COLLECTIVES:
+                transfers.append((name, instruction, (self._loops[name], kind, instruction.attribute("channel_id"))))
         started = {channel for name, _, channel in transfers if name in self._starting}
         found = []
         for name, instruction, channel in transfers:
             starts = name in self._starting
             if starts or channel not in started or name not in self._fused:
-                sent = sent_bytes(instruction, self.computations[name])
+                sent = sent_bytes(channel[1], instruction, self.computations[name])
                 beside = starts or instruction.opcode.endswith("-start")
                 found.append(Collective(channel[1], sent, self.times[name], beside))
         return found
+
+    def _kind(self, name: str, instruction: Instruction) -> str:
+        """The opcode, without -start. A TPU's reduce-scatter is a fusion of an all-reduce and what cuts its result."""
+        kind = instruction.opcode.removesuffix("-start")
+        cuts = any(one.opcode == "dynamic-slice" for one in self.computations[name].values())
+        return "reduce-scatter" if kind == "all-reduce" and name in self._fused and cuts else kind
 
     @functools.cached_property
     def _fused(self) -> set[str]:
@@ -230,14 +234,13 @@ def _constant(instruction: Instruction | None) -> int | None:
     return int(number[0]) if number else None
 
 
-def sent_bytes(collective: Instruction, computation: Computation) -> int:
+def sent_bytes(kind: str, collective: Instruction, computation: Computation) -> int:
     """Bytes that one device sends at least.
 
     With G devices taking part and S bytes of the gathered, or the not yet reduced, array: S·(G − 1)/G, twice that for
     an all-reduce. A permutation sends its operand.
     """
     size = sum(array.bytes for name in collective.operands for array in computation[name].result)
-    kind = collective.opcode.removesuffix("-start")
     if kind == "collective-permute":
         return size
     devices = group_size(collective.attributes)
