@@ -18,7 +18,7 @@ from nemoe_jax.attention_kernels import LONG, causal_attention
 from nemoe_jax.chunked_attention import CHUNK
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope
+from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope, rotation
 from nemoe_jax.schema import Tree
 from nemoe_jax.sharding import batch_axes, sequence_axes
 
@@ -36,6 +36,7 @@ class Context(NamedTuple):
     positions_BT: jax.Array
     segments_BT: jax.Array | None  # packed documents: a token attends within its own segment alone
     start_B: jax.Array | None  # with a cache: the slot that a row's first new token is written to
+    turned: tuple[jax.Array, jax.Array] | None = None  # `rotation` of the positions, where all layers share it
 
 
 class Attention(SpecModule):
@@ -52,7 +53,8 @@ class Attention(SpecModule):
         v = self.project("v", x_BTD, adapters)
         if self.qk_norm:
             q, k = rms_norm(q, self.weight("q_norm"), self.eps), rms_norm(k, self.weight("k_norm"), self.eps)
-        q, k = rope(q, context.positions_BT, self.theta), rope(k, context.positions_BT, self.theta)
+        turned = context.turned or rotation(context.positions_BT, q.shape[-1], self.theta)
+        q, k = rope(q, turned), rope(k, turned)
         if cache is not None and context.start_B is not None:
             cache = LayerCache(_write(cache.k, k, context.start_B), _write(cache.v, v, context.start_B))
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)

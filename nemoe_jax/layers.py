@@ -76,11 +76,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotates each head's halves by position · theta^(-2i/H), in Hugging Face's order (Su et al., 2021)."""
-    half = x_BTNH.shape[-1] // 2
+def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 (B, T, H/2), of the angles position · theta^(-2i/H) (Su et al., 2021).
+
+    Made once for all layers: on CPU XLA computes them anew for every head wherever they are fused with what they turn.
+    """
+    half = head_dim // 2
     frequencies_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
-    cos, sin = jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+    return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
+
+
+def rope(x_BTNH: jax.Array, turned: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates each head's halves, in Hugging Face's order, by what `rotation` gave."""
+    cos, sin = (part_BTH[:, :, None] for part_BTH in turned)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -23,7 +23,7 @@ from nemoe_jax.attention import Attention, Context, LayerCache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.embedding import look_up
 from nemoe_jax.ffn import SwiGLU
-from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm
+from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm, rotation
 from nemoe_jax.lora import Adapter, factors
 from nemoe_jax.moe import MoE, Routing
 from nemoe_jax.schema import ParamSpec, Tree, declare, leaves, map_with_path
@@ -109,7 +109,8 @@ class Transformer(SpecModule):
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if start_B is None else start_B[:, None])
             positions = jnp.broadcast_to(positions, tokens_BT.shape)
-        context = Context(positions, segments, start_B)
+        turned = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        context = Context(positions, segments, start_B, turned)
         spec = declare(self.config)["embed"]
         x_BTD = look_up(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
         caches: dict[str, LayerCache] = {}

@@ -25,7 +25,7 @@ from nemoe_jax.checkpoint import (
 from nemoe_jax.command import Command
 from nemoe_jax.config import PRESETS
 from nemoe_jax.errors import UserError
-from nemoe_jax.layers import rope
+from nemoe_jax.layers import rope, rotation
 from nemoe_jax.transformer import forward
 from nemoe_jax.writer import Writer
 from tests.conftest import DENSE, MIXTRAL, NEKOMIND
@@ -99,7 +99,8 @@ def test_attention_scores_are_those_of_the_reference_definition(tmp_path):
     wq, wk = (theirs[f"layers.1.attention.{name}.weight"] for name in ("wq", "wk"))
     wanted = scores(*(rotated_neighbours(heads(weight), config.rope_theta) for weight in (wq, wk)))
     q, k = (ours[f"model.layers.1.self_attn.{name}_proj.weight"] for name in ("q", "k"))
-    halves = [np.asarray(rope(heads(w)[None], jnp.arange(len(x_TD))[None], config.rope_theta))[0] for w in (q, k)]
+    turned = rotation(jnp.arange(len(x_TD))[None], config.head_dim, config.rope_theta)
+    halves = [np.asarray(rope(heads(w)[None], turned))[0] for w in (q, k)]
     np.testing.assert_allclose(scores(*halves), wanted, atol=1e-4 * np.abs(wanted).max())
     assert not np.array_equal(q, wq) and not np.array_equal(k, wk)
     for key, name in (("v", "wv"), ("o", "wo")):
