@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         reports=True,
     )
     run.add_argument("--restart", action="store_true", help="begin anew, throwing away what an earlier attempt left")
-    run.add_argument("--profile", type=Path, metavar="DIR", help="trace some steps of the first phase, for xprof")
+    run.add_argument(
+        "--profile", type=Path, metavar="DIR", help="trace the second step of each phase, for XProf or Perfetto"
+    )
     add_distributed_flag(run, "which work on the same steps")
     show = command.add("show", _show, "print a recipe with its overrides and all defaults, as YAML")
     for parser in (run, show):

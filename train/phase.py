@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from nemoe_jax import hf, lora, peft, schema
@@ -21,14 +22,13 @@ from train.checkpoint import Checkpoints
 from train.data import Batch, Corpus
 from train.journal import Journal
 from train.optimizer import learning_rate_schedule, make_optimizer
-from train.place import local_rows, place
+from train.place import local_rows, place, place_whole
 from train.prepare import Inputs, routers_scale, trainable_of
 from train.recipe import Recipe
-from train.step import Flat, Objective, combine, initial_state, load_max_over_mean, make_update
+from train.step import Flat, Objective, TrainState, combine, initial_state, load_max_over_mean, make_update
 from train.workspace import Interrupted, Signals
 
 ADAPTERS = "adapters"
-TRACED = range(1, 4)  # steps under --profile
 
 
 class PhaseRun:
@@ -55,60 +55,72 @@ class PhaseRun:
 
     def __call__(self, params: Tree, signals: Signals, profile: Path | None) -> tuple[Tree, dict[str, Any]]:
         """(the parameters after the phase, or those before it where it was discarded; figures)."""
-        phase, journal = self.phase, self.journal
+        phase = self.phase
         optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh))
         trainable, frozen = trainable_of(self.recipe, phase, self.config, self.targets, params, self.mesh)
         state = initial_state(trainable, optimizer, phase.seed)
-        size, parts = phase.data.batch_size, phase.data.accumulation
-        rows = local_rows(size, parts, self.mesh)
-        iterator = self.corpus.iterator(size, phase.seed, rows)
+        rows = local_rows(phase.data, self.mesh)
+        iterator = self.corpus.iterator(phase.data.batch_size, phase.seed, rows)
         with Checkpoints(self.checkpoints, self.recipe.checkpoints) as checkpoints:
             if restored := checkpoints.restore(state):
                 state, iterator_state = restored
                 iterator.set_state(iterator_state)
-            done = int(state.step)
             tokens = phase.data.batch_size * phase.data.sequence_length
-            journal.begin(phase.name, done, self.offset, tokens, self._seconds_per_token())
-            if done < phase.steps:
-                objective = Objective(self.recipe, phase, self.config, self.teacher_config)
-                teacher = None
-                if phase.distill:
-                    teacher = hf.load(phase.distill.teacher, mesh=self.mesh, dtype=self.recipe.dtype, progress=True)[1]
-                schedule = learning_rate_schedule(phase.optimizer, phase.steps)
-                update = make_update(objective, optimizer, schedule, state)
-                evaluate = self._evaluator(objective)
-
-                def save(wait: bool = False) -> None:
-                    loss = journal.evaluations(phase.name).get(done, {}).get("loss")
-                    checkpoints.save(state, iterator.get_state(), loss, wait)
-
-                if not done and self.held_out:
-                    journal.evaluated(0, evaluate(state.trainable, frozen))
-                while done < phase.steps:
-                    batch = place(next(iterator), rows, size, parts, self.mesh)
-                    with _trace(profile, done):
-                        state, figures = update(state, frozen, teacher, batch)
-                    done += 1
-                    journal.step(done, figures)
-                    last = done == phase.steps
-                    stop = signals.received(self.offset + done)
-                    evaluates = self.held_out and (last or (phase.eval_every and done % phase.eval_every == 0))
-                    saves = last or stop or done % checkpoints.every == 0
-                    if evaluates or saves:
-                        journal.flush()
-                        if evaluates:
-                            journal.evaluated(done, evaluate(state.trainable, frozen))
-                        if last or stop or (saves and not journal.skipped_in_row):
-                            save(wait=bool(stop))
-                        journal.resume()
-                    elif done == 1:
-                        journal.flush()
-                        journal.resume()
-                    if stop:
-                        raise Interrupted(stop, f"{phase.name}: saved after step {done}; the same command goes on")
-                    if journal.skipped_in_row > self.recipe.max_skipped:
-                        raise ResumableError(self._given_up(checkpoints.latest))
+            self.journal.begin(phase.name, int(state.step), self.offset, tokens, self._seconds_per_token())
+            if state.step < phase.steps:
+                batches = (place(batch, rows, phase.data, self.mesh) for batch in iterator)
+                state = self._steps(
+                    state, frozen, optimizer, batches, iterator.get_state, checkpoints, signals, profile
+                )
         return self._judge(state.trainable, frozen, params)
+
+    def _steps(
+        self,
+        state: TrainState,
+        frozen: Flat,
+        optimizer: optax.GradientTransformation,
+        batches: Iterator[Batch],
+        iterator_state: Callable[[], Any],
+        checkpoints: Checkpoints,
+        signals: Signals,
+        profile: Path | None,
+    ) -> TrainState:
+        """Takes the steps that are left; evaluates, logs and saves on the way."""
+        phase, journal = self.phase, self.journal
+        objective = Objective(self.recipe, phase, self.config, self.teacher_config)
+        teacher = None
+        if phase.distill:
+            teacher = hf.load(phase.distill.teacher, mesh=self.mesh, dtype=self.recipe.dtype, progress=True)[1]
+        update = make_update(objective, optimizer, learning_rate_schedule(phase.optimizer, phase.steps), state)
+        evaluate = self._evaluator(objective)
+        done = first = int(state.step)
+        if not done and self.held_out:
+            journal.evaluated(0, evaluate(state.trainable, frozen))
+        while done < phase.steps:
+            batch = next(batches)
+            # the second step of this process: the first compiles
+            with jax.profiler.trace(profile) if profile and done == first + 1 else contextlib.nullcontext():
+                state, figures = update(state, frozen, teacher, batch)
+                if profile:
+                    jax.block_until_ready(figures)
+            done += 1
+            journal.step(done, figures)
+            stop, last = signals.received(self.offset + done), done == phase.steps
+            evaluates = self.held_out and (last or (phase.eval_every and done % phase.eval_every == 0))
+            saves = last or stop or done % checkpoints.every == 0
+            if evaluates or saves or done == 1:  # the first step compiles and is not timed
+                journal.flush()
+                if evaluates:
+                    journal.evaluated(done, evaluate(state.trainable, frozen))
+                if last or stop or (saves and not journal.skipped_in_row):
+                    loss = journal.evaluations(phase.name).get(done, {}).get("loss")
+                    checkpoints.save(state, iterator_state(), loss, wait=bool(stop))
+                journal.resume()
+            if stop:
+                raise Interrupted(stop, f"{phase.name}: saved after step {done}; the same command goes on")
+            if journal.skipped_in_row > self.recipe.max_skipped:
+                raise ResumableError(self._given_up(checkpoints.latest))
+        return state
 
     def _judge(self, trainable: Tree, frozen: Flat, before: Tree) -> tuple[Tree, dict[str, Any]]:
         """Takes or discards the phase's result, and keeps its adapter either way."""
@@ -177,8 +189,7 @@ class PhaseRun:
         def evaluate(trainable: Tree, frozen: Flat) -> dict[str, Any]:
             sums = []
             for batch in self.held_out:
-                rows = len(batch.inputs)
-                on_devices = place(batch, range(rows), rows, 1, self.mesh)
+                on_devices = place_whole(batch, self.mesh)
                 sums.append(jax.device_get(batch_sums(trainable, frozen, on_devices)))
             total = jax.tree.map(lambda *terms: sum(np.asarray(term, np.float64) for term in terms), *sums)
             loss = float(total["loss"] / total["tokens"])
@@ -190,13 +201,3 @@ class PhaseRun:
             return result
 
         return evaluate
-
-
-@contextlib.contextmanager
-def _trace(directory: Path | None, done: int) -> Iterator[None]:
-    """Traces some steps after the first, which compiles."""
-    if directory and done == TRACED[0]:
-        jax.profiler.start_trace(str(directory))
-    yield
-    if directory and done == TRACED[-1]:
-        jax.profiler.stop_trace()

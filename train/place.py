@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemoe_jax.sharding import batch_axes
 from train.data import Batch
+from train.recipe import Data
 
 
 def batch_sharding(rows: int, parts: int, mesh: Mesh) -> NamedSharding:
@@ -21,16 +22,26 @@ def batch_sharding(rows: int, parts: int, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(axes or None, "sequence" if mesh.shape.get("sequence", 1) > 1 else None))
 
 
-def local_rows(rows: int, parts: int, mesh: Mesh | None) -> list[int]:
-    """The rows of a batch that this process's devices hold parts of."""
+def local_rows(data: Data, mesh: Mesh | None) -> list[int]:
+    """The rows of a step's batch that this process's devices hold parts of."""
     if mesh is None:
-        return list(range(rows))
-    held = batch_sharding(rows, parts, mesh).addressable_devices_indices_map((rows, mesh.size))
-    return sorted({row for index in held.values() if index for row in range(*index[0].indices(rows))})
+        return list(range(data.batch_size))
+    shape = (data.batch_size, data.sequence_length)
+    held = batch_sharding(data.batch_size, data.accumulation, mesh).addressable_devices_indices_map(shape)
+    return sorted({row for index in held.values() if index for row in range(*index[0].indices(data.batch_size))})
 
 
-def place(batch: Batch, rows: Sequence[int], total: int, parts: int, mesh: Mesh | None) -> Batch:
-    """The batch of `total` rows whose rows `rows` are at hand, on the devices."""
+def place(batch: Batch, rows: Sequence[int], data: Data, mesh: Mesh | None) -> Batch:
+    """A step's batch, of which the rows `rows` are at hand, on the devices."""
+    return _place(batch, rows, data.batch_size, data.accumulation, mesh)
+
+
+def place_whole(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch that every process has at hand, on the devices."""
+    return _place(batch, range(len(batch.inputs)), len(batch.inputs), 1, mesh)
+
+
+def _place(batch: Batch, rows: Sequence[int], total: int, parts: int, mesh: Mesh | None) -> Batch:
     if mesh is None:
         return Batch(*map(jax.device_put, batch))
     sharding, at = batch_sharding(total, parts, mesh), {row: number for number, row in enumerate(rows)}
