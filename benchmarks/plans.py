@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def run(case: Case) -> dict[str, Any]:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout)
 
 
-def show(results: dict[str, Any]):
+def show(results: dict[str, Any]) -> Iterator[bool]:
     """Prints a line for each case, and yields whether it is below its limit."""
     print(f"{'slice':10}{'trains':>22}{'tokens × rows':>15}  {'mesh':22}{'GB':>7}{'limit':>7}{'used':>6}", end="")
     print(f"{'sent GB':>9}{'beside':>8}{'executed/model':>16}{'compiled s':>12}")
