@@ -214,6 +214,7 @@ class Writer:
         """Returns when every process has written its units; all of them are in `finished` then."""
         barrier("written")
         self._read_finished()
+        barrier("read")  # before the first process takes the files away
         assert self.finished.keys() == self._file_of_unit.keys()
 
     def finish(self, tokenizer_from: str | Path | None = None, extra: Mapping[str, str] | None = None) -> None:

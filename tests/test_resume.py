@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,32 +154,37 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, workplace, tmp_
 
 
 def test_two_processes_train_as_one(recipe, whole):
-    """Over loopback, one virtual device each; the weights that are saved are those of a run on one device."""
+    """Over loopback, one device each: SIGTERM to one of them stops both; going on ends as a single process does."""
     environment = os.environ | {
         "PYTHONPATH": str(Path(loop.__file__).parents[1]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     }
-    with __import__("socket").socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "train.cli",
-        "run",
-        str(recipe),
-        "mesh=fsdp=2",
-        "lora.0.dropout=0",
-        "--distributed",
-    ]
-    processes = [
-        subprocess.Popen(
-            [*command, f"localhost:{port}", "2", str(number)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for number in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    command = [sys.executable, "-m", "train.cli", "run", str(recipe), "mesh=fsdp=2", "lora.0.dropout=0"]
+
+    def start() -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            job = ["--distributed", f"localhost:{free.getsockname()[1]}", "2"]
+        return [
+            subprocess.Popen([*command, *job, str(number)], env=environment, stderr=subprocess.PIPE, text=True)
+            for number in range(2)
+        ]
+
+    def end(processes: list[subprocess.Popen]) -> list[int]:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+        assert all(process.returncode in (0, 143) for process in processes), errors
+        return [process.returncode for process in processes]
+
+    processes, log = start(), PARTIAL / "train_log.jsonl"
+    while not (log.exists() and '"step": 2' in log.read_text()) and all(
+        process.poll() is None for process in processes
+    ):
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = end(processes)
+    assert ended in ([143, 143], [0, 0])  # 0: done before the signal came
+    if ended == [143, 143]:
+        assert end(start()) == [0, 0]
     assert main(["run", str(recipe), "output=alone", "lora.0.dropout=0"]) == 0
     one, two = (
         [line.get("loss", line.get("held_out_loss")) for line in log_of(Path(name))] for name in ("alone", "out")

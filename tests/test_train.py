@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -328,3 +329,20 @@ def test_on_a_mesh_the_losses_are_the_same(write):
     assert json.loads(Path("four/report.json").read_text())["held_out_loss_after"] == pytest.approx(
         json.loads(Path("one/report.json").read_text())["held_out_loss_after"], rel=1e-5
     )
+
+
+def test_weights_and_biases_get_the_figures_where_they_are_installed(write, monkeypatch, capsys):
+    logged = []
+    run = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **keys: run))
+    assert main(["run", str(write("scratch")), "steps=3", "wandb=project", "data.held_out=[]"]) == 0
+    assert [step for step, _ in logged] == [1, 2, 3]
+    assert [numbers["train/loss"] for _, numbers in logged] == losses_of(Path("out"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(["run", str(write("scratch")), "output=other", "wandb=project"]) == 2
+    assert "pip install wandb" in capsys.readouterr().err and not Path(".other.partial").exists()
+
+
+def test_a_trace_is_written(write, tmp_path):
+    assert main(["run", str(write("scratch")), "steps=3", "data.held_out=[]", "--profile", "trace"]) == 0
+    assert list(Path("trace").rglob("*.xplane.pb"))

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from nemoe_jax.errors import UserError
@@ -33,12 +32,16 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGTERM and the first Ctrl-C as a wish that the loop asks about; use it as a context."""
+    """SIGTERM and the first Ctrl-C as a wish that the loop asks about; use it as a context.
+
+    Over several processes it is SIGTERM alone, to any of them, and JAX's own service that agrees on the step.
+    """
 
     def __enter__(self) -> "Signals":
         self._number, self._before = 0, {}
-        with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there has signals of their own
-            self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        if jax.process_count() == 1:
+            with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there has his own
+                self._before = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,10 +54,10 @@ class Signals:
         self._number = number
 
     def received(self, step: int) -> int:
-        """The signal's number, 0 while there is none; over several processes all get the same answer at a step."""
-        if jax.process_count() == 1:
-            return self._number
-        return int(np.max(multihost_utils.process_allgather(np.int32(self._number))))
+        """The signal's number, 0 while there is none; at a step, all processes get the same answer."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._number = signal.SIGTERM
+        return self._number
 
 
 @contextlib.contextmanager
