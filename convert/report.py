@@ -1,19 +1,14 @@
 """A conversion's manifest as a page for people: what was done, and each figure over the layers."""
 
-import base64
 import html
 import io
 from typing import Any
 
+from nemoe_jax.page import page as html_page
+from nemoe_jax.page import picture, table
+
 PLOT_SIZE = (4.4, 2.6)  # inches
 COLUMNS = 3
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem } img { max-width: 100% }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-"""
 
 
 def page(manifest: dict[str, Any]) -> str:
@@ -22,15 +17,9 @@ def page(manifest: dict[str, Any]) -> str:
     title = f"{options.pop('command')} {manifest['source']['name']}"
     whole = {name: value for name, value in manifest.items() if isinstance(value, (int, float))}
     series = layer_series(manifest["layers"])
-    tables = [_table("Figures", whole), _table("Options", options), _table("Result", manifest["result"])]
-    picture = f'<img alt="figures by layer" src="data:image/png;base64,{_plots(series)}">' if series else ""
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>{STYLE}</style>
-<h1>{html.escape(title)}</h1>
-{tables[0]}{picture}{_layer_table(series)}{"".join(tables[1:])}
-</html>
-"""
+    plots = picture(_plots(series), "figures by layer") if series else ""
+    tables = table("Options", options), table("Result", manifest["result"])
+    return html_page(title, table("Figures", whole), plots, _layer_table(series), *tables)
 
 
 def layer_series(layers: list[dict[str, Any]]) -> dict[str, list[tuple[int, list[float]]]]:
@@ -44,8 +33,8 @@ def layer_series(layers: list[dict[str, Any]]) -> dict[str, list[tuple[int, list
     return series
 
 
-def _plots(series: dict[str, list[tuple[int, list[float]]]]) -> str:
-    """A PNG in base64: a panel for each figure, lists as a band between their extremes."""
+def _plots(series: dict[str, list[tuple[int, list[float]]]]) -> bytes:
+    """A PNG: a panel for each figure, lists as a band between their extremes."""
     from matplotlib.figure import Figure  # half a second to import
 
     rows = -(-len(series) // COLUMNS)
@@ -61,7 +50,7 @@ def _plots(series: dict[str, list[tuple[int, list[float]]]]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
 def _layer_table(series: dict[str, list[tuple[int, list[float]]]]) -> str:
@@ -83,17 +72,3 @@ def _shown(values: list[float] | None) -> str:
     if len(values) == 1:
         return f"{values[0]:.4g}"
     return f"{min(values):.3g} … {max(values):.3g}"
-
-
-def _table(title: str, figures: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_text(value))}</td></tr>"
-        for name, value in figures.items()
-    )
-    return f"<h2>{title}</h2><table>{rows}</table>" if rows else ""
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return f"{value:.5g}" if isinstance(value, float) else str(value)

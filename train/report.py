@@ -1,18 +1,13 @@
 """A run's report for people: report.png and report.html, drawn from the log and the figures of the phases."""
 
-import base64
 import html
 from pathlib import Path
 from typing import Any
 
+from nemoe_jax.page import page, picture, table, text
+
 PICTURE, PAGE = "report.png", "report.html"
 BLUE, RED, GREY = "#3b6ea5", "#b5413b", "#888888"
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem } img { max-width: 100% }
-td, th { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left } .discarded { color: #b5413b }
-"""
 COLUMNS = {
     "name": "phase",
     "steps": "steps",
@@ -33,42 +28,25 @@ def write_report(directory: Path, report: dict[str, Any], lines: list[Line]) -> 
         report: what report.json holds.
         lines: the log's lines.
     """
-    picture = directory / PICTURE
-    _draw(picture, report["phases"], lines)
-    source = base64.b64encode(picture.read_bytes()).decode()
-    title = (
-        f"Training: {directory.name}" if len(report["phases"]) == 1 else f"Training in {len(report['phases'])} phases"
-    )
+    png = directory / PICTURE
+    _draw(png, report["phases"], lines)
+    phases = len(report["phases"])
     rows = "".join(_row(phase) for phase in report["phases"])
     head = "".join(f"<th>{name}</th>" for name in COLUMNS.values())
     whole = {name: value for name, value in report.items() if isinstance(value, (int, float))}
-    figures = "".join(
-        f"<tr><td>{name.replace('_', ' ')}</td><td>{_text(value)}</td></tr>" for name, value in whole.items()
+    content = page(
+        "Training" if phases == 1 else f"Training in {phases} phases",
+        f"<table><tr>{head}</tr>{rows}</table>",
+        picture(png.read_bytes(), "losses and load of the experts"),
+        table("Figures", whole),
     )
-    (directory / PAGE).write_text(
-        f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
-<style>{STYLE}</style>
-<h1>{html.escape(title)}</h1>
-<table><tr>{head}</tr>{rows}</table>
-<img alt="losses and expert load" src="data:image/png;base64,{source}">
-<h2>Figures</h2><table>{figures}</table>
-</html>
-""",
-        "utf-8",
-    )
+    (directory / PAGE).write_text(content, "utf-8")
 
 
 def _row(phase: dict[str, Any]) -> str:
     values = phase | {"accepted": "accepted" if phase["accepted"] else "discarded"}
-    cells = "".join(f"<td>{html.escape(_text(values.get(name, '–')))}</td>" for name in COLUMNS)
+    cells = "".join(f"<td>{html.escape(text(values.get(name, '–')))}</td>" for name in COLUMNS)
     return f"<tr{'' if phase['accepted'] else ' class=discarded'}>{cells}</tr>"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _draw(path: Path, phases: list[dict[str, Any]], lines: list[Line]) -> None:
