@@ -20,6 +20,7 @@ from nemoe_jax.errors import ResumableError
 from train import loop
 from train.cli import main
 from train.loop import train
+from train.prepare import load
 from train.recipe import read_recipe
 from train.workspace import Interrupted, Signals
 
@@ -129,6 +130,35 @@ def test_taken_up_on_another_mesh(recipe, whole, monkeypatch, mesh):
     one, many = ([line["loss"] for line in log_of(Path(name)) if "loss" in line] for name in ("alone", "out"))
     assert many[:4] == one[:4]
     np.testing.assert_allclose(many, one, rtol=1e-4)
+
+
+def test_stopped_while_the_output_takes_its_name(recipe, whole, monkeypatch):
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if Path(target).name == "out":
+            raise InterruptedError
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(InterruptedError):
+            train(read_recipe(recipe))
+    assert main(["run", str(recipe)]) == 0
+    assert same_result(Path("out"), whole)
+
+
+def test_what_a_run_of_all_weights_began_with_is_freed_when_it_goes_on(workplace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(write_recipe(tmp_path / "recipe.yaml", workplace, "scratch", steps=4))
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    begun = []
+    monkeypatch.setattr(loop, "load", lambda *what: begun.append(load(*what)) or begun[0])
+    train(recipe)
+    assert all(array.is_deleted() for array in jax.tree.leaves(begun))
 
 
 def test_another_recipe_is_refused_and_restart_throws_away(recipe, whole, workplace, monkeypatch, capsys):

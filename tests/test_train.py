@@ -15,6 +15,7 @@ import pytest
 from train_runs import CONTROL, DENSE, MIXTURE, TEXT, log_of, make_workplace, random_params, write_recipe
 
 from nemoe_jax import checkpoint, hf, schema
+from nemoe_jax.lora import with_dropout
 from nemoe_jax.schema import leaves
 from nemoe_jax.tokenizer import load_tokenizer
 from nemoe_jax.transformer import forward
@@ -152,6 +153,25 @@ def test_updates_reach_every_adapter_and_the_router_and_nothing_else(write):
     router = first["params"]["blocks/moe/ffn/router"]
     step = np.abs(np.asarray(state.trainable["params"]["blocks/moe/ffn/router"]) - router).max()
     assert 0 < step < 0.1 * router.std()  # not wiped out by Adam
+
+
+def test_an_adapter_of_the_head_drops_other_elements_in_each_chunk(write):
+    """Two chunks of the same tokens: their losses are alike without dropout only, once B is not zero."""
+    losses = {}
+    for dropout in (0.0, 0.5):
+        lora = [{"pattern": "head", "rank": 2, "dropout": dropout}]
+        objective, state, frozen, update = ready(read_recipe(write("repair", distill=None, lora=lora, logits_chunk=32)))
+        batch = batch_of(1, (32,))
+        for _ in range(2):
+            state, _ = update(state, frozen, None, batch)
+        moved = state.trainable["adapters"]["head"]
+        assert np.abs(moved.b).max() > 0
+        keyed = state.trainable | {"adapters": with_dropout(state.trainable["adapters"], jax.random.key(1))}
+        once, twice = (Batch(*(jnp.tile(array, (times, 1)) for array in batch)) for times in (1, 2))
+        whole = jax.jit(objective.loss)
+        losses[dropout] = [float(whole(keyed, frozen, None, rows)[1]["cross_entropy"]) for rows in (once, twice)]
+    assert losses[0.0][0] == pytest.approx(losses[0.0][1], rel=1e-6)
+    assert losses[0.5][0] != pytest.approx(losses[0.5][1], rel=1e-6)
 
 
 def test_without_train_router_only_adapters_learn(write):

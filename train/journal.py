@@ -77,7 +77,9 @@ class Journal:
 
         self.lines = [line for line in self.lines if stays(line)]
         if self._writes:
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
+            new = self._path.with_suffix(".new")  # the log is whole at any time
+            new.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
+            new.replace(self._path)
         self._task = self._bar.add_task(phase, total=self.steps, completed=done, loss="", speed="", held_out="")
 
     @property

@@ -111,7 +111,8 @@ def _save(
         (model / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         (model / RECIPE).write_text(to_yaml(recipe), "utf-8")
         write_report(model, report, journal.lines)
-        for name in (LOG, TENSORBOARD, ADAPTERS):
+        shutil.copyfile(directory / LOG, model / LOG)  # what goes on from here, should this be interrupted, needs it
+        for name in (TENSORBOARD, ADAPTERS):
             if (directory / name).exists():
                 (directory / name).rename(model / name)
         model.rename(recipe.output)

@@ -25,7 +25,7 @@ from train.optimizer import learning_rate_schedule, make_optimizer
 from train.place import local_rows, place, place_whole
 from train.prepare import Inputs, routers_scale, trainable_of
 from train.recipe import Recipe
-from train.step import Flat, Objective, TrainState, combine, initial_state, load_max_over_mean, make_update
+from train.step import Flat, Objective, TrainState, combine, initial_state, load_max_over_mean, make_update, state_shape
 from train.workspace import Interrupted, Signals
 
 ADAPTERS = "adapters"
@@ -58,13 +58,16 @@ class PhaseRun:
         phase = self.phase
         optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh))
         trainable, frozen = trainable_of(self.recipe, phase, self.config, self.targets, params, self.mesh)
-        state = initial_state(trainable, optimizer, phase.seed)
         rows = local_rows(phase.data, self.mesh)
         iterator = self.corpus.iterator(phase.data.batch_size, phase.seed, rows)
         with Checkpoints(self.checkpoints, self.recipe.checkpoints) as checkpoints:
-            if restored := checkpoints.restore(state):
+            if restored := checkpoints.restore(state_shape(trainable, optimizer)):
                 state, iterator_state = restored
                 iterator.set_state(iterator_state)
+                for array in jax.tree.leaves(trainable):
+                    array.delete()  # as the first update would: of weights that are all trained there is one copy
+            else:
+                state = initial_state(trainable, optimizer, phase.seed)
             tokens = phase.data.batch_size * phase.data.sequence_length
             self.journal.begin(phase.name, int(state.step), self.offset, tokens, self._seconds_per_token())
             if state.step < phase.steps:

@@ -138,8 +138,11 @@ class Objective:
         trained: Tree = {"params": {}, "adapters": {}}
         rest: Tree = {"head": {}}
         (trained["params"] if name in trainable["params"] else rest["head"]).update(head)
-        if name in trainable["adapters"]:
-            trained["adapters"][name] = trainable["adapters"][name]
+        if adapter := trainable["adapters"].get(name):
+            trained["adapters"][name] = dataclasses.replace(adapter, key=None)  # nothing differentiates a key
+            if adapter.key is not None:
+                rest["key"] = adapter.key
+                arrays["number"] = jnp.arange(batch.targets.size).reshape(batch.targets.shape)
         if teacher is not None and self.teacher_config:
             arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
             name = _head_of(self.teacher_config)
@@ -149,7 +152,11 @@ class Objective:
     def _token_losses(self, trained: Tree, chunk: dict[str, Array], rest: Tree) -> tuple[Array, Sums]:
         """(sum to differentiate, its parts) of a chunk of tokens."""
         head, distill = trained["params"] | rest["head"], self.phase.distill
-        logits = transformer.logits(self.config, head, chunk["hidden"], trained["adapters"])
+        adapters = trained["adapters"]
+        if "key" in rest:  # each chunk drops other elements
+            key = jax.random.fold_in(rest["key"], chunk["number"][0, 0])
+            adapters = {name: dataclasses.replace(adapter, key=key) for name, adapter in adapters.items()}
+        logits = transformer.logits(self.config, head, chunk["hidden"], adapters)
         total = entropy = masked_sum(cross_entropy(logits, chunk["targets"]), chunk["mask"])
         sums = {"cross_entropy": entropy}
         if distill and self.teacher_config and "teacher" in chunk:
