@@ -229,7 +229,9 @@ def _run_part(
     x_RD = _dispatch(x_TD, token_R, place_TC, rows)
     gate_RF, up_RF = project_rows(x_RD, "gate", "up")
     hidden_RF = jax.nn.silu(gate_RF) * up_RF
-    (y_RD,) = project_rows(hidden_RF * weights_TC.reshape(-1)[order_R][:, None], "down")
+    # zero for other devices' rows, so that the weights' gradient does not see what is not defined there
+    weights_R1 = _take_rows(weights_TC.reshape(-1, 1), order_R, rows)
+    (y_RD,) = project_rows(hidden_RF * weights_R1, "down")
     return _combine(y_RD, token_R, place_TC, rows)
 
 

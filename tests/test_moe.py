@@ -78,6 +78,39 @@ def test_gradients_equal_those_of_a_mixture_computed_in_full(at_once, monkeypatc
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, wanted)
 
 
+def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
+    """A grouped matmul leaves rows beyond its groups undefined, forward and backward: here they are NaN."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = {"gate": (2, 24, 12), "up": (2, 24, 12), "down": (2, 12, 24)}
+    experts = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    x = jax.random.normal(keys[3], (2, 4, 24))
+    weights = jax.nn.softmax(jax.random.normal(keys[4], (2, 4, 2)))
+    chosen = jax.random.randint(keys[5], (2, 4, 2), 0, 4)  # of which experts 1 and 2 are here
+
+    def gradients():
+        loss = lambda *arrays: jnp.sum(jnp.sin(moe.run_experts(*arrays[:2], chosen, arrays[2], {}, 1)))  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(x, weights, experts)
+
+    @jax.custom_vjp
+    def poisoned(array, counts, forward, backward):
+        return jnp.where(counts, array, forward)
+
+    poisoned.defvjp(
+        lambda array, counts, forward, backward: (poisoned(array, counts, forward, backward), (counts, backward)),
+        lambda kept, dy: (jnp.where(kept[0], dy, kept[1]), None, None, None),
+    )
+    project, wanted = moe.project, gradients()
+
+    def without_the_rest(x_RD, weight, inputs, adapter, sizes_E):
+        counts = (jnp.arange(len(x_RD)) < sizes_E.sum())[:, None]
+        assert not counts.all()
+        y_RF = project(poisoned(x_RD, counts, 1.0, jnp.nan), weight, inputs, adapter, sizes_E)
+        return poisoned(y_RF, counts, jnp.nan, 0.0)
+
+    monkeypatch.setattr(moe, "project", without_the_rest)
+    jax.tree.map(np.testing.assert_array_equal, gradients(), wanted)
+
+
 def test_statistics_of_an_even_and_of_a_one_sided_router():
     layer, weights = layer_of(MIXTRAL)
     x = jax.random.normal(jax.random.key(1), (4, 8, MIXTRAL.hidden))
