@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from nemoe_jax.tokenizer import load_tokenizer
 from train import tokenise as tokenise_module
 from train.data import Batch, Corpus, open_corpus, source_files
 from train.recipe import Data, Source
-from train.token_cache import default_cache
+from train.render import Rendered
+from train.token_cache import Writer, default_cache, open_entry
 from train.tokenise import tokenise
 
 VOCAB = 400
+FULL = Path("/dev/full")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}word0 {% generation %}{{ m.content }}"
     "{{ eos_token }}{% endgeneration %}{% else %}word1 {{ m.content }} {% endif %}{% endfor %}"
@@ -102,6 +105,28 @@ def test_tokens_come_from_the_cache_until_something_changes(tmp_path, tokenizer,
     write_tokenizer(tmp_path / "model", VOCAB - 1)
     tokenizer = load_tokenizer(tmp_path / "model")
     assert encoded() == 5
+
+
+def test_an_entry_that_another_process_finished_first_is_left_alone(tmp_path):
+    document = Rendered(np.arange(3, dtype=np.uint32), np.ones(3, bool), is_chat=False)
+    with Writer(tmp_path / "entry", np.uint16) as late, Writer(tmp_path / "entry", np.uint16) as early:
+        for writer in (late, early):
+            writer.add([document])
+        early.finish({})
+        file = (tmp_path / "entry" / "tokens.bin").stat().st_ino
+        late.finish({})
+    assert (tmp_path / "entry" / "tokens.bin").stat().st_ino == file
+    assert open_entry(tmp_path / "entry") and [path.name for path in tmp_path.iterdir()] == ["entry"]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="wants a device that is always full")
+def test_a_full_disk_is_one_error_and_leaves_nothing_behind(tmp_path):
+    documents = [Rendered(np.zeros(size, np.uint32), np.ones(size, bool), is_chat=False) for size in (1, 10**5)]
+    with pytest.raises(UserError, match=r"data\.cache: .*: No space"), Writer(tmp_path / "entry", np.uint16) as writer:
+        writer._tokens.close()
+        writer._tokens = FULL.open("wb")
+        writer.add(documents)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_cache_lies_where_the_user_keeps_caches(monkeypatch, tmp_path):

@@ -100,8 +100,9 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tokens.close()
-        self._mask.close()
+        for file in (self._tokens, self._mask):
+            with contextlib.suppress(OSError):  # a full disk does not take what is left in the buffer either
+                file.close()
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def add(self, documents: Iterable[Rendered]) -> None:
@@ -130,9 +131,12 @@ class Writer:
             checksums = {name: checksum(self._staging / name) for name in FILES}
             entry = {"dtype": np.dtype(self.dtype).name, "checksums": checksums, "figures": figures}
             (self._staging / "entry.json").write_text(json.dumps(entry), "utf-8")
-            with contextlib.suppress(OSError):  # another process may have written the same entry meanwhile
+            try:
+                self._staging.rename(self.path)
+            except OSError:  # there is one: damaged, or another process's that wrote the same and may be reading it
                 if open_entry(self.path) is None:
                     shutil.rmtree(self.path, ignore_errors=True)
-                self._staging.rename(self.path)
+                    with contextlib.suppress(OSError):  # another process may be mending it as well
+                        self._staging.rename(self.path)
         except OSError as error:
             raise UserError(f"data.cache: {self._staging.parent}: {error.strerror}") from error
