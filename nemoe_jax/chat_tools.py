@@ -146,5 +146,5 @@ def parsed_json(text: str) -> Any:
     """The value of a JSON text, or the text itself where it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text

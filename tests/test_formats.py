@@ -69,9 +69,10 @@ def write_platypus(path):
     rows = [
         {"input": "", "output": "O", "instruction": "I", "data_source": "MATH/PRM-800K"},
         {"input": "1 2", "output": "3", "instruction": "Add", "data_source": "x"},
+        {"input": " \n", "output": "O", "instruction": "I"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [chat("u:I", "a:O"), chat("u:Add\n\n1 2", "a:3")]
+    return [chat("u:I", "a:O"), chat("u:Add\n\n1 2", "a:3"), chat("u:I", "a:O")]
 
 
 def write_magpie(path):

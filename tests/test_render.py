@@ -130,3 +130,10 @@ def test_chats_that_the_format_does_not_take_are_bad_rows(tmp_path, tekken):
     calls = Chat([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "short"}]}])
     with pytest.raises(BadRow, match=r"messages\[1\]: tool_calls"):
         render(load_tokenizer(tmp_path), calls)
+
+
+@pytest.mark.parametrize("depth", [300, 10**5])
+def test_nesting_beyond_reason_is_a_bad_row(tekken, depth):
+    call = {"id": "abcdefghi", "function": {"name": "f", "arguments": "[" * depth + "]" * depth}}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
+    assert render(tekken, to_document(row)).mask_N.any()  # as the text that it is

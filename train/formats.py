@@ -85,7 +85,7 @@ def _text(row: Row) -> str:
 
 def _alpaca(row: Row) -> Chat:
     question = _string(row, "instruction")
-    if row.get("input"):
+    if str(row.get("input") or "").strip():
         question += "\n\n" + _string(row, "input")
     return _single(row, question, _string(row, "output"))
 

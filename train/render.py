@@ -35,6 +35,8 @@ def render(tokenizer: Tokenizer, document: Document) -> Rendered:
         ids, spoken = spoken_ids(tokenizer, document.messages, document.tools)
     except UserError as error:
         raise BadRow(str(error)) from error
+    except RecursionError as error:
+        raise BadRow("nested too deeply") from error
     mask_N = np.array(spoken, bool)
     if not mask_N.any():
         raise BadRow(f"{tokenizer.path}: its chat format leaves out every answer")
