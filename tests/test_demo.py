@@ -10,7 +10,7 @@ import pytest
 from nemoe_jax import checkpoint
 
 ROOT = Path(__file__).parent.parent
-TINY = ["scratch.layers=1", "scratch.hidden=48", "scratch.heads=2", "scratch.kv_heads=1", "scratch.ffn=64"]
+TINY = ["scratch.layers=1", "scratch.hidden=48", "scratch.heads=2", "scratch.kv_heads=1", "scratch.ffn=256"]
 SHORT = ["optimizer.warmup_steps=1", "data.sequence_length=64", "eval_batches=2"]
 
 

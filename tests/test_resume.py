@@ -1,5 +1,6 @@
 """Interrupted runs: killed, stopped, damaged, taken up on another mesh; the result is that of a run nobody touched."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -168,6 +169,11 @@ def test_another_recipe_is_refused_and_restart_throws_away(recipe, whole, workpl
     before = sorted(path.as_posix() for path in PARTIAL.rglob("*"))
     assert main(["run", str(recipe), "steps=9"]) == 2
     assert "holds an unfinished run of another recipe or model (phases differ)" in capsys.readouterr().err
+    assert sorted(path.as_posix() for path in PARTIAL.rglob("*")) == before
+    with (PARTIAL / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a process that is still at it
+        assert main(["run", str(recipe), "--restart"]) == 2
+    assert "another process is at work there" in capsys.readouterr().err
     assert sorted(path.as_posix() for path in PARTIAL.rglob("*")) == before
     assert main(["run", str(recipe), "--restart"]) == 0
     assert same_result(Path("out"), whole)

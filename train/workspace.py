@@ -5,6 +5,7 @@ on after any interruption: the recipe, the log, and the checkpoints of each phas
 """
 
 import contextlib
+import fcntl
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.writer import barrier
 from train.recipe import Recipe
 
+LOCK = "lock"
 UNSEEN = ("log_every", "wandb", "mesh", "checkpoints", "max_skipped")  # keys that may change when a run is taken up
 
 
@@ -66,9 +68,38 @@ def working_directory(recipe: Recipe, restart: bool) -> Iterator[Path]:
     to go on from."""
     directory = recipe.output.absolute().parent / f".{recipe.output.name}.partial"
     missing = [parent for parent in directory.parents if not parent.exists()]
-    if restart and jax.process_index() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-    barrier("restarted")
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(_lock(directory))
+            for path in directory.iterdir() if restart else ():
+                if path.name != LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        barrier("locked")
+        _compare(recipe, directory)
+        try:
+            yield directory
+        finally:
+            if jax.process_index() == 0 and not any(directory.glob("checkpoints/*/*")):
+                shutil.rmtree(directory, ignore_errors=True)
+                with contextlib.suppress(OSError):  # not empty: the output is there, or another run's
+                    for parent in missing:
+                        parent.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Makes the directory this process's own, until it ends, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{directory}: another process is at work there") from error
+        yield
+
+
+def _compare(recipe: Recipe, directory: Path) -> None:
+    """Notes in the directory what is run there, or sees that it is what was run before."""
     state = _identity(recipe)
     kept, new = directory / "run.json", not (directory / "run.json").exists()
     if not new and (earlier := json.loads(kept.read_text("utf-8"))) != state:
@@ -79,20 +110,11 @@ def working_directory(recipe: Recipe, restart: bool) -> Iterator[Path]:
         )
     barrier("compared")
     if jax.process_index() == 0 and new:
-        directory.mkdir(parents=True, exist_ok=True)
         kept.with_suffix(".new").write_text(json.dumps(state), "utf-8")
         kept.with_suffix(".new").rename(kept)
     barrier("working directory")
     if not kept.exists():
         raise UserError(f"{directory.parent}: not shared by all processes; they must see the same directory")
-    try:
-        yield directory
-    finally:
-        if jax.process_index() == 0 and not any(directory.glob("checkpoints/*/*")):
-            shutil.rmtree(directory, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: the output is there, or another run's
-                for parent in missing:
-                    parent.rmdir()
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
