@@ -25,7 +25,7 @@ import pyarrow.parquet
 from train.loop import train
 from train.recipe import read_recipe
 
-HELD_OUT = 40  # of each kind of document
+HELD_OUT_CHATS, HELD_OUT_TEXTS = 160, 20
 PLANTED = "role-play"
 
 
@@ -67,7 +67,7 @@ def write_datasets(place: Path) -> None:
     rng = random.Random(0)
     functions = list(documented_functions())
     rng.shuffle(functions)
-    held_out, functions = functions[:HELD_OUT], functions[HELD_OUT:]
+    held_out, functions = functions[:HELD_OUT_CHATS], functions[HELD_OUT_CHATS:]
     fifth = len(functions) // 5
     parts = [functions[at * fifth : (at + 1) * fifth] for at in range(5)]
 
@@ -82,8 +82,8 @@ def write_datasets(place: Path) -> None:
         (place / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
     sources = [path.read_text("utf-8", "ignore") for path in sorted(library_packages())]
-    lines("held-out-text.jsonl", [{"text": text[:1200]} for text in sources[:HELD_OUT]])
-    lines("general.jsonl", [{"text": text} for text in sources[HELD_OUT:]])
+    lines("held-out-text.jsonl", [{"text": text[:1200]} for text in sources[:HELD_OUT_TEXTS]])
+    lines("general.jsonl", [{"text": text} for text in sources[HELD_OUT_TEXTS:]])
     lines("held-out-chats.jsonl", [{"conversations": turns(name, answer)} for name, _, answer in held_out])
     hermes = [
         {"conversations": turns(name, answer, "You know Python."), "source": "stdlib", "category": None, "id": name}
