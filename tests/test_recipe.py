@@ -80,6 +80,7 @@ def test_phases_take_from_the_top_what_they_do_not_say(minimal):
         ([3], "seed=1", r"phases\.0: wanted a valid dictionary"),
         ([], "seed=1", r"phases: .*at least 1 item"),
         ("two", "seed=1", r"phases: wanted a valid list"),
+        (5, "seed=1", r"phases: wanted a valid list"),
     ],
 )
 def test_bad_phases(minimal, phases, override, wanted):
@@ -132,9 +133,28 @@ def test_an_error_names_the_file_and_every_bad_key(tmp_path):
         read_recipe(path)
 
 
-@pytest.mark.parametrize("text, wanted", [("a: [", "not YAML"), ("- a", "wanted a mapping"), ("", "output: missing")])
+def test_an_alias_is_a_copy(minimal):
+    shared = "{train: a, sequence_length: 8, batch_size: 2}"
+    minimal.write_text(
+        f"{minimal.read_text()}phases: [{{name: a, data: &data {shared}}}, {{name: b, data: *data}}]", "utf-8"
+    )
+    recipe = read_recipe(minimal, ["phases.0.data.batch_size=4"])
+    assert [phase.data.batch_size for phase in recipe.phases] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        (b"a: [", "not YAML"),
+        (b"\xff\x00", "not YAML"),
+        (b"steps: 2024-13-45", "not YAML"),
+        (b"a: &a [*a]", "not YAML"),
+        (b"- a", "wanted a mapping"),
+        (b"", "output: missing"),
+    ],
+)
 def test_bad_files(tmp_path, text, wanted):
-    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_bytes(text)
     with pytest.raises(UserError, match=wanted):
         read_recipe(tmp_path / "bad.yaml")
 

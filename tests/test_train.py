@@ -304,6 +304,7 @@ def test_master_weights_are_float32_and_saved_in_save_dtype(write):
         (["model=OTHER", "train_router=false"], "distill.teacher: "),
         (["model=OTHER", "train_router=true", "lora=[{pattern: blocks/*}]"], "vocabulary of 300"),
         (["stepz=3"], "nearest known key is steps"),
+        (["output=empty.txt/out"], "output: "),
     ],
 )
 def test_bad_input_is_one_line_status_2_and_leaves_nothing(write, workplace, tmp_path, capsys, overrides, wanted):

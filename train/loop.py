@@ -116,5 +116,5 @@ def _save(
             if (directory / name).exists():
                 (directory / name).rename(model / name)
         model.rename(recipe.output)
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # NFS keeps the lock's file while it is open
     barrier("saved")

@@ -8,7 +8,6 @@ A run is a list of phases, each on the result of the last accepted one. The keys
 file, where they hold for every phase that does not say otherwise; a file without `phases` is a run of one.
 """
 
-import copy
 import dataclasses
 import difflib
 import importlib.resources
@@ -263,25 +262,28 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: no such file, not a mapping, unknown key (with the nearest known one), bad or missing value.
     """
     path, shipped = Path(name), shipped_recipes()
-    if path.is_file():
-        text = path.read_text("utf-8")
-    elif str(name).removesuffix(".yaml") in shipped:
-        text = shipped[str(name).removesuffix(".yaml")]
-    else:
+    text = shipped.get(str(name).removesuffix(".yaml"))
+    if not path.is_file() and text is None:
         raise UserError(f"{name}: no such recipe file, and the shipped recipes are {', '.join(shipped)}")
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        tree = _apart(yaml.safe_load(path.read_bytes() if path.is_file() else text or "") or {})
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise UserError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name}: wanted a mapping of keys, got {type(tree).__name__}")
-    tree = copy.deepcopy(tree)
     overridden = [_override(tree, override) for override in overrides]
     try:
         return Recipe.model_validate(_spread(tree))
     except ValidationError as error:
         complaints = dict.fromkeys(_explain(detail, tree, overridden) for detail in error.errors())
         raise UserError(f"{name}: " + "; ".join(complaints)) from error
+
+
+def _apart(node: Any) -> Any:
+    """The same tree without aliases (`*name`): what is set in one place stays as it is in the others."""
+    if isinstance(node, dict):
+        return {key: _apart(value) for key, value in node.items()}
+    return [_apart(value) for value in node] if isinstance(node, list) else node
 
 
 def _spread(tree: Tree) -> Tree:
@@ -338,11 +340,12 @@ def _override(tree: Tree, override: str) -> str:
         raise UserError(f"wanted key=value after the recipe, got {override!r}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{key}: not a YAML value: {text!r}") from error
     names = key.split(".")
     _assign(tree, names, value, key)
-    for phase in tree.get("phases") or []:
+    phases = tree.get("phases")
+    for phase in phases if isinstance(phases, list) else []:
         if names[0] != "phases" and _said(phase, names):
             _assign(phase, names, value, key)
     return key

@@ -89,12 +89,18 @@ def working_directory(recipe: Recipe, restart: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def _lock(directory: Path) -> Iterator[None]:
     """Makes the directory this process's own, until it ends, however it ends."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("w") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"output: {error.filename or directory}: {error.strerror}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{directory}: another process is at work there") from error
+        except OSError:
+            pass  # a file system that knows no locks
         yield
 
 
@@ -113,7 +119,7 @@ def _compare(recipe: Recipe, directory: Path) -> None:
         kept.with_suffix(".new").write_text(json.dumps(state), "utf-8")
         kept.with_suffix(".new").rename(kept)
     barrier("working directory")
-    if not kept.exists():
+    if kept not in directory.glob("*.json"):  # listing asks anew, where NFS may remember that there was no such name
         raise UserError(f"{directory.parent}: not shared by all processes; they must see the same directory")
 
 
