@@ -105,8 +105,14 @@ def _outer(x_RD, dy_RF, sizes_E):
     return lax.platform_dependent(x_RD, dy_RF.astype(x_RD.dtype), sizes_E, cpu=_tiled_outer, default=_ragged_outer)
 
 
+def precision_of(dtype: Any) -> lax.Precision | None:
+    """HIGHEST for float32: it asks for float32 products, which TPUs do not give by default."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def _ragged_matmul(x_RD, w_EDF, sizes_E):
-    return lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=x_RD.dtype)
+    precision = precision_of(x_RD.dtype)
+    return lax.ragged_dot(x_RD, w_EDF, sizes_E, precision=precision, preferred_element_type=x_RD.dtype)
 
 
 def _ragged_matmul_transposed(dy_RF, w_EDF, sizes_E):
@@ -117,7 +123,10 @@ def _ragged_outer(x_RD, dy_RF, sizes_E):
     over_rows = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
-    return lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=jnp.float32)
+    precision = precision_of(x_RD.dtype)
+    return lax.ragged_dot_general(
+        x_RD, dy_RF, sizes_E, over_rows, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _ragged_lora(x_RD, maps, sizes_E, scales):

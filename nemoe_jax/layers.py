@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nemoe_jax.grouped_matmul import grouped_matmul
+from nemoe_jax.grouped_matmul import grouped_matmul, precision_of
 from nemoe_jax.lora import Adapter, dropped
 from nemoe_jax.schema import ParamSpec, Tree
 
@@ -64,9 +64,7 @@ def _contract(x: jax.Array, w: jax.Array, inputs: int, group_sizes: jax.Array | 
     rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
     x = x.reshape(-1, math.prod(w.shape[:inputs]))
     w = w.astype(x.dtype).reshape(x.shape[1], -1)
-    # HIGHEST: a float32 activation asks for float32 products, which TPUs do not give by default
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, w, precision=precision).reshape(*rows, *outputs)
+    return jnp.matmul(x, w, precision=precision_of(x.dtype)).reshape(*rows, *outputs)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -151,3 +151,12 @@ def test_adapters_and_all_gradients_equal_the_oracle(name, backend):
 def test_half_filled_tiles_waste_at_most_an_eighth(rows, experts):
     tile = tile_rows(rows, experts)
     assert (rows // tile + experts) * tile <= 1.125 * rows
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_float32_asks_a_tpu_for_float32_products(dtype):
+    x, w, sizes, _ = problem("even", dtype)
+    gradient = jax.grad(lambda x, w: jnp.sum(grouped_matmul(x, w, sizes).astype(jnp.float32) ** 2), (0, 1))
+    program = jax.jit(gradient).trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count('"chlo.ragged_dot"(') == 3
+    assert program.count("precision HIGHEST") == (6 if dtype == jnp.float32 else 0)
