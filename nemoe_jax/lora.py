@@ -83,7 +83,7 @@ def match(config: ModelConfig, targets: Sequence[Target]) -> dict[str, tuple[Par
     specs = {path: spec for path, spec in leaves(schema.declare(config)).items() if spec.contracted}
     chosen: dict[str, tuple[ParamSpec, Target]] = {}
     for target in targets:
-        if target.rank < 1 or target.alpha <= 0:
+        if target.rank < 1 or not 0 < target.alpha < math.inf:
             raise UserError(f"LoRA target {target.pattern}: wanted a positive rank and alpha, got {target}")
         if not 0 <= target.dropout < 1:
             raise UserError(f"LoRA target {target.pattern}: dropout: wanted 0 to below 1, got {target.dropout}")

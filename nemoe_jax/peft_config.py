@@ -25,6 +25,7 @@ _REFUSED = (
     "monteclora_config",
     "velora_config",
 )
+_LARGEST_ALPHA = 1e30  # what float32 can hold; NaN is not below it
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights as well
 
 
@@ -87,6 +88,8 @@ def read_config(directory: Path) -> AdapterConfig:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(content.get(key) or {}, dict):
             raise UserError(f"{path}: {key}: wanted an object, got {content[key]}")
+    if not isinstance(content.get("target_parameters") or [], list):
+        raise UserError(f"{path}: target_parameters: wanted a list, got {content['target_parameters']}")
     config = AdapterConfig(
         rank=content.get("r", 8),
         alpha=content.get("lora_alpha", 8),
@@ -103,7 +106,7 @@ def read_config(directory: Path) -> AdapterConfig:
         if type(rank) is not int or rank < 1:
             problems.append(f"r and rank_pattern: wanted positive whole numbers, got {rank}")
     for alpha in (config.alpha, *config.alpha_pattern.values()):
-        if type(alpha) not in (int, float):
+        if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
             problems.append(f"lora_alpha and alpha_pattern: wanted numbers, got {alpha}")
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         try:

@@ -129,6 +129,15 @@ def test_files_of_all_kinds_in_order_and_without_the_excluded(tmp_path):
     assert find_rows(source(tmp_path)).identity != before
 
 
+def test_a_parquet_file_with_text_that_is_not_utf8(tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    buffers = arrow.array([b"good", b"\xff\xfe"]).buffers()
+    table = arrow.table({"text": arrow.Array.from_buffers(arrow.string(), 2, buffers)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: .*damaged \('utf-8' codec can't decode byte 0xff"):
+        list(read_file(tmp_path / "a.parquet"))
+
+
 def test_data_sets_saved_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [

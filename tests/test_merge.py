@@ -224,6 +224,8 @@ BAD = {
     "changed base": ({}, {"init_lora_weights": "pissa"}, "init_lora_weights = pissa changed the base"),
     "rank": ({}, {"r": 0}, "wanted positive whole numbers, got 0"),
     "alpha": ({}, {"alpha_pattern": {"q_proj": "6"}}, "wanted numbers, got 6"),
+    "alpha that is no number": ({}, {"lora_alpha": np.nan}, "wanted numbers, got nan"),
+    "parameters": ({}, {"target_parameters": True}, "target_parameters: wanted a list, got True"),
     "pattern": ({}, {"rank_pattern": {"(": 3}}, r"wanted regular expressions, got \("),
     "pattern list": ({}, {"alpha_pattern": ["q_proj"]}, "alpha_pattern: wanted an object"),
     "whole and low-rank": (

@@ -134,7 +134,7 @@ def read_parquet(path: Path) -> Iterator[PlacedRow]:
             yield from _placed(
                 str(path), (batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=columns))
             )
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
         raise UserError(f"{path}: not a Parquet file, or damaged ({' '.join(str(error).split())})") from error
 
 
