@@ -112,6 +112,15 @@ def test_every_weight_then_adapters_and_a_discarded_full_phase(place, tmp_path, 
     assert report["phases"][2]["data"][0]["documents"] == len(TEXT)
 
 
+def test_where_every_phase_is_discarded_the_model_is_what_it_was(place, done, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    write_recipe(tmp_path / "bad.yaml", place, "repair", **KEYS, phases=[SPOILT], model="out")
+    report = train(read_recipe(tmp_path / "bad.yaml", [f"output={tmp_path / 'out'}"]))
+    assert report["held_out_loss_after"] == report["held_out_loss_before"] and report["params_trained"] == 0
+    for path, array in leaves(hf.load(tmp_path / "out")[1]).items():
+        np.testing.assert_array_equal(array, leaves(hf.load("out")[1])[path], err_msg=path)
+
+
 def test_an_adapter_of_peft_is_taken_up(place, done, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     write_recipe(tmp_path / "more.yaml", place, "repair", **KEYS | {"lora": [], "adapter": "out/adapters/1-first"})

@@ -305,11 +305,15 @@ def test_master_weights_are_float32_and_saved_in_save_dtype(write):
         (["model=OTHER", "train_router=true", "lora=[{pattern: blocks/*}]"], "vocabulary of 300"),
         (["stepz=3"], "nearest known key is steps"),
         (["output=empty.txt/out"], "output: "),
+        (["data.train=chat.jsonl", "data.sequence_length=8"], "data.train: no token to be predicted in its rows"),
+        (["data.held_out=chat.jsonl", "data.sequence_length=8"], "data.held_out: no token to be predicted"),
     ],
 )
 def test_bad_input_is_one_line_status_2_and_leaves_nothing(write, workplace, tmp_path, capsys, overrides, wanted):
     recipe = write("repair", output="new/deep/out")
     (tmp_path / "empty.txt").write_text("\n")
+    chat = [{"role": "user", "content": "a long question"}, {"role": "assistant", "content": "short"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
     before = sorted(path.name for path in tmp_path.rglob("*"))
     overrides = [override.replace("OTHER", str(workplace / "other")) for override in overrides]
     assert main(["run", str(recipe), *overrides]) == 2

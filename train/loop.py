@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from nemoe_jax import hf, schema
+from nemoe_jax.errors import UserError
 from nemoe_jax.schema import Tree
 from nemoe_jax.writer import barrier
 from train.data import Batch, Corpus, open_corpus, source_files
@@ -24,6 +25,7 @@ from train.report import write_report
 from train.workspace import Signals, working_directory
 
 REPORT, RECIPE = "report.json", "recipe.yaml"
+NO_TARGETS = "no token to be predicted in its rows; longer rows (data.sequence_length) may reach the answers"
 
 
 def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) -> dict[str, Any]:
@@ -64,13 +66,24 @@ def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Batch]]:
     if data.held_out:
         corpus = open_corpus(data.held_out, data, inputs.tokenizer, inputs.config.vocab, "data.held_out")
         held_out = corpus.held_out_batches(data.batch_size // data.accumulation, phase.eval_batches)
+        if not any(batch.mask.any() for batch in held_out):
+            raise UserError(f"data.held_out: {NO_TARGETS}")
     exclude = source_files(data.held_out)
-    return open_corpus(data.train, data, inputs.tokenizer, inputs.config.vocab, exclude=exclude), held_out
+    corpus = open_corpus(data.train, data, inputs.tokenizer, inputs.config.vocab, exclude=exclude)
+    if not any(figures.loss_tokens for figures in corpus.figures):
+        raise UserError(f"data.train: {NO_TARGETS}")
+    return corpus, held_out
 
 
 def _summary(recipe: Recipe, inputs: Inputs, phases: list[dict[str, Any]], journal: Journal) -> dict[str, Any]:
-    """The report: the run, and each phase; the last accepted phase's held-out figures stand at the top as well."""
-    last = next((phase for phase in reversed(phases) if phase["accepted"]), phases[-1])
+    """The report: the run, and each phase; the last accepted phase's held-out figures stand at the top as well.
+
+    Where every phase was discarded, the model is what it was, and so is its loss.
+    """
+    unchanged = {"tokens_per_second": phases[-1]["tokens_per_second"], "params_trained": 0}
+    if "held_out_loss_before" in phases[0]:
+        unchanged["held_out_loss_after"] = phases[0]["held_out_loss_before"]
+    last = next((phase for phase in reversed(phases) if phase["accepted"]), unchanged)
     sizes = [phase.data.batch_size * phase.data.sequence_length * phase.steps for phase in recipe.phases]
     first = {name: phases[0][name] for name in ("held_out_loss_before",) if name in phases[0]}
     shown = ("held_out_loss_after", "perplexity", "load_max_over_mean", "expert_load", "params_trained")
