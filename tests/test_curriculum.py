@@ -67,6 +67,9 @@ def test_it_leaves_no_trace_in_the_model(place, done):
 def test_each_phase_leaves_its_adapter_and_together_they_are_the_model(place, done):
     adapters = place / "out/adapters"
     assert sorted(path.name for path in adapters.iterdir()) == ["1-first", "2-spoilt.discarded", "3-last"]
+    bases = [json.loads((path / "adapter_config.json").read_text()) for path in sorted(adapters.iterdir())]
+    ends = [base["base_model_name_or_path"].rpartition("mixture")[2] for base in bases]
+    assert ends == ["", " after first", " after first"]
     config, params = hf.load(place / "mixture")
     for name in ("1-first", "3-last"):
         _, tree = peft.load_adapters(adapters / name, config)

@@ -119,6 +119,19 @@ def test_a_checkpoint_whose_files_are_gone(recipe, whole, monkeypatch, capsys):
     assert same_result(Path("out"), whole)
 
 
+def test_no_checkpoint_that_can_be_read_stops_the_run_and_takes_nothing_away(recipe, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted):
+            train(read_recipe(recipe))
+    for step in (PARTIAL / "checkpoints/1-train").iterdir():
+        shutil.rmtree(step / "state")
+    before = sorted(path.as_posix() for path in PARTIAL.rglob("*"))
+    assert main(["run", str(recipe)]) == 2
+    assert "no checkpoint can be read" in capsys.readouterr().err
+    assert set(before) <= {path.as_posix() for path in PARTIAL.rglob("*")}
+
+
 @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,sequence=2", "auto"])
 def test_taken_up_on_another_mesh(recipe, whole, monkeypatch, mesh):
     keys = ["mesh=" + mesh, "data.batch_size=8", "lora.0.dropout=0"]

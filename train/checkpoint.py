@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from nemoe_jax.errors import UserError, listed
 from train import recipe
 from train.step import TrainState
 
@@ -75,26 +76,35 @@ class Checkpoints:
 
         Args:
             like: a state of the same shapes, each array where the restored one is to lie.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read.
         """
         wanted = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
             for name, array in _flat(like).items()
         }
+        damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), beside=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
                 arrays, beside = restored["state"], restored["beside"]
-                sums, noted = _checksums(arrays), beside["checksums"]
-                damaged = [name for name, value in sums.items() if int(value) != noted[name]]
-                if not damaged:
-                    leaves = [arrays[name] for name in wanted]
-                    return jax.tree.unflatten(jax.tree.structure(like), leaves), beside["iterator"]
-                problem = f"{damaged[0]} is not what was saved"
+                changed = [name for name, sum_ in _checksums(arrays).items() if int(sum_) != beside["checksums"][name]]
+                problem = f"{changed[0]} is not what was saved" if changed else ""
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 problem = (str(error) or type(error).__name__).partition("\n")[0]
-            print(f"warning: {self.directory / str(step)}: damaged checkpoint: {problem}", file=sys.stderr)
-            self._forget(step)
+            if not problem:
+                for other, what in damaged.items():
+                    print(f"warning: {self.directory / str(other)}: damaged checkpoint: {what}", file=sys.stderr)
+                    self._forget(other)
+                return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), beside[
+                    "iterator"
+                ]
+            damaged[step] = problem
+        if damaged:
+            problems = listed([f"{step}: {problem}" for step, problem in damaged.items()])
+            raise UserError(f"{self.directory}: no checkpoint can be read ({problems}); --restart begins anew")
         return None
 
     def _forget(self, step: int) -> None:

@@ -48,9 +48,10 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
         with Journal(directory, recipe) as journal, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             # 2. train, each phase on the merged result of the last accepted one
             params = load(recipe, inputs.config, mesh)
-            phases = []
+            phases: list[dict[str, Any]] = []
             for number in range(len(recipe.phases)):
-                run = PhaseRun(recipe, inputs, number, corpora[number], mesh, directory, journal)
+                merged = [phase["name"] for phase in phases if phase["accepted"]]
+                run = PhaseRun(recipe, inputs, number, corpora[number], mesh, directory, journal, merged)
                 params, figures = run(params, signals, profile)
                 phases.append(figures)
 

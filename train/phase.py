@@ -43,11 +43,13 @@ class PhaseRun:
         mesh: Mesh | None,
         directory: Path,
         journal: Journal,
+        merged: list[str],
     ):
+        """`merged`: the phases before that were accepted."""
         self.recipe, self.phase, self.config = recipe, recipe.phases[number], inputs.config
         self.targets, self.teacher_config = inputs.targets[number], inputs.teachers[number]
         self.corpus, self.held_out = corpora
-        self.mesh, self.journal = mesh, journal
+        self.mesh, self.journal, self.merged = mesh, journal, merged
         self.label = f"{number + 1}-{self.phase.name}"
         self.checkpoints = directory / "checkpoints" / self.label
         self.adapters = directory / ADAPTERS
@@ -160,6 +162,8 @@ class PhaseRun:
             flat = schema.leaves(before)
             changes = {path: array - flat[path] for path, array in trainable["params"].items()}
             base = str((self.recipe.model or self.recipe.output).absolute())
+            if self.merged:  # a model that is on no disk: PEFT is not to take another for it
+                base += f" after {', '.join(self.merged)}"
             peft.save_adapters(directory, self.config, trainable["adapters"], base_model=base, changes=changes)
 
     def _seconds_per_token(self) -> float | None:
