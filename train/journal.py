@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -208,6 +209,15 @@ def _boards(directory: Path, recipe: Recipe) -> list[tuple[Callable[[int, Line],
             import wandb
         except ImportError as error:
             raise UserError("wandb: wanted the package wandb, which is not installed: pip install wandb") from error
-        run = wandb.init(project=recipe.wandb, name=recipe.output.name, dir=str(directory), id=recipe.output.name)
+        name = directory / "wandb-run"  # the same one when the training goes on
+        if not name.exists():
+            name.write_text(uuid.uuid4().hex, "utf-8")
+        run = wandb.init(
+            project=recipe.wandb,
+            name=recipe.output.name,
+            dir=str(directory),
+            id=name.read_text("utf-8"),
+            resume="allow",
+        )
         boards.append((lambda step, numbers: run.log(numbers, step=step), run.finish))
     return boards

@@ -103,7 +103,6 @@ class PhaseRun:
             journal.evaluated(0, evaluate(state.trainable, frozen))
         while done < phase.steps:
             batch = next(batches)
-            # the second step of this process: the first compiles
             with jax.profiler.trace(profile) if profile and done == first + 1 else contextlib.nullcontext():
                 state, figures = update(state, frozen, teacher, batch)
                 if profile:
@@ -113,7 +112,7 @@ class PhaseRun:
             stop, last = signals.received(self.offset + done), done == phase.steps
             evaluates = self.held_out and (last or (phase.eval_every and done % phase.eval_every == 0))
             saves = last or stop or done % checkpoints.every == 0
-            if evaluates or saves or done == 1:  # the first step compiles and is not timed
+            if evaluates or saves or done == first + 1:  # the first step compiles and is not timed
                 journal.flush()
                 if evaluates:
                     journal.evaluated(done, evaluate(state.trainable, frozen))
@@ -150,9 +149,10 @@ class PhaseRun:
             self._save_adapters(self.adapters / name, trainable, before)
             figures["adapter"] = f"{ADAPTERS}/{name}"
         if not accepted:
+            kept = f"; its adapter is kept in {figures['adapter']}" if "adapter" in figures else ""
             self.journal.say(
                 f"{phase.name}: discarded: held-out loss {first['loss']:.4f} -> {last['loss']:.4f}, tolerance "
-                f"{phase.tolerance}; its adapter is kept in {ADAPTERS}/{self.label}.discarded"
+                f"{phase.tolerance}{kept}"
             )
             return before, figures
         return lora.merge(self.config, combine(trainable["params"], frozen), trainable["adapters"]), figures
