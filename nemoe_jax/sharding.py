@@ -29,11 +29,8 @@ from nemoe_jax.schema import ParamSpec, Tree, declare, leaves
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")
-SPREAD_AXES = (
-    "expert",
-    "fsdp",
-    "sequence",
-)  # what lies cut over these is gathered when used, experts over expert excepted
+# what lies cut over these is gathered when used, experts over expert excepted
+SPREAD_AXES = ("expert", "fsdp", "sequence")
 
 Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {

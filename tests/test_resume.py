@@ -93,29 +93,23 @@ def test_stopped_after_any_step(recipe, whole, monkeypatch, at):
     assert same_result(Path("out"), whole)
 
 
-def test_a_damaged_checkpoint_is_left_for_the_one_before(recipe, whole, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        interrupt(patch, 7)
-        with pytest.raises(Interrupted):
-            train(read_recipe(recipe))
-    for data in (PARTIAL / "checkpoints/1-train/7/state").rglob("d/*"):
+def flip_bits(state: Path):
+    for data in state.rglob("d/*"):
         content = bytearray(data.read_bytes())
         for at in range(0, len(content), 97):
             content[at] ^= 1
         data.write_bytes(content)
-    assert main(["run", str(recipe)]) == 0
-    assert "warning: " in (err := capsys.readouterr().err) and "1-train/7: damaged checkpoint" in err
-    assert same_result(Path("out"), whole)
 
 
-def test_a_checkpoint_whose_files_are_gone(recipe, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("at, damage", [(7, flip_bits), (5, shutil.rmtree)])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(recipe, whole, monkeypatch, capsys, at, damage):
     with monkeypatch.context() as patch:
-        interrupt(patch, 5)
+        interrupt(patch, at)
         with pytest.raises(Interrupted):
             train(read_recipe(recipe))
-    shutil.rmtree(PARTIAL / "checkpoints/1-train/5/state")
+    damage(PARTIAL / f"checkpoints/1-train/{at}/state")
     assert main(["run", str(recipe)]) == 0
-    assert "damaged checkpoint" in capsys.readouterr().err
+    assert "warning: " in (err := capsys.readouterr().err) and f"1-train/{at}: damaged checkpoint" in err
     assert same_result(Path("out"), whole)
 
 

@@ -257,15 +257,7 @@ def _collectives(program: hlo.Program) -> dict[str, dict[str, int]]:
 
 def model_flops(step: Step) -> dict[str, float | None]:
     """FLOPs of the mathematics, and the time that they take at the chip's peak."""
-    phase = step.phase
-    per_token = flops.model_flops_per_token(
-        step.config,
-        phase.data.sequence_length,
-        phase.trainable,
-        targets=step.targets,
-        train_router=phase.train_router,
-        teacher=step.teacher_config,
-    )
+    per_token = flops.of_phase(step.phase, step.config, step.targets, step.teacher_config)
     model = per_token * step.tokens
     return {
         "model_per_token": per_token,

@@ -21,8 +21,6 @@ teacher, in one phase or several.
   nemoe-train run my.yaml steps=500 optimizer.learning_rate=1e-3
   nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (no TPU wanted)
 """
-RECIPE_HELP = "a YAML file, or the name of a shipped recipe"
-OVERRIDES_HELP = "keys to set instead of the recipe's, dotted: data.batch_size=4 lora.0.rank=8"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_distributed_flag(run, "which work on the same steps")
     show = command.add("show", _show, "print a recipe with its overrides and all defaults, as YAML")
     for parser in (run, show):
-        parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
-        parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+        recipes.add_arguments(parser)
     plan.add_to(command)
     command.add("recipes", _recipes, "list the recipes that come with the package")
     command.add("keys", _keys, "print every recipe key with its default and its meaning")

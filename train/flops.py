@@ -29,6 +29,7 @@ from nemoe_jax import lora
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import ParamSpec, declare, leaves
 from train import hlo
+from train.recipe import Phase
 
 Trained = Literal["lora", "router", "all"]
 
@@ -78,6 +79,18 @@ def model_flops_per_token(
     adapters = 3 * sum(_adapter_elements(config, targets)) if trained == "lora" else 0
     total = 2 * (weights + adapters) + 3 * attention_flops(config, sequence_length)
     return total + (forward_flops_per_token(teacher, sequence_length) if teacher else 0)
+
+
+def of_phase(phase: Phase, config: ModelConfig, targets: Sequence[lora.Target], teacher: ModelConfig | None) -> float:
+    """`model_flops_per_token` of a recipe's phase."""
+    return model_flops_per_token(
+        config,
+        phase.data.sequence_length,
+        phase.trainable,
+        targets=targets,
+        train_router=phase.train_router,
+        teacher=teacher,
+    )
 
 
 def _active(spec: ParamSpec, config: ModelConfig) -> float:

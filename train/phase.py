@@ -172,14 +172,7 @@ class PhaseRun:
         peak = flops.peak_flops(devices[0].device_kind)
         if peak is None:
             return None
-        per_token = flops.model_flops_per_token(
-            self.config,
-            self.phase.data.sequence_length,
-            self.phase.trainable,
-            targets=self.targets,
-            train_router=self.phase.train_router,
-            teacher=self.teacher_config,
-        )
+        per_token = flops.of_phase(self.phase, self.config, self.targets, self.teacher_config)
         return per_token / (peak * len(devices))
 
     def _given_up(self, latest: int | None) -> str:

@@ -52,8 +52,7 @@ def add_to(command: Command) -> None:
         "      --topology v5e:4x4",
         reports=True,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys to set instead of the recipe's, dotted")
+    recipes.add_arguments(parser)
     parser.add_argument("--topology", required=True, help="TPU generation and chips: v5e:4x4, v5p:2x2x4, v6e:8x8, …")
     parser.add_argument("--phase", metavar="NAME", help="phase of the recipe; default: that which trains most weights")
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
