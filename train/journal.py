@@ -58,16 +58,16 @@ class Journal:
         for _, close in self._boards:
             close()
 
-    def begin(self, phase: str, done: int, offset: int, tokens_per_step: int, flops_per_second: float | None) -> None:
+    def begin(self, phase: str, done: int, offset: int, tokens_per_step: int, seconds_per_token: float | None) -> None:
         """Starts a phase, or takes it up again behind step `done`; what the log says of later steps is dropped.
 
         Args:
             offset: steps of the phases before.
-            flops_per_second: model FLOPs of a token over the devices' peak, in seconds; for the MFU.
+            seconds_per_token: what a token takes the devices at their peak, for the MFU; None where that is not known.
         """
         order = [other.name for other in self.recipe.phases]
         self._phase, self.steps = phase, self.recipe.phases[order.index(phase)].steps
-        self.tokens_per_step, self._offset, self._seconds_per_token = tokens_per_step, offset, flops_per_second
+        self.tokens_per_step, self._offset, self._seconds_per_token = tokens_per_step, offset, seconds_per_token
         now, self.skipped_in_row = order.index(phase), 0
         self._pending = self._clock = None
         self._timed_steps, self._timed_seconds = 0, 0.0
