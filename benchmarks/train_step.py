@@ -167,7 +167,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
 
 def executed_flops(program: Any, config: Any, tokens: int) -> float:
     """FLOPs of the products of a program compiled for CPU; see the module's docstring."""
-    from nemoe_jax.grouped_matmul import tile_rows
+    from nemoe_jax.grouped_matmul_cpu import tile_rows
     from train.flops import executed_flops
 
     # Each loop over an expert's tiles is there twice, for large and for small ones. Their bodies are counted once each,

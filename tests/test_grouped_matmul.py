@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from nemoe_jax import grouped_matmul as module
-from nemoe_jax.grouped_matmul import for_each_tile, grouped_matmul, tile_rows
+from nemoe_jax.grouped_matmul import grouped_matmul
+from nemoe_jax.grouped_matmul_cpu import for_each_tile, tile_rows
 
 GROUPS = {
     "even": [40, 40, 40],

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nemoe_jax import moe, schema
+from nemoe_jax import expert_ffn, schema
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.grouped_matmul import tile_rows
+from nemoe_jax.grouped_matmul_cpu import tile_rows
 from nemoe_jax.moe import MoE
 from nemoe_jax.transformer import graph_of
 from tests.conftest import MIXTRAL, NEKOMIND
@@ -59,7 +59,7 @@ def test_equals_one_token_at_a_time(config):
 
 @pytest.mark.parametrize("at_once", [4096, 5], ids=["all tokens at once", "in six parts"])
 def test_gradients_equal_those_of_a_mixture_computed_in_full(at_once, monkeypatch):
-    monkeypatch.setattr(moe, "AT_ONCE", at_once)
+    monkeypatch.setattr(expert_ffn, "AT_ONCE", at_once)
     layer, weights = layer_of(MIXTRAL)
     x = jax.random.normal(jax.random.key(1), (2, 9, MIXTRAL.hidden))
 
@@ -88,7 +88,7 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
     chosen = jax.random.randint(keys[5], (2, 4, 2), 0, 4)  # of which experts 1 and 2 are here
 
     def gradients():
-        loss = lambda *arrays: jnp.sum(jnp.sin(moe.run_experts(*arrays[:2], chosen, arrays[2], {}, 1)))  # noqa: E731
+        loss = lambda *arrays: jnp.sum(jnp.sin(expert_ffn.run_experts(*arrays[:2], chosen, arrays[2], {}, 1)))  # noqa: E731
         return jax.grad(loss, (0, 1, 2))(x, weights, experts)
 
     @jax.custom_vjp
@@ -99,7 +99,7 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
         lambda array, counts, forward, backward: (poisoned(array, counts, forward, backward), (counts, backward)),
         lambda kept, dy: (jnp.where(kept[0], dy, kept[1]), None, None, None),
     )
-    project, wanted = moe.project, gradients()
+    project, wanted = expert_ffn.project, gradients()
 
     def without_the_rest(x_RD, weight, inputs, adapter, sizes_E):
         counts = (jnp.arange(len(x_RD)) < sizes_E.sum())[:, None]
@@ -107,7 +107,7 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
         y_RF = project(poisoned(x_RD, counts, 1.0, jnp.nan), weight, inputs, adapter, sizes_E)
         return poisoned(y_RF, counts, jnp.nan, 0.0)
 
-    monkeypatch.setattr(moe, "project", without_the_rest)
+    monkeypatch.setattr(expert_ffn, "project", without_the_rest)
     jax.tree.map(np.testing.assert_array_equal, gradients(), wanted)
 
 

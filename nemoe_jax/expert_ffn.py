@@ -1,0 +1,126 @@
+"""What a device's experts add to its tokens: rows sorted by expert, multiplied group by group, and summed back.
+
+No token is dropped. Each row is multiplied by its routing weight at the expert's FFN width, before `down`, where it is
+cheapest. Sorting and summing have gradients of their own that gather instead of scattering.
+
+B batch, T tokens, D embed, E experts, C top-k, R = T·C rows, F expert_ffn.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nemoe_jax.grouped_matmul import Adapted, grouped_lora
+from nemoe_jax.layers import Adapters, project
+from nemoe_jax.schema import Tree
+
+AT_ONCE = 4096  # tokens whose rows are held at a time; more are computed part by part, and again for the gradient
+
+
+def run_experts(
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: Tree,
+    adapters: Adapters,
+    first: int | jax.Array,
+) -> jax.Array:
+    """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D)."""
+    top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
+    x_TD, weights_TC = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k)
+    local_TC = chosen_BTC.reshape(-1, top_k) - first
+    parts = _parts(x_TD.shape[0])
+    if parts == 1:
+        return _run_part(x_TD, weights_TC, local_TC, experts, adapters).reshape(x_BTD.shape)
+    # gradients of the adapters are summed over the parts: in float32
+    adapters = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, adapters
+    )
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(part, number):
+        x_TD, weights_TC, local_TC = part
+        return _run_part(x_TD, weights_TC, local_TC, experts, _keyed(adapters, number))
+
+    cut = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (x_TD, weights_TC, local_TC))
+    y = lax.scan(lambda _, xs: (None, run(*xs)), None, (cut, jnp.arange(parts)))[1]
+    return y.reshape(x_BTD.shape)
+
+
+def _keyed(adapters: Adapters, number: jax.Array) -> Adapters:
+    """The adapters with dropout masks that differ between the parts."""
+
+    def fold_in(leaf: jax.Array) -> jax.Array:
+        return jax.random.fold_in(leaf, number) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return jax.tree.map(fold_in, adapters)
+
+
+def _parts(tokens: int) -> int:
+    """In how many equal parts tokens are computed one after another: of `AT_ONCE` at most, where that divides them."""
+    fewest = -(-tokens // AT_ONCE)
+    return next((parts for parts in range(fewest, 2 * fewest) if tokens % parts == 0), 1)
+
+
+def _run_part(
+    x_TD: jax.Array, weights_TC: jax.Array, local_TC: jax.Array, experts: Tree, adapters: Adapters
+) -> jax.Array:
+    """`run_experts` for tokens whose choices count from the first held expert."""
+    held = experts["gate"].shape[0]
+    top_k = local_TC.shape[-1]
+    local_R = local_TC.reshape(-1)
+    local_R = jnp.where((local_R >= 0) & (local_R < held), local_R, held)  # other devices' rows are sorted last
+    order_R = jnp.argsort(local_R)
+    sizes_E = jnp.bincount(local_R, length=held + 1)[:held].astype(jnp.int32)
+    rows = jnp.sum(sizes_E)
+    place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
+    token_R = order_R // top_k
+
+    def project_rows(rows_R, *names):
+        own = [adapters[name] for name in names if name in adapters]
+        if len(own) == len(names) and all(adapter.key is None for adapter in own):
+            maps = zip(names, own, strict=True)
+            adapted = tuple(Adapted(experts[name], one.a, one.b, one.scale) for name, one in maps)
+            return grouped_lora(rows_R, adapted, sizes_E)
+        return tuple(project(rows_R, experts[name], 1, adapters.get(name), sizes_E) for name in names)
+
+    x_RD = _dispatch(x_TD, token_R, place_TC, rows)
+    gate_RF, up_RF = project_rows(x_RD, "gate", "up")
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF
+    # zero for other devices' rows, so that the weights' gradient does not see what is not defined there
+    weights_R1 = _take_rows(weights_TC.reshape(-1, 1), order_R, rows)
+    (y_RD,) = project_rows(hidden_RF * weights_R1, "down")
+    return _combine(y_RD, token_R, place_TC, rows)
+
+
+@jax.custom_vjp
+def _dispatch(x_TD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    """Each row's token. The first `rows` rows count; the rest are other devices'."""
+    return x_TD[token_R]
+
+
+@jax.custom_vjp
+def _combine(y_RD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    """The sum of each token's rows: the transpose of `_dispatch`, as it is its gradient."""
+    return _sum_rows(y_RD, place_TC, rows)
+
+
+def _sum_rows(y_RD: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    picked = (jnp.where((place < rows)[:, None], y_RD[place], 0) for place in place_TC.T)
+    return functools.reduce(jnp.add, picked)
+
+
+def _take_rows(y_TD: jax.Array, token_R: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(token_R.shape[0]) < rows)[:, None], y_TD[token_R], 0)
+
+
+_dispatch.defvjp(
+    lambda x_TD, token_R, place_TC, rows: (x_TD[token_R], (place_TC, rows)),
+    lambda residuals, dx_RD: (_sum_rows(dx_RD, *residuals), None, None, None),
+)
+_combine.defvjp(
+    lambda y_RD, token_R, place_TC, rows: (_sum_rows(y_RD, place_TC, rows), (token_R, rows)),
+    lambda residuals, dy_TD: (_take_rows(dy_TD, *residuals), None, None, None),
+)
