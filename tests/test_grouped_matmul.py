@@ -63,12 +63,12 @@ def test_the_kernels_of_other_backends_are_given_the_same_problem(name):
     x, w, sizes, used = problem(name)
     dy = jnp.asarray(np.random.default_rng(1).normal(size=(len(x), w.shape[2])), jnp.float32)
     pairs = [
-        (module._ragged_matmul(x, w, sizes)[:used], module._tiled_matmul(x, w, sizes)[:used]),
+        (module._ragged_matmul(x, w, sizes)[:used], module.tiled_matmul(x, w, sizes)[:used]),
         (
             module._ragged_matmul_transposed(dy, w, sizes)[:used],
-            module._tiled_matmul(dy, w, sizes, transpose=True)[:used],
+            module.tiled_matmul(dy, w, sizes, transpose=True)[:used],
         ),
-        (module._ragged_outer(x, dy, sizes), module._tiled_outer(x, dy, sizes)),
+        (module._ragged_outer(x, dy, sizes), module.tiled_outer(x, dy, sizes)),
     ]
     for ragged, tiled in pairs:
         np.testing.assert_allclose(ragged, tiled, atol=2e-5)
