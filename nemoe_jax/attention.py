@@ -1,9 +1,6 @@
-"""Grouped-query attention with RoPE, optional QK-norm, and a key/value cache.
+"""Grouped-query attention with RoPE, optional QK-norm, and a key/value cache (cache.py).
 
-The cache holds one slot per position; a query at position p sees the slots 0 to p, so slots that were filled beyond a
-row's true length (a right-padded prompt) are never seen and are overwritten as the row grows.
-
-B batch, T new tokens, S keys (cache slots), D embed, N heads, K kv heads, H head_dim.
+B batch, T new tokens, D embed, N heads, K kv heads, H head_dim.
 """
 
 import math
@@ -14,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from nemoe_jax.attention_kernels import LONG, causal_attention
-from nemoe_jax.chunked_attention import CHUNK
+from nemoe_jax.attention_kernels import causal_attention
+from nemoe_jax.cache import LayerCache, extend
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope, rotation
@@ -23,19 +20,11 @@ from nemoe_jax.schema import Tree
 from nemoe_jax.sharding import batch_axes, sequence_axes
 
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, (B, S, K, H), or of a run of layers, stacked on a first axis."""
-
-    k: jax.Array
-    v: jax.Array
-
-
 class Context(NamedTuple):
     """Where the tokens of a call stand: the same for every layer."""
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None  # packed documents: a token attends within its own segment alone
-    start_B: jax.Array | None  # with a cache: the slot that a row's first new token is written to
     turned: tuple[jax.Array, jax.Array] | None = None  # `rotation` of the positions, where all layers share it
 
 
@@ -55,12 +44,10 @@ class Attention(SpecModule):
             q, k = rms_norm(q, self.weight("q_norm"), self.eps), rms_norm(k, self.weight("k_norm"), self.eps)
         turned = context.turned or rotation(context.positions_BT, q.shape[-1], self.theta)
         q, k = rope(q, turned), rope(k, turned)
-        if cache is not None and context.start_B is not None:
-            cache = LayerCache(_write(cache.k, k, context.start_B), _write(cache.v, v, context.start_B))
-            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-            y_BTNH = attend_cached(q, k, v, context.positions_BT)
-        else:
+        if cache is None:
             y_BTNH = attend(q, k, v, context.segments_BT)
+        else:
+            y_BTNH, cache = extend(q, k, v, context.positions_BT, cache)
         return self.project("o", y_BTNH, adapters), cache
 
 
@@ -102,31 +89,3 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | No
     return jax.shard_map(
         on_device, mesh=mesh, in_specs=(place, place, place, of_tokens), out_specs=place, check_vma=False
     )(q, k, v, segments_BT)
-
-
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Attention of (B, T, N, H) queries over the (B, S, K, H) slots up to their positions."""
-
-    def some(queries: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, positions_BT = queries
-        mask = (jnp.arange(k.shape[1]) <= positions_BT[..., None])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
-
-    batch, length = positions_BT.shape
-    if length <= LONG:
-        return some((q, positions_BT))
-    # a long prompt in chunks, so that no more than a chunk's scores are kept
-    fill = -length % CHUNK
-    q_chunks, position_chunks = (
-        jnp.pad(x, ((0, 0), (0, fill), *[(0, 0)] * (x.ndim - 2))).reshape(batch, -1, CHUNK, *x.shape[2:]).swapaxes(0, 1)
-        for x in (q, positions_BT)
-    )
-    y = lax.map(some, (q_chunks, position_chunks)).swapaxes(0, 1)
-    return y.reshape(batch, length + fill, *y.shape[3:])[:, :length]
-
-
-def _write(slots_BSKH: jax.Array, new_BTKH: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Each row's new entries at its own first slot."""
-    return jax.vmap(lambda slots, new, start: jax.lax.dynamic_update_slice_in_dim(slots, new, start, 0))(
-        slots_BSKH, new_BTKH.astype(slots_BSKH.dtype), start_B
-    )

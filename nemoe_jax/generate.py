@@ -1,23 +1,29 @@
-"""Text generation: prefill a batch of prompts, then decode one token at a time with the cache.
+"""Text generation: prompts are read in chunks, then tokens are decoded in blocks, one compiled loop each.
 
-B batch, T prompt length, V vocabulary.
+B batch, T tokens of a chunk, V vocabulary, S tokens of a block; stop tokens, too.
 """
 
 import contextlib
 import dataclasses
 import functools
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nemoe_jax.cache import Cache, empty_cache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import Tree
-from nemoe_jax.transformer import Cache, empty_cache, forward
+from nemoe_jax.transformer import forward, hidden, logits
+
+BLOCK = 32  # tokens that are decoded without a word from the host
+PREFILL = 2048  # tokens of a prompt that are read at a time: bounds memory, and gives every expert many rows
+CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +52,15 @@ def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Arra
     return jax.random.categorical(key, logits_BV).astype(jnp.int32)
 
 
+class _State(NamedTuple):
+    """What a batch needs to go on; all of it stays on the device."""
+
+    cache: Cache
+    next_B: jax.Array  # the tokens chosen last, which are not in the cache yet
+    stopped_B: jax.Array
+    step: jax.Array  # tokens chosen so far
+
+
 def generate(
     config: ModelConfig,
     params: Tree,
@@ -54,13 +69,17 @@ def generate(
     sampling: Sampling = Sampling(),
     stop: Sequence[int] = (),
     mesh: Mesh | None = None,
+    cache_dtype: str | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the batch's next tokens, (B,) int32, up to `max_new_tokens` times.
 
     A row that has given a stop token goes on giving it; the iterator ends when every row has.
 
+    Args:
+        cache_dtype: one of `CACHE_DTYPES`, or None for the model's own.
+
     Raises:
-        UserError: an empty prompt, or prompt + new tokens beyond the model's context.
+        UserError: an empty prompt, prompt + new tokens beyond the model's context, an unknown dtype.
     """
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths_B.size or lengths_B.min() < 1:
@@ -69,26 +88,41 @@ def generate(
         raise UserError(
             f"prompt of {lengths_B.max()} tokens + {max_new_tokens} new tokens exceed the context of {config.context}"
         )
-    width = _rounded(int(lengths_B.max()))
-    tokens_BT = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens_BT, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    cache = empty_cache(config, len(prompts), width + _rounded(max_new_tokens), params["embed"].dtype)
-    stopped_B = np.zeros(len(prompts), bool)
+    if cache_dtype not in (None, *CACHE_DTYPES):
+        raise UserError(f"cache dtype: wanted one of {', '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
+    dtype = jnp.dtype(cache_dtype or params["embed"].dtype)
+    slots = tuple(min(_rounded(int(length) + max_new_tokens), config.context) for length in lengths_B)
+    stop_S = np.array([*stop, -1], np.int32)  # never empty
     key = jax.random.key(sampling.seed)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        next_B, cache = _prefill(config, params, tokens_BT, lengths_B, cache, sampling, key)
-        for step in range(1, max_new_tokens + 1):
-            # the next step is under way on the device before this one's tokens are read
-            following = None
-            if step < max_new_tokens:
-                following = _decode(config, params, next_B, cache, sampling, jax.random.fold_in(key, step))
-            tokens_B = np.asarray(next_B)
-            yield tokens_B
-            stopped_B |= np.isin(tokens_B, stop)
-            if following is None or stopped_B.all():
-                return
-            next_B, cache = following
+        state = _start(config, slots, dtype)
+        for tokens_BT, counts_B in _chunks(prompts, lengths_B):
+            state = _prefill(config, params, tokens_BT, counts_B, state, sampling, stop_S, key)
+        yield np.array(state.next_B)
+        under_way: deque[tuple[jax.Array, jax.Array]] = deque()
+        size, left = 1, max_new_tokens - 1
+        while left or under_way:
+            if left:
+                steps = min(size, left)
+                state, block = _decode(config, params, state, steps, sampling, stop_S, key)
+                under_way.append(block)
+                size, left = min(2 * size, BLOCK), left - steps
+            if len(under_way) == 2 or not left:  # the device works on one block while the one before it is read
+                tokens_SB, made = under_way.popleft()
+                if not int(made):
+                    return
+                yield from np.asarray(tokens_SB)[: int(made)]
+
+
+def _chunks(prompts: Sequence[Sequence[int]], lengths_B: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The prompts in chunks of equal width, (B, T), and how many tokens of each row count, (B,)."""
+    width = min(_rounded(int(lengths_B.max())), PREFILL)
+    for first in range(0, int(lengths_B.max()), width):
+        tokens_BT = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(tokens_BT, prompts, strict=True):
+            part = prompt[first : first + width]
+            row[: len(part)] = part
+        yield tokens_BT, np.clip(lengths_B - first, 0, width)
 
 
 def _rounded(length: int) -> int:
@@ -96,21 +130,51 @@ def _rounded(length: int) -> int:
     return -(-length // 64) * 64
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "slots", "dtype"))
+def _start(config: ModelConfig, slots: tuple[int, ...], dtype: Any) -> _State:
+    tokens_B = jnp.zeros(len(slots), jnp.int32)
+    return _State(empty_cache(config, len(slots), slots, dtype), tokens_B, tokens_B > 0, jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="state")
 def _prefill(
-    config: ModelConfig, params: Tree, tokens_BT: Any, lengths_B: Any, cache: Cache, sampling: Sampling, key: jax.Array
-) -> tuple[jax.Array, Cache]:
-    output = forward(config, params, tokens_BT, cache=cache)
-    last_BV = jnp.take_along_axis(output.logits, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: Any,
+    counts_B: Any,
+    state: _State,
+    sampling: Sampling,
+    stop_S: Any,
+    key: jax.Array,
+) -> _State:
+    """A chunk of the prompts; the rows whose prompt ends in it choose their first token."""
+    output = hidden(config, params, tokens_BT, cache=state.cache, counts_B=counts_B)
     assert output.cache is not None
-    # what the padding wrote lies beyond each row's length: unseen, and overwritten as the row grows
-    return sample(last_BV, sampling, key), output.cache._replace(length_B=lengths_B)
+    last_B11 = jnp.maximum(counts_B - 1, 0)[:, None, None]
+    logits_B1V = logits(config, params, jnp.take_along_axis(output.x_BTD, last_B11, axis=1))
+    # a row that ended before keeps its token
+    next_B = jnp.where(counts_B > 0, sample(logits_B1V[:, 0], sampling, key), state.next_B)
+    return _State(output.cache, next_B, jnp.isin(next_B, stop_S), jnp.int32(1))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="state")
 def _decode(
-    config: ModelConfig, params: Tree, tokens_B: jax.Array, cache: Cache, sampling: Sampling, key: jax.Array
-) -> tuple[jax.Array, Cache]:
-    output = forward(config, params, tokens_B[:, None], cache=cache)
-    assert output.cache is not None
-    return sample(output.logits[:, 0], sampling, key), output.cache
+    config: ModelConfig, params: Tree, state: _State, steps: int, sampling: Sampling, stop_S: Any, key: jax.Array
+) -> tuple[_State, tuple[jax.Array, jax.Array]]:
+    """Up to `steps` tokens, (BLOCK, B), and how many they are: fewer where every row has stopped."""
+
+    def step(carry):
+        made, tokens_SB, state = carry
+        counts_B = 1 - state.stopped_B.astype(jnp.int32)
+        output = forward(config, params, state.next_B[:, None], cache=state.cache, counts_B=counts_B)
+        assert output.cache is not None
+        next_B = sample(output.logits[:, 0], sampling, jax.random.fold_in(key, state.step))
+        next_B = jnp.where(state.stopped_B, state.next_B, next_B)
+        state = _State(output.cache, next_B, state.stopped_B | jnp.isin(next_B, stop_S), state.step + 1)
+        return made + 1, tokens_SB.at[made].set(next_B), state
+
+    nothing = jnp.zeros((BLOCK, len(state.next_B)), jnp.int32)
+    made, tokens_SB, state = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & ~carry[2].stopped_B.all(), step, (jnp.int32(0), nothing, state)
+    )
+    return state, (tokens_SB, made)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from nemoe_jax.attention import Attention, Context, LayerCache
+from nemoe_jax.attention import Attention, Context
+from nemoe_jax.cache import Cache, LayerCache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.embedding import look_up
 from nemoe_jax.ffn import SwiGLU
@@ -28,13 +29,6 @@ from nemoe_jax.lora import Adapter, factors
 from nemoe_jax.moe import MoE, Routing
 from nemoe_jax.schema import ParamSpec, Tree, declare, leaves, map_with_path
 from nemoe_jax.sharding import constrain_tokens, gathered, partition_spec, used_spec
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, and how many tokens each row holds."""
-
-    blocks: dict[str, LayerCache]  # one for each run of layers, stacked
-    length_B: jax.Array
 
 
 class Hidden(NamedTuple):
@@ -103,31 +97,31 @@ class Transformer(SpecModule):
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         cache: Cache | None = None,
+        counts_B: jax.Array | None = None,
         remat: bool = False,
     ) -> Hidden:
-        start_B = None if cache is None else cache.length_B
         if positions is None:
-            positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if start_B is None else start_B[:, None])
+            positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.length_B[:, None])
             positions = jnp.broadcast_to(positions, tokens_BT.shape)
         turned = rotation(positions, self.config.head_dim, self.config.rope_theta)
-        context = Context(positions, segments, start_B, turned)
+        context = Context(positions, segments, turned)
         spec = declare(self.config)["embed"]
         x_BTD = look_up(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
-        caches: dict[str, LayerCache] = {}
+        held = None
+        if cache is not None:
+            held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(0), counts_B)
         routings = []
         for kind, block in self.blocks.items():
-            run_cache = None if cache is None else cache.blocks[kind]
             run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
-            x_BTD, run_cache, routing = _scan_run(
-                block, declare(self.config)["blocks"][kind], x_BTD, context, run_cache, run_adapters, remat
+            x_BTD, held, routing = _scan_run(
+                block, declare(self.config)["blocks"][kind], x_BTD, context, held, run_adapters, remat
             )
-            if run_cache is not None:
-                caches[kind] = run_cache
             if routing is not None:
                 routings.append(routing)
         x_BTD = rms_norm(x_BTD, self.weight("norm"), self.eps)
-        if cache is not None:
-            cache = Cache(caches, cache.length_B + tokens_BT.shape[1])
+        if cache is not None and held is not None:
+            more = tokens_BT.shape[1] if counts_B is None else counts_B
+            cache = Cache(held.k, held.v, cache.table_BM, cache.length_B + more)
         routing = None
         if routings:
             routing = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings)
@@ -144,18 +138,23 @@ def _scan_run(
     adapters: Adapters,
     remat: bool,
 ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
-    """A run of stacked layers, one after another: compiled once whatever their number."""
+    """A run of stacked layers, one after another: compiled once whatever their number.
+
+    The cache of all layers goes along, and each layer writes its own part where it lies.
+    """
     graph, stacked = nnx.split(block)
 
-    def layer(x_BTD, slice_of_run):
-        weights, layer_cache, layer_adapters = slice_of_run
+    def layer(carry, slice_of_run):
+        (x_BTD, cache), (weights, layer_adapters) = carry, slice_of_run
         weights, layer_adapters = _gathered_layer(specs, weights, layer_adapters, x_BTD.dtype)
-        x_BTD, layer_cache, routing = nnx.merge(graph, weights)(x_BTD, context, layer_cache, layer_adapters)
-        return x_BTD, (layer_cache, routing)
+        x_BTD, cache, routing = nnx.merge(graph, weights)(x_BTD, context, cache, layer_adapters)
+        if cache is not None:
+            cache = cache._replace(layer=cache.layer + 1)
+        return (x_BTD, cache), routing
 
     if remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
-    x_BTD, (cache, routing) = jax.lax.scan(layer, x_BTD, (nnx.to_pure_dict(stacked), cache, dict(adapters)))
+    (x_BTD, cache), routing = jax.lax.scan(layer, (x_BTD, cache), (nnx.to_pure_dict(stacked), dict(adapters)))
     return x_BTD, cache, routing
 
 
@@ -201,6 +200,7 @@ def hidden(
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
     cache: Cache | None = None,
+    counts_B: jax.Array | None = None,
     remat: bool = False,
 ) -> Hidden:
     """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
@@ -212,11 +212,18 @@ def hidden(
         segments: (B, T) document numbers of packed sequences, from 1; 0 is padding, which no statistic of the routing
             counts. Not together with a cache.
         cache: keys and values so far; the new ones are written behind them. The caller sees that they fit.
+        counts_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
     model = nnx.merge(graph_of(config), params)
     return model(
-        tokens_BT, adapters=adapters or NO_ADAPTERS, positions=positions, segments=segments, cache=cache, remat=remat
+        tokens_BT,
+        adapters=adapters or NO_ADAPTERS,
+        positions=positions,
+        segments=segments,
+        cache=cache,
+        counts_B=counts_B,
+        remat=remat,
     )
 
 
@@ -234,27 +241,8 @@ def logits(config: ModelConfig, params: Tree, x_BTD: jax.Array, adapters: Tree |
 
 
 def forward(
-    config: ModelConfig,
-    params: Tree,
-    tokens_BT: jax.Array,
-    *,
-    adapters: Tree | None = None,
-    positions: jax.Array | None = None,
-    segments: jax.Array | None = None,
-    cache: Cache | None = None,
-    remat: bool = False,
+    config: ModelConfig, params: Tree, tokens_BT: jax.Array, *, adapters: Tree | None = None, **options: Any
 ) -> Output:
-    """`hidden`, then `logits`; the arguments are those of `hidden`."""
-    x_BTD, cache, routing = hidden(
-        config, params, tokens_BT, adapters=adapters, positions=positions, segments=segments, cache=cache, remat=remat
-    )
+    """`hidden`, whose options it takes, then `logits`."""
+    x_BTD, cache, routing = hidden(config, params, tokens_BT, adapters=adapters, **options)
     return Output(logits(config, params, x_BTD, adapters), cache, routing)
-
-
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16) -> Cache:
-    """A cache with room for `slots` tokens in each of `batch` rows."""
-    blocks: dict[str, LayerCache] = {}
-    for run in config.runs:
-        shape = (run.layers, batch, slots, config.kv_heads, config.head_dim)
-        blocks[run.kind] = LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    return Cache(blocks, jnp.zeros(batch, jnp.int32))

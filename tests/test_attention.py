@@ -5,7 +5,6 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from nemoe_jax.attention import attend_cached
 from nemoe_jax.attention_kernels import CornerMask, splash_attention, stepped_attention
 from nemoe_jax.chunked_attention import chunked_attention
 
@@ -91,12 +90,3 @@ def test_the_corners_of_the_mask_tell_the_tpu_kernel_all():
         jax.tree.map(
             np.testing.assert_array_equal, infos(CornerMask, process), infos(splash_attention_mask.CausalMask, process)
         )
-
-
-def test_a_long_prompt_is_attended_in_chunks():
-    """2,100 new tokens, above the limit, behind 3 that the cache holds already."""
-    q, k, v, _ = inputs(2103, 2, 1, 4, 1)
-    positions = jnp.arange(3, 2103)[None]
-    slots = [jnp.pad(x, ((0, 0), (0, 7), (0, 0), (0, 0)), constant_values=9) for x in (k, v)]
-    y = jax.jit(attend_cached)(q[:, 3:], *slots, positions)
-    np.testing.assert_allclose(y, plain(q, k, v, None)[:, 3:], atol=1e-5)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from nemoe_jax import lora, schema
+from nemoe_jax.cache import empty_cache
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.transformer import empty_cache, forward, hidden, logits
+from nemoe_jax.transformer import forward, hidden, logits
 
 
 def setup(config, batch=3, length=13):
@@ -47,16 +48,20 @@ def test_prefill_and_decode_equal_the_full_pass(config):
 
 
 def test_rows_of_different_lengths_share_a_cache(config):
-    """A right-padded prompt: what the padding wrote is never seen, and overwritten as the row grows."""
+    """Right-padded prompts of which only some tokens count; a row of none of which any counts stays as it is."""
     params, tokens = setup(config)
     lengths = np.array([4, 7, 2], np.int32)
-    output = forward(config, params, tokens[:, :7], cache=empty_cache(config, 3, 16, jnp.float32))
-    cache = output.cache._replace(length_B=jnp.asarray(lengths))
+    cache = empty_cache(config, 3, [8, 10, 5], jnp.float32)
+    cache = forward(config, params, tokens[:, :7], cache=cache, counts_B=jnp.asarray(lengths)).cache
+    assert cache.length_B.tolist() == lengths.tolist()
     following = jnp.stack([tokens[row, length : length + 3] for row, length in enumerate(lengths)])
-    together = forward(config, params, following, cache=cache).logits
-    for row, length in enumerate(lengths):
+    counts = jnp.asarray([3, 3, 0])
+    together = forward(config, params, following, cache=cache, counts_B=counts)
+    assert together.cache.length_B.tolist() == [7, 10, 2]
+    again = forward(config, params, following, cache=together.cache, counts_B=3 - counts)
+    for row, (length, output) in enumerate(zip(lengths, (together, together, again), strict=True)):
         alone = forward(config, params, tokens[row : row + 1, : length + 3]).logits[0, length:]
-        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+        np.testing.assert_allclose(output.logits[row], alone, atol=1e-5)
 
 
 def test_packed_documents_do_not_see_each_other(config):

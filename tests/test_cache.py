@@ -1,0 +1,150 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from nemoe_jax import cache as module
+from nemoe_jax import schema, sharding
+from nemoe_jax.cache import PAGE, LayerCache, empty_cache, extend, quantise
+from nemoe_jax.errors import UserError
+from nemoe_jax.transformer import forward, hidden
+from tests.conftest import DENSE
+
+LONG = dataclasses.replace(DENSE, context=4096, layers=2)
+
+
+def inputs(batch, length, config=LONG, seed=0):
+    random = np.random.default_rng(seed)
+    heads = config.heads, config.kv_heads, config.kv_heads
+    return [jnp.asarray(random.normal(size=(batch, length, many, config.head_dim)), jnp.float32) for many in heads]
+
+
+def plain(q, k, v):
+    """All scores at once."""
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[3])
+    scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
+
+
+def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG):
+    """What `extend` makes of the tokens, given to it in chunks, in one layer of a cache."""
+    batch, length = q.shape[:2]
+
+    @jax.jit
+    def run(q, k, v):
+        cache = empty_cache(config, batch, slots or length, dtype)
+        held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(layer), None)
+        ys, start = [], 0
+        for size in chunks:
+            now = slice(start, start + size)
+            positions = jnp.broadcast_to(jnp.arange(length)[now], (batch, size))
+            y, held = extend(q[:, now], k[:, now], v[:, now], positions, held)
+            ys.append(y)
+            start += size
+        return jnp.concatenate(ys, axis=1), held
+
+    return run(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("length", "chunks"),
+    [(9, [9]), (130, [63, 1, 1, 65]), (700, [3, 697]), (1100, [1030, 1, 69])],
+    ids=["one chunk", "across a page", "a long chunk behind a short one", "more keys than a step"],
+)
+def test_attention_in_chunks_equals_plain_attention(length, chunks):
+    q, k, v = inputs(2, length)
+    y, held = attend(q, k, v, chunks)
+    np.testing.assert_allclose(y, plain(q, k, v), atol=2e-5)
+    assert not held.k.pool[:, 0].any()  # the other layer's
+
+
+def test_rows_take_whole_pages_of_their_own():
+    lengths = [1, PAGE, PAGE + 1, 5 * PAGE - 3]
+    cache = empty_cache(LONG, 4, lengths)
+    pages = [-(-length // PAGE) for length in lengths]
+    assert cache.k.pool.shape == (LONG.kv_heads, LONG.layers, sum(pages), PAGE, LONG.head_dim)
+    taken = [cache.table_BM[row, :many].tolist() for row, many in enumerate(pages)]
+    assert sorted(sum(taken, [])) == list(range(sum(pages)))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"tensor": 2, "sequence": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 8}, {"tensor": 8}],
+    ids=lambda sizes: ",".join(sizes),
+)
+def test_a_mesh_gives_what_one_device_gives(sizes):
+    """Tensor 8 does not divide two heads: then each device holds both."""
+    q, k, v = inputs(4, 300)
+    slots = [300, 301, 640, 1300]
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        y, held = attend(q, k, v, [257, 1, 42], slots=slots)
+        parts = {shard.data.shape for shard in held.k.pool.addressable_shards}
+    np.testing.assert_allclose(y, plain(q, k, v), atol=2e-5)
+    cut = sizes.get("tensor", 1) if sizes.get("tensor", 1) <= 2 else 1
+    cut *= sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("sequence", 1)
+    assert len(parts) == 1
+    assert np.prod(parts.pop()) * cut == held.k.pool.size
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.004), ("int8", 0.01), ("float8_e4m3fn", 0.05)])
+def test_the_error_of_kept_keys_and_values(dtype, limit):
+    """Root mean square, relative; and above a quarter of the limit, so that the limit says something."""
+    q, k, v = inputs(2, 200)
+    wanted = plain(q, k, v)
+    error = np.sqrt(np.mean((attend(q, k, v, [200], jnp.dtype(dtype))[0] - wanted) ** 2) / np.mean(wanted**2))
+    assert limit / 4 < error < limit
+
+
+def test_float8_clips_what_it_cannot_hold():
+    q, k, v = inputs(1, 3)
+    y, _ = attend(q, k, v * 1e4, [3], jnp.float8_e4m3fn)
+    assert np.isfinite(y).all()
+
+
+def test_int8_with_its_scales_is_within_half_a_step():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 16)), jnp.float32).at[3].set(0)
+    whole, scale = quantise(x)
+    assert whole.dtype == jnp.int8
+    assert (jnp.abs(whole * scale[:, None] - x) <= 0.501 * scale[:, None]).all()
+    assert jnp.abs(whole).max(-1).tolist() == [127 if row != 3 else 0 for row in range(50)]
+
+
+def test_the_tpu_kernel_equals_the_plain_steps():
+    config = dataclasses.replace(LONG, heads=4, head_dim=128)
+    q, k, v = inputs(3, 600, config)
+    _, held = attend(q, k, v, [600], config=config)
+    positions = jnp.asarray([[599], [0], [70]])
+    query = q[:, :1]
+    alike = module._attend(query, positions, held.k, held.v, held.table_BM, held.layer, 0, ())
+    with pltpu.force_tpu_interpret_mode():
+        y = module._paged_attention(query, positions, held.k.pool, held.v.pool, held.table_BM, held.layer)
+    np.testing.assert_allclose(y, alike, atol=2e-2)  # it multiplies in bfloat16
+
+
+def test_a_decode_step_copies_no_cache():
+    """The compiled step has the cache as an argument, gives it back in its place, and needs little beside it."""
+    params = jax.eval_shape(lambda: schema.initialise(LONG, jax.random.key(0)))
+    cache = jax.eval_shape(lambda: empty_cache(LONG, 2, 4096, jnp.float32))
+
+    def step(params, tokens, cache):
+        return forward(LONG, params, tokens, cache=cache)[:2]
+
+    tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    compiled = jax.jit(step, donate_argnums=2).lower(params, tokens, cache).compile()
+    memory = compiled.memory_analysis()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 4
+
+
+def test_too_many_tokens():
+    with pytest.raises(UserError, match="at most the model's context of 4096 slots a row, got 4097"):
+        empty_cache(LONG, 2, [3, 4097])
+    cache = empty_cache(LONG, 1, 500)
+    with pytest.raises(UserError, match="512 slots a row are too few for 513 tokens"):
+        hidden(LONG, schema.initialise(LONG, jax.random.key(0)), jnp.zeros((1, 513), jnp.int32), cache=cache)
