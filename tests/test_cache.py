@@ -68,8 +68,8 @@ def test_rows_take_whole_pages_of_their_own():
     cache = empty_cache(LONG, 4, lengths)
     pages = [-(-length // PAGE) for length in lengths]
     assert cache.k.pool.shape == (LONG.kv_heads, LONG.layers, sum(pages), PAGE, LONG.head_dim)
-    taken = [cache.table_BM[row, :many].tolist() for row, many in enumerate(pages)]
-    assert sorted(sum(taken, [])) == list(range(sum(pages)))
+    taken = [page for row, many in enumerate(pages) for page in cache.table_BM[row, :many].tolist()]
+    assert sorted(taken) == list(range(sum(pages)))
 
 
 @pytest.mark.parametrize(
