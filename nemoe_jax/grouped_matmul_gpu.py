@@ -193,8 +193,8 @@ def _divisor(size: int, limit: int) -> int:
 
 def _padded(array: jax.Array, rows: int = 0) -> jax.Array:
     """Zeros up to `rows` rows and to multiples of the smallest block; real models and many rows need none."""
-    least = [max(rows - array.shape[0], 0), *(-size % _LEAST for size in array.shape[1:])]
-    return jnp.pad(array, [(0, more) for more in least])
+    more = [max(rows - array.shape[0], 0), *(-size % _LEAST for size in array.shape[1:])]
+    return jnp.pad(array, [(0, each) for each in more]) if any(more) else array
 
 
 def _large_card() -> bool:

@@ -1,0 +1,58 @@
+"""Causal attention on NVIDIA GPUs, none of which keeps the scores.
+
+- One document a row: cuDNN's flash attention, forward and gradient; it shares keys and values between the heads of a
+  group.
+- Packed documents: cuDNN takes them only as a mask of all pairs, so JAX's own Pallas kernel for Triton, with keys and
+  values repeated.
+- What neither takes, float32 above all: `chunked_attention`.
+
+B batch, T sequence, N heads, K kv heads, H head_dim.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from nemoe_jax.chunked_attention import chunked_attention
+
+_WIDEST = 128  # head_dim that cuDNN takes on every card since Ampere
+_BLOCK = 128  # queries and keys of a program of the Pallas kernel; half of it in the gradient
+
+
+def gpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
+    width = q_BTNH.shape[3]
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or not 16 <= width <= _WIDEST:
+        return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    if segments_BT is None:
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+    return packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def packed_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`gpu_attention` by the Pallas kernel; `interpret` runs it on any platform, slowly."""
+    with warnings.catch_warnings():
+        # on import, newer versions of JAX point to tokamax, which brings five packages that nothing else here needs
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention
+
+    length, group = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
+    more = -length % _BLOCK
+    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)), constant_values=-1)
+    half = _BLOCK // 2
+    y = attention.mha(
+        q,
+        k,
+        v,
+        segments_BT,
+        sm_scale=q.shape[-1] ** -0.5,
+        causal=True,
+        block_sizes=attention.BlockSizes(_BLOCK, _BLOCK, half, half, half, half),
+        interpret=interpret,
+    )
+    return y[:, :length]

@@ -1,0 +1,90 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from nemoe_jax.attention_gpu import gpu_attention, packed_attention
+
+
+def inputs(length, dtype, heads=4, kv_heads=2, head_dim=32, batch=2):
+    shapes = [(batch, length, number, head_dim) for number in (heads, kv_heads, kv_heads)]
+    q, k, v = (jax.random.normal(jax.random.key(number), shape).astype(dtype) for number, shape in enumerate(shapes))
+    ends = jax.random.bernoulli(jax.random.key(3), 0.02, (batch, length))
+    return q, k, v, 1 + jnp.cumsum(ends, axis=1, dtype=jnp.int32)
+
+
+def plain(q, k, v, segments):
+    """Every score, in the plainest way."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    seen = np.tril(np.ones((q.shape[1],) * 2, bool))
+    if segments is not None:
+        seen = seen & (segments[:, :, None] == segments[:, None])[:, None]
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
+
+
+def value_and_gradients(attention, q, k, v, segments):
+    def loss(q, k, v):
+        y = attention(q, k, v, segments).astype(jnp.float32)
+        return jnp.sum(jnp.sin(y) * jnp.cos(jnp.arange(y.shape[-1]))), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return y, *gradients
+
+
+def check(attention, arrays, tolerance):
+    exact = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays if x is not None]
+    exact += [None] * (4 - len(exact))
+    for got, wanted in zip(value_and_gradients(attention, *arrays), value_and_gradients(plain, *exact), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), wanted, atol=tolerance * float(jnp.abs(wanted).max()), rtol=0
+        )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)], ids=["f32", "bf16"])
+def test_packed_documents_equal_the_full_square(dtype, tolerance):
+    """150 tokens: the kernel's last blocks are not full, and documents end anywhere."""
+    check(functools.partial(packed_attention, interpret=True), inputs(150, dtype), tolerance)
+
+
+def test_float32_and_odd_heads_are_computed_without_a_kernel():
+    q, k, v, segments = inputs(45, jnp.float32)
+    check(gpu_attention, (q, k, v, segments), 1e-5)
+    check(gpu_attention, (*inputs(45, jnp.bfloat16, head_dim=20)[:3], None), 2e-2)
+
+
+def lowered(function, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+SHAPES = [((2, 1000, heads, 128), jnp.bfloat16) for heads in (32, 8, 8)]
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX looks for the library and the card while it traces."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: capability <= "8.0")
+
+
+def test_one_document_a_row_is_cudnn_forward_and_backward(cudnn):
+    def attention(q, k, v):
+        return gpu_attention(q, k, v, None)
+
+    def loss(q, k, v):
+        return attention(q, k, v).astype(jnp.float32).sum()
+
+    assert lowered(attention, *SHAPES).count("__cudnn$fmhaSoftmax(") == 1
+    program = lowered(jax.grad(loss, (0, 1, 2)), *SHAPES)
+    assert program.count("__cudnn$fmhaSoftmax(") == program.count("__cudnn$fmhaSoftmaxBackward(") == 1
+    assert "1000x1000x" not in program and "8x128" in program  # no scores, and keys as they are
+
+
+def test_packed_documents_are_triton_without_scores():
+    program = lowered(gpu_attention, *SHAPES, ((2, 1000), jnp.int32))
+    assert "mha_forward" in program and "triton" in program
+    assert "1024x1024" not in program
