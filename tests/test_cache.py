@@ -126,6 +126,34 @@ def test_the_tpu_kernel_equals_the_plain_steps():
     np.testing.assert_allclose(y, alike, atol=2e-2)  # it multiplies in bfloat16
 
 
+def test_131072_tokens_in_chunks_need_no_square_of_memory(optimised):
+    config = dataclasses.replace(LONG, context=131072, layers=1, heads=2, kv_heads=1, head_dim=8)
+    length, chunk = config.context, 4096
+    q, k, v = inputs(1, length, config)
+
+    def step(q, k, v, positions, held):
+        return extend(q, k, v, positions, held)
+
+    def some(start):
+        now = slice(start, start + chunk)
+        return q[:, now], k[:, now], v[:, now], jnp.arange(length)[None, now]
+
+    cache = empty_cache(config, 1, length, jnp.float32)
+    held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(0), None)
+    compiled = jax.jit(step, donate_argnums=4).lower(*some(0), held).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2**20  # one head's scores of all pairs: 64 GiB
+    ys = []
+    for start in range(0, length, chunk):
+        y, held = compiled(*some(start), held)
+        ys.append(np.asarray(y[0]))
+    y = np.concatenate(ys)
+    for at in (0, 4095, 4096, 65_537, length - 1):
+        scores = np.asarray(q[0, at]) @ np.asarray(k[0, : at + 1, 0]).T / np.sqrt(8)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        wanted = weights @ np.asarray(v[0, : at + 1, 0]) / weights.sum(-1, keepdims=True)
+        np.testing.assert_allclose(y[at], wanted, atol=1e-5)
+
+
 def test_a_decode_step_copies_no_cache():
     """The compiled step has the cache as an argument, gives it back in its place, and needs little beside it."""
     params = jax.eval_shape(lambda: schema.initialise(LONG, jax.random.key(0)))
