@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from nemoe_jax.attention_gpu import gpu_attention, packed_attention
+from nemoe_jax.attention_gpu import gpu_attention, gpu_paged_attention, packed_attention
 
 
 def inputs(length, dtype, heads=4, kv_heads=2, head_dim=32, batch=2):
@@ -88,3 +88,25 @@ def test_packed_documents_are_triton_without_scores():
     program = lowered(gpu_attention, *SHAPES, ((2, 1000), jnp.int32))
     assert "mha_forward" in program and "triton" in program
     assert "1024x1024" not in program
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float32", "int8"])
+def test_one_query_a_row_sees_its_pages(quantised):
+    """Rows of a token, of whole pages and of the whole table; pages lie anywhere."""
+    kv_heads, pages, slots, width, lengths = 2, 12, 16, 32, np.array([1, 48, 127])
+    random = np.random.default_rng(0)
+    q = random.normal(size=(3, 8, width)).astype(np.float32)
+    k, v = random.normal(size=(2, kv_heads, pages, slots, width)).astype(np.float32)
+    table = random.integers(0, pages, (3, 8)).astype(np.int32)
+    scales = ()
+    held = k, v
+    if quantised:
+        scales = np.abs(k).max(-1) / 127, np.abs(v).max(-1) / 127
+        held = tuple(np.round(x / scale[..., None]).astype(np.int8) for x, scale in zip((k, v), scales, strict=True))
+        k, v = (x * scale[..., None] for x, scale in zip(held, scales, strict=True))
+    got = gpu_paged_attention(q, *held, jnp.asarray(lengths, jnp.int32), table, *scales, interpret=True)
+    for row, length in enumerate(lengths):
+        for head in range(8):
+            keys, values = (x[head // 4, table[row]].reshape(-1, width)[:length] for x in (k, v))
+            weights = np.exp(keys @ q[row, head] / np.sqrt(width))
+            np.testing.assert_allclose(got[row, head], weights @ values / weights.sum(), atol=1e-5)
