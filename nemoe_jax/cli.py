@@ -58,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest (0 to 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument(
+        "--kv-cache",
+        metavar="DTYPE",
+        help="how keys and values are kept: float32, bfloat16, or in 8 bits, float8_e4m3fn (what TPUs read fastest) or "
+        "int8 (with scales, more exact); by default as the weights are",
+    )
     _add_running(parser, mesh_help)
 
     parser = command.add(
@@ -150,7 +156,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     decoder = StreamDecoder(tokenizer)
     text, tokens, first_token_at = "", [], 0.0
     started = time.monotonic()
-    for (token,) in generate(config, params, [prompt], arguments.max_new_tokens, sampling, sorted(stop), mesh):
+    made = generate(
+        config, params, [prompt], arguments.max_new_tokens, sampling, sorted(stop), mesh, arguments.kv_cache
+    )
+    for (token,) in made:
         first_token_at = first_token_at or time.monotonic()
         if int(token) in stop:
             break

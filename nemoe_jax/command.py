@@ -5,6 +5,7 @@ A command module declares its sub-commands with `Command.add` and ends in `Comma
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -63,12 +64,30 @@ class Command:
                 traceback.print_exc()
             print("error:", " ".join(str(error).split("\n")), file=sys.stderr)
             return EXIT_BAD_INPUT
+        except (RuntimeError, AssertionError):
+            missing = _missing_backend()
+            if not missing or arguments.debug:
+                raise
+            print(f"error: {missing}", file=sys.stderr)
+            return EXIT_BAD_INPUT
         except KeyboardInterrupt as interrupt:
             print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
             return EXIT_INTERRUPTED
         except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
             sys.stderr.close()
             return 0
+
+
+def _missing_backend() -> str:
+    """Whether JAX_PLATFORMS asks for a backend that is not there: what to say of it, or nothing."""
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not platforms or "jax" not in sys.modules:
+        return ""
+    try:
+        sys.modules["jax"].devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where no plugin of that name is installed
+        return " ".join(f"JAX_PLATFORMS={platforms}: JAX finds no such backend here. {error}".split())
+    return ""
 
 
 def add_distributed_flag(parser: argparse.ArgumentParser, what: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -163,6 +164,10 @@ BAD = {
     "no prompt length": (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], "wanted a positive number"),
     "no chat": (["generate", "{model}", "--chat", "{text}"], "not a JSON file"),
     "too cold": (["generate", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature: wanted 0 or more"),
+    "no such cache": (
+        ["generate", "{model}", "--prompt", "x", "--kv-cache", "int4"],
+        "wanted one of float32, bfloat16",
+    ),
     "no tokenizer": (["tokenize", "{tmp}", "{text}"], "no tokenizer"),
 }
 
@@ -178,6 +183,16 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(capsys, model, tmp_path, 
     assert err.startswith("error: ") and message in err and err.count("\n") == 1, err
     assert out == ""
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "empty.txt"}
+
+
+def test_a_backend_that_is_not_there(model):
+    command = [sys.executable, "-m", "nemoe_jax.cli", "generate", str(model), "--prompt", "x"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        pytest.skip("there is a GPU")
+    assert done.returncode == 2
+    assert "JAX_PLATFORMS=cuda: JAX finds no such backend here" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_debug_shows_the_traceback(capsys):
