@@ -1,28 +1,23 @@
 """The sparse Mixture-of-Experts layer: a router, its chosen experts, and an optional gated shared expert.
 
-What the experts of one device do with its tokens is in expert_ffn.py.
+What the experts of one device do with its tokens is in expert_ffn.py; how tokens and experts that lie on different
+devices come together, in expert_parallel.py.
 
-Expert parallelism: over the mesh's `expert` axis each device holds some experts. Tokens are gathered over that axis,
-each device computes what its experts owe them, and the sums are scattered back.
-
-B batch, T tokens, D embed, E experts, C top-k,
+B batch, T tokens, D embed, E experts, C top-k.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.expert_ffn import run_experts
+from nemoe_jax.expert_parallel import run_over_mesh
 from nemoe_jax.ffn import SwiGLU
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule
-from nemoe_jax.lora import factors, keys_by_device
-from nemoe_jax.schema import ParamSpec, Tree
-from nemoe_jax.sharding import axes_of, batch_axes, partition_spec, sequence_axes, used_spec
+from nemoe_jax.schema import Tree
 
 
 class Routing(NamedTuple):
@@ -74,63 +69,7 @@ class MoE(SpecModule):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0)
-        sizes = dict(mesh.shape)
-        rows, tokens = batch_axes(sizes, x_BTD.shape[0]), sequence_axes(sizes, x_BTD.shape[1])
-        exchange = "expert" in rows  # the expert axis cuts the batch too: gather tokens, scatter sums
-        # what one device computes is its own along these, and the same along the others
-        own = [name for name in sizes if name in (*rows, *tokens, "expert", "tensor")]
-        stored, used = {}, {}
-        for name, spec in self.expert_specs:
-            stored[name], used[name] = _places(spec, sizes)
-        stored_adapters, used_adapters = {}, {}
-        for name, adapter in adapters.items():
-            a, b = (_places(factor, sizes) for factor in factors(dict(self.expert_specs)[name], adapter.a.shape[-1]))
-            key = None if adapter.key is None else PartitionSpec()
-            stored_adapters[name] = dataclasses.replace(adapter, a=a[0], b=b[0], key=key)
-            used_adapters[name] = dataclasses.replace(adapter, a=a[1], b=b[1], key=key)
-
-        def on_device(x, weights, chosen, experts, adapters):
-            experts = jax.tree.map(_gather, experts, stored, used)
-            adapters = keys_by_device(jax.tree.map(_gather, adapters, stored_adapters, used_adapters), own)
-            first = 0
-            if sizes.get("expert", 1) > 1:
-                first = lax.axis_index("expert") * experts["gate"].shape[0]
-            if exchange:
-                x, weights, chosen = (
-                    lax.all_gather(array, "expert", axis=0, tiled=True) for array in (x, weights, chosen)
-                )
-            y = run_experts(x, weights, chosen, experts, adapters, first)
-            if sizes.get("tensor", 1) > 1:
-                y = lax.psum(y, "tensor")
-            if exchange:
-                return lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-            return lax.psum(y, "expert") if sizes.get("expert", 1) > 1 else y
-
-        of_tokens = PartitionSpec(rows or None, tokens or None)
-        return jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(of_tokens, of_tokens, of_tokens, stored, stored_adapters),
-            out_specs=of_tokens,
-            check_vma=False,
-        )(x_BTD, weights_BTC, chosen_BTC, experts, adapters)
-
-
-def _places(spec: ParamSpec, mesh_shape: dict[str, int]) -> tuple[PartitionSpec, PartitionSpec]:
-    """How one layer's part of an array lies (stored, while it is used)."""
-    stored = partition_spec(spec, mesh_shape)
-    return PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:])
-
-
-def _gather(array: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:
-    """Inside of a shard_map: the parts that other devices store of what this one uses."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return array
-    for axis, (cut, kept) in enumerate(zip(stored, used, strict=True)):
-        others = tuple(name for name in axes_of(cut) if name != kept)
-        if others:
-            array = lax.all_gather(array, others, axis=axis, tiled=True)
-    return array
+        return run_over_mesh(x_BTD, weights_BTC, chosen_BTC, experts, adapters, dict(self.expert_specs), mesh)
 
 
 def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.Array | None) -> Routing:

@@ -235,12 +235,14 @@ def _constant(instruction: Instruction | None) -> int | None:
 
 
 def sent_bytes(kind: str, collective: Instruction, computation: Computation) -> int:
-    """Bytes that one device sends at least.
+    """Bytes that one device sends, at least.
 
     With G devices taking part and S bytes of the gathered, or the not yet reduced, array: S·(G − 1)/G, twice that for
-    an all-reduce. A permutation sends its operand.
+    an all-reduce. A permutation sends its operand. A ragged all-to-all, whose first operand alone is sent, sends what
+    the program decides as it runs: counted as if every device got as many rows.
     """
-    size = sum(array.bytes for name in collective.operands for array in computation[name].result)
+    operands = collective.operands[:1] if kind == "ragged-all-to-all" else collective.operands
+    size = sum(array.bytes for name in operands for array in computation[name].result)
     if kind == "collective-permute":
         return size
     devices = group_size(collective.attributes)

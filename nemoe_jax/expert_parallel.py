@@ -1,0 +1,177 @@
+"""Experts over a mesh: each device runs those that it owns, for the tokens of all devices along the `expert` axis.
+
+Two ways to bring tokens and experts together, and a rule that chooses (`exchange_of`):
+
+    gather      every device gathers all tokens of the axis, computes what its experts owe them, and the sums are
+                scattered back (reduce-scatter)
+    all-to-all  each token's rows, one for each of its choices, go to the owners of the chosen experts, and come back
+
+No token is dropped in either. For the all-to-all a device must have room for all rows there are; tokens are sent in
+parts so small that this is no more than `run_experts` holds at a time anyway.
+
+Where the expert axis does not cut the batch, every device has the tokens already, and the sums are added up.
+
+B batch, T tokens, D embed, E experts, C top-k, P devices along the expert axis, H experts of each, R = T·C rows,
+S rows there is room for.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from nemoe_jax import expert_ffn
+from nemoe_jax.expert_ffn import run_experts
+from nemoe_jax.layers import Adapters
+from nemoe_jax.lora import factors, keys_by_device
+from nemoe_jax.parts import in_parts, number_of_parts
+from nemoe_jax.row_exchange import exchange
+from nemoe_jax.schema import ParamSpec, Tree
+from nemoe_jax.sharding import axes_of, batch_axes, partition_spec, sequence_axes, used_spec
+
+Exchange = Literal["gather", "all-to-all"]
+
+
+def exchange_of(platform: str, devices: int, top_k: int) -> Exchange:
+    """Which way sends less, of those that the backend has.
+
+    With T tokens on each of P devices, a device sends in each direction
+
+        gather      T · (P - 1) rows, whatever is chosen
+        all-to-all  T · C · (P - 1) / P rows, where the load is even
+
+    so the all-to-all sends less where P > C. XLA has no ragged all-to-all for CPUs.
+
+    Args:
+        platform: of the devices, as `jax.Device.platform`.
+        devices: along the expert axis (P).
+        top_k: choices of each token (C).
+    """
+    return "all-to-all" if platform != "cpu" and devices > top_k else "gather"
+
+
+def run_over_mesh(
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: Tree,
+    adapters: Adapters,
+    specs: Mapping[str, ParamSpec],
+    mesh: AbstractMesh,
+) -> jax.Array:
+    """`run_experts` for all experts, over the mesh: the weighted sums (B, T, D) of the chosen experts' outputs.
+
+    Args:
+        experts: one layer's weights of all experts, each array (E, …), as they are stored on the mesh.
+        specs: the schema's specs of those weights, stacked over layers.
+    """
+    sizes = dict(mesh.shape)
+    rows, tokens = batch_axes(sizes, x_BTD.shape[0]), sequence_axes(sizes, x_BTD.shape[1])
+    # what one device computes is its own along these, and the same along the others
+    own = [name for name in sizes if name in (*rows, *tokens, "expert", "tensor")]
+    stored, used = {}, {}
+    for name, spec in specs.items():
+        stored[name], used[name] = _places(spec, sizes)
+    stored_adapters, used_adapters = {}, {}
+    for name, adapter in adapters.items():
+        a, b = (_places(factor, sizes) for factor in factors(specs[name], adapter.a.shape[-1]))
+        key = None if adapter.key is None else PartitionSpec()
+        stored_adapters[name] = dataclasses.replace(adapter, a=a[0], b=b[0], key=key)
+        used_adapters[name] = dataclasses.replace(adapter, a=a[1], b=b[1], key=key)
+    devices = sizes.get("expert", 1)
+    apart = "expert" in rows  # the expert axis cuts the batch too
+    run = _run_own
+    if apart:
+        assert mesh.abstract_device is not None
+        way = exchange_of(mesh.abstract_device.platform, devices, chosen_BTC.shape[-1])
+        run = {"gather": _run_by_gather, "all-to-all": _run_by_all_to_all}[way]
+    summed = [name for name in ("expert", "tensor") if sizes.get(name, 1) > 1 and not (apart and name == "expert")]
+
+    def on_device(x, weights, chosen, experts, adapters):
+        experts = jax.tree.map(_gather, experts, stored, used)
+        adapters = keys_by_device(jax.tree.map(_gather, adapters, stored_adapters, used_adapters), own)
+        return lax.psum(run(x, weights, chosen, experts, adapters, devices), summed)
+
+    of_tokens = PartitionSpec(rows or None, tokens or None)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(of_tokens, of_tokens, of_tokens, stored, stored_adapters),
+        out_specs=of_tokens,
+        check_vma=False,
+    )(x_BTD, weights_BTC, chosen_BTC, experts, adapters)
+
+
+def _run_own(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
+    """What a device's own experts add to the tokens that it has."""
+    first = lax.axis_index("expert") * experts["gate"].shape[0] if devices > 1 else 0
+    return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, first)
+
+
+def _run_by_gather(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
+    x_BTD, weights_BTC, chosen_BTC = (
+        lax.all_gather(array, "expert", axis=0, tiled=True) for array in (x_BTD, weights_BTC, chosen_BTC)
+    )
+    y_BTD = _run_own(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices)
+    return lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)
+
+
+def _run_by_all_to_all(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
+    of_tokens = tuple(array.reshape(-1, array.shape[-1]) for array in (x_BTD, weights_BTC, chosen_BTC))
+    parts = number_of_parts(len(of_tokens[0]), max(expert_ffn.AT_ONCE // devices, 1))
+
+    def run(part, adapters):
+        x_TD, weights_TC, chosen_TC = part
+        return _exchange_part(x_TD, weights_TC, chosen_TC, experts, adapters, devices)
+
+    return in_parts(run, of_tokens, adapters, parts).reshape(x_BTD.shape)
+
+
+def _exchange_part(x_TD, weights_TC, chosen_TC, experts, adapters, devices):
+    """Rows sorted by expert, so by owner, too; sent, multiplied, sent back, summed."""
+    held, top_k = experts["gate"].shape[0], chosen_TC.shape[1]
+    chosen_R = chosen_TC.reshape(-1)
+    rows = len(chosen_R)
+    room = devices * rows  # all rows of all devices
+    order_R = jnp.argsort(chosen_R)
+    place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
+    sizes_E = jnp.bincount(chosen_R, length=devices * held)
+    of_expert_PPH = lax.all_gather(sizes_E, "expert").reshape(devices, devices, held)
+    sizes_PP = of_expert_PPH.sum(axis=-1)
+
+    x_RD = expert_ffn._dispatch(x_TD, order_R // top_k, place_TC, rows)
+    weights_R1 = expert_ffn._dispatch(weights_TC.reshape(-1, 1), order_R, place_TC.reshape(-1, 1), rows)
+    x_SD, weights_S1 = (exchange(array, sizes_PP, room, "expert") for array in (x_RD, weights_R1))
+    expert_S = _own_expert(of_expert_PPH, room)
+    y_SD = run_experts(x_SD[None], weights_S1[None], expert_S[None, :, None], experts, adapters, 0)[0]
+    y_RD = exchange(y_SD, sizes_PP.T, rows, "expert")
+    return expert_ffn._combine(y_RD, order_R // top_k, place_TC, rows)
+
+
+def _own_expert(of_expert_PPH: jax.Array, room: int) -> jax.Array:
+    """Which of the device's experts each arrived row is for, counted from its first; behind the last row, none (H)."""
+    held = of_expert_PPH.shape[-1]
+    groups = of_expert_PPH[:, lax.axis_index("expert")].reshape(-1)  # by sender, then by expert
+    group_S = jnp.searchsorted(jnp.cumsum(groups), jnp.arange(room), side="right", method="compare_all")
+    return jnp.where(group_S < len(groups), group_S % held, held)
+
+
+def _places(spec: ParamSpec, mesh_shape: Mapping[str, int]) -> tuple[PartitionSpec, PartitionSpec]:
+    """How one layer's part of an array lies (stored, while it is used)."""
+    stored = partition_spec(spec, mesh_shape)
+    return PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:])
+
+
+def _gather(array: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:
+    """Inside of a shard_map: the parts that other devices store of what this one uses."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    for axis, (cut, kept) in enumerate(zip(stored, used, strict=True)):
+        others = tuple(name for name in axes_of(cut) if name != kept)
+        if others:
+            array = lax.all_gather(array, others, axis=axis, tiled=True)
+    return array
