@@ -81,6 +81,8 @@ def generate(
     Raises:
         UserError: an empty prompt, prompt + new tokens beyond the model's context, an unknown dtype.
     """
+    if cache_dtype not in (None, *CACHE_DTYPES):
+        raise UserError(f"cache dtype: wanted one of {', '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths_B.size or lengths_B.min() < 1:
         raise UserError("empty prompt: wanted at least one token")
@@ -88,8 +90,6 @@ def generate(
         raise UserError(
             f"prompt of {lengths_B.max()} tokens + {max_new_tokens} new tokens exceed the context of {config.context}"
         )
-    if cache_dtype not in (None, *CACHE_DTYPES):
-        raise UserError(f"cache dtype: wanted one of {', '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
     dtype = jnp.dtype(cache_dtype or params["embed"].dtype)
     slots = tuple(min(_rounded(int(length) + max_new_tokens), config.context) for length in lengths_B)
     stop_S = np.array([*stop, -1], np.int32)  # never empty
