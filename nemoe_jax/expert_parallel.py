@@ -29,6 +29,7 @@ from nemoe_jax.expert_ffn import run_experts
 from nemoe_jax.layers import Adapters
 from nemoe_jax.lora import factors, keys_by_device
 from nemoe_jax.parts import in_parts, number_of_parts
+from nemoe_jax.platform import platform
 from nemoe_jax.row_exchange import exchange
 from nemoe_jax.schema import ParamSpec, Tree
 from nemoe_jax.sharding import axes_of, batch_axes, partition_spec, sequence_axes, used_spec
@@ -86,8 +87,7 @@ def run_over_mesh(
     apart = "expert" in rows  # the expert axis cuts the batch too
     run = _run_own
     if apart:
-        assert mesh.abstract_device is not None
-        way = exchange_of(mesh.abstract_device.platform, devices, chosen_BTC.shape[-1])
+        way = exchange_of(platform(), devices, chosen_BTC.shape[-1])
         run = {"gather": _run_by_gather, "all-to-all": _run_by_all_to_all}[way]
     summed = [name for name in ("expert", "tensor") if sizes.get(name, 1) > 1 and not (apart and name == "expert")]
 

@@ -1,6 +1,11 @@
 import functools
+import importlib.util
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ from nemoe_jax.config import preset
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward
 from tests.conftest import MIXTRAL, NEKOMIND
+from train.plan import ENVIRONMENT
 
 # 4 query heads to 2 key heads: with 4 devices to the heads, keys are repeated
 FOUR_HEADS = MIXTRAL.replace(heads=4, kv_heads=2)
@@ -188,3 +194,42 @@ def test_what_goes_between_devices():
     activation = 8 * 96 * config.hidden // 8
     sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]\S* all-reduce\(", text)]
     assert max(sizes) < activation
+
+
+ON_TPU = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec as P
+from nemoe_jax.sharding import compiler_options, gathered, make_mesh
+from train import hlo
+
+mesh = make_mesh({"fsdp": 8}, topologies.get_topology_desc("v5e:2x4", "tpu").devices)
+def shape(*size, place):
+    return jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=NamedSharding(mesh, place))
+def layer(x, weights):
+    first, second, third = (gathered(w, P("fsdp"), P()) for w in weights)
+    y = jax.nn.silu(x @ first) @ second
+    return x + jnp.sin(y) * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True)) @ third, None
+weights = tuple(shape(4, *size, place=P(None, "fsdp")) for size in ((512, 2048), (2048, 512), (512, 512)))
+x = shape(65536, 512, place=P("fsdp"))
+for options in ({}, compiler_options("tpu")):
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda x, weights: jax.lax.scan(layer, x, weights)[0], compiler_options=options)
+        program = hlo.parse(run.lower(x, weights).compile().as_text())
+    print(json.dumps([one.asynchronous for one in program.collectives if one.kind == "all-gather"]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed")
+def test_on_tpu_every_gather_of_weights_goes_on_beside_other_work():
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | ENVIRONMENT
+    command = [sys.executable, "-c", ON_TPU]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    without, with_options = map(json.loads, done.stdout.splitlines())
+    assert len(with_options) == 3 and all(with_options)
+    assert sum(without) < 3
+
+
+def test_other_platforms_are_told_nothing():
+    assert sharding.compiler_options("cpu") == sharding.compiler_options("gpu") == {}
