@@ -42,7 +42,7 @@ MANY = [
 FEW = [
     Blocks(16, columns, inner, 4, stages)
     for columns in (16, 32, 64, 128)
-    for inner, stages in ((64, 5), (128, 4), (256, 3))
+    for inner, stages in ((64, 8), (128, 4), (128, 6), (256, 3))
 ]
 
 Kernel = Callable[..., Any]  # takes the number of the repetition, then arrays
@@ -117,7 +117,7 @@ def _products(rows: int, inputs: int, outputs: int, sizes_E: Any, few: bool, tin
     for blocks in dict.fromkeys([row_blocks(rows, experts, x.dtype), *candidates]):
         of_ours = _named(blocks, row_blocks(rows, experts, x.dtype))
         ours["forward"][of_ours] = lambda i, x, w, s, b=blocks: matmul(x, w, roll(s, i), blocks=b)
-        ours["dx"][of_ours] = lambda i, dy, w, s, b=blocks: matmul(dy, w, roll(s, i), True, b)
+        ours["dx"][of_ours] = lambda i, dy, w, s, b=blocks: matmul(dy, w, roll(s, i), transpose=True, blocks=b)
     for blocks in dict.fromkeys([outer_blocks(x.dtype), *candidates]):
         ours["dw"][_named(blocks, outer_blocks(x.dtype))] = lambda i, x, dy, s, b=blocks: outer(x, dy, roll(s, i), b)
     ours["forward"] |= {"ragged_dot": lambda i, x, w, s: _ragged_matmul(x, w, roll(s, i))}

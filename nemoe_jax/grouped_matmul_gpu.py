@@ -6,7 +6,10 @@ for sizes that are multiples of their tiles, and in the table of timings on an H
 Triton with the tiles chosen here is faster than they are for few experts with many rows (677 against 444 TFLOP/s for
 8192 rows of Mixtral 8x7B, 661 against 112 for the gradient of w), so these need no library and no fallback.
 
-R rows, D inputs, F outputs, E experts, M rows of a tile.
+XLA hands a kernel a copy of `w[layer]`, with all its experts. So the weights may be those of all layers, and each group
+of rows says which matrix is its own: nothing else is read. That is what decoding needs (`gpu_few_rows`).
+
+R rows, D inputs, F outputs, E experts, L layers, N matrices, M rows of a tile.
 """
 
 import functools
@@ -49,7 +52,7 @@ def row_blocks(rows: int, experts: int, dtype: Any) -> Blocks:
         return Blocks(tile, 32768 // tile, 64, 8, 3)
     if tile >= 64:
         return Blocks(min(tile, 128), 128, 64, 4, 3)
-    return Blocks(tile, 2 * tile, 128, 4, 4)
+    return Blocks(tile, 2 * tile, 128, 4, 96 // tile)
 
 
 def outer_blocks(dtype: Any) -> Blocks:
@@ -66,26 +69,28 @@ def tiles_at_most(rows: int, experts: int, tile: int) -> int:
 
 def gpu_matmul(
     x_RD: jax.Array,
-    w_EDF: jax.Array,
+    w_NDF: jax.Array,
     sizes_E: jax.Array,
+    matrix_E: jax.Array | None = None,
     transpose: bool = False,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """(R, D), (E, D, F), int32 (E,) -> (R, F) in x's dtype; rows beyond the last group are not defined.
+    """(R, D), (N, D, F), int32 (E,) -> (R, F) in x's dtype; rows beyond the last group are not defined.
 
     Args:
-        transpose: the weights are (E, F, D), and are read as they lie.
+        matrix_E: int32: which matrix is a group's own; by default there are as many, in order.
+        transpose: the weights are (N, F, D), and are read as they lie.
         blocks: by default `row_blocks`.
         interpret: runs it on any platform, slowly.
     """
-    rows, experts = x_RD.shape[0], w_EDF.shape[0]
-    blocks = blocks or row_blocks(rows, experts, x_RD.dtype)
-    width = w_EDF.shape[1 if transpose else 2]
-    x_RD, w_EDF = _padded(x_RD, blocks.rows), _padded(w_EDF.astype(x_RD.dtype))
-    padded = w_EDF.shape[1 if transpose else 2]
+    rows, groups = x_RD.shape[0], sizes_E.shape[0]
+    blocks = blocks or row_blocks(rows, groups, x_RD.dtype)
+    width = w_NDF.shape[1 if transpose else 2]
+    x_RD, w_NDF = _padded(x_RD, blocks.rows), _padded(w_NDF.astype(x_RD.dtype))
+    padded = w_NDF.shape[1 if transpose else 2]
     inner, columns = _divisor(x_RD.shape[1], blocks.inner), _divisor(padded, blocks.columns)
-    tiles = tiles_at_most(rows, experts, blocks.rows)
+    tiles = tiles_at_most(rows, groups, blocks.rows)
     band = min(tiles, _BAND)
     y_RF = pl.pallas_call(
         functools.partial(
@@ -96,21 +101,38 @@ def gpu_matmul(
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="grouped_matmul",
-    )(x_RD, w_EDF, sizes_E)
+    )(x_RD, w_NDF, sizes_E, jnp.arange(groups, dtype=jnp.int32) if matrix_E is None else matrix_E)
     return y_RF[:rows, :width]
 
 
-def _matmul_kernel(x_ref, w_ref, sizes_ref, y_ref, *, blocks, band, transpose):
+def gpu_few_rows(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array, interpret: bool = False) -> jax.Array:
+    """x @ w[layer], (R, F) in x's dtype."""
+    rows_1 = jnp.full(1, x_RD.shape[0], jnp.int32)
+    return gpu_matmul(x_RD, w_LDF, rows_1, jnp.full(1, layer, jnp.int32), interpret=interpret)
+
+
+def gpu_few_rows_experts(
+    x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array, expert_R: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """Row r of x @ w[layer, expert_R[r]], (R, F) in x's dtype. Sorted rows find their experts' weights in the cache."""
+    experts = w_LEDF.shape[1]
+    w_NDF = w_LEDF.reshape(-1, *w_LEDF.shape[2:])
+    matrix_R = (layer * experts + expert_R).astype(jnp.int32)
+    return gpu_matmul(x_RD, w_NDF, jnp.ones_like(matrix_R), matrix_R, interpret=interpret)
+
+
+def _matmul_kernel(x_ref, w_ref, sizes_ref, matrix_ref, y_ref, *, blocks, band, transpose):
     tile, columns = pl.program_id(2) * band + pl.program_id(0), pl.ds(pl.program_id(1) * blocks.columns, blocks.columns)
-    expert, start, end = _expert_of(tile, sizes_ref, blocks.rows)
+    group, start, end = _group_of(tile, sizes_ref, blocks.rows)
 
     @pl.when(start < end)
     def _():
         row_M, at = _within(start, blocks.rows, x_ref)
+        matrix = matrix_ref[group]
 
         def step(i, sofar):
             span = pl.ds(i * blocks.inner, blocks.inner)
-            w = w_ref[expert, columns, span] if transpose else w_ref[expert, span, columns]
+            w = w_ref[matrix, columns, span] if transpose else w_ref[matrix, span, columns]
             return sofar + _dot(x_ref[at, span], w, 1, 1 if transpose else 0)
 
         zero = jnp.zeros((blocks.rows, blocks.columns), jnp.float32)
@@ -125,15 +147,15 @@ def _within(start, count, ref):
     return begin + jnp.arange(count), pl.ds(begin, count)
 
 
-def _expert_of(tile, sizes_ref, rows):
-    """The tile's expert, its first row and the end of that expert's rows; start is end for tiles beyond the last."""
+def _group_of(tile, sizes_ref, rows):
+    """The tile's group, its first row and the end of that group's rows; start is end for tiles beyond the last."""
 
-    def visit(expert, carry):
+    def visit(group, carry):
         tiles, first, mine = carry
-        size = sizes_ref[expert]
+        size = sizes_ref[group]
         more = lax.div(size + rows - 1, rows)
         here = (tile >= tiles) & (tile < tiles + more)
-        found = (expert, first + (tile - tiles) * rows, first + size)
+        found = (group, first + (tile - tiles) * rows, first + size)
         mine = tuple(jnp.where(here, new, old) for new, old in zip(found, mine, strict=True))
         return tiles + more, first + size, mine
 

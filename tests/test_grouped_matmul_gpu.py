@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from nemoe_jax.grouped_matmul_gpu import Blocks, gpu_matmul, gpu_outer, row_blocks, tiles_at_most
+from nemoe_jax.grouped_matmul_gpu import (
+    Blocks,
+    gpu_few_rows,
+    gpu_few_rows_experts,
+    gpu_matmul,
+    gpu_outer,
+    row_blocks,
+    tiles_at_most,
+)
 
 ROWS, INPUTS, OUTPUTS = 300, 36, 24  # neither are multiples of a block, and there are more tiles than a band has
 GROUPS = {
@@ -91,6 +99,30 @@ def test_tiles_hold_all_rows_however_they_are_spread(rows, experts):
 def test_half_filled_tiles_waste_at_most_an_eighth(rows, experts):
     tile = row_blocks(rows, experts, jnp.bfloat16).rows
     assert tiles_at_most(rows, experts, tile) * tile <= 1.125 * rows
+
+
+def test_few_rows_read_their_layers_matrices():
+    random = np.random.default_rng(0)
+    x, w = (random.normal(size=shape).astype(np.float32) for shape in ((5, INPUTS), (3, 4, INPUTS, OUTPUTS)))
+    expert_R = jnp.asarray([3, 0, 0, 2, 3])
+    got = jax.jit(functools.partial(gpu_few_rows_experts, interpret=True))(x, w, jnp.int32(2), expert_R)
+    check(got, np.einsum("rd,rdf->rf", x, w[2, np.asarray(expert_R)]), jnp.float32)
+    check(gpu_few_rows(x, w[1], 3, interpret=True), x @ w[1, 3], jnp.float32)
+
+
+def test_layers_of_a_scan_are_not_copied():
+    """Stacks that a scan closes over go into the kernel whole."""
+    x, w, sizes_E = shapes(16, 256, 256)[0], jax.ShapeDtypeStruct((8, 16, 256, 256), jnp.bfloat16), shapes(16, 1, 1)[3]
+
+    def model(x, w, sizes_E):
+        def layer(x, number):
+            matrix_E = number * 16 + jnp.arange(16, dtype=jnp.int32)
+            return gpu_matmul(x, w.reshape(-1, *w.shape[2:]), sizes_E, matrix_E), None
+
+        return lax.scan(layer, x, jnp.arange(8))[0]
+
+    program = jax.jit(model).trace(x, w, sizes_E).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tensor<128x256x256xbf16>" in program and "1x16x256x256" not in program
 
 
 def shapes(rows, inputs, outputs, dtype=jnp.bfloat16):
