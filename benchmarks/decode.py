@@ -175,6 +175,7 @@ class Worker:
     """A side in a process of its own, which generates whenever it is told to."""
 
     def __init__(self, side: str, model: str, directory: Path):
+        self.name = f"{side}, {model}"
         command = [sys.executable, __file__, "--side", side, "--model", model, "--directory", str(directory)]
         self.process = subprocess.Popen(
             command,
@@ -191,7 +192,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{self.process.args}: ended with status {self.process.wait()}")
+            raise SystemExit(f"{self.name}: ended with status {self.process.wait()}")
         return json.loads(answer)
 
     def end(self) -> None:
@@ -245,7 +246,7 @@ def show(row: Row, figures: dict[str, Any]) -> None:
     """Prints a comparison."""
     a, b = figures["ours"], figures[row.peer]
     print(
-        f"{str(row):28} {a['tokens_per_second']:7.1f} tokens/s {b['tokens_per_second']:7.1f}   "
+        f"{row!s:28} {a['tokens_per_second']:7.1f} tokens/s {b['tokens_per_second']:7.1f}   "
         f"ratio {figures['ratio']:.2f} (limit {figures['limit']}), of CPU time {figures['cpu_ratio']:.2f}; "
         f"{figures['equal_tokens']} of {figures['tokens']} tokens agree; first call {a['first_call_seconds']:.1f} s",
         flush=True,
