@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nemoe_jax.expert_ffn_cpu import Sorted, pays, tiled_ffn
 from nemoe_jax.grouped_matmul import Adapted, grouped_lora
 from nemoe_jax.layers import Adapters, project
+from nemoe_jax.platform import platform
 from nemoe_jax.schema import Tree
 
 AT_ONCE = 4096  # tokens whose rows are held at a time; more are computed part by part, and again for the gradient
@@ -74,8 +76,10 @@ def _run_part(
     local_R = jnp.where((local_R >= 0) & (local_R < held), local_R, held)  # other devices' rows are sorted last
     order_R = jnp.argsort(local_R)
     sizes_E = jnp.bincount(local_R, length=held + 1)[:held].astype(jnp.int32)
-    rows = jnp.sum(sizes_E)
     place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
+    if platform() == "cpu" and pays(x_TD, experts, adapters, local_R.size):
+        return tiled_ffn(x_TD, weights_TC, experts, adapters, Sorted(order_R, place_TC, sizes_E))
+    rows = jnp.sum(sizes_E)
     token_R = order_R // top_k
 
     def project_rows(rows_R, *names):

@@ -88,11 +88,11 @@ def for_each_tile(
     return lax.fori_loop(0, jnp.sum(sizes_E > 0), run_expert, carry)
 
 
-def _dot(x: jax.Array, w: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
+def dot(x: jax.Array, w: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array:
     return lax.dot_general(x, w, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _pick(array: jax.Array, expert: jax.Array) -> jax.Array:
+def pick(array: jax.Array, expert: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(array, expert, keepdims=False)
 
 
@@ -100,15 +100,15 @@ def tiled_matmul(x_RD, w_EDF, sizes_E, transpose=False):
     rows, axes = len(x_RD), (1, 1 if transpose else 0)
 
     def work(tile, w_DF, y_RF):
-        return tile.write(y_RF, _dot(tile.read(x_RD), w_DF, axes))
+        return tile.write(y_RF, dot(tile.read(x_RD), w_DF, axes))
 
     y_RF = jnp.zeros((rows, w_EDF.shape[1 if transpose else 2]), x_RD.dtype)
-    return for_each_tile(sizes_E, rows, functools.partial(_pick, w_EDF), work, y_RF)
+    return for_each_tile(sizes_E, rows, functools.partial(pick, w_EDF), work, y_RF)
 
 
 def tiled_outer(x_RD, dy_RF, sizes_E):
     def work(tile, _, dw_EDF):
-        return tile.add(dw_EDF, _dot(tile.own(tile.read(x_RD)), tile.read(dy_RF), (0, 0)))
+        return tile.add(dw_EDF, dot(tile.own(tile.read(x_RD)), tile.read(dy_RF), (0, 0)))
 
     dw_EDF = jnp.zeros((len(sizes_E), x_RD.shape[1], dy_RF.shape[1]), jnp.float32)
     return for_each_tile(sizes_E, len(x_RD), lambda expert: None, work, dw_EDF)
@@ -120,18 +120,18 @@ def _beside(maps: Any, expert: jax.Array) -> jax.Array:
     The copy takes the place of that which picks the expert's weights anyway.
     """
     columns = [*(w_EDF for w_EDF, _, _ in maps), *(a_EDK for _, a_EDK, _ in maps)]
-    return jnp.concatenate([_pick(array, expert) for array in columns], axis=1)
+    return jnp.concatenate([pick(array, expert) for array in columns], axis=1)
 
 
 def tiled_lora(x_RD, maps, sizes_E, scales):
     def prepare(expert):
-        return _beside(maps, expert), [_pick(b_EKF, expert) for _, _, b_EKF in maps]
+        return _beside(maps, expert), [pick(b_EKF, expert) for _, _, b_EKF in maps]
 
     def work(tile, weights, carry):
         (wa, bs), (ys, lows) = weights, carry
-        parts = jnp.split(_dot(tile.read(x_RD), wa), cuts, axis=1)
+        parts = jnp.split(dot(tile.read(x_RD), wa), cuts, axis=1)
         lows_MK = [part.astype(x_RD.dtype) for part in parts[len(maps) :]]
-        ys_MF = [y + scale * _dot(low, b) for y, scale, low, b in zip(parts, scales, lows_MK, bs, strict=False)]
+        ys_MF = [y + scale * dot(low, b) for y, scale, low, b in zip(parts, scales, lows_MK, bs, strict=False)]
         return tuple(map(tile.write, ys, ys_MF)), tuple(map(tile.write, lows, lows_MK))
 
     widths = [*(w_EDF.shape[2] for w_EDF, _, _ in maps), *(a_EDK.shape[2] for _, a_EDK, _ in maps)]
@@ -143,18 +143,18 @@ def tiled_lora(x_RD, maps, sizes_E, scales):
 
 def tiled_lora_gradients(x_RD, lows, dys, maps, sizes_E, scales):
     def prepare(expert):
-        return _beside(maps, expert), [_pick(b_EKF, expert) for _, _, b_EKF in maps]
+        return _beside(maps, expert), [pick(b_EKF, expert) for _, _, b_EKF in maps]
 
     def work(tile, weights, carry):
         (wa, bs), (dx_RD, das, dbs) = weights, carry
         x_MD, dys_MF = tile.read(x_RD), [tile.read(dy_RF) for dy_RF in dys]
         dlows_MK = [
-            (scale * _dot(dy, b, (1, 1))).astype(x_RD.dtype) for scale, dy, b in zip(scales, dys_MF, bs, strict=True)
+            (scale * dot(dy, b, (1, 1))).astype(x_RD.dtype) for scale, dy, b in zip(scales, dys_MF, bs, strict=True)
         ]
-        dx_MD = _dot(jnp.concatenate([*dys_MF, *dlows_MK], axis=1), wa, (1, 1))
-        das = [tile.add(da_EKD, _dot(tile.own(dlow), x_MD, (0, 0))) for da_EKD, dlow in zip(das, dlows_MK, strict=True)]
+        dx_MD = dot(jnp.concatenate([*dys_MF, *dlows_MK], axis=1), wa, (1, 1))
+        das = [tile.add(da_EKD, dot(tile.own(dlow), x_MD, (0, 0))) for da_EKD, dlow in zip(das, dlows_MK, strict=True)]
         dbs = [
-            tile.add(db_EKF, scale * _dot(tile.own(tile.read(low_RK)), dy, (0, 0)))
+            tile.add(db_EKF, scale * dot(tile.own(tile.read(low_RK)), dy, (0, 0)))
             for db_EKF, scale, low_RK, dy in zip(dbs, scales, lows, dys_MF, strict=True)
         ]
         return tile.write(dx_RD, dx_MD), das, dbs

@@ -5,8 +5,9 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from nemoe_jax.attention_kernels import CornerMask, splash_attention, stepped_attention
+from nemoe_jax.attention_kernels import CornerMask, splash_attention
 from nemoe_jax.chunked_attention import chunked_attention
+from nemoe_jax.stepped_attention import stepped_attention
 
 
 def inputs(length, heads=4, kv_heads=2, head_dim=6, batch=2):
