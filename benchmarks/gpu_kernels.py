@@ -6,6 +6,7 @@
 - Grouped matmul forward, and both of its gradients, of 8192 tokens and of one: ours with several blocks, XLA's
   `ragged_dot`, JAX's kernels for Hopper, tokamax's where it is installed. Tokens are spread unevenly; "equal groups" is
   a batched product without that, for comparison. Named limit: the card's rate of products, of reading for one token.
+- One token times a layer of stacked weights that is not a mixture: ours, and XLA's in two spellings.
 - Attention of 8192 tokens, forward alone and with its gradient: cuDNN, Pallas for packed documents, the chunked form,
   XLA's plain one.
 - Attention of one query over the pages of a cache.
@@ -32,7 +33,7 @@ from nemoe_jax.attention_gpu import gpu_attention, gpu_paged_attention, packed_a
 from nemoe_jax.chunked_attention import chunked_attention
 from nemoe_jax.config import preset
 from nemoe_jax.grouped_matmul import _ragged_matmul, _ragged_matmul_transposed, _ragged_outer
-from nemoe_jax.grouped_matmul_gpu import Blocks, gpu_matmul, gpu_outer, outer_blocks, row_blocks
+from nemoe_jax.grouped_matmul_gpu import Blocks, gpu_few_rows, gpu_matmul, gpu_outer, outer_blocks, row_blocks
 
 MANY = [
     Blocks(rows, columns, inner, warps, stages)
@@ -173,6 +174,24 @@ def _tokamax() -> dict[str, Kernel]:
     return {f"tokamax {name}": functools.partial(kernel, implementation=name) for name in ("mosaic", "triton")}
 
 
+def stacked(tokens: int, tiny: bool) -> dict[str, Case]:
+    """Few tokens times one layer after the other of queries' or keys' projections, or the head; work is the bytes."""
+    sizes = {"query": (8, 5120, 4096), "key": (8, 5120, 1024), "head": (1, 5120, 131072)}
+    if tiny:
+        sizes = {"query": (2, 64, 32)}
+    cases: dict[str, Case] = {}
+    for name, (layers, inputs, outputs) in sizes.items():
+        w = jax.random.normal(jax.random.key(0), (layers, inputs, outputs), jnp.bfloat16)
+        x = jax.random.normal(jax.random.key(1), (tokens, inputs), jnp.bfloat16)
+        kernels: dict[str, Kernel] = {
+            "Triton *": lambda i, x, w: gpu_few_rows(x, w, i % len(w), interpret=tiny),
+            "XLA's product": lambda i, x, w: x @ w[i % len(w)],
+            "XLA's sum": lambda i, x, w: jnp.sum(x[:, :, None].astype(jnp.float32) * w[i % len(w)], axis=1),
+        }
+        cases[f"{name} of {tokens} tokens"] = (kernels, (x, w), 2.0 * inputs * outputs)
+    return cases
+
+
 def attention(length: int, tiny: bool) -> dict[str, Case]:
     """Whole rows and packed ones, forward and with the gradient."""
     heads, kv_heads, width = (4, 2, 16) if tiny else (32, 8, 128)
@@ -240,7 +259,7 @@ def main() -> None:
     if not options.tiny and jax.default_backend() != "gpu":
         return print("skipped: JAX finds no GPU")
     if options.tiny:
-        options.tokens, options.repeats = 128, 1
+        options.tokens, options.repeats = 64, 1
     device = jax.local_devices()[0].device_kind
     figures: dict[str, Any] = {**machine(), "device": device, **rates(options), "cases": {}}
     print(f"{device}: {figures['matmul_flops_per_second'] / 1e12:.0f} TFLOP/s, ", end="")
@@ -248,6 +267,8 @@ def main() -> None:
     for make, size, count in (
         (grouped, options.tokens, 8),
         (grouped, 1, 64),
+        (stacked, 1, 64),
+        (stacked, 8, 64),
         (attention, options.tokens, 4),
         (pages, 4 * options.tokens, 64),
     ):
