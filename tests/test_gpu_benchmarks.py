@@ -32,6 +32,13 @@ def test_the_kernels_dry_run_times_what_a_cpu_can_interpret():
     assert all("Hopper" in line or "cuDNN" in line or "tokamax" in line for line in reasons), reasons
 
 
-@pytest.mark.parametrize("name", ["gpu.py", "gpu_kernels.py"])
-def test_without_a_gpu_they_say_so(name):
-    assert run(name) == "skipped: JAX finds no GPU\n"
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpu.py", "JAX finds no GPU"),
+        ("gpu_kernels.py", "JAX finds no GPU"),
+        ("gpu_compile.py", "jax-cuda12-plugin is not installed"),
+    ],
+)
+def test_what_is_missing_is_said(name, reason):
+    assert run(name) == f"skipped: {reason}\n"
