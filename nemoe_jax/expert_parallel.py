@@ -121,41 +121,42 @@ def _run_by_gather(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
 
 
 def _run_by_all_to_all(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
-    of_tokens = tuple(array.reshape(-1, array.shape[-1]) for array in (x_BTD, weights_BTC, chosen_BTC))
-    parts = number_of_parts(len(of_tokens[0]), max(expert_ffn.AT_ONCE // devices, 1))
+    x_TD, weights_TC, chosen_TC = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, weights_BTC, chosen_BTC))
+    parts = number_of_parts(len(x_TD), max(expert_ffn.AT_ONCE // devices, 1))
+    count = devices * experts["gate"].shape[0]
+    # how many of each part's rows go from each device to each expert: known to all, for all parts at once
+    counts_E = jnp.sum(chosen_TC.reshape(parts, -1, 1) == jnp.arange(count), axis=1)
+    counts_PE = lax.all_gather(counts_E, "expert", axis=1).reshape(-1, count)
 
     def run(part, adapters):
-        x_TD, weights_TC, chosen_TC = part
-        return _exchange_part(x_TD, weights_TC, chosen_TC, experts, adapters, devices)
+        x_TD, weights_TC, chosen_TC, counts_PE = part
+        return _exchange_part(x_TD, weights_TC, chosen_TC, counts_PE, experts, adapters)
 
-    return in_parts(run, of_tokens, adapters, parts).reshape(x_BTD.shape)
+    return in_parts(run, (x_TD, weights_TC, chosen_TC, counts_PE), adapters, parts).reshape(x_BTD.shape)
 
 
-def _exchange_part(x_TD, weights_TC, chosen_TC, experts, adapters, devices):
+def _exchange_part(x_TD, weights_TC, chosen_TC, counts_PE, experts, adapters):
     """Rows sorted by expert, so by owner, too; sent, multiplied, sent back, summed."""
-    held, top_k = experts["gate"].shape[0], chosen_TC.shape[1]
-    chosen_R = chosen_TC.reshape(-1)
-    rows = len(chosen_R)
+    devices, top_k = len(counts_PE), chosen_TC.shape[1]
+    counts_PPH = counts_PE.reshape(devices, devices, -1)
+    sizes_PP, rows = counts_PPH.sum(axis=-1), chosen_TC.size
     room = devices * rows  # all rows of all devices
-    order_R = jnp.argsort(chosen_R)
-    place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
-    sizes_E = jnp.bincount(chosen_R, length=devices * held)
-    of_expert_PPH = lax.all_gather(sizes_E, "expert").reshape(devices, devices, held)
-    sizes_PP = of_expert_PPH.sum(axis=-1)
+    order_R = jnp.argsort(chosen_TC.reshape(-1))
+    token_R, place_TC = order_R // top_k, jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
 
-    x_RD = expert_ffn._dispatch(x_TD, order_R // top_k, place_TC, rows)
+    x_RD = expert_ffn._dispatch(x_TD, token_R, place_TC, rows)
     weights_R1 = expert_ffn._dispatch(weights_TC.reshape(-1, 1), order_R, place_TC.reshape(-1, 1), rows)
     x_SD, weights_S1 = (exchange(array, sizes_PP, room, "expert") for array in (x_RD, weights_R1))
-    expert_S = _own_expert(of_expert_PPH, room)
+    expert_S = _own_expert(counts_PPH, room)
     y_SD = run_experts(x_SD[None], weights_S1[None], expert_S[None, :, None], experts, adapters, 0)[0]
     y_RD = exchange(y_SD, sizes_PP.T, rows, "expert")
-    return expert_ffn._combine(y_RD, order_R // top_k, place_TC, rows)
+    return expert_ffn._combine(y_RD, token_R, place_TC, rows)
 
 
-def _own_expert(of_expert_PPH: jax.Array, room: int) -> jax.Array:
+def _own_expert(counts_PPH: jax.Array, room: int) -> jax.Array:
     """Which of the device's experts each arrived row is for, counted from its first; behind the last row, none (H)."""
-    held = of_expert_PPH.shape[-1]
-    groups = of_expert_PPH[:, lax.axis_index("expert")].reshape(-1)  # by sender, then by expert
+    held = counts_PPH.shape[-1]
+    groups = counts_PPH[:, lax.axis_index("expert")].reshape(-1)  # by sender, then by expert
     group_S = jnp.searchsorted(jnp.cumsum(groups), jnp.arange(room), side="right", method="compare_all")
     return jnp.where(group_S < len(groups), group_S % held, held)
 

@@ -238,11 +238,11 @@ def sent_bytes(kind: str, collective: Instruction, computation: Computation) -> 
     """Bytes that one device sends, at least.
 
     With G devices taking part and S bytes of the gathered, or the not yet reduced, array: S·(G − 1)/G, twice that for
-    an all-reduce. A permutation sends its operand. A ragged all-to-all, whose first operand alone is sent, sends what
-    the program decides as it runs: counted as if every device got as many rows.
+    an all-reduce. A permutation sends its operand. What a ragged all-to-all sends is decided as the program runs:
+    counted as if every device sent and got as many rows as there is room for on the side with less of it.
     """
-    operands = collective.operands[:1] if kind == "ragged-all-to-all" else collective.operands
-    size = sum(array.bytes for name in operands for array in computation[name].result)
+    sizes = [sum(array.bytes for array in computation[name].result) for name in collective.operands]
+    size = min(sizes[:2]) if kind == "ragged-all-to-all" else sum(sizes)
     if kind == "collective-permute":
         return size
     devices = group_size(collective.attributes)
