@@ -147,10 +147,26 @@ def _exchange_part(x_TD, weights_TC, chosen_TC, counts_PE, experts, adapters):
     x_RD = expert_ffn._dispatch(x_TD, token_R, place_TC, rows)
     weights_R1 = expert_ffn._dispatch(weights_TC.reshape(-1, 1), order_R, place_TC.reshape(-1, 1), rows)
     x_SD, weights_S1 = (exchange(array, sizes_PP, room, "expert") for array in (x_RD, weights_R1))
-    expert_S = _own_expert(counts_PPH, room)
-    y_SD = run_experts(x_SD[None], weights_S1[None], expert_S[None, :, None], experts, adapters, 0)[0]
+    y_SD = _run_arrived(x_SD, weights_S1, _own_expert(counts_PPH, room), experts, adapters)
     y_RD = exchange(y_SD, sizes_PP.T, rows, "expert")
     return expert_ffn._combine(y_RD, token_R, place_TC, rows)
+
+
+def _run_arrived(x_SD, weights_S1, expert_S, experts, adapters):
+    """`run_experts` for rows that arrived, mostly far fewer than there is room for; what is behind them may be NaN."""
+    held = experts["gate"].shape[0]
+
+    def run(part, adapters):
+        x_SD, weights_S1, expert_S = part
+        here_S1 = (expert_S < held)[:, None]
+
+        def multiply():
+            x, weights = (jnp.where(here_S1, array, 0)[None] for array in (x_SD, weights_S1))
+            return jnp.where(here_S1, run_experts(x, weights, expert_S[None, :, None], experts, adapters, 0)[0], 0)
+
+        return lax.cond(expert_S[0] < held, multiply, lambda: jnp.zeros_like(x_SD))
+
+    return in_parts(run, (x_SD, weights_S1, expert_S), adapters, number_of_parts(len(x_SD), expert_ffn.AT_ONCE))
 
 
 def _own_expert(counts_PPH: jax.Array, room: int) -> jax.Array:

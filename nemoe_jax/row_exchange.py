@@ -17,7 +17,7 @@ from jax import lax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def exchange(rows_RD: jax.Array, sizes_PP: jax.Array, room: int, axis: str) -> jax.Array:
-    """The rows that arrive, and zeros behind them: (S, D).
+    """The rows that arrive, (S, D); what lies behind the last of them is not defined.
 
     Its gradient is the exchange back. So is `exchange(rows_SD, sizes_PP.T, R, axis)`.
 
@@ -30,10 +30,9 @@ def exchange(rows_RD: jax.Array, sizes_PP: jax.Array, room: int, axis: str) -> j
     me = lax.axis_index(axis)
     starts_PP = jnp.cumsum(sizes_PP, axis=1) - sizes_PP  # where the sender's rows to a device begin
     places_PP = jnp.cumsum(sizes_PP, axis=0) - sizes_PP  # where they go on that device
-    empty_SD = jnp.zeros((room, *rows_RD.shape[1:]), rows_RD.dtype)
     return lax.platform_dependent(
         rows_RD,
-        empty_SD,
+        lax.empty((room, *rows_RD.shape[1:]), rows_RD.dtype),
         starts_PP[me],
         sizes_PP[me],
         places_PP[me],

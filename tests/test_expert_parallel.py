@@ -111,6 +111,7 @@ def in_full():
 def test_equals_one_device(sizes, top_k, at_once, monkeypatch):
     monkeypatch.setattr(expert_parallel, "exchange_of", lambda *_: "all-to-all")
     monkeypatch.setattr(expert_ffn, "AT_ONCE", at_once)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
     mesh = sharding.make_mesh(sizes)
     run = gradients(lambda *arrays: run_over_mesh(*arrays, SPECS, mesh.abstract_mesh))
     for load in LOADS:
@@ -142,11 +143,12 @@ def test_rows_go_where_they_should_and_their_gradients_come_back():
         )
     )
     got, back = jax.vjp(send, rows)
-    np.testing.assert_array_equal(got, wanted)
+    arrived = np.arange(room) < sizes.sum(axis=0)[:, None]
+    np.testing.assert_array_equal(np.asarray(got)[arrived], wanted[arrived])
     cotangent = rng.normal(size=wanted.shape).astype(np.float32)
-    returned = np.asarray(back(cotangent)[0])
-    assert np.vdot(cotangent, wanted) == pytest.approx(np.vdot(returned, rows), rel=1e-5)
-    assert not np.any(returned[np.arange(20)[None] >= ends[:, -1:]])
+    sent = np.arange(20) < ends[:, -1:]
+    returned = np.asarray(back(cotangent)[0])[sent]
+    assert np.vdot(cotangent, wanted) == pytest.approx(np.vdot(returned, rows[sent]), rel=1e-5)
 
 
 @pytest.mark.usefixtures("optimised")
