@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.sharding import PartitionSpec
 
+from nemoe_jax.attention_gpu import gpu_paged_attention
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.sharding import batch_axes
@@ -165,14 +166,15 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
 
     def attend(queries):
         q, positions = queries
-        return _attend(q, positions, k, v, table_BM, cache.layer, part, sequence)
+        return _attend(q, positions, k, v, table_BM, cache.layer, KEYS // PAGE, part, sequence)
 
     # a query that does not count sees its row's first key, so that it makes no work
     seen_BT = jnp.where(jnp.arange(positions_BT.shape[1]) < counts_B1, positions_BT, 0)
     batch, length = positions_BT.shape
-    if length == 1 and not sequence and k.scale is None and q_BTNH.shape[3] % 128 == 0:
-        tpu = functools.partial(_paged_attention, k=k.pool, v=v.pool, table_BM=table_BM, layer=cache.layer)
-        return lax.platform_dependent(q_BTNH, seen_BT, tpu=tpu, default=lambda *both: attend(both)), k, v
+    if length == 1 and not sequence:
+        ways = _ways_to_decode(q_BTNH, k)
+        given = (q_BTNH, seen_BT, k, v, table_BM, cache.layer)
+        return lax.platform_dependent(*given, **ways, default=lambda *given: attend(given[:2])), k, v
     if length <= QUERIES:
         return attend((q_BTNH, seen_BT)), k, v
     fill = -length % QUERIES
@@ -202,19 +204,24 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / jnp.maximum(scale, 1e-30)[..., None]).astype(jnp.int8), scale
 
 
-def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, part, sequence):
-    """Attention of some queries over their rows' pages, step by step, with a running maximum and sum."""
+def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, pages=1, part=0, sequence=()):
+    """Attention of some queries over their rows' pages, so many a step, with a running maximum and sum."""
     batch, queries, heads, width = q_BQNH.shape
     kv_heads, cuts, dtype = k.pool.shape[0], _size(sequence), q_BQNH.dtype
     q = (q_BQNH.astype(jnp.float32) * width**-0.5).astype(dtype)
     q = q.reshape(batch, queries, kv_heads, -1, width).transpose(2, 0, 3, 1, 4).reshape(kv_heads, batch, -1, width)
-    pages = KEYS // PAGE
     slots_C = (jnp.arange(pages)[:, None] * cuts * PAGE + jnp.arange(PAGE)).reshape(-1)
     last_KBGQ = jnp.broadcast_to(positions_BQ[:, None], (batch, heads // kv_heads, queries)).reshape(1, batch, -1, 1)
 
+    def read(array, page_BP):
+        if page_BP.size == 1:  # on CPU a slice is read several times as fast as what is gathered
+            start = (0, layer, page_BP[0, 0], *[0] * (array.ndim - 3))
+            return lax.dynamic_slice(array, start, (kv_heads, 1, 1, *array.shape[3:]))
+        return array[:, layer, page_BP]
+
     def of_step(held: Pages, page_BP):
-        array = held.pool[:, layer, page_BP].reshape(kv_heads, batch, -1, width)
-        scale = None if held.scale is None else held.scale[:, layer, page_BP].reshape(kv_heads, batch, 1, -1)
+        array = read(held.pool, page_BP).reshape(kv_heads, batch, -1, width)
+        scale = None if held.scale is None else read(held.scale, page_BP).reshape(kv_heads, batch, 1, -1)
         return array.astype(dtype), scale
 
     def step(number, carry):
@@ -234,7 +241,7 @@ def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, part, seq
         part_y = jnp.einsum("kbqc,kbch->kbqh", weights.astype(dtype), values, preferred_element_type=jnp.float32)
         return new_largest, total, y * kept + part_y
 
-    steps = jnp.max(positions_BQ) // (KEYS * cuts) + 1
+    steps = jnp.max(positions_BQ) // (pages * PAGE * cuts) + 1
     nothing = jnp.full((*q.shape[:3], 1), _HIDDEN), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape)
     largest, total, y = lax.fori_loop(0, steps, step, nothing)
     if sequence:
@@ -244,16 +251,45 @@ def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, part, seq
     return y.transpose(1, 3, 0, 2, 4).reshape(q_BQNH.shape)
 
 
-def _paged_attention(q_B1NH, positions_B1, k, v, table_BM, layer):
-    """The same for one query a row by JAX's Pallas kernel for TPUs, which reads the pages where they lie."""
+def _ways_to_decode(q_B1NH: jax.Array, k: Pages) -> dict[str, Any]:
+    """By platform, what attends for one query a row better than `_attend` for all rows: `_attend`'s arguments."""
+    ways: dict[str, Any] = {"cpu": _row_by_row}
+    if k.scale is None and q_B1NH.shape[3] % 128 == 0:
+        ways["tpu"] = _kernel_for_tpus
+    if q_B1NH.dtype in (jnp.bfloat16, jnp.float16) and k.pool.dtype in (q_B1NH.dtype, jnp.int8):
+        ways["cuda"] = _kernel_for_gpus
+    return ways
+
+
+def _row_by_row(q_B1NH, positions_B1, k, v, table_BM, layer):
+    """Each row goes over its own pages alone, one at a time."""
+
+    def attend(row):
+        q, positions, table = (x[None] for x in row)
+        return _attend(q, positions, k, v, table, layer)[0]
+
+    return lax.map(attend, (q_B1NH, positions_B1, table_BM))
+
+
+def _kernel_for_tpus(q_B1NH, positions_B1, k, v, table_BM, layer):
+    """JAX's Pallas kernel for TPUs, which reads the pages where they lie."""
     q_BNH = (q_B1NH[:, 0].astype(jnp.float32) * q_B1NH.shape[3] ** -0.5).astype(q_B1NH.dtype)
-    pool = k.shape[0], -1, *k.shape[3:]  # all layers' pages in a row
+    pages = table_BM + layer * k.pool.shape[2]
+    lengths_B = positions_B1[:, 0] + 1
     y_BNH = paged_attention(
-        q_BNH,
-        k.reshape(pool),
-        v.reshape(pool),
-        positions_B1[:, 0] + 1,
-        table_BM + layer * k.shape[2],
-        pages_per_compute_block=KEYS // PAGE,
+        q_BNH, _all_pages(k.pool), _all_pages(v.pool), lengths_B, pages, pages_per_compute_block=KEYS // PAGE
     )
     return y_BNH[:, None].astype(q_B1NH.dtype)
+
+
+def _kernel_for_gpus(q_B1NH, positions_B1, k, v, table_BM, layer):
+    """JAX's Pallas kernel for NVIDIA GPUs."""
+    pages = table_BM + layer * k.pool.shape[2]
+    pools = _all_pages(k.pool), _all_pages(v.pool)
+    scales = () if k.scale is None else (_all_pages(k.scale), _all_pages(v.scale))
+    return gpu_paged_attention(q_B1NH[:, 0], *pools, positions_B1[:, 0] + 1, pages, *scales)[:, None]
+
+
+def _all_pages(array: jax.Array) -> jax.Array:
+    """(K, L, P, S, …) -> (K, L·P, S, …)."""
+    return array.reshape(array.shape[0], -1, *array.shape[3:])

@@ -19,6 +19,7 @@ from nemoe_jax.cache import Cache, empty_cache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.schema import Tree
+from nemoe_jax.stacked import for_decoding
 from nemoe_jax.transformer import forward, hidden, logits
 
 BLOCK = 32  # tokens that are decoded without a word from the host
@@ -99,6 +100,7 @@ def generate(
         for tokens_BT, counts_B in _chunks(prompts, lengths_B):
             state = _prefill(config, params, tokens_BT, counts_B, state, sampling, stop_S, key)
         yield np.array(state.next_B)
+        params = for_decoding(params)
         under_way: deque[tuple[jax.Array, jax.Array]] = deque()
         size, left = 1, max_new_tokens - 1
         while left or under_way:

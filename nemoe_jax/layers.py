@@ -17,6 +17,7 @@ from flax import nnx
 from nemoe_jax.grouped_matmul import grouped_matmul, precision_of
 from nemoe_jax.lora import Adapter, dropped
 from nemoe_jax.schema import ParamSpec, Tree
+from nemoe_jax.stacked import LayerOf
 
 Adapters = Mapping[str, Any]  # the adapter tree's part that belongs to a module; empty without adapters
 NO_ADAPTERS: Adapters = {}
@@ -31,9 +32,9 @@ class SpecModule(nnx.Module):
             setattr(self, name, nnx.Param(jnp.zeros(spec.shape)))
         self.inputs = tuple((name, len(spec.contracted)) for name, spec in own.items())
 
-    def weight(self, name: str) -> jax.Array:
-        """The array of that name."""
-        return getattr(self, name)[...]
+    def weight(self, name: str) -> Any:
+        """The array of that name, or the LayerOf that stands for it."""
+        return getattr(self, name).get_value()
 
     def project(
         self, name: str, x: jax.Array, adapters: Adapters = NO_ADAPTERS, group_sizes: jax.Array | None = None
@@ -47,7 +48,11 @@ class SpecModule(nnx.Module):
 
 
 def project(
-    x: jax.Array, weight: jax.Array, inputs: int, adapter: Adapter | None, group_sizes: jax.Array | None = None
+    x: jax.Array,
+    weight: jax.Array | LayerOf,
+    inputs: int,
+    adapter: Adapter | None,
+    group_sizes: jax.Array | None = None,
 ) -> jax.Array:
     """`SpecModule.project` on a bare array whose first `inputs` axes (after that of the experts) are contracted."""
     y = _contract(x, weight, inputs, group_sizes)
@@ -57,7 +62,9 @@ def project(
     return y + adapter.scale * _contract(low_rank, adapter.b, 1, group_sizes)
 
 
-def _contract(x: jax.Array, w: jax.Array, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
+def _contract(x: jax.Array, w: jax.Array | LayerOf, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
+    if isinstance(w, LayerOf):
+        return w.multiply(x, inputs)
     if group_sizes is not None:
         return grouped_matmul(x, w.astype(x.dtype), group_sizes)
     # one matrix product: on CPU the gradients of products over several axes are several times slower

@@ -18,6 +18,7 @@ from nemoe_jax.expert_parallel import run_over_mesh
 from nemoe_jax.ffn import SwiGLU
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule
 from nemoe_jax.schema import Tree
+from nemoe_jax.stacked import LayerOf, run_few
 
 
 class Routing(NamedTuple):
@@ -41,7 +42,7 @@ class MoE(SpecModule):
     ) -> tuple[jax.Array, Routing]:
         """(B, T, D) -> (B, T, D) and what the router did with the tokens that are no padding (segment 0)."""
         weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters, segments_BT)
-        experts = {name: getattr(self, name)[...] for name, _ in self.expert_specs}
+        experts = {name: self.weight(name) for name, _ in self.expert_specs}
         own_adapters = {name: adapters[name] for name in experts if name in adapters}
         y_BTD = self._compute(x_BTD, weights_BTC, chosen_BTC, experts, own_adapters)
         if self.shared is not None:
@@ -66,6 +67,8 @@ class MoE(SpecModule):
         self, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Tree, adapters: Adapters
     ) -> jax.Array:
         """The weighted sum of the chosen experts' outputs, over the ambient mesh where there is one."""
+        if isinstance(experts["gate"], LayerOf):
+            return run_few(x_BTD, weights_BTC, chosen_BTC, experts)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0)

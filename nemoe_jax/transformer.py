@@ -29,6 +29,7 @@ from nemoe_jax.lora import Adapter, factors
 from nemoe_jax.moe import MoE, Routing
 from nemoe_jax.schema import ParamSpec, Tree, declare, leaves, map_with_path
 from nemoe_jax.sharding import constrain_tokens, gathered, partition_spec, used_spec
+from nemoe_jax.stacked import LayerOf, reads_in_place
 
 
 class Hidden(NamedTuple):
@@ -142,11 +143,16 @@ def _scan_run(
 
     The cache of all layers goes along, and each layer writes its own part where it lies.
     """
-    graph, stacked = nnx.split(block)
+    graph, state = nnx.split(block)
+    stacked = nnx.to_pure_dict(state)
+    in_place = cache is not None and not adapters and reads_in_place(x_BTD[..., 0].size, stacked["attn"]["q"].dtype)
 
     def layer(carry, slice_of_run):
         (x_BTD, cache), (weights, layer_adapters) = carry, slice_of_run
-        weights, layer_adapters = _gathered_layer(specs, weights, layer_adapters, x_BTD.dtype)
+        if in_place:
+            weights = _layer_in_place(specs, stacked, weights)
+        else:
+            weights, layer_adapters = _gathered_layer(specs, weights, layer_adapters, x_BTD.dtype)
         x_BTD, cache, routing = nnx.merge(graph, weights)(x_BTD, context, cache, layer_adapters)
         if cache is not None:
             cache = cache._replace(layer=cache.layer + 1)
@@ -154,8 +160,17 @@ def _scan_run(
 
     if remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
-    (x_BTD, cache), routing = jax.lax.scan(layer, (x_BTD, cache), (nnx.to_pure_dict(stacked), dict(adapters)))
+    slices = jnp.arange(len(stacked["attn_norm"])) if in_place else stacked
+    (x_BTD, cache), routing = jax.lax.scan(layer, (x_BTD, cache), (slices, dict(adapters)))
     return x_BTD, cache, routing
+
+
+def _layer_in_place(specs: Tree, stacked: Tree, number: jax.Array) -> Tree:
+    """One layer's weights: the matrices not yet read."""
+    of_path = leaves(specs)
+    return map_with_path(
+        lambda path, stack: LayerOf(stack, number) if of_path[path].contracted else stack[number], stacked
+    )
 
 
 def _gathered_layer(specs: Tree, weights: Tree, adapters: Tree, dtype: Any) -> tuple[Tree, Tree]:
@@ -227,11 +242,16 @@ def hidden(
     )
 
 
-def logits(config: ModelConfig, params: Tree, x_BTD: jax.Array, adapters: Tree | None = None) -> jax.Array:
+def logits(
+    config: ModelConfig, params: Tree, x_BTD: jax.Array, adapters: Tree | None = None, decoding: bool = False
+) -> jax.Array:
     """Float32 logits (B, T, V) of hidden states; of the trees it reads "head" alone, or "embed" where that is tied."""
     adapters = adapters or {}
     if not config.tied:
-        return project(x_BTD, params["head"], 1, adapters.get("head")).astype(jnp.float32)
+        head: Any = params["head"]
+        if decoding and not adapters and reads_in_place(x_BTD[..., 0].size, head.dtype):
+            head = LayerOf(head[None], 0)
+        return project(x_BTD, head, 1, adapters.get("head")).astype(jnp.float32)
     logits_BTV = x_BTD @ params["embed"].T.astype(x_BTD.dtype)
     adapter = adapters.get("embed")
     if adapter is not None:
@@ -245,4 +265,4 @@ def forward(
 ) -> Output:
     """`hidden`, whose options it takes, then `logits`."""
     x_BTD, cache, routing = hidden(config, params, tokens_BT, adapters=adapters, **options)
-    return Output(logits(config, params, x_BTD, adapters), cache, routing)
+    return Output(logits(config, params, x_BTD, adapters, decoding=cache is not None), cache, routing)

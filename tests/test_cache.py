@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -114,16 +116,27 @@ def test_int8_with_its_scales_is_within_half_a_step():
     assert jnp.abs(whole).max(-1).tolist() == [127 if row != 3 else 0 for row in range(50)]
 
 
-def test_the_tpu_kernel_equals_the_plain_steps():
+@pytest.mark.parametrize("way", ["tpu", "cpu"])
+def test_other_ways_to_decode_equal_the_plain_steps(way):
     config = dataclasses.replace(LONG, heads=4, head_dim=128)
     q, k, v = inputs(3, 600, config)
     _, held = attend(q, k, v, [600], config=config)
-    positions = jnp.asarray([[599], [0], [70]])
-    query = q[:, :1]
-    alike = module._attend(query, positions, held.k, held.v, held.table_BM, held.layer, 0, ())
-    with pltpu.force_tpu_interpret_mode():
-        y = module._paged_attention(query, positions, held.k.pool, held.v.pool, held.table_BM, held.layer)
-    np.testing.assert_allclose(y, alike, atol=2e-2)  # it multiplies in bfloat16
+    given = q[:, :1], jnp.asarray([[599], [0], [70]]), held.k, held.v, held.table_BM, held.layer
+    alike = module._attend(*given, pages=module.KEYS // PAGE)
+    with pltpu.force_tpu_interpret_mode() if way == "tpu" else contextlib.nullcontext():
+        y = module._ways_to_decode(q[:, :1], held.k)[way](*given)
+    np.testing.assert_allclose(y, alike, atol=2e-2 if way == "tpu" else 1e-5)  # the kernel multiplies in bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+def test_the_kernel_for_gpus_equals_the_plain_steps(dtype, monkeypatch):
+    q, k, v = (x.astype(jnp.bfloat16) for x in inputs(3, 200, dataclasses.replace(LONG, head_dim=16)))
+    _, held = attend(q, k, v, [200], dtype, config=dataclasses.replace(LONG, head_dim=16))
+    given = q[:, :1], jnp.asarray([[199], [0], [70]]), held.k, held.v, held.table_BM, held.layer
+    alike = module._attend(*given, pages=module.KEYS // PAGE)
+    monkeypatch.setattr(module, "gpu_paged_attention", functools.partial(module.gpu_paged_attention, interpret=True))
+    y = module._ways_to_decode(q[:, :1], held.k)["cuda"](*given)
+    np.testing.assert_allclose(y.astype(jnp.float32), alike.astype(jnp.float32), atol=3e-2)
 
 
 def test_131072_tokens_in_chunks_need_no_square_of_memory(optimised):
