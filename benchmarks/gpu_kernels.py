@@ -32,7 +32,6 @@ from record import keep, machine
 from nemoe_jax.attention_gpu import gpu_attention, gpu_paged_attention, packed_attention
 from nemoe_jax.chunked_attention import chunked_attention
 from nemoe_jax.config import preset
-from nemoe_jax.grouped_matmul import _ragged_matmul, _ragged_matmul_transposed, _ragged_outer
 from nemoe_jax.grouped_matmul_gpu import Blocks, gpu_few_rows, gpu_matmul, gpu_outer, outer_blocks, row_blocks
 
 MANY = [
@@ -121,9 +120,12 @@ def _products(rows: int, inputs: int, outputs: int, sizes_E: Any, few: bool, tin
         ours["dx"][of_ours] = lambda i, dy, w, s, b=blocks: matmul(dy, w, roll(s, i), transpose=True, blocks=b)
     for blocks in dict.fromkeys([outer_blocks(x.dtype), *candidates]):
         ours["dw"][_named(blocks, outer_blocks(x.dtype))] = lambda i, x, dy, s, b=blocks: outer(x, dy, roll(s, i), b)
-    ours["forward"] |= {"ragged_dot": lambda i, x, w, s: _ragged_matmul(x, w, roll(s, i))}
-    ours["dx"] |= {"ragged_dot": lambda i, dy, w, s: _ragged_matmul_transposed(dy, w, roll(s, i))}
-    ours["dw"] |= {"ragged_dot": lambda i, x, dy, s: _ragged_outer(x, dy, roll(s, i))}
+    ours["forward"] |= {"ragged_dot": lambda i, x, w, s: lax.ragged_dot(x, w, roll(s, i))}
+    ours["dx"] |= {"ragged_dot": lambda i, dy, w, s: lax.ragged_dot(dy, w.swapaxes(1, 2), roll(s, i))}
+    over_rows = lax.RaggedDotDimensionNumbers(
+        (((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    ours["dw"] |= {"ragged_dot": lambda i, x, dy, s: lax.ragged_dot_general(x, dy, roll(s, i), over_rows)}
     for kind, others in _hopper().items():
         ours[kind] |= others
     ours["forward"] |= _tokamax()

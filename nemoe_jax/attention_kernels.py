@@ -2,6 +2,7 @@
 
 - TPU: splash attention, JAX's own Pallas kernel, which keeps no scores and shares keys and values between the heads of
   a group; where head_dim and length are multiples of its 128 lanes.
+- NVIDIA GPU: attention_gpu.py, in bfloat16 and float16.
 - Elsewhere, and there too otherwise: XLA's plain attention while the scores are small, then `chunked_attention`.
 - On CPU not the plain attention but `stepped_attention`, which leaves out most of what the causal mask hides.
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from nemoe_jax.attention_gpu import gpu_attention
 from nemoe_jax.chunked_attention import chunked_attention
 from nemoe_jax.platform import platform
 from nemoe_jax.stepped_attention import scaled, stepped_attention
@@ -31,6 +33,8 @@ def causal_attention(
     length, head_dim = q_BTNH.shape[1], q_BTNH.shape[3]
     if platform() == "tpu" and length % _LANES == 0 and head_dim % _LANES == 0:
         return splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    if platform() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
+        return gpu_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if length > LONG:
         return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if platform() == "cpu":

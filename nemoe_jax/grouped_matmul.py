@@ -2,9 +2,9 @@
 
     y_RF[r] = x_RD[r] @ w_EDF[expert of row r]        rows r in groups of sizes_E, in order
 
-`jax.lax.ragged_dot` is a real kernel on TPU. On CPU it multiplies every row with every expert, so there a loop runs
-over tiles of rows (grouped_matmul_cpu.py). Rows beyond the last group (experts that live on another device) are
-neither computed nor defined.
+`jax.lax.ragged_dot` is a real kernel on TPU. Elsewhere it multiplies every row with every expert: on CPU a loop runs over
+tiles of rows instead (grouped_matmul_cpu.py), and NVIDIA GPUs have kernels (grouped_matmul_gpu.py). Rows beyond the last
+group (experts that live on another device) are neither computed nor defined.
 
 R rows, D inputs, F outputs, E experts, K rank of the adapters.
 """
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nemoe_jax.grouped_matmul_cpu import tiled_lora, tiled_lora_gradients, tiled_matmul, tiled_outer
+from nemoe_jax.grouped_matmul_gpu import gpu_matmul, gpu_outer
+from nemoe_jax.platform import platform
 
 
 @jax.custom_vjp
@@ -111,15 +113,21 @@ def precision_of(dtype: Any) -> lax.Precision | None:
 
 
 def _ragged_matmul(x_RD, w_EDF, sizes_E):
+    if platform() == "gpu":
+        return gpu_matmul(x_RD, w_EDF, sizes_E)
     precision = precision_of(x_RD.dtype)
     return lax.ragged_dot(x_RD, w_EDF, sizes_E, precision=precision, preferred_element_type=x_RD.dtype)
 
 
 def _ragged_matmul_transposed(dy_RF, w_EDF, sizes_E):
+    if platform() == "gpu":
+        return gpu_matmul(dy_RF, w_EDF, sizes_E, transpose=True)
     return _ragged_matmul(dy_RF, w_EDF.swapaxes(1, 2), sizes_E)
 
 
 def _ragged_outer(x_RD, dy_RF, sizes_E):
+    if platform() == "gpu":
+        return gpu_outer(x_RD, dy_RF, sizes_E)
     over_rows = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
     )
