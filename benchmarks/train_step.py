@@ -259,8 +259,8 @@ def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
 class Worker:
     """A process that takes a step whenever it is told to."""
 
-    def __init__(self, role: str, directory: Path, arguments: list[str]):
-        command = [sys.executable, __file__, *arguments, "--role", role, "--directory", str(directory)]
+    def __init__(self, role: str, directory: Path, arguments: list[str], script: str = __file__):
+        command = [sys.executable, script, *arguments, "--role", role, "--directory", str(directory)]
         platforms = {"JAX_PLATFORMS": "cpu"} if "gpu" not in arguments else {}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **platforms}
