@@ -3,35 +3,33 @@
     y_RF = few_rows(x_RD, w_LDF, layer)                          the same matrix for every row
     y_RF = few_rows_experts(x_RD, w_LEDF, layer, expert_R)       a matrix for each row
 
-Such a product costs what reading the weights costs. XLA:CPU copies `w[layer]` before a dot (or a reduction, which its
-libraries take over too) reads it, with all its experts. Elementwise operations alone read a dynamic slice where it
-lies. So the sum over D is spelt out as multiplications and additions of one row of weights each, a few of them in a
-loop's body, and the loop's carry holds the running sums:
+Such a product costs what reading the weights costs. XLA:CPU copies `w[layer]`, with all its experts, before a dot (or a
+reduction, which its libraries take over too) reads it. Elementwise operations alone read a dynamic slice, or what a
+gather picks, where it lies. So the sum over D is spelt out as multiplications and additions of one row of weights each,
+a few of them in a loop's body, and the loop's carry holds the running sums:
 
     for i in range(I):
         for u in range(U):                       spelt out: one fused kernel that reads U · P rows of weights
             sums_PRF += x[p, i, u] · w[layer, p, i, u]
     y_RF = sum over p                            after the loop, where XLA cannot fuse it with the weights
 
-The rows D are P strips of I · U: P > 1 gives narrow matrices kernels of a size that is worth starting.
+The rows D are P strips of I · U: they give narrow matrices kernels that are worth starting, and worth sharing between
+cores where there is much to compute. The sizes below were chosen by measurement.
 
 bfloat16 comes as its bits, uint16 (`bits`): XLA:CPU turns a whole stack of bfloat16 into float32 before it slices it.
 
-R rows, D inputs, F outputs, L layers, E experts, P strips, I iterations, U rows of weights spelt out, N matrices.
+R rows, D inputs, F outputs, L layers, E experts, P strips, I iterations, U rows of weights spelt out.
 """
 
 import functools
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-MOST_ROWS = 8  # of which decoding this way is worth it; a dot that has copied its weights is faster with more
-_GROUP = 4  # rows that share a kernel; with more its body no longer fits the registers
-_LANES = 2048  # columns times strips of a kernel
-_SPELT_OUT = 16
+MOST_ROWS = 8  # with more, a dot that has copied its weights is faster
 
 
 def bits(array: jax.Array) -> jax.Array:
@@ -43,8 +41,26 @@ def bits(array: jax.Array) -> jax.Array:
 
 def few_rows(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
     """x @ w[layer], (R, F) in x's dtype, for float32 weights or bfloat16's bits; sums in float32."""
-    groups = [_multiply(x_RD[r : r + _GROUP], w_LDF, layer) for r in range(0, len(x_RD), _GROUP)]
-    return jnp.concatenate(groups).astype(x_RD.dtype)
+    (rows, depth), width = x_RD.shape, w_LDF.shape[2]
+    columns = _divisor(width, 2048 if rows == 1 else 1024)
+    cut = _cut(depth, 16 if rows == 1 else 8, max(rows, 2) * 1024 // columns)
+    w_LPIUF, x_PIUR = w_LDF.reshape(-1, *cut, width), x_RD.astype(jnp.float32).T.reshape(*cut, rows)
+
+    def run_columns(first: int | jax.Array) -> jax.Array:
+        def product(i: jax.Array, u: int) -> jax.Array:
+            x = lax.dynamic_slice(x_PIUR, (0, i, u, 0), (cut[0], 1, 1, rows))
+            w = lax.dynamic_slice(w_LPIUF, (layer, 0, i, u, first), (1, cut[0], 1, 1, columns))
+            return x.reshape(-1, rows, 1) * _widen(w).reshape(-1, 1, columns)
+
+        return _sum(product, cut, jnp.zeros((cut[0], rows, columns), jnp.float32)).sum(axis=0)
+
+    def run_block(block: jax.Array, y_RF: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(y_RF, run_columns(block * columns), block * columns, 1)
+
+    if columns == width:
+        return run_columns(0).astype(x_RD.dtype)
+    y_RF = lax.fori_loop(0, width // columns, run_block, jnp.zeros((rows, width), jnp.float32))
+    return y_RF.astype(x_RD.dtype)
 
 
 def few_rows_experts(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array, expert_R: jax.Array) -> jax.Array:
@@ -52,43 +68,35 @@ def few_rows_experts(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array,
 
     Only the chosen experts' weights are read. Sort the rows by expert: then those that share one find it in the cache.
     """
-    layers, experts, _, width = w_LEDF.shape
-    w_NDF = w_LEDF.reshape(layers * experts, *w_LEDF.shape[2:])
+    rows, depth, width = len(x_RD), *w_LEDF.shape[2:]
+    cut = _cut(depth, 16, 1024 // width)
+    w_NPIUF, x_RPIU = w_LEDF.reshape(-1, *cut, width), x_RD.astype(jnp.float32).reshape(-1, *cut)
+    number_R = layer * w_LEDF.shape[1] + expert_R
 
-    def run_row(r: jax.Array, y_RF: jax.Array) -> jax.Array:
-        row_1F = _multiply(lax.dynamic_slice_in_dim(x_RD, r, 1), w_NDF, layer * experts + expert_R[r])
-        return lax.dynamic_update_slice_in_dim(y_RF, row_1F, r, 0)
+    def product(i: jax.Array, u: int) -> jax.Array:
+        x = lax.dynamic_slice(x_RPIU, (0, 0, i, u), (rows, cut[0], 1, 1))
+        return x.reshape(rows, -1, 1) * _widen(w_NPIUF.at[number_R, :, i, u].get(mode="promise_in_bounds"))
 
-    return lax.fori_loop(0, len(x_RD), run_row, jnp.zeros((len(x_RD), width), jnp.float32)).astype(x_RD.dtype)
+    return _sum(product, cut, jnp.zeros((rows, cut[0], width), jnp.float32)).sum(axis=1).astype(x_RD.dtype)
 
 
-def _multiply(x_RD: jax.Array, w_NDF: jax.Array, number: int | jax.Array) -> jax.Array:
-    """x @ w[number], float32 (R, F), for so few rows that they share a kernel."""
-    (rows, depth), width = x_RD.shape, w_NDF.shape[2]
-    columns = _divisor(width, _LANES if rows == 1 else _LANES // 2)
-    spelt_out = _divisor(depth, _SPELT_OUT if rows == 1 else _SPELT_OUT // 2)
-    strips = _divisor(depth // spelt_out, max(_LANES // columns, 2))
-    cut = (strips, depth // (strips * spelt_out), spelt_out)
-    w_NPIUF = w_NDF.reshape(len(w_NDF), *cut, width)
-    x_PIUR = x_RD.astype(jnp.float32).T.reshape(*cut, rows)
+def _cut(depth: int, spelt_out: int, strips: int) -> tuple[int, int, int]:
+    """P, I and U for about so many rows spelt out and so many strips, but for two at least.
 
-    def run_columns(first: int | jax.Array) -> jax.Array:
-        def step(i: jax.Array, sums_PRF: jax.Array) -> jax.Array:
-            for u in range(spelt_out):
-                w = lax.dynamic_slice(w_NPIUF, (number, 0, i, u, first), (1, strips, 1, 1, columns))
-                x = lax.dynamic_slice(x_PIUR, (0, i, u, 0), (strips, 1, 1, rows))
-                sums_PRF += x.reshape(strips, rows, 1) * _widen(w).reshape(strips, 1, columns)
-            return sums_PRF
+    With a single strip XLA would choose to transpose the weights.
+    """
+    spelt_out = _divisor(depth, spelt_out)
+    strips = _divisor(depth // spelt_out, max(strips, 2))
+    return strips, depth // (strips * spelt_out), spelt_out
 
-        return lax.fori_loop(0, cut[1], step, jnp.zeros((strips, rows, columns), jnp.float32)).sum(axis=0)
 
-    if columns == width:
-        return run_columns(0)
+def _sum(product: Callable[[jax.Array, int], jax.Array], cut: tuple[int, int, int], zeros: jax.Array) -> jax.Array:
+    """The sum of the products of all i and u."""
 
-    def run_block(block: jax.Array, y_RF: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(y_RF, run_columns(block * columns), block * columns, 1)
+    def step(i: jax.Array, sums: jax.Array) -> jax.Array:
+        return functools.reduce(lambda sums, u: sums + product(i, u), range(cut[2]), sums)
 
-    return lax.fori_loop(0, width // columns, run_block, jnp.zeros((rows, width), jnp.float32))
+    return lax.fori_loop(0, cut[1], step, zeros)
 
 
 def _widen(w: jax.Array) -> jax.Array:
@@ -100,6 +108,4 @@ def _widen(w: jax.Array) -> jax.Array:
 @functools.cache
 def _divisor(number: int, most: int) -> int:
     """The greatest divisor of a number that is at most `most`."""
-    return max(
-        d for low in range(1, math.isqrt(number) + 1) if number % low == 0 for d in (low, number // low) if d <= most
-    )
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
