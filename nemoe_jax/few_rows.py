@@ -10,15 +10,15 @@ a few of them in a loop's body, and the loop's carry holds the running sums:
 
     for i in range(I):
         for u in range(U):                       spelt out: one fused kernel that reads U · P rows of weights
-            sums_PRF += x[p, i, u] · w[layer, p, i, u]
+            sums_PRF += x[i, u, p] · w[layer, i, u, p]
     y_RF = sum over p                            after the loop, where XLA cannot fuse it with the weights
 
-The rows D are P strips of I · U: they give narrow matrices kernels that are worth starting, and worth sharing between
-cores where there is much to compute. The sizes below were chosen by measurement.
+P rows that follow one another are taken as one wide row: narrow matrices so get kernels that are worth starting, and
+worth sharing between cores where there is much to compute. The sizes below were chosen by measurement.
 
 bfloat16 comes as its bits, uint16 (`bits`): XLA:CPU turns a whole stack of bfloat16 into float32 before it slices it.
 
-R rows, D inputs, F outputs, L layers, E experts, P strips, I iterations, U rows of weights spelt out.
+R rows, D inputs, F outputs, L layers, E experts, I iterations, U spelt out, P rows of weights side by side.
 """
 
 import functools
@@ -44,15 +44,15 @@ def few_rows(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.A
     (rows, depth), width = x_RD.shape, w_LDF.shape[2]
     columns = _divisor(width, 2048 if rows == 1 else 1024)
     cut = _cut(depth, 16 if rows == 1 else 8, max(rows, 2) * 1024 // columns)
-    w_LPIUF, x_PIUR = w_LDF.reshape(-1, *cut, width), x_RD.astype(jnp.float32).T.reshape(*cut, rows)
+    w_LIUPF, x_IUPR = w_LDF.reshape(-1, *cut, width), x_RD.astype(jnp.float32).T.reshape(*cut, rows)
 
     def run_columns(first: int | jax.Array) -> jax.Array:
         def product(i: jax.Array, u: int) -> jax.Array:
-            x = lax.dynamic_slice(x_PIUR, (0, i, u, 0), (cut[0], 1, 1, rows))
-            w = lax.dynamic_slice(w_LPIUF, (layer, 0, i, u, first), (1, cut[0], 1, 1, columns))
+            x = lax.dynamic_slice(x_IUPR, (i, u, 0, 0), (1, 1, cut[2], rows))
+            w = lax.dynamic_slice(w_LIUPF, (layer, i, u, 0, first), (1, 1, 1, cut[2], columns))
             return x.reshape(-1, rows, 1) * _widen(w).reshape(-1, 1, columns)
 
-        return _sum(product, cut, jnp.zeros((cut[0], rows, columns), jnp.float32)).sum(axis=0)
+        return _sum(product, cut, jnp.zeros((cut[2], rows, columns), jnp.float32)).sum(axis=0)
 
     def run_block(block: jax.Array, y_RF: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(y_RF, run_columns(block * columns), block * columns, 1)
@@ -70,33 +70,33 @@ def few_rows_experts(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array,
     """
     rows, depth, width = len(x_RD), *w_LEDF.shape[2:]
     cut = _cut(depth, 16, 1024 // width)
-    w_NPIUF, x_RPIU = w_LEDF.reshape(-1, *cut, width), x_RD.astype(jnp.float32).reshape(-1, *cut)
+    w_NIUPF, x_RIUP = w_LEDF.reshape(-1, *cut, width), x_RD.astype(jnp.float32).reshape(-1, *cut)
     number_R = layer * w_LEDF.shape[1] + expert_R
 
     def product(i: jax.Array, u: int) -> jax.Array:
-        x = lax.dynamic_slice(x_RPIU, (0, 0, i, u), (rows, cut[0], 1, 1))
-        return x.reshape(rows, -1, 1) * _widen(w_NPIUF.at[number_R, :, i, u].get(mode="promise_in_bounds"))
+        x = lax.dynamic_slice(x_RIUP, (0, i, u, 0), (rows, 1, 1, cut[2]))
+        return x.reshape(rows, -1, 1) * _widen(w_NIUPF.at[number_R, i, u].get(mode="promise_in_bounds"))
 
-    return _sum(product, cut, jnp.zeros((rows, cut[0], width), jnp.float32)).sum(axis=1).astype(x_RD.dtype)
+    return _sum(product, cut, jnp.zeros((rows, cut[2], width), jnp.float32)).sum(axis=1).astype(x_RD.dtype)
 
 
-def _cut(depth: int, spelt_out: int, strips: int) -> tuple[int, int, int]:
-    """P, I and U for about so many rows spelt out and so many strips, but for two at least.
+def _cut(depth: int, spelt_out: int, side_by_side: int) -> tuple[int, int, int]:
+    """I, U and P: about so many spelt out and so many side by side, but two of these at least.
 
-    With a single strip XLA would choose to transpose the weights.
+    Without them XLA would choose to transpose the weights.
     """
     spelt_out = _divisor(depth, spelt_out)
-    strips = _divisor(depth // spelt_out, max(strips, 2))
-    return strips, depth // (strips * spelt_out), spelt_out
+    side_by_side = _divisor(depth // spelt_out, max(side_by_side, 2))
+    return depth // (spelt_out * side_by_side), spelt_out, side_by_side
 
 
 def _sum(product: Callable[[jax.Array, int], jax.Array], cut: tuple[int, int, int], zeros: jax.Array) -> jax.Array:
     """The sum of the products of all i and u."""
 
     def step(i: jax.Array, sums: jax.Array) -> jax.Array:
-        return functools.reduce(lambda sums, u: sums + product(i, u), range(cut[2]), sums)
+        return functools.reduce(lambda sums, u: sums + product(i, u), range(cut[1]), sums)
 
-    return lax.fori_loop(0, cut[1], step, zeros)
+    return lax.fori_loop(0, cut[0], step, zeros)
 
 
 def _widen(w: jax.Array) -> jax.Array:
