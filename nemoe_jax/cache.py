@@ -28,8 +28,9 @@ from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.sharding import batch_axes
 
-PAGE = 64  # tokens
+PAGE = 128  # tokens: as many as a TPU's lanes, or it would copy all scales of an int8 cache in every layer
 KEYS = 512  # keys of a step: how many scores a query has at a time; tables have whole steps
+KEYS_ON_TPU = 8192  # of a step with one query, without the kernel: a step costs as much as some thousand keys
 QUERIES = 512  # queries of a step
 _HIDDEN = -1e30  # finite, so that a row that sees nothing yet gives no NaN
 
@@ -253,7 +254,7 @@ def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, pages=1, 
 
 def _ways_to_decode(q_B1NH: jax.Array, k: Pages) -> dict[str, Any]:
     """By platform, what attends for one query a row better than `_attend` for all rows: `_attend`'s arguments."""
-    ways: dict[str, Any] = {"cpu": _row_by_row}
+    ways: dict[str, Any] = {"cpu": _row_by_row, "tpu": _in_long_steps}
     if k.scale is None and q_B1NH.shape[3] % 128 == 0:
         ways["tpu"] = _kernel_for_tpus
     if q_B1NH.dtype in (jnp.bfloat16, jnp.float16) and k.pool.dtype in (q_B1NH.dtype, jnp.int8):
@@ -269,6 +270,11 @@ def _row_by_row(q_B1NH, positions_B1, k, v, table_BM, layer):
         return _attend(q, positions, k, v, table, layer)[0]
 
     return lax.map(attend, (q_B1NH, positions_B1, table_BM))
+
+
+def _in_long_steps(q_B1NH, positions_B1, k, v, table_BM, layer):
+    """As many of `KEYS_ON_TPU` as divide the rows' room."""
+    return _attend(q_B1NH, positions_B1, k, v, table_BM, layer, math.gcd(table_BM.shape[1], KEYS_ON_TPU // PAGE))
 
 
 def _kernel_for_tpus(q_B1NH, positions_B1, k, v, table_BM, layer):

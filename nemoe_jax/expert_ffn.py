@@ -10,11 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from nemoe_jax.expert_ffn_cpu import Sorted, pays, tiled_ffn
 from nemoe_jax.grouped_matmul import Adapted, grouped_lora
 from nemoe_jax.layers import Adapters, project
+from nemoe_jax.parts import in_parts, number_of_parts
 from nemoe_jax.platform import platform
 from nemoe_jax.schema import Tree
 
@@ -31,39 +31,14 @@ def run_experts(
 ) -> jax.Array:
     """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D)."""
     top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
-    x_TD, weights_TC = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k)
-    local_TC = chosen_BTC.reshape(-1, top_k) - first
-    parts = _parts(x_TD.shape[0])
-    if parts == 1:
-        return _run_part(x_TD, weights_TC, local_TC, experts, adapters).reshape(x_BTD.shape)
-    # gradients of the adapters are summed over the parts: in float32
-    adapters = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, adapters
-    )
+    of_tokens = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k), chosen_BTC.reshape(-1, top_k) - first
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def run(part, number):
+    def run(part, adapters):
         x_TD, weights_TC, local_TC = part
-        return _run_part(x_TD, weights_TC, local_TC, experts, _keyed(adapters, number))
+        return _run_part(x_TD, weights_TC, local_TC, experts, adapters)
 
-    cut = jax.tree.map(lambda array: array.reshape(parts, -1, *array.shape[1:]), (x_TD, weights_TC, local_TC))
-    y = lax.scan(lambda _, xs: (None, run(*xs)), None, (cut, jnp.arange(parts)))[1]
-    return y.reshape(x_BTD.shape)
-
-
-def _keyed(adapters: Adapters, number: jax.Array) -> Adapters:
-    """The adapters with dropout masks that differ between the parts."""
-
-    def fold_in(leaf: jax.Array) -> jax.Array:
-        return jax.random.fold_in(leaf, number) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-
-    return jax.tree.map(fold_in, adapters)
-
-
-def _parts(tokens: int) -> int:
-    """In how many equal parts tokens are computed one after another: of `AT_ONCE` at most, where that divides them."""
-    fewest = -(-tokens // AT_ONCE)
-    return next((parts for parts in range(fewest, 2 * fewest) if tokens % parts == 0), 1)
+    parts = number_of_parts(len(of_tokens[0]), AT_ONCE)
+    return in_parts(run, of_tokens, adapters, parts).reshape(x_BTD.shape)
 
 
 def _run_part(
@@ -90,24 +65,24 @@ def _run_part(
             return grouped_lora(rows_R, adapted, sizes_E)
         return tuple(project(rows_R, experts[name], 1, adapters.get(name), sizes_E) for name in names)
 
-    x_RD = _dispatch(x_TD, token_R, place_TC, rows)
+    x_RD = dispatch(x_TD, token_R, place_TC, rows)
     gate_RF, up_RF = project_rows(x_RD, "gate", "up")
     hidden_RF = jax.nn.silu(gate_RF) * up_RF
     # zero for other devices' rows, so that the weights' gradient does not see what is not defined there
     weights_R1 = _take_rows(weights_TC.reshape(-1, 1), order_R, rows)
     (y_RD,) = project_rows(hidden_RF * weights_R1, "down")
-    return _combine(y_RD, token_R, place_TC, rows)
+    return combine(y_RD, token_R, place_TC, rows)
 
 
 @jax.custom_vjp
-def _dispatch(x_TD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+def dispatch(x_TD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
     """Each row's token. The first `rows` rows count; the rest are other devices'."""
     return x_TD[token_R]
 
 
 @jax.custom_vjp
-def _combine(y_RD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
-    """The sum of each token's rows: the transpose of `_dispatch`, as it is its gradient."""
+def combine(y_RD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    """The sum of each token's rows: the transpose of `dispatch`, as it is its gradient."""
     return _sum_rows(y_RD, place_TC, rows)
 
 
@@ -120,11 +95,11 @@ def _take_rows(y_TD: jax.Array, token_R: jax.Array, rows: jax.Array) -> jax.Arra
     return jnp.where((jnp.arange(token_R.shape[0]) < rows)[:, None], y_TD[token_R], 0)
 
 
-_dispatch.defvjp(
+dispatch.defvjp(
     lambda x_TD, token_R, place_TC, rows: (x_TD[token_R], (place_TC, rows)),
     lambda residuals, dx_RD: (_sum_rows(dx_RD, *residuals), None, None, None),
 )
-_combine.defvjp(
+combine.defvjp(
     lambda y_RD, token_R, place_TC, rows: (_sum_rows(y_RD, place_TC, rows), (token_R, rows)),
     lambda residuals, dy_TD: (_take_rows(dy_TD, *residuals), None, None, None),
 )

@@ -144,12 +144,12 @@ def _exchange_part(x_TD, weights_TC, chosen_TC, counts_PE, experts, adapters):
     order_R = jnp.argsort(chosen_TC.reshape(-1))
     token_R, place_TC = order_R // top_k, jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
 
-    x_RD = expert_ffn._dispatch(x_TD, token_R, place_TC, rows)
-    weights_R1 = expert_ffn._dispatch(weights_TC.reshape(-1, 1), order_R, place_TC.reshape(-1, 1), rows)
+    x_RD = expert_ffn.dispatch(x_TD, token_R, place_TC, rows)
+    weights_R1 = expert_ffn.dispatch(weights_TC.reshape(-1, 1), order_R, place_TC.reshape(-1, 1), rows)
     x_SD, weights_S1 = (exchange(array, sizes_PP, room, "expert") for array in (x_RD, weights_R1))
     y_SD = _run_arrived(x_SD, weights_S1, _own_expert(counts_PPH, room), experts, adapters)
     y_RD = exchange(y_SD, sizes_PP.T, rows, "expert")
-    return expert_ffn._combine(y_RD, token_R, place_TC, rows)
+    return expert_ffn.combine(y_RD, token_R, place_TC, rows)
 
 
 def _run_arrived(x_SD, weights_S1, expert_S, experts, adapters):

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nemoe_jax import lora, transformer
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.schema import Tree, declare, leaves, unflatten
+from nemoe_jax.sharding import compiler_options
 from train.data import Batch
 from train.loss import Sums, chunked_sums, cross_entropy, forward_kl, masked_sum
 from train.optimizer import is_router
@@ -261,4 +262,6 @@ def make_update(
         return TrainState(state.step + 1, skipped, state.key, trainable, optimizer_state), figures
 
     shardings = jax.tree.map(lambda array: array.sharding, state)
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    platform = next(iter(shardings.step.device_set)).platform
+    options = compiler_options(platform)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
