@@ -10,7 +10,6 @@ the logits agree. On a machine that does other work as well go by the ratio of C
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train_step import RESULTS, Step, Worker, machine, model_config, serve
+from record import keep, machine
+from train_step import PACKAGES, Step, Worker, model_config, serve
 
 SPEED_LIMIT, AGREEMENT = 1.3, 1e-4
 PEERS = ("grouped_mm", "eager")
@@ -122,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if Worker("prepare", Path(name), arguments, __file__).process.wait():
             raise SystemExit("the model could not be written")
-        figures = {**measure(Path(name), options, arguments), **machine()}
+        figures = {**measure(Path(name), options, arguments), **machine(PACKAGES)}
     figures["options"] = {key: getattr(options, key) for key in ("rows", "length", "vocab", "passes")}
     for name in ("ours", *PEERS):
         side = figures[name]
@@ -133,8 +133,7 @@ def main() -> None:
     print(f"ratio to {figures['peer']} {figures['ratio']:.2f} (limit {SPEED_LIMIT})", end=", ")
     print(f"of CPU time to the thriftiest {figures['cpu_ratio']:.2f}")
     if options.keep:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{options.keep}-cpu.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        keep(f"{options.keep}-cpu", figures)
     wrong = any(figures[name]["logits_differ_by"] > AGREEMENT for name in PEERS)
     sys.exit(wrong or figures["ratio"] < SPEED_LIMIT)
 

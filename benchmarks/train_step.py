@@ -15,12 +15,9 @@ routing: their products are counted as if every expert's last tile were half ful
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -31,10 +28,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from record import keep, machine
+
 SPEED_LIMIT, FLOPS_LIMIT = 1.5, 1.45
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-3
 ADAPTED = ("attn/*", "ffn/gate", "ffn/up", "ffn/down")
-RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
 AGREEMENT = 1e-3  # of the first two losses, in nats, in float32
 WARM_UP = 2
 
@@ -165,8 +164,12 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     return step, facts
 
 
-def executed_flops(program: Any, config: Any, tokens: int) -> float:
-    """FLOPs of the products of a program compiled for CPU; see the module's docstring."""
+def executed_flops(program: Any, config: Any, tokens: int, filled: float | None = None) -> float:
+    """FLOPs of the products of a program compiled for CPU; see the module's docstring.
+
+    Args:
+        filled: rows of all tiles; by default as if every expert's last one were half full.
+    """
     from nemoe_jax.grouped_matmul_cpu import tile_rows
     from train.flops import executed_flops
 
@@ -182,7 +185,8 @@ def executed_flops(program: Any, config: Any, tokens: int) -> float:
     rest = executed_flops(program)
     rows = tokens * config.top_k
     small = tile_rows(rows, config.experts)
-    return rest + (whole - rest) * (rows + config.experts * small / 2) / (min(4 * small, rows) + small)
+    filled = rows + config.experts * small / 2 if filled is None else filled
+    return rest + (whole - rest) * filled / (min(4 * small, rows) + small)
 
 
 def matmul_rate() -> float:
@@ -343,19 +347,6 @@ def show(figures: dict[str, Any]) -> None:
             print(f"{key.replace('_', ' ')} FLOPs {figures['ours'][key]:.3f}{limit}")
 
 
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()} {model}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def main() -> None:
     """Prepares, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -387,13 +378,11 @@ def main() -> None:
         directory = Path(name)
         if Worker("prepare", directory, arguments).process.wait():
             raise SystemExit("the model could not be written")
-        figures = {**measure(directory, options, arguments), **machine()}
+        figures = {**measure(directory, options, arguments), **machine(PACKAGES)}
     figures["options"] = {key: getattr(options, key) for key in ("device", "rows", "length", "vocab", "remat", "steps")}
     print(json.dumps(figures, indent=2)) if options.json else show(figures)
     if options.keep:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{options.keep}-{options.device}.json"
-        path.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+        keep(f"{options.keep}-{options.device}", figures)
     slow = figures["ratio"] < SPEED_LIMIT or figures["ours"].get("executed_over_model_with_remat", 0) > FLOPS_LIMIT
     sys.exit(slow or (options.device == "cpu" and figures["first_losses_differ_by"] > AGREEMENT))
 
