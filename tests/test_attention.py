@@ -58,6 +58,12 @@ def test_steps_equal_the_full_square(packed):
     check(lambda *arrays: stepped_attention(*arrays, 16), q, k, v, segments if packed else None)
 
 
+def test_a_step_keeps_no_scores_for_the_gradient():
+    q, k, v, segments = inputs(256)
+    kept = jax.eval_shape(lambda *arrays: jax.vjp(stepped_attention, *arrays)[1], q, k, v, segments)
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= q.size
+
+
 def test_chunks_of_keys_after_their_queries_are_not_visited():
     q, k, v, segments = inputs(48)
     k, v = (x.at[:, 32:].set(jnp.nan) for x in (k, v))  # zero times NaN would show
