@@ -18,7 +18,8 @@ worth sharing between cores where there is much to compute. The sizes below were
 
 bfloat16 comes as its bits, uint16 (`bits`): XLA:CPU turns a whole stack of bfloat16 into float32 before it slices it.
 
-R rows, D inputs, F outputs, L layers, E experts, I iterations, U spelt out, P rows of weights side by side.
+R rows, D inputs, F outputs, L layers, E experts, I iterations, U spelt out, P rows of
+weights side by side, T tiles of V columns.
 """
 
 import functools
@@ -41,26 +42,55 @@ def bits(array: jax.Array) -> jax.Array:
 
 def few_rows(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
     """x @ w[layer], (R, F) in x's dtype, for float32 weights or bfloat16's bits; sums in float32."""
+    if len(x_RD) == 1:
+        return _one_row(x_RD, w_LDF, layer)
     (rows, depth), width = x_RD.shape, w_LDF.shape[2]
-    columns = _divisor(width, 2048 if rows == 1 else 1024)
-    cut = _cut(depth, 16 if rows == 1 else 8, max(rows, 2) * 1024 // columns)
-    w_LIUPF, x_IUPR = w_LDF.reshape(-1, *cut, width), x_RD.astype(jnp.float32).T.reshape(*cut, rows)
+    # V columns of all rows at a time: what is read of the weights for one row is at hand for the next
+    tile = _divisor(width, 32)
+    tiles = _divisor(width // tile, 1024 // tile)
+    cut = _cut(depth, 8, rows * 1024 // (tiles * tile))
+    w_LIUPTV, x_IUPR = w_LDF.reshape(-1, *cut, width // tile, tile), x_RD.astype(jnp.float32).T.reshape(*cut, rows)
 
-    def run_columns(first: int | jax.Array) -> jax.Array:
+    def run_columns(block: int | jax.Array) -> jax.Array:
         def product(i: jax.Array, u: int) -> jax.Array:
             x = lax.dynamic_slice(x_IUPR, (i, u, 0, 0), (1, 1, cut[2], rows))
-            w = lax.dynamic_slice(w_LIUPF, (layer, i, u, 0, first), (1, 1, 1, cut[2], columns))
-            return x.reshape(-1, rows, 1) * _widen(w).reshape(-1, 1, columns)
+            w = lax.dynamic_slice(w_LIUPTV, (layer, i, u, 0, block * tiles, 0), (1, 1, 1, cut[2], tiles, tile))
+            return x.reshape(-1, 1, rows, 1) * _widen(w).reshape(-1, tiles, 1, tile)
 
-        return _sum(product, cut, jnp.zeros((cut[2], rows, columns), jnp.float32)).sum(axis=0)
+        sums_PTRV = _sum(product, cut, jnp.zeros((cut[2], tiles, rows, tile), jnp.float32))
+        # a dot takes its operands as they lie: a transposed sum would have XLA transpose the weights
+        y_TRV = (jnp.ones((1, cut[2])) @ sums_PTRV.reshape(cut[2], -1)).reshape(tiles, rows, tile)
+        return y_TRV.transpose(1, 0, 2).reshape(rows, -1)
 
-    def run_block(block: jax.Array, y_RF: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(y_RF, run_columns(block * columns), block * columns, 1)
+    return _by_blocks(run_columns, rows, tiles * tile, width).astype(x_RD.dtype)
 
+
+def _one_row(x_1D: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
+    depth, width = w_LDF.shape[1:]
+    columns = _divisor(width, 2048)
+    cut = _cut(depth, 16, 2048 // columns)
+    w_LIUPF, x_IUP = w_LDF.reshape(-1, *cut, width), x_1D.astype(jnp.float32).reshape(cut)
+
+    def run_columns(block: int | jax.Array) -> jax.Array:
+        def product(i: jax.Array, u: int) -> jax.Array:
+            x = lax.dynamic_slice(x_IUP, (i, u, 0), (1, 1, cut[2]))
+            w = lax.dynamic_slice(w_LIUPF, (layer, i, u, 0, block * columns), (1, 1, 1, cut[2], columns))
+            return x.reshape(-1, 1) * _widen(w).reshape(-1, columns)
+
+        return _sum(product, cut, jnp.zeros((cut[2], columns), jnp.float32)).sum(axis=0, keepdims=True)
+
+    return _by_blocks(run_columns, 1, columns, width).astype(x_1D.dtype)
+
+
+def _by_blocks(run: Callable[[int | jax.Array], jax.Array], rows: int, columns: int, width: int) -> jax.Array:
+    """What `run` gives for each block of so many columns, side by side: float32 (R, F)."""
     if columns == width:
-        return run_columns(0).astype(x_RD.dtype)
-    y_RF = lax.fori_loop(0, width // columns, run_block, jnp.zeros((rows, width), jnp.float32))
-    return y_RF.astype(x_RD.dtype)
+        return run(0)
+
+    def step(block: jax.Array, y_RF: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(y_RF, run(block), block * columns, 1)
+
+    return lax.fori_loop(0, width // columns, step, jnp.zeros((rows, width), jnp.float32))
 
 
 def few_rows_experts(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array, expert_R: jax.Array) -> jax.Array:
@@ -81,12 +111,12 @@ def few_rows_experts(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array,
 
 
 def _cut(depth: int, spelt_out: int, side_by_side: int) -> tuple[int, int, int]:
-    """I, U and P: about so many spelt out and so many side by side, but two of these at least.
+    """I, U and P: about so many spelt out and so many side by side.
 
-    Without them XLA would choose to transpose the weights.
+    But P is two at least, else XLA would choose to transpose the weights, and I as well, else there is no loop.
     """
     spelt_out = _divisor(depth, spelt_out)
-    side_by_side = _divisor(depth // spelt_out, max(side_by_side, 2))
+    side_by_side = _divisor(depth // spelt_out, max(min(side_by_side, depth // (2 * spelt_out)), 2))
     return depth // (spelt_out * side_by_side), spelt_out, side_by_side
 
 
