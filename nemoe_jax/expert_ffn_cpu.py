@@ -11,6 +11,7 @@ T tokens, D embed, E experts, C top-k, R = T·C rows sorted by expert, F expert_
 
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ class Sorted(NamedTuple):
         return functools.reduce(jnp.add, (jnp.where(held[:, None], y_RD[place], 0) for place, held in pairs))
 
 
-def pays(x_TD: jax.Array, experts: Tree, adapters: Tree, rows: int) -> bool:
+def pays(x_TD: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: int) -> bool:
     """Whether `tiled_ffn` is as exact as the grouped matmuls one by one, and takes no more products than they do."""
     many, width, narrow = experts["gate"].shape
     few = bool(adapters) and rows * (width + narrow) < many * width * narrow  # adding adapters would cost more
@@ -56,7 +57,9 @@ def pays(x_TD: jax.Array, experts: Tree, adapters: Tree, rows: int) -> bool:
 
 
 @jax.custom_vjp
-def tiled_ffn(x_TD: jax.Array, weights_TC: jax.Array, experts: Tree, adapters: Tree, rows: Sorted) -> jax.Array:
+def tiled_ffn(
+    x_TD: jax.Array, weights_TC: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: Sorted
+) -> jax.Array:
     """What the experts add to each token, (T, D); differentiable in all but the rows' order.
 
     No gradient of experts that nobody differentiates is computed.
