@@ -6,14 +6,14 @@ A small Mixtral (16 experts, top-4) and a dense model of as many weights, 128 ne
 peers: transformers (its default: dynamic cache, sdpa), batch 1 and 8, whole calls, prompt included; llama.cpp through
 xllamacpp on a GGUF of float32 that our converter wrote, batch 1, its own figure for the tokens after the prompt
 against ours from the first token to the last. Every side has as many threads as this process has cores. Each runs in
-a process of its own and they take turns; the figures are of the best turn, as other work on the machine can only slow
-a turn down. Compilation is done before and is shown apart. Limits: 3 times transformers' tokens per second, 0.7 times
+a process of its own and they take turns; the figures are of the median turn. Compilation is done before and is shown apart. Limits: 3 times transformers' tokens per second, 0.7 times
 llama.cpp's. On a machine that does other work as well, give it one core of its own (taskset -c 1).
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -225,10 +225,10 @@ def measure(row: Row, directory: Path, turns: int) -> dict[str, Any]:
     key, tokens = ("seconds", NEW) if row.peer == "transformers" else ("after_prompt", NEW - 1)
     figures: dict[str, Any] = {}
     for name, side in took.items():
-        best = min(turn[key] for turn in side)
+        seconds = statistics.median(turn[key] for turn in side)
         figures[name] = {
-            "tokens_per_second": row.batch * tokens / best,
-            "cpu_seconds": min(turn["cpu"] for turn in side),
+            "tokens_per_second": row.batch * tokens / seconds,
+            "cpu_seconds": statistics.median(turn["cpu"] for turn in side),
             "first_call_seconds": first[name]["seconds"],
             "turns": [turn[key] for turn in side],
         }

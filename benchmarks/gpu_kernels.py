@@ -30,6 +30,7 @@ from jax import lax
 from record import keep, machine
 
 from nemoe_jax.attention_gpu import gpu_attention, gpu_paged_attention, packed_attention
+from nemoe_jax.cache import PAGE
 from nemoe_jax.chunked_attention import chunked_attention
 from nemoe_jax.config import preset
 from nemoe_jax.grouped_matmul_gpu import Blocks, gpu_few_rows, gpu_matmul, gpu_outer, outer_blocks, row_blocks
@@ -233,11 +234,11 @@ def attention(length: int, tiny: bool) -> dict[str, Case]:
 
 
 def pages(length: int, tiny: bool) -> dict[str, Case]:
-    """One query over so many tokens in pages of 64, in bfloat16 and int8; work is the bytes read."""
+    """One query over so many tokens in the cache's pages, in bfloat16 and int8; work is the bytes read."""
     heads, kv_heads, width = (8, 2, 32) if tiny else (32, 8, 128)
-    held = length // 64
+    held = length // PAGE
     q = jax.random.normal(jax.random.key(0), (1, heads, width), jnp.bfloat16)
-    pool = jax.random.normal(jax.random.key(1), (kv_heads, held, 64, width), jnp.bfloat16)
+    pool = jax.random.normal(jax.random.key(1), (kv_heads, held, PAGE, width), jnp.bfloat16)
     scales = jnp.ones(pool.shape[:-1], jnp.float32)
     table = jnp.asarray(np.random.default_rng(0).permutation(held)[None], jnp.int32)
     lengths = jnp.full(1, length, jnp.int32)

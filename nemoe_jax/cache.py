@@ -110,7 +110,8 @@ def extend(
     counts_B = cache.counts_B
     if counts_B is None:
         counts_B = jnp.full(q_BTNH.shape[:1], q_BTNH.shape[1], jnp.int32)
-    if not (rows or sequence or tensor):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
         y_BTNH, k, v = _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, ())
         return y_BTNH, cache._replace(k=k, v=v)
     heads, row = PartitionSpec(rows or None, None, tensor or None), PartitionSpec(rows or None)
@@ -161,6 +162,8 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
     page_BT, slot_BT = positions_BT // PAGE, positions_BT % PAGE
     mine_BT = (jnp.arange(positions_BT.shape[1]) < counts_B1) & (page_BT % cuts == part)
     held_BT = jnp.take_along_axis(table_BM, page_BT // cuts, axis=1, mode="clip")
+    # what a row has no room for is lost, and takes no other row's place: page 0 can only be a row's first
+    mine_BT &= (page_BT // cuts < table_BM.shape[1]) & ((held_BT > 0) | (page_BT < cuts))
     target_BT = jnp.where(mine_BT, held_BT, cache.k.pool.shape[2])  # beyond the pool: dropped
     k = _write(cache.k, k_BTKH, cache.layer, target_BT, slot_BT)
     v = _write(cache.v, v_BTKH, cache.layer, target_BT, slot_BT)
@@ -255,9 +258,11 @@ def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, pages=1, 
 def _ways_to_decode(q_B1NH: jax.Array, k: Pages) -> dict[str, Any]:
     """By platform, what attends for one query a row better than `_attend` for all rows: `_attend`'s arguments."""
     ways: dict[str, Any] = {"cpu": _row_by_row, "tpu": _in_long_steps}
-    if k.scale is None and q_B1NH.shape[3] % 128 == 0:
+    width, dtypes = q_B1NH.shape[3], {q_B1NH.dtype, k.pool.dtype}
+    if k.scale is None and width % 128 == 0 and jnp.dtype(jnp.float16) not in dtypes:
         ways["tpu"] = _kernel_for_tpus
-    if q_B1NH.dtype in (jnp.bfloat16, jnp.float16) and k.pool.dtype in (q_B1NH.dtype, jnp.int8):
+    # it takes a power of two, and adds up in q's dtype, which would overflow in float16
+    if q_B1NH.dtype == jnp.bfloat16 and k.pool.dtype in (jnp.bfloat16, jnp.int8) and width & (width - 1) == 0:
         ways["cuda"] = _kernel_for_gpus
     return ways
 

@@ -31,7 +31,9 @@ Three commands share one kind of file, the Hugging Face model directory:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     command = Command("nemoe", DESCRIPTION)
-    mesh_help = "devices as axes, such as fsdp=4,expert=2 (axes: data, fsdp, expert, tensor); default: one device"
+    mesh_help = (
+        "devices as axes, such as fsdp=4,expert=2 (axes: data, fsdp, expert, tensor, sequence); default: one device"
+    )
 
     parser = command.add(
         "inspect",

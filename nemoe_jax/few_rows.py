@@ -42,9 +42,13 @@ def bits(array: jax.Array) -> jax.Array:
 
 def few_rows(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
     """x @ w[layer], (R, F) in x's dtype, for float32 weights or bfloat16's bits; sums in float32."""
-    if len(x_RD) == 1:
-        return _one_row(x_RD, w_LDF, layer)
     (rows, depth), width = x_RD.shape, w_LDF.shape[2]
+    if any(4 * _divisor(size, most) < min(size, most) for size, most in ((width, 1024), (depth, 16))):
+        # (next to) a prime number of columns or of rows of weights: loops over slivers take longer than a copy
+        w_DF = _widen(lax.dynamic_index_in_dim(w_LDF, layer, keepdims=False))
+        return jnp.matmul(x_RD.astype(jnp.float32), w_DF).astype(x_RD.dtype)
+    if rows == 1:
+        return _one_row(x_RD, w_LDF, layer)
     # V columns of all rows at a time: what is read of the weights for one row is at hand for the next
     tile = _divisor(width, 32)
     tiles = _divisor(width // tile, 1024 // tile)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from nemoe_jax.cache import Cache, empty_cache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
+from nemoe_jax.platform import platform
 from nemoe_jax.schema import Tree
 from nemoe_jax.stacked import for_decoding
 from nemoe_jax.transformer import forward, hidden, logits
@@ -45,7 +46,7 @@ class Sampling:
 def sample(logits_BV: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
     """One token for each row, (B,) int32."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _likeliest(logits_BV)
     logits_BV = logits_BV / sampling.temperature
     if sampling.min_p > 0:
         floor = logits_BV.max(axis=-1, keepdims=True) + np.log(sampling.min_p)
@@ -60,6 +61,13 @@ class _State(NamedTuple):
     next_B: jax.Array  # the tokens chosen last, which are not in the cache yet
     stopped_B: jax.Array
     step: jax.Array  # tokens chosen so far
+
+
+def _likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the largest logits in each row: `argmax` in two passes, which on CPU are eight times as fast."""
+    vocab = logits_BV.shape[-1]
+    token_BV = jnp.where(logits_BV == logits_BV.max(axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32), vocab)
+    return jnp.minimum(token_BV.min(axis=-1), vocab - 1)  # a row of NaN is equal to nothing
 
 
 def generate(
@@ -87,6 +95,8 @@ def generate(
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths_B.size or lengths_B.min() < 1:
         raise UserError("empty prompt: wanted at least one token")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: wanted a positive number, got {max_new_tokens}")
     if lengths_B.max() + max_new_tokens > config.context:
         raise UserError(
             f"prompt of {lengths_B.max()} tokens + {max_new_tokens} new tokens exceed the context of {config.context}"
@@ -95,31 +105,38 @@ def generate(
     slots = tuple(min(_rounded(int(length) + max_new_tokens), config.context) for length in lengths_B)
     stop_S = np.array([*stop, -1], np.int32)  # never empty
     key = jax.random.key(sampling.seed)
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    # the caller's own mesh is not to change while he has the iterator
+    ambient = functools.partial(jax.set_mesh, mesh) if mesh else contextlib.nullcontext
+    with ambient():
         state = _start(config, slots, dtype)
         for tokens_BT, counts_B in _chunks(prompts, lengths_B):
             state = _prefill(config, params, tokens_BT, counts_B, state, sampling, stop_S, key)
-        yield np.array(state.next_B)
-        params = for_decoding(params)
-        under_way: deque[tuple[jax.Array, jax.Array]] = deque()
-        size, left = 1, max_new_tokens - 1
-        while left or under_way:
-            if left:
-                steps = min(size, left)
+        first_B = np.array(state.next_B)
+        params = for_decoding(params, len(prompts))
+        # the device works on one block while the one before it is read; but on CPU what waits would hold a thread
+        ahead = 1 if platform() == "cpu" else 2
+    yield first_B
+    under_way: deque[tuple[jax.Array, jax.Array]] = deque()
+    size, left = 1, max_new_tokens - 1
+    while left or under_way:
+        if left:
+            steps = min(size, left)
+            with ambient():
                 state, block = _decode(config, params, state, steps, sampling, stop_S, key)
-                under_way.append(block)
-                size, left = min(2 * size, BLOCK), left - steps
-            if len(under_way) == 2 or not left:  # the device works on one block while the one before it is read
-                tokens_SB, made = under_way.popleft()
-                if not int(made):
-                    return
-                yield from np.asarray(tokens_SB)[: int(made)]
+            under_way.append(block)
+            size, left = min(2 * size, BLOCK), left - steps
+        if len(under_way) == ahead or not left:
+            tokens_SB, made = under_way.popleft()
+            if not int(made):
+                return
+            yield from np.asarray(tokens_SB)[: int(made)]
 
 
 def _chunks(prompts: Sequence[Sequence[int]], lengths_B: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The prompts in chunks of equal width, (B, T), and how many tokens of each row count, (B,)."""
-    width = min(_rounded(int(lengths_B.max())), PREFILL)
-    for first in range(0, int(lengths_B.max()), width):
+    longest = int(lengths_B.max())
+    width = _rounded(-(-longest // -(-longest // PREFILL)))
+    for first in range(0, longest, width):
         tokens_BT = np.zeros((len(prompts), width), np.int32)
         for row, prompt in zip(tokens_BT, prompts, strict=True):
             part = prompt[first : first + width]

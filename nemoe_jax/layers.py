@@ -67,6 +67,7 @@ def _contract(x: jax.Array, w: jax.Array | LayerOf, inputs: int, group_sizes: ja
         return w.multiply(x, inputs)
     if group_sizes is not None:
         return grouped_matmul(x, w.astype(x.dtype), group_sizes)
+    assert w.dtype != jnp.uint16, "bits are no numbers"
     # one matrix product: on CPU the gradients of products over several axes are several times slower
     rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
     x = x.reshape(-1, math.prod(w.shape[:inputs]))

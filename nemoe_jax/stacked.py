@@ -50,9 +50,9 @@ def reads_in_place(rows: int, dtype: jax.typing.DTypeLike) -> bool:
     return platform() == "gpu" or (platform() == "cpu" and dtype in (jnp.float32, jnp.uint16))
 
 
-def for_decoding(params: Tree) -> Tree:
-    """The parameters as steps of decoding take them: where they are bfloat16 on one CPU, matrices as their bits."""
-    if platform() != "cpu" or len(params["embed"].sharding.device_set) > 1:
+def for_decoding(params: Tree, rows: int) -> Tree:
+    """The parameters as steps with so many tokens take them: where they are read in place on CPU, bfloat16 as bits."""
+    if platform() != "cpu" or not reads_in_place(rows, jnp.uint16) or len(params["embed"].sharding.device_set) > 1:
         return params
     matrices = {name: tree for name, tree in params.items() if name in ("blocks", "head")}
     return params | map_with_path(lambda path, array: array if "norm" in path else bits(array), matrices)

@@ -74,6 +74,13 @@ def test_rows_take_whole_pages_of_their_own():
     assert sorted(taken) == list(range(sum(pages)))
 
 
+def test_what_a_row_has_no_room_for_takes_no_other_rows_place():
+    q, k, v = inputs(2, 200)
+    y, _ = attend(q, k, v, [200], slots=[200, PAGE])
+    np.testing.assert_allclose(y[0], plain(q, k, v)[0], atol=2e-5)
+    np.testing.assert_allclose(y[1, :PAGE], plain(q, k, v)[1, :PAGE], atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [{"tensor": 2, "sequence": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 8}, {"tensor": 8}],

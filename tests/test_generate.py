@@ -33,6 +33,28 @@ def test_generation_on_a_mesh_equals_that_on_one_device(config):
     np.testing.assert_array_equal(np.stack(list(generate(config, placed, [[5, 9, 31]], 5, mesh=mesh))), alone)
 
 
+def test_many_rows_of_bfloat16(optimised):
+    """More than are read in place: the weights stay numbers."""
+    params = schema.initialise(DENSE, jax.random.key(0), jnp.bfloat16)
+    got = np.stack(list(generate(DENSE, params, [[5, 9, 31]] * 9, 4)))
+    wanted = [
+        int(forward(DENSE, params, jnp.asarray([[5, 9, 31, *got[:at, 0]]])).logits[0, -1].argmax()) for at in range(4)
+    ]
+    assert got.T.tolist() == [wanted] * 9
+
+
+def test_the_callers_mesh_stays_as_it_is():
+    params = schema.initialise(DENSE, jax.random.key(0))
+    mesh = sharding.make_mesh({"fsdp": 8})
+    placed = jax.device_put(params, sharding.shardings(DENSE, mesh))
+    over_mesh, alone = (
+        generate(DENSE, *given) for given in ((placed, [[5]], 3, Sampling(), (), mesh), (params, [[5]], 3))
+    )
+    pairs = list(zip(over_mesh, alone, strict=True))
+    assert len(pairs) == 3 and all(one == other for one, other in pairs)
+    assert jax.sharding.get_abstract_mesh().empty
+
+
 def test_generation_ends_when_every_row_has_stopped():
     params = schema.initialise(DENSE, jax.random.key(0))
     full = np.stack(list(generate(DENSE, params, [[5, 9, 31]], 9)))[:, 0].tolist()
@@ -43,7 +65,12 @@ def test_generation_ends_when_every_row_has_stopped():
 
 @pytest.mark.parametrize(
     ("prompts", "count", "message"),
-    [([[]], 3, "empty prompt"), ([], 3, "empty prompt"), ([[1] * 90], 7, "exceed the context of 96")],
+    [
+        ([[]], 3, "empty prompt"),
+        ([], 3, "empty prompt"),
+        ([[1] * 90], 7, "exceed the context of 96"),
+        ([[1]], 0, "max_new_tokens: wanted a positive number, got 0"),
+    ],
 )
 def test_impossible_requests(prompts, count, message):
     with pytest.raises(UserError, match=message):

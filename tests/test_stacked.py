@@ -18,7 +18,7 @@ def test_a_step_that_reads_in_place_equals_one_that_does_not(config, dtype, monk
     products = []
     multiply = stacked.LayerOf.multiply
     monkeypatch.setattr(stacked.LayerOf, "multiply", lambda *given: products.append(given) or multiply(*given))
-    got = forward(config, stacked.for_decoding(params), following, cache=cache)
+    got = forward(config, stacked.for_decoding(params, 2), following, cache=cache)
     assert products
     monkeypatch.setattr("nemoe_jax.transformer.reads_in_place", lambda rows, dtype: False)
     wanted = forward(config, params, following, cache=cache)
@@ -29,7 +29,7 @@ def test_a_step_that_reads_in_place_equals_one_that_does_not(config, dtype, monk
 
 def test_matrices_become_bits_and_norms_stay():
     params = schema.initialise(NEKOMIND, jax.random.key(0), jnp.bfloat16)
-    of_path = schema.leaves(stacked.for_decoding(params))
+    of_path = schema.leaves(stacked.for_decoding(params, 8))
     dtypes = {path: array.dtype for path, array in of_path.items()}
     assert {path for path, dtype in dtypes.items() if dtype != jnp.uint16} == {
         path for path in dtypes if "norm" in path or path == "embed"
