@@ -6,8 +6,9 @@ A small Mixtral (16 experts, top-4) and a dense model of as many weights, 128 ne
 peers: transformers (its default: dynamic cache, sdpa), batch 1 and 8, whole calls, prompt included; llama.cpp through
 xllamacpp on a GGUF of float32 that our converter wrote, batch 1, its own figure for the tokens after the prompt
 against ours from the first token to the last. Every side has as many threads as this process has cores. Each runs in
-a process of its own and they take turns; the figures are of the median turn. Compilation is done before and is shown apart. Limits: 3 times transformers' tokens per second, 0.7 times
-llama.cpp's. On a machine that does other work as well, give it one core of its own (taskset -c 1).
+a process of its own and they take turns; the figures are of the median turn. Compilation is done before and is shown
+apart. Limits: 3 times transformers' tokens per second, 0.7 times llama.cpp's. On a machine that does other work as
+well, give it one core of its own (taskset -c 1).
 """
 
 import argparse
