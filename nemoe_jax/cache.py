@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec
 from nemoe_jax.attention_gpu import gpu_paged_attention
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
+from nemoe_jax.platform import platform
 from nemoe_jax.sharding import batch_axes
 
 PAGE = 128  # tokens: as many as a TPU's lanes, or it would copy all scales of an int8 cache in every layer
@@ -170,11 +171,14 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
 
     def attend(queries):
         q, positions = queries
-        return _attend(q, positions, k, v, table_BM, cache.layer, KEYS // PAGE, part, sequence)
+        return _attend(q, positions, k, v, table_BM, cache.layer, pages, part, sequence)
 
     # a query that does not count sees its row's first key, so that it makes no work
     seen_BT = jnp.where(jnp.arange(positions_BT.shape[1]) < counts_B1, positions_BT, 0)
     batch, length = positions_BT.shape
+    pages = KEYS // PAGE
+    if platform() == "cpu":  # where few new tokens seldom have many before them, and a step costs what it computes
+        pages = next(few for few in (1, 2, pages) if few == pages or length <= few * PAGE)
     if length == 1 and not sequence:
         ways = _ways_to_decode(q_BTNH, k)
         given = (q_BTNH, seen_BT, k, v, table_BM, cache.layer)

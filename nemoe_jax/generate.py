@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nemoe_jax.cache import Cache, empty_cache
+from nemoe_jax.cache import PAGE, Cache, empty_cache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.platform import platform
@@ -102,7 +102,7 @@ def generate(
             f"prompt of {lengths_B.max()} tokens + {max_new_tokens} new tokens exceed the context of {config.context}"
         )
     dtype = jnp.dtype(cache_dtype or params["embed"].dtype)
-    slots = tuple(min(_rounded(int(length) + max_new_tokens), config.context) for length in lengths_B)
+    slots = tuple(min(-(-(int(length) + max_new_tokens) // PAGE) * PAGE, config.context) for length in lengths_B)
     stop_S = np.array([*stop, -1], np.int32)  # never empty
     key = jax.random.key(sampling.seed)
     # the caller's own mesh is not to change while he has the iterator
@@ -145,8 +145,8 @@ def _chunks(prompts: Sequence[Sequence[int]], lengths_B: np.ndarray) -> Iterator
 
 
 def _rounded(length: int) -> int:
-    """Lengths in steps of 64, so that few shapes are compiled."""
-    return -(-length // 64) * 64
+    """Lengths in steps of 32, so that few shapes are compiled."""
+    return -(-length // 32) * 32
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype"))
