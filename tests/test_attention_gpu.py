@@ -7,6 +7,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from nemoe_jax.attention_gpu import gpu_attention, gpu_paged_attention, packed_attention
+from tests.test_attention import plain, value_and_gradients
 
 
 def inputs(length, dtype, heads=4, kv_heads=2, head_dim=32, batch=2):
@@ -14,25 +15,6 @@ def inputs(length, dtype, heads=4, kv_heads=2, head_dim=32, batch=2):
     q, k, v = (jax.random.normal(jax.random.key(number), shape).astype(dtype) for number, shape in enumerate(shapes))
     ends = jax.random.bernoulli(jax.random.key(3), 0.02, (batch, length))
     return q, k, v, 1 + jnp.cumsum(ends, axis=1, dtype=jnp.int32)
-
-
-def plain(q, k, v, segments):
-    """Every score, in the plainest way."""
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    seen = np.tril(np.ones((q.shape[1],) * 2, bool))
-    if segments is not None:
-        seen = seen & (segments[:, :, None] == segments[:, None])[:, None]
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
-
-
-def value_and_gradients(attention, q, k, v, segments):
-    def loss(q, k, v):
-        y = attention(q, k, v, segments).astype(jnp.float32)
-        return jnp.sum(jnp.sin(y) * jnp.cos(jnp.arange(y.shape[-1]))), y
-
-    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-    return y, *gradients
 
 
 def check(attention, arrays, tolerance):

@@ -14,6 +14,7 @@ from nemoe_jax.cache import PAGE, LayerCache, empty_cache, extend, quantise
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward, hidden
 from tests.conftest import DENSE
+from tests.test_attention import plain
 
 LONG = dataclasses.replace(DENSE, context=4096, layers=2)
 
@@ -22,15 +23,6 @@ def inputs(batch, length, config=LONG, seed=0):
     random = np.random.default_rng(seed)
     heads = config.heads, config.kv_heads, config.kv_heads
     return [jnp.asarray(random.normal(size=(batch, length, many, config.head_dim)), jnp.float32) for many in heads]
-
-
-def plain(q, k, v):
-    """All scores at once."""
-    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[3])
-    scores = np.where(np.tri(q.shape[1], dtype=bool), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
 
 
 def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG):
@@ -61,7 +53,7 @@ def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG)
 def test_attention_in_chunks_equals_plain_attention(length, chunks):
     q, k, v = inputs(2, length)
     y, held = attend(q, k, v, chunks)
-    np.testing.assert_allclose(y, plain(q, k, v), atol=2e-5)
+    np.testing.assert_allclose(y, plain(q, k, v, None), atol=2e-5)
     assert not held.k.pool[:, 0].any()  # the other layer's
 
 
@@ -77,8 +69,8 @@ def test_rows_take_whole_pages_of_their_own():
 def test_what_a_row_has_no_room_for_takes_no_other_rows_place():
     q, k, v = inputs(2, 200)
     y, _ = attend(q, k, v, [200], slots=[200, PAGE])
-    np.testing.assert_allclose(y[0], plain(q, k, v)[0], atol=2e-5)
-    np.testing.assert_allclose(y[1, :PAGE], plain(q, k, v)[1, :PAGE], atol=2e-5)
+    np.testing.assert_allclose(y[0], plain(q, k, v, None)[0], atol=2e-5)
+    np.testing.assert_allclose(y[1, :PAGE], plain(q, k, v, None)[1, :PAGE], atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +85,7 @@ def test_a_mesh_gives_what_one_device_gives(sizes):
     with jax.set_mesh(sharding.make_mesh(sizes)):
         y, held = attend(q, k, v, [257, 1, 42], slots=slots)
         parts = {shard.data.shape for shard in held.k.pool.addressable_shards}
-    np.testing.assert_allclose(y, plain(q, k, v), atol=2e-5)
+    np.testing.assert_allclose(y, plain(q, k, v, None), atol=2e-5)
     cut = sizes.get("tensor", 1) if sizes.get("tensor", 1) <= 2 else 1
     cut *= sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("sequence", 1)
     assert len(parts) == 1
@@ -104,7 +96,7 @@ def test_a_mesh_gives_what_one_device_gives(sizes):
 def test_the_error_of_kept_keys_and_values(dtype, limit):
     """Root mean square, relative; and above a quarter of the limit, so that the limit says something."""
     q, k, v = inputs(2, 200)
-    wanted = plain(q, k, v)
+    wanted = plain(q, k, v, None)
     error = np.sqrt(np.mean((attend(q, k, v, [200], jnp.dtype(dtype))[0] - wanted) ** 2) / np.mean(wanted**2))
     assert limit / 4 < error < limit
 
