@@ -7,10 +7,10 @@ Named peer: transformers' Mixtral with the fastest of its implementations of the
 this size). Each runs in a process of its own and they compute in turn. Limits: tokens per second 1.3 times the peer's;
 the logits agree. On a machine that does other work as well go by the ratio of CPU time.
 
-The limit of speed is not reached. Of 0.85 to 0.9 s a pass on two cores, of which 0.64 are its products at the rate of a
-large one (2 x 100e9 a second), the head takes 0.43 (with the first touch of 262 MB of logits), attention's projections
-0.17, the experts 0.16, attention's core 0.12; the head is the same work for both sides. Tried in vain: huge pages, other
-steps along the queries, tokens in two halves as loops of their own, masks as biases.
+The limit of speed is not reached. Of 0.85 to 0.9 s a pass on two cores, of which 0.64 are its products at the rate of
+a large one (2 x 100e9 a second), the head takes 0.43 (with the first touch of 262 MB of logits), attention's
+projections 0.17, the experts 0.16, attention's core 0.12; the head is the same work for both sides. Tried in vain:
+huge pages, other steps along the queries, tokens in two halves as loops of their own, masks as biases.
 """
 
 import argparse
