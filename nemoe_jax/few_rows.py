@@ -71,7 +71,8 @@ def few_rows(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.A
 
 def _one_row(x_1D: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
     depth, width = w_LDF.shape[1:]
-    columns = _divisor(width, 2048)
+    # XLA shares a kernel between cores by the bytes that come out of it: only a wide matrix has enough
+    columns = _divisor(width, 32768 if width > 8192 else 2048)
     cut = _cut(depth, 16, 2048 // columns)
     w_LIUPF, x_IUP = w_LDF.reshape(-1, *cut, width), x_1D.astype(jnp.float32).reshape(cut)
 
