@@ -13,8 +13,8 @@ B batch, T sequence, D embed, V vocabulary.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ from nemoe_jax.transformer import Block
 SEQUENCE_LENGTH = 256
 BATCH = 8
 HELD_OUT = 10  # every tenth batch, and at least one
+
+Arrays = TypeVar("Arrays")
 
 
 def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
@@ -71,6 +73,15 @@ def fitted_batches(batches: Sequence[np.ndarray]) -> int:
     return len(batches) - max(len(batches) // HELD_OUT, 1)
 
 
+def in_turn(results: Iterable[Arrays]) -> Iterator[Arrays]:
+    """The results of programs that add up over devices, each begun when the one before it has ended.
+
+    In flight together on several CPU devices they can wait for one another for ever: XLA orders the collectives of
+    programs that it compiled, but not of those that it read from the compilation cache.
+    """
+    return map(jax.block_until_ready, results)
+
+
 class LayerStream:
     """The layers of a checkpoint as functions of residual streams, in float32."""
 
@@ -78,8 +89,8 @@ class LayerStream:
         self.source, self.config = source, source.config
         devices = jax.local_devices()
         devices = devices if BATCH % len(devices) == 0 else devices[:1]
-        mesh = sharding.make_mesh({"data": len(devices)}, devices)
-        self.cut, self.whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+        self.mesh = sharding.make_mesh({"data": len(devices)}, devices)
+        self.cut, self.whole = (NamedSharding(self.mesh, place) for place in (PartitionSpec("data"), PartitionSpec()))
 
     def embed(self, tokens_BT: np.ndarray) -> jax.Array:
         """The residual stream before the first layer, (B, T, D)."""
@@ -93,11 +104,13 @@ class LayerStream:
 
     def attend(self, layer: int, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(the stream after attention, what the FFN reads: its normalised copy)."""
-        return _attend(self.config, kind_of(self.config, layer), weights, x_BTD)
+        with jax.set_mesh(self.mesh):  # each device runs its own sequences: without it they would gather one another's
+            return _attend(self.config, kind_of(self.config, layer), weights, x_BTD)
 
     def feed_forward(self, layer: int, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
         """What the FFN adds to the stream."""
-        return feed_forward(self.config, kind_of(self.config, layer), weights, normed_BTD)
+        with jax.set_mesh(self.mesh):
+            return feed_forward(self.config, kind_of(self.config, layer), weights, normed_BTD)
 
     def loss(self, streams: Sequence[jax.Array], batches: Sequence[np.ndarray]) -> float:
         """Mean next-token loss, nats, of residual streams that have passed the last layer."""
@@ -105,11 +118,11 @@ class LayerStream:
         head_VD = self.source.view(specs["embed" if self.config.tied else "head"].key)
         norm_D = jax.device_put(np.asarray(self.source.view(specs["norm"].key), np.float32), self.whole)
         head_VD = jax.device_put(np.asarray(head_VD), self.whole)
-        losses = [
+        losses = in_turn(
             _loss(self.config.norm_eps, norm_D, head_VD, x_BTD, jax.device_put(tokens[:, 1:], self.cut))
             for x_BTD, tokens in zip(streams, batches, strict=True)
-        ]
-        return float(np.mean([np.asarray(loss) for loss in losses]))
+        )
+        return float(np.mean([float(loss) for loss in losses]))
 
 
 def kind_of(config: ModelConfig, layer: int) -> str:

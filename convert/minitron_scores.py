@@ -77,7 +77,8 @@ class Scorer:
         weights, kind, total = self.stream.weights(layer), kind_of(self.config, layer), None
         for number, x_BTD in enumerate(self._x):
             middle_BTD, normed_BTD = self.stream.attend(layer, weights, x_BTD)
-            self._x[number], sums = _score(self.config, kind, weights, x_BTD, middle_BTD, normed_BTD)
+            with jax.set_mesh(self.stream.mesh):
+                self._x[number], sums = _score(self.config, kind, weights, x_BTD, middle_BTD, normed_BTD)
             sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
             total = sums if total is None else jax.tree.map(np.add, total, sums)
         assert total is not None  # there is always a batch

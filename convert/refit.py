@@ -34,6 +34,7 @@ from convert.calibrate import (
     feed_forward,
     fitted_batches,
     hidden,
+    in_turn,
     kind_of,
 )
 from convert.stream import Figures, Tensors
@@ -110,7 +111,8 @@ class CarvedStream:
         carved = jax.device_put(block_weights(config, layer, written.__getitem__), self.layers.whole)
         kind = kind_of(config, layer)
         for number, (middle_BTD, x_BTD) in enumerate(zip(self._after_attention, self._inputs, strict=True)):
-            self.carved[number] = middle_BTD + feed_forward(config, kind, carved, x_BTD)
+            with jax.set_mesh(self.layers.mesh):
+                self.carved[number] = middle_BTD + feed_forward(config, kind, carved, x_BTD)
 
     def losses(self) -> Figures:
         """Loss on the held-out text after the last layer, nats per token."""
@@ -124,7 +126,7 @@ class CarvedStream:
 
 def activity(text: LayerText) -> jax.Array:
     """Mean squared output of each neuron, (F,)."""
-    squares_F = sum(_mean_squares(text.hidden(number)) for number in range(len(text.inputs)))
+    squares_F = sum(in_turn(_mean_squares(text.hidden(number)) for number in range(len(text.inputs))))
     return squares_F / len(text.inputs) * jnp.sum(text.ffn["down"] ** 2, axis=1)
 
 
@@ -138,8 +140,7 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: i
         _energy_shares(text.hidden(number), text.ffn["down"], label_F, experts) for number in range(len(text.inputs))
     ]
     gram_DD, moment_DE = 0.0, 0.0
-    for x_BTD, target_BTE in zip(text.inputs, targets, strict=True):
-        gram, moment = _ridge_sums(x_BTD, target_BTE)
+    for gram, moment in in_turn(map(_ridge_sums, text.inputs, targets)):
         gram_DD, moment_DE = gram_DD + gram, moment_DE + moment
     router_ED = ridge_solve(gram_DD, moment_DE, ROUTER_RIDGE).T
     # Adam moves every weight by about its learning rate, so a logit by that times the sum of the inputs' sizes
@@ -148,10 +149,10 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: i
     for step in range(ROUTER_STEPS):
         number = step % len(targets)
         router_ED, state = _router_step(top_k, router_ED, state, text.inputs[number], targets[number], fall(step))
-        # one program at a time: XLA's collectives on virtual CPU devices can wait for each other for ever
         jax.block_until_ready(router_ED)
     router_ED -= router_ED.mean(axis=0)  # what is common to all experts' logits chooses nothing
-    return router_ED * (logit_std / jnp.sqrt(jnp.mean(jnp.stack([_logit_variance(x, router_ED) for x in text.inputs]))))
+    variances = in_turn(_logit_variance(x_BTD, router_ED) for x_BTD in text.inputs)
+    return router_ED * (logit_std / jnp.sqrt(jnp.mean(jnp.stack(list(variances)))))
 
 
 def normal_equations(
@@ -160,10 +161,12 @@ def normal_equations(
     """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the wanted outputs, means over tokens."""
     neurons, width = text.ffn["down"].shape
     gram_FF, moment_FD = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, width))
-    for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True)):
-        gram, moment = _normal_sums(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, top_k)
+    sums = in_turn(
+        _normal_sums(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, top_k)
+        for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True))
+    )
+    for gram, moment in sums:
         gram_FF, moment_FD = gram_FF + gram, moment_FD + moment
-        jax.block_until_ready(gram_FF)
     return gram_FF / text.tokens, moment_FD / text.tokens
 
 
@@ -198,10 +201,10 @@ def ridge_solve(gram: jax.Array, moment: jax.Array, ridge: float, towards: jax.A
 
 def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: jax.Array, top_k: int) -> Figures:
     """How a carved layer does on a text: error, recall of the experts that matter, load."""
-    sums = [
+    sums = in_turn(
         _measures(text.hidden(number), x_BTD, label_F, router_ED, text.ffn["down"], down_FD, top_k)
         for number, x_BTD in enumerate(text.inputs)
-    ]
+    )
     error, energy, recall, load_E = (
         np.mean([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True)
     )
