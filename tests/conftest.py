@@ -4,10 +4,10 @@ import json
 import os
 from pathlib import Path
 
-# Nearly all the time goes into compiling: compile fast rather than well (see the fixture `optimised`), and share what
-# was compiled between workers and runs.
+# Nearly all the time goes into compiling: compile fast rather than well (see the fixture `optimised`), and keep what
+# was compiled; each worker for itself, as JAX writes a file of its cache while another process may be reading it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla" / os.environ.get("PYTEST_XDIST_WORKER", "main")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
