@@ -1,0 +1,1 @@
+"""Scoring a model: benchmarks by the harness, perplexity of long texts, planted sentences, tokenizers."""
