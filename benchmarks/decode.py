@@ -10,10 +10,9 @@ a process of its own and they take turns; the figures are of the median turn. Co
 apart. Limits: 3 times transformers' tokens per second, 0.7 times llama.cpp's. On a machine that does other work as
 well, give it one core of its own (taskset -c 1).
 
-The limits are not reached on two cores. With one row a token takes 6.2 ms, of which 4.4 are the 115 MB of weights
-that it reads at one core's 26 GB/s; two cores read at 29, but XLA gives a kernel of one row to one core, as it goes
-by the bytes that come out. The rest is spread over many small kernels. With 8 rows all weights of all experts are
-read, at half of that rate, since each is multiplied eight times. Tried in vain: blocks copied into the cache before a
+What limits it on two cores: with one row XLA gives a kernel to one core, as it goes by the bytes that come out; only
+the head, wide enough, is read by both. The rest of the time goes into many small kernels. With 8 rows all weights of
+all experts are read, at half of one row's rate, since each is multiplied eight times. Tried in vain: blocks copied into the cache before a
 dot, more rows of weights spelt out in a kernel, rows in groups of four, loops side by side.
 """
 
