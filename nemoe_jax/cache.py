@@ -1,8 +1,9 @@
 """The key/value cache: pages of a fixed number of tokens from one pool, which a table gives to the rows of a batch.
 
 A row of length l holds ceil(l / page) pages, so rows of different lengths waste less than a page each (Kwon et al.,
-2023, PagedAttention). Keys and values are kept in the model's dtype, in another float dtype (float8_e4m3fn as it is:
-its range needs no scales), or in int8 with a float32 scale for each token and head.
+2023, PagedAttention). Page 0 is nobody's: a table has it where a row has no page, and nothing is ever written there.
+Keys and values are kept in the model's dtype, in another float dtype (float8_e4m3fn as it is: its range needs no
+scales), or in int8 with a float32 scale for each token and head.
 
 Over a mesh heads are cut over `tensor`, rows with their pages over the batch's axes, and each row's pages in turn over
 `sequence`, whose devices merge their parts of the softmax (Dao et al., 2023, Flash-Decoding).
@@ -73,19 +74,51 @@ def empty_cache(config: ModelConfig, batch: int, slots: int | Sequence[int], dty
     slots = [slots] * batch if isinstance(slots, int) else list(slots)
     if max(slots) > config.context:
         raise UserError(f"cache: wanted at most the model's context of {config.context} slots a row, got {max(slots)}")
-    rows, sequence, tensor = _mesh_axes(batch, config.kv_heads)
-    shards, cuts = _size(rows), _size(sequence)
-    step = KEYS // PAGE * cuts
-    table_BM = np.zeros((batch, -(-max(slots) // (PAGE * step)) * step), np.int32)
-    pages = 1  # of a device: at least one, so that there is something to look at
+    shards, cuts = division(config, batch)
+    table_BM = np.zeros((batch, _table_width(max(slots), cuts)), np.int32)
+    pages = 1  # of a device
     for first in range(0, batch, batch // shards):
-        taken = 0
+        taken = 1
         for row in range(first, first + batch // shards):
             own = -(-slots[row] // (PAGE * cuts))  # of each of the sequence's devices
             table_BM[row, : own * cuts] = taken + np.arange(own * cuts) // cuts
             taken += own
         pages = max(pages, taken)
-    shape = (config.kv_heads, config.layers, pages * shards * cuts, PAGE, config.head_dim)
+    return _cache(config, table_BM, pages, dtype)
+
+
+def shared_cache(config: ModelConfig, batch: int, slots: int, pages: int, dtype: Any = jnp.bfloat16) -> Cache:
+    """A cache whose rows have no pages yet, and room for `slots` tokens each at most once they are given some.
+
+    Inside of `jit` it is laid over the ambient mesh.
+
+    Args:
+        pages: of each device, with page 0. `division` says how many devices share the rows.
+    """
+    _, cuts = division(config, batch)
+    return _cache(config, np.zeros((batch, _table_width(slots, cuts)), np.int32), pages, dtype)
+
+
+def division(config: ModelConfig, batch: int) -> tuple[int, int]:
+    """Into how many equal parts the ambient mesh cuts a batch's rows, and among how many devices each row's pages.
+
+    Every part has a pool of its own, and each of a row's devices in turn holds one of its pages: in the table, under
+    the same number.
+    """
+    rows, sequence, _ = _mesh_axes(batch, config.kv_heads)
+    return _size(rows), _size(sequence)
+
+
+def _table_width(slots: int, cuts: int) -> int:
+    """Pages of a row: whole steps of all its devices."""
+    step = KEYS // PAGE * cuts
+    return -(-slots // (PAGE * step)) * step
+
+
+def _cache(config: ModelConfig, table_BM: np.ndarray, pages: int, dtype: Any) -> Cache:
+    batch = len(table_BM)
+    rows, sequence, tensor = _mesh_axes(batch, config.kv_heads)
+    shape = (config.kv_heads, config.layers, pages * _size(rows) * _size(sequence), PAGE, config.head_dim)
 
     def pool() -> Pages:
         scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
@@ -163,8 +196,7 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
     page_BT, slot_BT = positions_BT // PAGE, positions_BT % PAGE
     mine_BT = (jnp.arange(positions_BT.shape[1]) < counts_B1) & (page_BT % cuts == part)
     held_BT = jnp.take_along_axis(table_BM, page_BT // cuts, axis=1, mode="clip")
-    # what a row has no room for is lost, and takes no other row's place: page 0 can only be a row's first
-    mine_BT &= (page_BT // cuts < table_BM.shape[1]) & ((held_BT > 0) | (page_BT < cuts))
+    mine_BT &= (page_BT // cuts < table_BM.shape[1]) & (held_BT > 0)  # what a row has no room for is lost
     target_BT = jnp.where(mine_BT, held_BT, cache.k.pool.shape[2])  # beyond the pool: dropped
     k = _write(cache.k, k_BTKH, cache.layer, target_BT, slot_BT)
     v = _write(cache.v, v_BTKH, cache.layer, target_BT, slot_BT)

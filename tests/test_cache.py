@@ -61,9 +61,9 @@ def test_rows_take_whole_pages_of_their_own():
     lengths = [1, PAGE, PAGE + 1, 5 * PAGE - 3]
     cache = empty_cache(LONG, 4, lengths)
     pages = [-(-length // PAGE) for length in lengths]
-    assert cache.k.pool.shape == (LONG.kv_heads, LONG.layers, sum(pages), PAGE, LONG.head_dim)
+    assert cache.k.pool.shape == (LONG.kv_heads, LONG.layers, 1 + sum(pages), PAGE, LONG.head_dim)
     taken = [page for row, many in enumerate(pages) for page in cache.table_BM[row, :many].tolist()]
-    assert sorted(taken) == list(range(sum(pages)))
+    assert sorted(taken) == list(range(1, 1 + sum(pages)))  # page 0 is nobody's
 
 
 def test_what_a_row_has_no_room_for_takes_no_other_rows_place():
