@@ -4,16 +4,17 @@ One compiled program serves a batch of unlike requests, greedy ones and sampled 
 nothing. The order is that of transformers' processors: repetition penalty, then OpenAI's penalties and bias, the tokens
 that a constraint allows, temperature, top-k, top-p, min-p.
 
-Nothing is sorted. Behind the constraint only a token's distance from the likeliest counts, 0 or more; what remains are all tokens up to some distance, which top-k and top-p find by bisection on the bits of a float32. The draw takes a block
-of the vocabulary by its probability, then a token of the block; its random number depends on the row's seed and step
-alone, not on where in which batch the row stands.
+Nothing is sorted. Once the constraint is applied, only a token's distance from the likeliest counts, 0 or more; what
+remains are all tokens up to some distance, which top-k and top-p find by bisection on the bits of a float32 (tokens of
+equal logits go together). The draw takes a block of the vocabulary by its probability, then a token of the block; its
+random numbers depend on the row's seed and step alone, not on where in which batch the row stands.
 
 B batch, V vocabulary, T tokens of a chunk, N biases or likeliest tokens, W words of 32 bits, G blocks of M tokens.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +28,18 @@ _INFINITE = 0x7F800000  # the bits of infinity
 
 
 class Controls(NamedTuple):
-    """Each row's wishes; their shapes depend on the number of rows alone, so that one compilation serves all."""
+    """Each row's wishes, arrays of NumPy or JAX; their shapes depend on the number of rows alone: one compilation."""
 
-    temperature_B: jax.Array | np.ndarray
-    top_k_B: jax.Array | np.ndarray
-    top_p_B: jax.Array | np.ndarray
-    min_p_B: jax.Array | np.ndarray
-    repetition_B: jax.Array | np.ndarray
-    presence_B: jax.Array | np.ndarray
-    frequency_B: jax.Array | np.ndarray
-    bias_token_BN: jax.Array | np.ndarray  # the vocabulary's size where there is none
-    bias_BN: jax.Array | np.ndarray
-    seed_B2: jax.Array | np.ndarray  # upper and lower 32 bits
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    min_p_B: Any
+    repetition_B: Any
+    presence_B: Any
+    frequency_B: Any
+    bias_token_BN: Any  # the vocabulary's size where there is none
+    bias_BN: Any
+    seed_B2: Any  # upper and lower 32 bits
 
 
 def controls(samplings: Sequence[Sampling], vocab: int) -> Controls:
@@ -117,22 +118,54 @@ def choose(
         allowed_BW: bits of the tokens that may come, uint32 (B, ceil(V / 32)), the lowest bit first; None: all.
     """
     wishes = Controls(*map(jnp.asarray, controls))
-    logits_BV = logits_BV.astype(jnp.float32)
-    if counts is not None:
-        logits_BV = _penalised(logits_BV, wishes, counts)
-    biased = (wishes.bias_BN != 0).any()
-    logits_BV = lax.cond(biased, lambda: _biased(logits_BV, wishes), lambda: logits_BV)
-    if allowed_BW is not None:
-        logits_BV = jnp.where(_bits(allowed_BW, logits_BV.shape[1]), logits_BV, -jnp.inf)
+    logits_BV = adjusted(logits_BV, wishes, counts, allowed_BW)
     best_B = logits_BV.max(axis=-1)
     greedy_B = likeliest(logits_BV)
     warm_B = wishes.temperature_B > 0
-    drawn_B = lax.cond(warm_B.any(), lambda: _drawn(logits_BV, best_B, wishes, step_B), lambda: greedy_B)
+    drawn_B = lax.cond(warm_B.any(), lambda: _drawn(weights(logits_BV, wishes), wishes, step_B), lambda: greedy_B)
     return jnp.where(jnp.isfinite(best_B), jnp.where(warm_B, drawn_B, greedy_B), -1)
 
 
+def adjusted(
+    logits_BV: jax.Array, wishes: Controls, counts: Counts | None, allowed_BW: jax.Array | None = None
+) -> jax.Array:
+    """The logits in float32 behind penalties and bias; what is not allowed has −∞."""
+    logits_BV = logits_BV.astype(jnp.float32)
+    if counts is not None:
+        asked_B = (wishes.repetition_B != 1) | (wishes.presence_B != 0) | (wishes.frequency_B != 0)
+        logits_BV = lax.cond(asked_B.any(), lambda: _penalised(logits_BV, wishes, counts), lambda: logits_BV)
+    biased_BN = wishes.bias_BN != 0
+    logits_BV = lax.cond(biased_BN.any(), lambda: _biased(logits_BV, wishes), lambda: logits_BV)
+    if allowed_BW is not None:
+        logits_BV = jnp.where(_bits(allowed_BW, logits_BV.shape[1]), logits_BV, -jnp.inf)
+    return logits_BV
+
+
+def weights(logits_BV: jax.Array, wishes: Controls) -> jax.Array:
+    """What the probabilities are in proportion to, (B, V) float32: 1 for the likeliest token, 0 for what drops out."""
+    warmth_B = jnp.where(wishes.temperature_B > 0, wishes.temperature_B, 1)
+    distance_BV = (logits_BV.max(axis=-1, keepdims=True) - logits_BV) / warmth_B[:, None]
+    few_B, part_B = wishes.top_k_B > 0, wishes.top_p_B < 1
+    everything_B = jnp.full(warmth_B.shape, jnp.inf)
+
+    def near(limit_B):
+        return jnp.where(distance_BV <= limit_B[:, None], jnp.exp(-distance_BV), 0)
+
+    def by_rank():
+        reach_B = _reach(distance_BV, jnp.ones_like(distance_BV), wishes.top_k_B.astype(jnp.float32))
+        return jnp.where(few_B, reach_B, jnp.inf)
+
+    def by_share():
+        left_BV = near(rank_B)
+        return jnp.where(part_B, _reach(distance_BV, left_BV, wishes.top_p_B * left_BV.sum(axis=-1)), jnp.inf)
+
+    rank_B = lax.cond(few_B.any(), by_rank, lambda: everything_B)
+    share_B = lax.cond(part_B.any(), by_share, lambda: everything_B)
+    return near(jnp.minimum(jnp.minimum(rank_B, share_B), -jnp.log(wishes.min_p_B)))
+
+
 def scores(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities (nats) under the model alone: of the tokens, (B,); the `top` likeliest tokens and theirs, (B, N)."""
+    """Log-probabilities (nats) under the model alone: of the tokens, (B,); the `top` likeliest tokens, and theirs."""
     logits_BV = logits_BV.astype(jnp.float32)
     total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     chosen_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
@@ -149,18 +182,11 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
 
 def _penalised(logits_BV: jax.Array, wishes: Controls, counts: Counts) -> jax.Array:
     """Repetition penalty on prompt and answer, presence and frequency penalty on the answer."""
-
-    def penalised():
-        repetition_B1, presence_B1, frequency_B1 = (
-            wish_B[:, None] for wish_B in (wishes.repetition_B, wishes.presence_B, wishes.frequency_B)
-        )
-        answered_BV = counts.answer_BV > 0
-        weaker_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
-        penalised_BV = jnp.where(counts.prompt_BV | answered_BV, weaker_BV, logits_BV)
-        return penalised_BV - presence_B1 * answered_BV - frequency_B1 * counts.answer_BV
-
-    asked_B = (wishes.repetition_B != 1) | (wishes.presence_B != 0) | (wishes.frequency_B != 0)
-    return lax.cond(asked_B.any(), penalised, lambda: logits_BV)
+    repetition_B1 = wishes.repetition_B[:, None]
+    answered_BV = counts.answer_BV > 0
+    weaker_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
+    logits_BV = jnp.where(counts.prompt_BV | answered_BV, weaker_BV, logits_BV)
+    return logits_BV - wishes.presence_B[:, None] * answered_BV - wishes.frequency_B[:, None] * counts.answer_BV
 
 
 def _biased(logits_BV: jax.Array, wishes: Controls) -> jax.Array:
@@ -172,30 +198,6 @@ def _bits(words_BW: jax.Array, vocab: int) -> jax.Array:
     """The first bits of those words as bool (B, V)."""
     bits_BW32 = (words_BW[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return bits_BW32.reshape(len(words_BW), -1)[:, :vocab].astype(bool)
-
-
-def _drawn(logits_BV: jax.Array, best_B: jax.Array, wishes: Controls, step_B: jax.Array) -> jax.Array:
-    """Tokens drawn by chance, (B,)."""
-    warmth_B = jnp.where(wishes.temperature_B > 0, wishes.temperature_B, 1)
-    distance_BV = jnp.abs(best_B[:, None] - logits_BV) / warmth_B[:, None]
-    limit_B = -jnp.log(wishes.min_p_B)
-    few_B, part_B = wishes.top_k_B > 0, wishes.top_p_B < 1
-
-    def by_rank():
-        reach_B = _reach(distance_BV, jnp.ones_like(distance_BV), wishes.top_k_B.astype(jnp.float32))
-        return jnp.where(few_B, reach_B, jnp.inf)
-
-    rank_B = lax.cond(few_B.any(), by_rank, lambda: jnp.full_like(best_B, jnp.inf))
-
-    def by_share():
-        left_BV = jnp.where(distance_BV <= rank_B[:, None], jnp.exp(-distance_BV), 0)
-        return jnp.where(part_B, _reach(distance_BV, left_BV, wishes.top_p_B * left_BV.sum(axis=-1)), jnp.inf)
-
-    share_B = lax.cond(part_B.any(), by_share, lambda: rank_B)
-    limit_B = jnp.minimum(jnp.minimum(rank_B, share_B), limit_B)
-    weight_BV = jnp.where(distance_BV <= limit_B[:, None], jnp.exp(-distance_BV), 0)
-    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(wishes.seed_B2, impl="threefry2x32"), step_B)
-    return _draw(weight_BV, jax.vmap(lambda key: jax.random.uniform(key, 2))(keys_B))
 
 
 def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
@@ -213,8 +215,10 @@ def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) ->
     return lax.bitcast_convert_type(reach_B, jnp.float32)
 
 
-def _draw(weight_BV: jax.Array, chance_B2: jax.Array) -> jax.Array:
-    """Indices drawn in proportion to their weights, (B,), by two random numbers of each row from [0, 1)."""
+def _drawn(weight_BV: jax.Array, wishes: Controls, step_B: jax.Array) -> jax.Array:
+    """Tokens drawn in proportion to their weights, (B,)."""
+    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(wishes.seed_B2, impl="threefry2x32"), step_B)
+    chance_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     rows, vocab = weight_BV.shape
     blocks = math.ceil(vocab / _BLOCK)
     weight_BGM = jnp.pad(weight_BV, ((0, 0), (0, blocks * _BLOCK - vocab))).reshape(rows, blocks, _BLOCK)
@@ -224,7 +228,7 @@ def _draw(weight_BV: jax.Array, chance_B2: jax.Array) -> jax.Array:
 
 
 def _first_beyond(weight_BN: jax.Array, chance_B: jax.Array) -> jax.Array:
-    """The first index with a weight at which the running sum exceeds that share of the whole, (B,)."""
+    """The first index with a weight at which the running sum exceeds that share of the whole, (B,) int32."""
     sum_BN = weight_BN.cumsum(axis=-1)
     beyond_BN = (sum_BN > chance_B[:, None] * sum_BN[:, -1:]) & (weight_BN > 0)
     # where rounding leaves none: the heaviest
