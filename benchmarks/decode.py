@@ -12,8 +12,8 @@ well, give it one core of its own (taskset -c 1).
 
 What limits it on two cores: with one row XLA gives a kernel to one core, as it goes by the bytes that come out; only
 the head, wide enough, is read by both. The rest of the time goes into many small kernels. With 8 rows all weights of
-all experts are read, at half of one row's rate, since each is multiplied eight times. Tried in vain: blocks copied into the cache before a
-dot, more rows of weights spelt out in a kernel, rows in groups of four, loops side by side.
+all experts are read, at half of one row's rate, since each is multiplied eight times. Tried in vain: blocks copied into
+the cache before a dot, more rows of weights spelt out in a kernel, rows in groups of four, loops side by side.
 """
 
 import argparse
