@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -56,7 +57,7 @@ class Command:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Parses, runs the handler, and turns a UserError into one line and exit status 2."""
-        arguments = self.parser.parse_args(argv)
+        arguments = self.parser.parse_args(self._join_name(sys.argv[1:] if argv is None else argv))
         try:
             return arguments.handler(arguments) or 0
         except UserError as error:
@@ -76,6 +77,12 @@ class Command:
         except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
             sys.stderr.close()
             return 0
+
+    def _join_name(self, argv: Sequence[str]) -> list[str]:
+        """A sub-command whose name is two words, such as `tokenize compare`, as the one word that argparse knows."""
+        first = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+        name = " ".join(argv[first : first + 2])
+        return [*argv[:first], name, *argv[first + 2 :]] if name in self.subparsers.choices else list(argv)
 
 
 def _missing_backend() -> str:
@@ -129,6 +136,15 @@ def report(figures: dict[str, Any], as_json: bool) -> None:
     width = max(map(len, figures), default=0)
     for name, value in figures.items():
         print(f"{name:<{width}}  {value:,.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or of standard input where the path is `-`; bad UTF-8 as U+FFFD. Raises UserError."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    return data.decode("utf-8", "replace")
 
 
 def progress_bar(*extra_columns: str, visible: bool = True) -> Progress:

@@ -1,0 +1,95 @@
+"""A comparison of tokenizers as a table in the terminal and as a plot."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.evaluation.tokenizer_comparison import Count
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#3b6ea5", "#c8553d", "#4f8a4f", "#c79a3a", "#7a5c99", "#777777")
+FORMATS = (".png", ".svg")
+BARS_WITH_LABELS = 40
+WIDE = 200  # columns, where standard output is no terminal
+
+
+def print_table(groups: Mapping[str, Count], names: Sequence[str]) -> None:
+    """A row for each tokenizer of each group; words are left out where a language has none."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("text", overflow="fold")
+    table.add_column("characters", justify="right")
+    table.add_column("tokenizer", overflow="fold")
+    for title in ("tokens", "per character", "per word", "per byte", "ratio"):
+        table.add_column(title, justify="right")
+    for group, count in groups.items():
+        for i, (name, tokens) in enumerate(zip(names, count.tokens, strict=True)):
+            text = (Text(group), f"{count.characters:,}") if i == 0 else ("", "")  # Text: no markup in a file's name
+            per_unit = (_share(tokens, size) for size in (count.characters, count.words, count.bytes))
+            ratio = count.ratio(i)
+            table.add_row(*text, Text(name), f"{tokens:,}", *per_unit, "–" if ratio is None else f"{ratio:.2f}")
+        table.add_section()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    console.print(table)
+    console.print(f"ratio: tokens over those of {names[0]}", style="dim", highlight=False)
+
+
+def _share(tokens: int, size: int | None) -> str:
+    return f"{tokens / size:.3f}" if size else "–"
+
+
+def draw(groups: Mapping[str, Count], names: Sequence[str]) -> "Figure":
+    """Bars of the ratio: a cluster for each group, a bar in it for each tokenizer but the first (the line at 1)."""
+    import matplotlib  # half a second to import
+    from matplotlib.figure import Figure
+
+    others = range(1, len(names))
+    width = 0.8 / len(others)
+    figure = Figure(figsize=(max(4.0, 1.5 + 0.45 * len(groups) * len(others) ** 0.5), 3.2), layout="constrained")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a file's name may hold dollars
+        axes = figure.subplots()
+        for i in others:
+            left = [place - 0.4 + width * (i - 1) for place in range(len(groups))]
+            heights = [count.ratio(i) or 0 for count in groups.values()]
+            colour = COLOURS[(i - 1) % len(COLOURS)]
+            bars = axes.bar(left, heights, width, align="edge", color=colour, label=names[i])
+            if len(groups) * len(others) <= BARS_WITH_LABELS:
+                axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        axes.axhline(1, color="#222222", linewidth=1)
+        axes.set_xticks(range(len(groups)), list(groups), rotation=90 if max(map(len, groups)) > 8 else 0)
+        axes.set_ylabel(f"tokens, times those of\n{names[0]}")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def check_plot(path: Path) -> None:
+    """Raises UserError where `write_plot` could not write, before any text is counted."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"--plot {path}: wanted a file name in {' or '.join(FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--plot {path}: no such directory")
+
+
+def write_plot(figure: "Figure", path: Path) -> None:
+    """Writes a PNG or an SVG, whole or not at all; the same figure always gives the same bytes."""
+    import matplotlib
+
+    partial = path.with_name(f"{path.name}.partial")
+    undated = {"Date": None} if path.suffix == ".svg" else None
+    try:
+        # in an SVG, text stays text, and names are not random
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemoe"}):
+            figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=undated)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--plot {path}: {error.strerror}") from error
