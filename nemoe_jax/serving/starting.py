@@ -1,0 +1,73 @@
+"""An engine for the commands that generate text: the flags, and loading model and adapter into it."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nemoe_jax import running
+from nemoe_jax.errors import UserError
+from nemoe_jax.tokenizer_base import Tokenizer
+
+if TYPE_CHECKING:
+    from nemoe_jax.config import ModelConfig
+    from nemoe_jax.serving.engine import Engine
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """`--adapter`, `--mesh`, `--dtype` and `--kv-cache`, for `start`."""
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in Hugging Face PEFT's form, over the model")
+    running.add_model_flags(parser)
+    running.add_cache_flag(parser)
+
+
+@contextlib.contextmanager
+def start(
+    arguments: argparse.Namespace, tokenizer: Tokenizer, *, rows: int, tokens: int, waiting: int = 64
+) -> "Iterator[Engine]":
+    """An engine with the model of `arguments.directory`, for as long as the context lasts.
+
+    Its requests name the adapter as the flag does.
+
+    Args:
+        rows: answers that are made together.
+        tokens: of the cache of keys and values, in all.
+        waiting: requests that may wait.
+
+    Raises:
+        UserError: a model or an adapter that cannot be loaded.
+    """
+    from nemoe_jax import peft
+    from nemoe_jax.serving.engine import Engine
+
+    config, params, mesh = running.load(arguments)
+    adapters = {}
+    if arguments.adapter:
+        adapters[arguments.adapter] = peft.load_adapters(arguments.adapter, config, mesh, progress=True)[1]
+    engine = Engine(
+        config,
+        params,
+        tokenizer,
+        rows=rows,
+        tokens=tokens,
+        waiting=waiting,
+        mesh=mesh,
+        cache_dtype=arguments.kv_cache,
+        adapters=adapters or None,
+    )
+    try:
+        yield engine
+    finally:
+        engine.close(drain=False)
+
+
+def check_length(config: "ModelConfig", prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises UserError where an answer might not fit into the context: before the weights are loaded."""
+    if prompt_tokens < 1:
+        raise UserError("empty prompt: wanted at least one token")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: wanted a positive number, got {max_new_tokens}")
+    if prompt_tokens + max_new_tokens > config.context:
+        raise UserError(
+            f"prompt of {prompt_tokens} tokens + {max_new_tokens} new tokens exceed the context of {config.context}"
+        )
