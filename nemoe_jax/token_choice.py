@@ -123,7 +123,7 @@ def choose(
     greedy_B = likeliest(logits_BV)
     warm_B = wishes.temperature_B > 0
     drawn_B = lax.cond(warm_B.any(), lambda: _drawn(weights(logits_BV, wishes), wishes, step_B), lambda: greedy_B)
-    return jnp.where(jnp.isfinite(best_B), jnp.where(warm_B, drawn_B, greedy_B), -1)
+    return jnp.where(jnp.isfinite(best_B) & (greedy_B >= 0), jnp.where(warm_B, drawn_B, greedy_B), -1)
 
 
 def adjusted(
@@ -174,10 +174,14 @@ def scores(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[jax.Arra
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
-    """The first of the largest logits in each row: `argmax` in two passes, which on CPU are eight times as fast."""
+    """The first of the largest logits in each row, (B,) int32; −1 where a row holds NaN.
+
+    `argmax` in two passes, which on CPU are eight times as fast; the largest itself does not show NaN there.
+    """
     vocab = logits_BV.shape[-1]
-    token_BV = jnp.where(logits_BV == logits_BV.max(axis=-1, keepdims=True), jnp.arange(vocab, dtype=jnp.int32), vocab)
-    return jnp.minimum(token_BV.min(axis=-1), vocab - 1)  # a row of NaN is equal to nothing
+    best_B1 = logits_BV.max(axis=-1, keepdims=True)
+    token_BV = jnp.where(logits_BV == best_B1, jnp.arange(vocab, dtype=jnp.int32), vocab)
+    return jnp.where(jnp.isnan(logits_BV), -1, token_BV).min(axis=-1)
 
 
 def _penalised(logits_BV: jax.Array, wishes: Controls, counts: Counts) -> jax.Array:
@@ -201,7 +205,7 @@ def _bits(words_BW: jax.Array, vocab: int) -> jax.Array:
 
 
 def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """The smallest distance up to which the weights add up to what is wanted, (B,); infinite where they never do."""
+    """The smallest distance up to which the weights reach what is wanted, (B,), so never less than the likeliest's."""
     bits_BV = lax.bitcast_convert_type(distance_BV, jnp.int32)  # of floats from 0 on: in the same order
 
     def halve(_, bounds):
@@ -212,7 +216,7 @@ def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) ->
 
     nothing_B = jnp.full(wanted_B.shape, -1, jnp.int32)
     _, reach_B = lax.fori_loop(0, 31, halve, (nothing_B, jnp.full_like(nothing_B, _INFINITE)))
-    return lax.bitcast_convert_type(reach_B, jnp.float32)
+    return lax.bitcast_convert_type(jnp.maximum(reach_B, 0), jnp.float32)
 
 
 def _drawn(weight_BV: jax.Array, wishes: Controls, step_B: jax.Array) -> jax.Array:
