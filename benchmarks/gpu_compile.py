@@ -44,11 +44,14 @@ def compiled() -> dict[str, Any]:
     """The forward pass and the decoding step."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from jax.experimental import topologies
 
     from nemoe_jax import schema
     from nemoe_jax.config import preset
-    from nemoe_jax.generate import Sampling, _decode, _start
+    from nemoe_jax.generate import _decode, _start
+    from nemoe_jax.sampling import Sampling
+    from nemoe_jax.token_choice import controls
     from nemoe_jax.transformer import hidden, logits
 
     card = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=CARD, topology="1x1x1")
@@ -66,11 +69,12 @@ def compiled() -> dict[str, Any]:
 
     with jax.set_mesh(mesh):
         tokens_BT = placed(jax.ShapeDtypeStruct((4, 2048), jnp.int32))
-        state = placed(jax.eval_shape(lambda: _start(config, (SLOTS,), jnp.dtype("bfloat16"))))
-        steps, stop_S, key = placed(jax.eval_shape(lambda: (jnp.int32(0), jnp.zeros(1, jnp.int32), jax.random.key(0))))
+        stop_E = np.array([-1], np.int32)
+        state, _ = placed(jax.eval_shape(lambda: _start(config, (SLOTS,), jnp.dtype("bfloat16"), False, 1, stop_E)))
+        steps, wishes = placed((np.int32(0), controls([Sampling()], config.vocab)))
         return {
             "forward": jax.jit(forward).lower(params, tokens_BT).compile(),
-            "decode": _decode.lower(config, params, state, steps, Sampling(), stop_S, key).compile(),
+            "decode": _decode.lower(config, params, state, steps, wishes).compile(),
         }
 
 

@@ -120,9 +120,12 @@ def lower(config: Any, mesh: Any, work: Work) -> tuple[Any, list[tuple[int, ...]
     """The program before it is compiled; and the shapes of the cache's arrays on a device."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
     from nemoe_jax import generate, schema, sharding
+    from nemoe_jax.sampling import Sampling
+    from nemoe_jax.token_choice import controls
     from nemoe_jax.transformer import forward
 
     def shape(array: Any, place: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
@@ -135,13 +138,13 @@ def lower(config: Any, mesh: Any, work: Work) -> tuple[Any, list[tuple[int, ...]
         tokens = jax.ShapeDtypeStruct((work.rows, work.length), jnp.int32, sharding=everywhere)
         return jax.jit(lambda params, tokens: forward(config, params, tokens).logits).lower(params, tokens), []
     slots = (work.length,) * work.rows
-    start = generate._start.lower(config, slots, jnp.dtype(work.cache)).compile()
-    state = jax.tree.map(shape, start.out_info, start.output_shardings)
+    stop, new = np.array([-1], np.int32), np.int32(1)
+    start = generate._start.lower(config, slots, jnp.dtype(work.cache), False, new, stop).compile()
+    state, _ = jax.tree.map(shape, start.out_info, start.output_shardings)
     shares = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((state.cache.k, state.cache.v))]
-    stop, key = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=everywhere), jax.eval_shape(lambda: jax.random.key(0))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    greedy = generate.Sampling()
-    return generate._decode.lower(config, params, state, steps, greedy, stop, shape(key, everywhere)), shares
+    wishes = jax.tree.map(lambda array: shape(array, everywhere), controls([Sampling()] * work.rows, config.vocab))
+    return generate._decode.lower(config, params, state, steps, wishes), shares
 
 
 def copies(program: Any, shares: list[tuple[int, ...]]) -> int:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 
 from nemoe_jax import schema, sharding
 from nemoe_jax.errors import UserError
-from nemoe_jax.generate import Sampling, generate, sample
+from nemoe_jax.generate import generate
+from nemoe_jax.sampling import Sampling
 from nemoe_jax.transformer import forward
 from tests.conftest import DENSE
 
@@ -77,23 +80,19 @@ def test_impossible_requests(prompts, count, message):
         next(generate(DENSE, {}, prompts, count))
 
 
-def test_sampled_shares_follow_the_probabilities():
-    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
-    logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (20_000, 4))
-
-    def shares(**options):
-        tokens = np.asarray(sample(logits, Sampling(**options), jax.random.key(0)))
-        return np.bincount(tokens, minlength=4) / len(tokens)
-
-    np.testing.assert_allclose(shares(temperature=1.0), probabilities, atol=0.015)
-    squared = probabilities**2 / (probabilities**2).sum()
-    np.testing.assert_allclose(shares(temperature=0.5), squared, atol=0.015)
-    kept = np.array([0.5, 0.3, 0, 0]) / 0.8  # below 0.4 of the likeliest
-    np.testing.assert_allclose(shares(temperature=1.0, min_p=0.4), kept, atol=0.015)
-    assert shares()[0] == 1
+def test_rows_draw_by_seeds_of_their_own():
+    params = schema.initialise(DENSE, jax.random.key(0))
+    warm = Sampling(temperature=1.0, repetition_penalty=1.3, seed=7)
+    both = np.stack(list(generate(DENSE, params, [[5, 9, 31], [5, 9, 31]], 9, warm)), axis=1)
+    assert both[0].tolist() != both[1].tolist()
+    again = np.stack(
+        list(generate(DENSE, params, [[5, 9, 31], [5, 9, 31]], 9, dataclasses.replace(warm, seed=8))), axis=1
+    )
+    assert again[0].tolist() == both[1].tolist()
 
 
-@pytest.mark.parametrize("options", [{"temperature": -0.1}, {"min_p": 1.0}])
-def test_bad_sampling(options):
-    with pytest.raises(UserError, match="wanted"):
-        Sampling(**options)
+def test_logits_that_are_no_numbers():
+    params = schema.initialise(DENSE, jax.random.key(0))
+    params = params | {"embed": params["embed"].at[31].set(jnp.nan)}
+    with pytest.raises(UserError, match="no numbers"):
+        next(generate(DENSE, params, [[5], [31]], 3))
