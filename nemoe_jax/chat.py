@@ -22,6 +22,7 @@ from nemoe_jax.chat_tools import (
     OLDEST_WITH_TOOLS,
     call_parts,
     check_calls,
+    check_tool_list,
     check_tools,
     place,
     result_parts,
@@ -83,7 +84,7 @@ def spoken_ids(
     Raises UserError as `render_chat` does, and where a template does not show which part of its text is an answer.
     """
     check(messages)
-    check_tools(tools)
+    check_tool_list(tools)
     if tokenizer.chat_template is None:
         return tokenizer.encode_marked(mistral_parts(tokenizer, messages, tools))
     return tokenizer.encode_marked(spoken_template_parts(tokenizer, messages, tools))
@@ -119,6 +120,7 @@ def mistral_parts(
     number = version_number(tokenizer)
     check_order(messages)
     check_calls(messages, number)
+    check_tools(tools)
     if tools and number < OLDEST_WITH_TOOLS:
         raise UserError(f"{tokenizer.path}: chat format v{number} has no tools; v{OLDEST_WITH_TOOLS} and newer have")
     turns = by_role(messages)
@@ -192,7 +194,7 @@ def text_of(message: Message, at: int) -> str:
         not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str)
         for block in blocks
     ):
-        raise UserError(f"{place(at)}: content: wanted a text or a list of text blocks, got {content!r:.80}")
+        raise UserError(f"{place(at)}.content: wanted a text or a list of text blocks, got {content!r:.80}")
     text = BREAK.join(block["text"] for block in blocks if block["text"])
     if not text and message["role"] == "assistant" and not message.get("tool_calls"):
         raise UserError(f"{place(at)}: an answer (role assistant) without content")
@@ -207,7 +209,7 @@ def check(messages: Any) -> None:
         if not isinstance(message, Mapping):
             raise UserError(f"{place(at)}: wanted an object with role and content, got {message!r:.80}")
         if message.get("role") not in ROLES:
-            raise UserError(f"{place(at)}: role: wanted one of {', '.join(ROLES)}, got {message.get('role')!r:.80}")
+            raise UserError(f"{place(at)}.role: wanted one of {', '.join(ROLES)}, got {message.get('role')!r:.80}")
 
 
 def check_order(messages: Sequence[Message]) -> None:
@@ -215,9 +217,9 @@ def check_order(messages: Sequence[Message]) -> None:
     roles = [message["role"] for message in messages]
     for at, role in enumerate(roles):
         if role not in FOLLOWERS:
-            raise UserError(f"{place(at)}: role {role} is not supported in Mistral's format here")
+            raise UserError(f"{place(at)}.role: {role} is not supported in Mistral's format here")
         if at and role not in FOLLOWERS[roles[at - 1]]:
             allowed = ", ".join(FOLLOWERS[roles[at - 1]])
-            raise UserError(f"{place(at)}: role {role} cannot follow {roles[at - 1]} (could: {allowed})")
+            raise UserError(f"{place(at)}.role: {role} cannot follow {roles[at - 1]} (could: {allowed})")
     if roles == ["assistant"]:
         raise UserError(f"{place(0)}: a chat starts with the role user or system")

@@ -54,7 +54,7 @@ def template_parts(
     marks, marked, marked_tools = prepare(tokenizer, messages, tools)
     if continue_answer:
         if not isinstance(marked[-1].get("content"), str):
-            raise UserError(f"{place(len(messages) - 1)}: content: wanted a text to continue")
+            raise UserError(f"{place(len(messages) - 1)}.content: wanted a text to continue")
         marked[-1]["content"] += marks.cut + " "  # the space tells whether the template trims
     text = render(tokenizer, marked, marked_tools, generation_prompt and not continue_answer)
     if continue_answer:

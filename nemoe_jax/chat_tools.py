@@ -19,8 +19,9 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer_base import Tokenizer
 
 OLDEST_WITH_TOOLS = 3
+MOST_TOOLS = 128
 CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _UNNAMED = (None, "", "null")  # how a call says that it has no id
 
 
@@ -29,8 +30,8 @@ def place(at: int) -> str:
     return f"messages[{at}]"
 
 
-def check_tools(tools: Any) -> None:
-    """Raises UserError unless these are tools: a list of objects, or None."""
+def check_tool_list(tools: Any) -> None:
+    """Raises UserError unless this is a list of objects, or None."""
     if tools is None:
         return
     if (
@@ -41,6 +42,56 @@ def check_tools(tools: Any) -> None:
         raise UserError(f"tools: wanted a list of objects with a function, got {tools!r:.80}")
 
 
+def check_tools(tools: Any) -> None:
+    """Raises UserError unless these are tools that a model can be told of, or None."""
+    check_tool_list(tools)
+    if tools and len(tools) > MOST_TOOLS:
+        raise UserError(f"tools: wanted at most {MOST_TOOLS}, got {len(tools)}")
+    names: set[str] = set()
+    for at, tool in enumerate(tools or []):
+        where, function = f"tools[{at}].function", tool.get("function")
+        if tool.get("type", "function") != "function":
+            raise UserError(f"tools[{at}].type: wanted function, got {tool['type']!r:.80}")
+        if not isinstance(function, Mapping):
+            raise UserError(f"{where}: wanted an object with a name, got {function!r:.80}")
+        name, about, parameters = (function.get(key) for key in ("name", "description", "parameters"))
+        _check_name(where, name)
+        if str(name) in names:
+            raise UserError(f"{where}.name: two tools with the name {name}")
+        if not isinstance(about, str | None):
+            raise UserError(f"{where}.description: wanted a text, got {about!r:.80}")
+        if not isinstance(parameters, Mapping | None):
+            raise UserError(f"{where}.parameters: wanted a JSON schema (an object), got {parameters!r:.80}")
+        if parameters and parameters.get("type", "object") != "object":
+            raise UserError(f"{where}.parameters.type: wanted object, got {parameters['type']!r:.80}")
+        names.add(str(name))
+
+
+def check_tool_choice(tool_choice: Any, tools: Sequence[Mapping[str, Any]] | None) -> tuple[str, str | None]:
+    """Whether tools are to be called: `none`, `auto` or `required`, and the name of the only one that may be.
+
+    tool_choice: one of these (`any` is Mistral's word for required), `{"type": "function", "function": {"name": …}}`,
+        or None, which means auto where there are tools.
+    tools: as `check_tools` lets them pass. Raises UserError.
+    """
+    names = [tool["function"]["name"] for tool in tools or []]
+    chosen = tool_choice if tool_choice is not None else "auto" if names else "none"
+    name = None
+    if isinstance(chosen, Mapping):
+        function = chosen.get("function")
+        if chosen.get("type") != "function" or not isinstance(function, Mapping):
+            raise UserError(f"tool_choice: wanted the type function and a function with a name, got {chosen!r:.80}")
+        name = function.get("name")
+        if name not in names:
+            raise UserError(f"tool_choice.function.name: wanted the name of a tool that is given, got {name!r:.80}")
+    elif chosen not in ("none", "auto", "required", "any"):
+        raise UserError(f"tool_choice: wanted none, auto, required or a function, got {chosen!r:.80}")
+    mode = chosen if chosen in ("none", "auto") else "required"
+    if mode == "required" and not names:
+        raise UserError("tool_choice: wanted none or auto where no tools are given")
+    return mode, name
+
+
 def check_calls(messages: Sequence[Mapping[str, Any]], version: int) -> None:
     """Raises UserError where calls are malformed or lack ids, or calls and results do not belong together."""
     pending: list[str] = []
@@ -49,7 +100,7 @@ def check_calls(messages: Sequence[Mapping[str, Any]], version: int) -> None:
             wanted = message.get("tool_call_id")
             if wanted not in pending:
                 raise UserError(
-                    f"{place(at)}: tool_call_id: wanted the id of a call without a result, got {wanted!r:.80}"
+                    f"{place(at)}.tool_call_id: wanted the id of a call without a result, got {wanted!r:.80}"
                 )
             pending.remove(wanted)
         elif message["role"] == "assistant":
@@ -60,48 +111,49 @@ def check_calls(messages: Sequence[Mapping[str, Any]], version: int) -> None:
 
 def _calls(message: Mapping[str, Any], at: int, version: int, last: bool) -> list[Mapping[str, Any]]:
     """The calls of an answer that have an id, all of them checked."""
-    calls = message.get("tool_calls") or []
+    calls, where = message.get("tool_calls") or [], f"{place(at)}.tool_calls"
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise UserError(f"{place(at)}: tool_calls: wanted a list, got {calls!r:.80}")
+        raise UserError(f"{where}: wanted a list, got {calls!r:.80}")
     if calls and version < OLDEST_WITH_TOOLS:
-        raise UserError(f"{place(at)}: chat format v{version} has no tool calls; v{OLDEST_WITH_TOOLS} and newer have")
+        raise UserError(f"{where}: chat format v{version} has no tool calls; v{OLDEST_WITH_TOOLS} and newer have")
     named: list[Mapping[str, Any]] = []
-    for call in calls:
+    for number, call in enumerate(calls):
+        one = f"{where}[{number}]"
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str | Mapping | None):
-            raise UserError(f"{place(at)}: tool_calls: wanted a function with name and arguments, got {call!r:.80}")
-        _check_name(f"{place(at)}: tool_calls", function.get("name"))
+            raise UserError(f"{one}: wanted a function with name and arguments, got {call!r:.80}")
+        _check_name(f"{one}.function", function.get("name"))
         if call.get("id") in _UNNAMED and last:  # an answer that ends the chat may leave it out
             continue
         if version < 13 and not (isinstance(call.get("id"), str) and CALL_ID.fullmatch(call["id"])):
-            raise UserError(f"{place(at)}: tool_calls: id: wanted 9 letters or digits, got {call.get('id')!r:.80}")
+            raise UserError(f"{one}.id: wanted 9 letters or digits, got {call.get('id')!r:.80}")
         if not isinstance(call.get("id"), str) or call["id"] in _UNNAMED:
-            raise UserError(f"{place(at)}: tool_calls: id: wanted a text, got {call.get('id')!r:.80}")
+            raise UserError(f"{one}.id: wanted a text, got {call.get('id')!r:.80}")
         if any(call["id"] == other["id"] for other in named):
-            raise UserError(f"{place(at)}: tool_calls: two calls with the id {call['id']}")
+            raise UserError(f"{one}.id: two calls with the id {call['id']}")
         named.append(call)
     return named
 
 
 def _check_name(where: str, name: Any) -> None:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UserError(f"{where}: name: wanted 1 to 64 letters, digits, _ and -, got {name!r:.80}")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(f"{where}.name: wanted 1 to 64 letters, digits, _ and -, got {name!r:.80}")
 
 
 def tool_parts(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> list[str | int]:
-    """What may be called. Raises UserError on a tool without a proper name or parameters."""
-    listed = []
-    for at, tool in enumerate(tools):
-        function = tool.get("function")
-        if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
-            raise UserError(f"tools[{at}]: wanted the type function and a function, got {tool!r:.80}")
-        name, about, parameters = (function.get(key) for key in ("name", "description", "parameters"))
-        _check_name(f"tools[{at}]", name)
-        if not isinstance(about, str | None) or not isinstance(parameters, Mapping | None):
-            raise UserError(f"tools[{at}]: wanted a text as description and an object as parameters")
-        listed.append(
-            {"type": "function", "function": {"name": name, "description": about or "", "parameters": parameters or {}}}
-        )
+    """What may be called, of tools that have been checked."""
+    functions = [tool["function"] for tool in tools]
+    listed = [
+        {
+            "type": "function",
+            "function": {
+                "name": function["name"],
+                "description": function.get("description") or "",
+                "parameters": function.get("parameters") or {},
+            },
+        }
+        for function in functions
+    ]
     return [
         tokenizer.control_id("[AVAILABLE_TOOLS]"),
         json.dumps(listed, ensure_ascii=False),

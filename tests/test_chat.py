@@ -9,6 +9,7 @@ import pytest
 
 from nemoe_jax import cli
 from nemoe_jax.chat import read_messages, read_tools, render_chat, spoken_ids
+from nemoe_jax.chat_tools import check_tool_choice
 from nemoe_jax.errors import UserError
 from nemoe_jax.tokenizer import Tokenizer, cut_tekken, load_tokenizer
 
@@ -27,6 +28,7 @@ FILES = [
         for name in ("240216.model.v2", "240323.model.v3", "241114.model.v7", "241114.model.v7m1")
     ),
 ]
+TEKKEN = "tekken_240718.json"
 NEWER = ["v7", "v11", "v13"]  # Tekken files of these versions are made from the carried one
 
 
@@ -65,6 +67,10 @@ CHATS = {
 
 def call(name: str, call_id: str, arguments: object) -> dict:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(name: str, **more: object) -> dict:
+    return {"type": "function", "function": {"name": name, **more}}
 
 
 WEATHER, SUM = call("weather", "a1B2c3D4e", '{"city":  "Graz", "é": [1.50, null]}'), call("sum-2", "zzzzzzzz9", "")
@@ -193,7 +199,7 @@ def test_all_orders_of_roles_are_accepted_or_refused_alike(file, pairs):
             except MistralCommonException:
                 refused += 1
                 with pytest.raises(
-                    UserError, match=r"messages\[\d\]: (role system cannot follow assistant|a chat starts)"
+                    UserError, match=r"messages\[\d\](\.role: system cannot follow assistant|: a chat starts)"
                 ):
                     render_chat(ours, messages)
             else:
@@ -266,7 +272,7 @@ def test_orders_of_calls_and_results_that_mistral_common_accepts(pairs):
             expected = reference(theirs, chat)
         except MistralCommonException:
             counts[0] += 1
-            with pytest.raises(UserError, match=r"messages\[\d\]: "):
+            with pytest.raises(UserError, match=r"messages\[\d\](\.[a-z_]+)?: "):
                 render_chat(ours, chat)
         else:
             counts[1] += 1
@@ -300,45 +306,45 @@ BAD = {
     "nothing": ([], "wanted a list of at least one"),
     "a text": ("hello", "wanted a list"),
     "not objects": (["hello"], r"messages\[0\]: wanted an object"),
-    "no role": ([{"content": "x"}], r"messages\[0\]: role: wanted one of system.*got None"),
-    "strange role": ([*say("u:x"), {"role": "bot", "content": "x"}], r"messages\[1\]: role: .*got 'bot'"),
-    "unhashable role": ([{"role": ["user"], "content": "x"}], r"messages\[0\]: role"),
-    "developer": ([{"role": "developer", "content": "x"}], r"messages\[0\]: role developer is not supported"),
+    "no role": ([{"content": "x"}], r"messages\[0\]\.role: wanted one of system.*got None"),
+    "strange role": ([*say("u:x"), {"role": "bot", "content": "x"}], r"messages\[1\]\.role: .*got 'bot'"),
+    "unhashable role": ([{"role": ["user"], "content": "x"}], r"messages\[0\]\.role"),
+    "developer": ([{"role": "developer", "content": "x"}], r"messages\[0\]\.role: developer is not supported"),
     "tool after user": (
         [*say("u:x"), {"role": "tool", "content": "x"}],
-        r"messages\[1\]: role tool cannot follow user",
+        r"messages\[1\]\.role: tool cannot follow user",
     ),
-    "result of no call": ([*ASKED[:3], {"role": "tool", "content": "x"}], r"messages\[3\]: tool_call_id: .*got None"),
+    "result of no call": ([*ASKED[:3], {"role": "tool", "content": "x"}], r"messages\[3\]\.tool_call_id: .*got None"),
     "result of another call": (
         [*ASKED, {**ANSWERED[-1], "tool_call_id": "a"}],
-        r"messages\[5\]: tool_call_id: .*got 'a'",
+        r"messages\[5\]\.tool_call_id: .*got 'a'",
     ),
-    "result twice": ([*ANSWERED, ANSWERED[-1]], r"messages\[6\]: tool_call_id"),
+    "result twice": ([*ANSWERED, ANSWERED[-1]], r"messages\[6\]\.tool_call_id"),
     "no result": ([*ASKED, *say("u:x", "a:y")], r"messages\[6\]: an answer before the results of the calls a1B2c3D4e"),
     "empty call": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [{}]}],
-        r"messages\[1\]: tool_calls: wanted a fun",
+        r"messages\[1\]\.tool_calls\[0\]: wanted a fun",
     ),
     "calls that are no list": (
         [*say("u:x"), {"role": "assistant", "tool_calls": 3}],
-        r"messages\[1\]: tool_calls: .*3",
+        r"messages\[1\]\.tool_calls: .*3",
     ),
     "call id": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [call("f", "call_12345", "")]}],
-        r"messages\[1\]: tool_calls: id: wanted 9 letters or digits, got 'call_12345'",
+        r"messages\[1\]\.tool_calls\[0\]\.id: wanted 9 letters or digits, got 'call_12345'",
     ),
     "call name": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [call("f x", "123456789", "")]}],
-        r"messages\[1\]: tool_calls: name: wanted 1 to 64 .*got 'f x'",
+        r"messages\[1\]\.tool_calls\[0\]\.function\.name: wanted 1 to 64 .*got 'f x'",
     ),
     "same id": ([*say("u:x"), {"role": "assistant", "tool_calls": [WEATHER] * 2}], "two calls with the id a1B2c3D4e"),
     "text and calls": (
         [*say("u:x"), {"role": "assistant", "content": "x", "tool_calls": [WEATHER]}],
         r"messages\[1\]: chat format v3 has no answer of both",
     ),
-    "no content": ([{"role": "user"}], r"messages\[0\]: content: wanted a text .*got None"),
-    "number": ([{"role": "user", "content": 3}], r"messages\[0\]: content: wanted a text .*got 3"),
-    "image": ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]: content"),
+    "no content": ([{"role": "user"}], r"messages\[0\]\.content: wanted a text .*got None"),
+    "number": ([{"role": "user", "content": 3}], r"messages\[0\]\.content: wanted a text .*got 3"),
+    "image": ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]\.content"),
     "empty answer": (say("u:x", "a:", "u:y"), r"messages\[1\]: an answer .* without content"),
 }
 
@@ -353,17 +359,65 @@ def test_bad_chats_are_one_clear_line(name, pairs):
 @pytest.mark.parametrize(
     "file, tools, message",
     [
-        ("tekken_240718.json", "x", "tools: wanted a list"),
-        ("tekken_240718.json", [3], "tools: wanted a list"),
-        ("tekken_240718.json", [{}], r"tools\[0\]: wanted the type function"),
-        ("tekken_240718.json", [TOOLS[0], {"function": {"name": ""}}], r"tools\[1\]: name: wanted"),
-        ("tekken_240718.json", [{"function": {"name": "f", "parameters": 3}}], r"tools\[0\]: wanted .* parameters"),
+        (TEKKEN, "x", "tools: wanted a list"),
+        (TEKKEN, [3], "tools: wanted a list"),
+        (TEKKEN, [{}], r"tools\[0\]\.function: wanted an object with a name, got None"),
+        (TEKKEN, [{"type": "web"}], r"tools\[0\]\.type: wanted function, got 'web'"),
+        (TEKKEN, [TOOLS[0], tool("")], r"tools\[1\]\.function\.name: wanted 1 to 64 .*got ''"),
+        (TEKKEN, [tool("f"), tool("f")], r"tools\[1\]\.function\.name: two tools with the name f"),
+        (TEKKEN, [tool("f", description=3)], r"tools\[0\]\.function\.description: wanted a text, got 3"),
+        (TEKKEN, [tool("f", parameters=3)], r"tools\[0\]\.function\.parameters: wanted a JSON schema .*got 3"),
+        (TEKKEN, [tool("f", parameters={"type": "string"})], r"parameters\.type: wanted object, got 'string'"),
+        (TEKKEN, [tool(f"f{at}") for at in range(129)], "tools: wanted at most 128, got 129"),
         ("tokenizer.model.v1", TOOLS, "chat format v1 has no tools; v3 and newer have"),
     ],
 )
 def test_bad_tools_are_one_clear_line(file, tools, message, pairs):
     with pytest.raises(UserError, match=message):
         render_chat(pairs[file][0], say("u:x"), tools=tools)
+
+
+@pytest.mark.parametrize(
+    "choice, expected",
+    [
+        (None, ("auto", None)),
+        ("none", ("none", None)),
+        ("auto", ("auto", None)),
+        ("required", ("required", None)),
+        ("any", ("required", None)),
+        ({"type": "function", "function": {"name": "sum-2"}}, ("required", "sum-2")),
+    ],
+)
+def test_a_choice_of_tools_is_read(choice, expected):
+    assert check_tool_choice(choice, TOOLS) == expected
+
+
+def test_without_tools_none_is_the_only_choice():
+    assert check_tool_choice(None, None) == ("none", None) and check_tool_choice("auto", []) == ("auto", None)
+    with pytest.raises(UserError, match="tool_choice: wanted none or auto where no tools are given"):
+        check_tool_choice("required", [])
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ("often", "tool_choice: wanted none, auto, required or a function, got 'often'"),
+        (["auto"], "tool_choice: wanted none"),
+        ({"type": "function"}, "tool_choice: wanted the type function and a function with a name"),
+        ({"type": "tool", "function": {"name": "sum-2"}}, "tool_choice: wanted the type function"),
+        (tool("sum"), r"tool_choice\.function\.name: wanted the name of a tool that is given, got 'sum'"),
+        (tool(["sum"]), r"tool_choice\.function\.name: .*got \['sum'\]"),
+    ],
+)
+def test_a_bad_choice_of_tools_is_one_clear_line(choice, message):
+    with pytest.raises(UserError, match=message):
+        check_tool_choice(choice, TOOLS)
+
+
+def test_128_tools_have_the_ids_of_mistral_common(pairs):
+    ours, theirs = pairs["tekken_v7.json"]
+    tools = [tool(f"f{at}", parameters={}) for at in range(128)]
+    assert render_chat(ours, say("u:x"), tools=tools) == reference(theirs, say("u:x"), tools)
 
 
 def test_tool_calls_need_a_format_that_has_them(pairs):
@@ -398,7 +452,7 @@ def test_messages_are_read_from_json(tmp_path):
     for content, message in {
         "[": "not a JSON file",
         "{}": "wanted a list",
-        '[{"role": "x"}]': r"messages\[0\]: role",
+        '[{"role": "x"}]': r"messages\[0\]\.role",
     }.items():
         path.write_text(content)
         with pytest.raises(UserError, match=message) as caught:

@@ -1,0 +1,177 @@
+"""Answers of a given form: JSON by a schema, a regular expression, or calls of tools, kept to token by token.
+
+    vocabulary = Vocabulary(tokenizer, config.vocab)                 # once
+    constraint = json_schema(vocabulary, {"type": "object"})         # for each answer
+    constraint.allowed()                                             # bits of the tokens that may come next
+    constraint.accept(token)
+
+The grammars are llguidance's. An end token is allowed exactly when the text is complete, so an answer is broken only
+where it is cut short by its limit of tokens.
+
+Calls of tools: with `required` or a named function, calls in the model's own form (`nemoe_jax.chat_calls`) are all that
+may come. With `auto` the model is free to begin one; from its first token on, the grammar holds. `none` forbids the
+token that begins one. White space in calls is as the chat formats write it, so that they read their own answers as
+they were trained to.
+
+V vocabulary, W words of 32 tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nemoe_jax.chat_calls import known_call_form
+from nemoe_jax.chat_tools import check_tool_choice, check_tools
+from nemoe_jax.errors import UserError
+from nemoe_jax.serving import call_grammar
+from nemoe_jax.serving.request import Constraint
+from nemoe_jax.serving.vocabulary import Vocabulary
+from nemoe_jax.tokenizer_base import Tokenizer
+
+__all__ = ["Vocabulary", "json_object", "json_schema", "regex", "tool_calls"]
+
+WHITE_SPACE = r"[ \n\t]{1,60}"  # between the tokens of JSON; a bound, as a model may write nothing else for ever
+
+
+def json_schema(vocabulary: Vocabulary, schema: Any) -> Constraint:
+    """Answers that are JSON by a schema (of https://json-schema.org, as far as llguidance has it).
+
+    Properties come in the schema's order, those of no name in it last. Raises UserError on a schema that is none, that
+    nothing can fulfil, or that has keywords which llguidance cannot enforce.
+    """
+    if not isinstance(schema, Mapping | bool):
+        raise UserError(f"schema: wanted a JSON schema (an object), got {schema!r:.80}")
+    written = call_grammar.json_rule(schema, {"whitespace_pattern": WHITE_SPACE})
+    lead = '" "? ' if vocabulary.leading_space else ""
+    return Grammar(vocabulary, f"start: {lead}{written}", "schema")
+
+
+def json_object(vocabulary: Vocabulary) -> Constraint:
+    """Answers that are any JSON object."""
+    return json_schema(vocabulary, {"type": "object"})
+
+
+def regex(vocabulary: Vocabulary, pattern: str) -> Constraint:
+    """Answers that a regular expression matches as a whole. Raises UserError where it is none."""
+    import llguidance
+
+    return Grammar(vocabulary, llguidance.LLMatcher.grammar_from_regex(pattern), "regular expression")
+
+
+def tool_calls(
+    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: Any = None,
+    parallel: bool = True,
+) -> Constraint | None:
+    """What an answer may be where tools are given; None where it may be anything.
+
+    tool_choice: `none`, `auto`, `required`, or a function that must be called (once).
+    parallel: whether there may be several calls.
+    Raises UserError on bad tools or parameters, and where the tokenizer has no known form of calls.
+    """
+    check_tools(tools)
+    mode, name = check_tool_choice(tool_choice, tools)
+    if not tools:
+        return None
+    form = known_call_form(tokenizer)
+    if mode == "none":  # a tag that is text can be written; it is then read as text
+        return Free(vocabulary, forbidden=form.start) if isinstance(form.start, int) else None
+    chosen = [(at, tool["function"]) for at, tool in enumerate(tools) if name in (None, tool["function"]["name"])]
+    several = parallel and name is None
+    rules = call_grammar.call_rules(form, chosen, several, vocabulary.leading_space)
+    if mode == "required":
+        return Grammar(vocabulary, f"start: calls\n{rules}", "tools")
+    if isinstance(form.start, int):
+        calls = Grammar(vocabulary, f"start: calls\n{rules}", "tools")
+        return Free(vocabulary, begin=form.start, then=calls, late=form.after_text)
+    special = [token for token in tokenizer.control.values() if token not in vocabulary.end_tokens]
+    return Grammar(vocabulary, call_grammar.after_text(form, special) + rules, "tools")
+
+
+class Grammar:
+    """A constraint by one of llguidance's grammars."""
+
+    def __init__(self, vocabulary: Vocabulary, grammar: str, what: str):
+        import llguidance
+
+        self._vocab_size = vocabulary.vocab_size
+        self._what = what
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._matcher = llguidance.LLMatcher(vocabulary.library, grammar, log_level=0, limits=limits)
+        self._check()
+
+    def allowed(self) -> np.ndarray:
+        """Bits of the tokens that may come next, (W,) uint32. Raises UserError where nothing may."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        self._check()
+        stuck = self._matcher.is_stopped() and not self._matcher.is_accepting()
+        allowed_W = fit(bits, self._vocab_size)
+        if stuck or not allowed_W.any():
+            raise UserError(f"{self._what}: no token of the model can go on with the answer")
+        return allowed_W
+
+    def accept(self, token: int) -> None:
+        """Goes on behind a token. Raises UserError where it was not allowed."""
+        if not self._matcher.consume_token(token):
+            raise UserError(f"{self._what}: token {token} is not allowed here")
+
+    def _check(self) -> None:
+        error = self._matcher.get_error()
+        if error:
+            raise UserError(f"{self._what}: {call_grammar.one_line(error)}")
+
+
+class Free:
+    """Anything, until the token that begins a call.
+
+    forbidden: a token that may never come. begin, then, late: the token with which another constraint takes over, and
+    whether it may come behind others.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        forbidden: int | None = None,
+        begin: int | None = None,
+        then: Constraint | None = None,
+        late: bool = True,
+    ):
+        self._begin, self._then, self._late = begin, then, late
+        everything = np.full(words(vocabulary.vocab_size), 0xFFFFFFFF, np.uint32)
+        self._any_W = fit(everything, vocabulary.vocab_size)
+        closed = forbidden if begin is None else begin
+        self._rest_W = self._any_W.copy()
+        if closed is not None and closed < vocabulary.vocab_size:
+            self._rest_W[closed // 32] &= ~np.uint32(1 << closed % 32)
+        self._allowed_W = self._any_W if forbidden is None else self._rest_W
+        self._begun = False
+
+    def allowed(self) -> np.ndarray:
+        """Bits of the tokens that may come next, (W,) uint32."""
+        return self._then.allowed() if self._begun and self._then else self._allowed_W
+
+    def accept(self, token: int) -> None:
+        """Goes on behind a token."""
+        self._begun = self._begun or token == self._begin
+        if self._begun and self._then:
+            self._then.accept(token)
+        elif not self._late:
+            self._allowed_W = self._rest_W
+
+
+def words(vocab_size: int) -> int:
+    """How many words of 32 bits hold a bit for each token."""
+    return -(-vocab_size // 32)
+
+
+def fit(bits: np.ndarray, vocab_size: int) -> np.ndarray:
+    """A mask of as many words as the vocabulary needs, with no bit beyond it; (W,) uint32."""
+    allowed_W = np.zeros(words(vocab_size), np.uint32)
+    shared = min(len(bits), len(allowed_W))
+    allowed_W[:shared] = bits[:shared]
+    if vocab_size % 32:
+        allowed_W[-1] &= np.uint32((1 << vocab_size % 32) - 1)
+    return allowed_W
