@@ -6,11 +6,14 @@ the activations once, and never the table.
 B batch, T sequence, V vocabulary, D embed, R rank.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from nemoe_jax.adapter_bank import Joined, own_ranks
 from nemoe_jax.lora import Adapter, factors
 from nemoe_jax.schema import ParamSpec
 from nemoe_jax.sharding import axes_of, batch_axes, partition_spec, sequence_axes
@@ -39,14 +42,17 @@ def look_up(spec: ParamSpec, table_VD: jax.Array, tokens_BT: jax.Array, adapter:
                 x_BTD = lax.all_gather(x_BTD, name, axis=2, tiled=True)
         return x_BTD
 
+    of_rows = PartitionSpec(tuple(copies) or None)
     place_adapter = None
     if adapter is not None:
         a, b = (partition_spec(factor, mesh.shape) for factor in factors(spec, adapter.a.shape[-1]))
-        place_adapter = Adapter(a, b, adapter.scale)
+        place_adapter = dataclasses.replace(adapter, a=a, b=b)
+        if isinstance(place_adapter, Joined):
+            place_adapter = dataclasses.replace(place_adapter, index=of_rows)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(place, PartitionSpec(tuple(copies) or None), place_adapter),
+        in_specs=(place, of_rows, place_adapter),
         out_specs=PartitionSpec(rows or None, tokens or None),
         check_vma=False,
     )(table_VD, tokens_BT, adapter)
@@ -59,5 +65,5 @@ def _rows(table_VD: jax.Array, tokens_BT: jax.Array, adapter: Adapter | None, fi
     x_BTD = jnp.where(held_BT1, table_VD[index_BT], 0)
     if adapter is not None:
         low_rank_BTR = jnp.where(held_BT1, adapter.scale * adapter.a[index_BT], 0)
-        x_BTD += (low_rank_BTR @ adapter.b).astype(x_BTD.dtype)
+        x_BTD += (own_ranks(low_rank_BTR, adapter) @ adapter.b).astype(x_BTD.dtype)
     return x_BTD

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from nemoe_jax.adapter_bank import Joined, with_index
 from nemoe_jax.expert_ffn_cpu import Sorted, pays, tiled_ffn
 from nemoe_jax.grouped_matmul import Adapted, grouped_lora
 from nemoe_jax.layers import Adapters, project
@@ -28,21 +29,31 @@ def run_experts(
     experts: Tree,
     adapters: Adapters,
     first: int | jax.Array,
+    index_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D)."""
+    """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D).
+
+    Where the adapters are those of a bank, `index_BT` says which of them is a token's own.
+    """
     top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
     of_tokens = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k), chosen_BTC.reshape(-1, top_k) - first
+    index_T = None if index_BT is None else index_BT.reshape(-1)
 
     def run(part, adapters):
-        x_TD, weights_TC, local_TC = part
-        return _run_part(x_TD, weights_TC, local_TC, experts, adapters)
+        (x_TD, weights_TC, local_TC), index_T = part
+        return _run_part(x_TD, weights_TC, local_TC, experts, adapters, index_T)
 
     parts = number_of_parts(len(of_tokens[0]), AT_ONCE)
-    return in_parts(run, of_tokens, adapters, parts).reshape(x_BTD.shape)
+    return in_parts(run, (of_tokens, index_T), adapters, parts).reshape(x_BTD.shape)
 
 
 def _run_part(
-    x_TD: jax.Array, weights_TC: jax.Array, local_TC: jax.Array, experts: Tree, adapters: Adapters
+    x_TD: jax.Array,
+    weights_TC: jax.Array,
+    local_TC: jax.Array,
+    experts: Tree,
+    adapters: Adapters,
+    index_T: jax.Array | None,
 ) -> jax.Array:
     """`run_experts` for tokens whose choices count from the first held expert."""
     held = experts["gate"].shape[0]
@@ -56,10 +67,13 @@ def _run_part(
         return tiled_ffn(x_TD, weights_TC, experts, adapters, Sorted(order_R, place_TC, sizes_E))
     rows = jnp.sum(sizes_E)
     token_R = order_R // top_k
+    if index_T is not None:
+        adapters = with_index(adapters, index_T[token_R])
 
     def project_rows(rows_R, *names):
         own = [adapters[name] for name in names if name in adapters]
-        if len(own) == len(names) and all(adapter.key is None for adapter in own):
+        alike = all(adapter.key is None and not isinstance(adapter, Joined) for adapter in own)
+        if len(own) == len(names) and alike:
             maps = zip(names, own, strict=True)
             adapted = tuple(Adapted(experts[name], one.a, one.b, one.scale) for name, one in maps)
             return grouped_lora(rows_R, adapted, sizes_E)

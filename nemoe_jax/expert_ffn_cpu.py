@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nemoe_jax.adapter_bank import Joined
 from nemoe_jax.grouped_matmul_cpu import dot, for_each_tile, pick
 from nemoe_jax.lora import Adapter
 from nemoe_jax.schema import Tree
@@ -53,7 +54,9 @@ def pays(x_TD: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: 
     many, width, narrow = experts["gate"].shape
     few = bool(adapters) and rows * (width + narrow) < many * width * narrow  # adding adapters would cost more
     exact = x_TD.dtype == experts["gate"].dtype == jnp.float32
-    return exact and not few and all(adapter.key is None for adapter in adapters.values())
+    # to each expert's weights the adapter of one row alone could be added
+    alike = all(adapter.key is None and not isinstance(adapter, Joined) for adapter in adapters.values())
+    return exact and not few and alike
 
 
 @jax.custom_vjp

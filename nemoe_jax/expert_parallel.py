@@ -17,7 +17,7 @@ S rows there is room for.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,15 @@ from nemoe_jax.schema import ParamSpec, Tree
 from nemoe_jax.sharding import axes_of, batch_axes, partition_spec, sequence_axes, used_spec
 
 Exchange = Literal["gather", "all-to-all"]
+
+
+class _Tokens(NamedTuple):
+    """What goes with the tokens: (B, T, …), or flat."""
+
+    x: jax.Array
+    weights: jax.Array
+    chosen: jax.Array
+    adapter: jax.Array | None  # the number of each one's own, where they are joined
 
 
 def exchange_of(platform: str, devices: int, top_k: int) -> Exchange:
@@ -63,12 +72,14 @@ def run_over_mesh(
     adapters: Adapters,
     specs: Mapping[str, ParamSpec],
     mesh: AbstractMesh,
+    index_BT: jax.Array | None = None,
 ) -> jax.Array:
     """`run_experts` for all experts, over the mesh: the weighted sums (B, T, D) of the chosen experts' outputs.
 
     Args:
         experts: one layer's weights of all experts, each array (E, …), as they are stored on the mesh.
         specs: the schema's specs of those weights, stacked over layers.
+        index_BT: each token's own among the adapters of a bank, which hold no index themselves.
     """
     sizes = dict(mesh.shape)
     rows, tokens = batch_axes(sizes, x_BTD.shape[0]), sequence_axes(sizes, x_BTD.shape[1])
@@ -91,52 +102,47 @@ def run_over_mesh(
         run = {"gather": _run_by_gather, "all-to-all": _run_by_all_to_all}[way]
     summed = [name for name in ("expert", "tensor") if sizes.get(name, 1) > 1 and not (apart and name == "expert")]
 
-    def on_device(x, weights, chosen, experts, adapters):
+    def on_device(of_tokens, experts, adapters):
         experts = jax.tree.map(_gather, experts, stored, used)
         adapters = keys_by_device(jax.tree.map(_gather, adapters, stored_adapters, used_adapters), own)
-        return lax.psum(run(x, weights, chosen, experts, adapters, devices), summed)
+        return lax.psum(run(of_tokens, experts, adapters, devices), summed)
 
     of_tokens = PartitionSpec(rows or None, tokens or None)
     return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(of_tokens, of_tokens, of_tokens, stored, stored_adapters),
-        out_specs=of_tokens,
-        check_vma=False,
-    )(x_BTD, weights_BTC, chosen_BTC, experts, adapters)
+        on_device, mesh=mesh, in_specs=(of_tokens, stored, stored_adapters), out_specs=of_tokens, check_vma=False
+    )(_Tokens(x_BTD, weights_BTC, chosen_BTC, index_BT), experts, adapters)
 
 
-def _run_own(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
+def _run_own(tokens, experts, adapters, devices):
     """What a device's own experts add to the tokens that it has."""
     first = lax.axis_index("expert") * experts["gate"].shape[0] if devices > 1 else 0
-    return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, first)
+    return run_experts(tokens.x, tokens.weights, tokens.chosen, experts, adapters, first, tokens.adapter)
 
 
-def _run_by_gather(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
-    x_BTD, weights_BTC, chosen_BTC = (
-        lax.all_gather(array, "expert", axis=0, tiled=True) for array in (x_BTD, weights_BTC, chosen_BTC)
-    )
-    y_BTD = _run_own(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices)
+def _run_by_gather(tokens, experts, adapters, devices):
+    tokens = lax.all_gather(tokens, "expert", axis=0, tiled=True)
+    y_BTD = _run_own(tokens, experts, adapters, devices)
     return lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)
 
 
-def _run_by_all_to_all(x_BTD, weights_BTC, chosen_BTC, experts, adapters, devices):
-    x_TD, weights_TC, chosen_TC = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, weights_BTC, chosen_BTC))
-    parts = number_of_parts(len(x_TD), max(expert_ffn.AT_ONCE // devices, 1))
+def _run_by_all_to_all(tokens, experts, adapters, devices):
+    shape, tokens = tokens.x.shape, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tokens)
+    parts = number_of_parts(len(tokens.x), max(expert_ffn.AT_ONCE // devices, 1))
     count = devices * experts["gate"].shape[0]
     # how many of each part's rows go from each device to each expert: known to all, for all parts at once
-    counts_E = jnp.sum(chosen_TC.reshape(parts, -1, 1) == jnp.arange(count), axis=1)
+    counts_E = jnp.sum(tokens.chosen.reshape(parts, -1, 1) == jnp.arange(count), axis=1)
     counts_PE = lax.all_gather(counts_E, "expert", axis=1).reshape(-1, count)
 
     def run(part, adapters):
-        x_TD, weights_TC, chosen_TC, counts_PE = part
-        return _exchange_part(x_TD, weights_TC, chosen_TC, counts_PE, experts, adapters)
+        tokens, counts_PE = part
+        return _exchange_part(tokens, counts_PE, experts, adapters)
 
-    return in_parts(run, (x_TD, weights_TC, chosen_TC, counts_PE), adapters, parts).reshape(x_BTD.shape)
+    return in_parts(run, (tokens, counts_PE), adapters, parts).reshape(shape)
 
 
-def _exchange_part(x_TD, weights_TC, chosen_TC, counts_PE, experts, adapters):
+def _exchange_part(tokens, counts_PE, experts, adapters):
     """Rows sorted by expert, so by owner, too; sent, multiplied, sent back, summed."""
+    x_TD, weights_TC, chosen_TC, index_T = tokens
     devices, top_k = len(counts_PE), chosen_TC.shape[1]
     counts_PPH = counts_PE.reshape(devices, devices, -1)
     sizes_PP, rows = counts_PPH.sum(axis=-1), chosen_TC.size
@@ -147,26 +153,28 @@ def _exchange_part(x_TD, weights_TC, chosen_TC, counts_PE, experts, adapters):
     x_RD = expert_ffn.dispatch(x_TD, token_R, place_TC, rows)
     weights_R1 = expert_ffn.dispatch(weights_TC.reshape(-1, 1), order_R, place_TC.reshape(-1, 1), rows)
     x_SD, weights_S1 = (exchange(array, sizes_PP, room, "expert") for array in (x_RD, weights_R1))
-    y_SD = _run_arrived(x_SD, weights_S1, _own_expert(counts_PPH, room), experts, adapters)
+    index_S = None if index_T is None else exchange(index_T[token_R], sizes_PP, room, "expert")
+    y_SD = _run_arrived(_Tokens(x_SD, weights_S1, _own_expert(counts_PPH, room), index_S), experts, adapters)
     y_RD = exchange(y_SD, sizes_PP.T, rows, "expert")
     return expert_ffn.combine(y_RD, token_R, place_TC, rows)
 
 
-def _run_arrived(x_SD, weights_S1, expert_S, experts, adapters):
+def _run_arrived(rows, experts, adapters):
     """`run_experts` for rows that arrived, mostly far fewer than there is room for; what is behind them may be NaN."""
     held = experts["gate"].shape[0]
 
     def run(part, adapters):
-        x_SD, weights_S1, expert_S = part
+        x_SD, weights_S1, expert_S, index_S = part
         here_S1 = (expert_S < held)[:, None]
 
         def multiply():
             x, weights = (jnp.where(here_S1, array, 0)[None] for array in (x_SD, weights_S1))
-            return jnp.where(here_S1, run_experts(x, weights, expert_S[None, :, None], experts, adapters, 0)[0], 0)
+            y = run_experts(x, weights, expert_S[None, :, None], experts, adapters, 0, index_S)[0]
+            return jnp.where(here_S1, y, 0)
 
         return lax.cond(expert_S[0] < held, multiply, lambda: jnp.zeros_like(x_SD))
 
-    return in_parts(run, (x_SD, weights_S1, expert_S), adapters, number_of_parts(len(x_SD), expert_ffn.AT_ONCE))
+    return in_parts(run, rows, adapters, number_of_parts(len(rows.x), expert_ffn.AT_ONCE))
 
 
 def _own_expert(counts_PPH: jax.Array, room: int) -> jax.Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nemoe_jax.adapter_bank import own_ranks
 from nemoe_jax.grouped_matmul import grouped_matmul, precision_of
 from nemoe_jax.lora import Adapter, dropped
 from nemoe_jax.schema import ParamSpec, Tree
@@ -58,7 +59,7 @@ def project(
     y = _contract(x, weight, inputs, group_sizes)
     if adapter is None:
         return y
-    low_rank = _contract(dropped(x, adapter), adapter.a, inputs, group_sizes)
+    low_rank = own_ranks(_contract(dropped(x, adapter), adapter.a, inputs, group_sizes), adapter)
     return y + adapter.scale * _contract(low_rank, adapter.b, 1, group_sizes)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nemoe_jax.adapter_bank import index_of_tokens, with_index
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.expert_ffn import run_experts
 from nemoe_jax.expert_parallel import run_over_mesh
@@ -69,10 +70,13 @@ class MoE(SpecModule):
         """The weighted sum of the chosen experts' outputs, over the ambient mesh where there is one."""
         if isinstance(experts["gate"], LayerOf):
             return run_few(x_BTD, weights_BTC, chosen_BTC, experts)
+        index_BT = index_of_tokens(adapters, x_BTD.shape[1])
+        adapters = with_index(adapters, None)  # the tokens take it along
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0)
-        return run_over_mesh(x_BTD, weights_BTC, chosen_BTC, experts, adapters, dict(self.expert_specs), mesh)
+            return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0, index_BT)
+        specs = dict(self.expert_specs)
+        return run_over_mesh(x_BTD, weights_BTC, chosen_BTC, experts, adapters, specs, mesh, index_BT)
 
 
 def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.Array | None) -> Routing:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from nemoe_jax.adapter_bank import own_ranks
 from nemoe_jax.attention import Attention, Context
 from nemoe_jax.cache import Cache, LayerCache
 from nemoe_jax.config import ModelConfig
@@ -256,7 +257,7 @@ def logits(
     adapter = adapters.get("embed")
     if adapter is not None:
         a_RV, b_DR = adapter.a.T.astype(x_BTD.dtype), adapter.b.T.astype(x_BTD.dtype)
-        logits_BTV += adapter.scale * (x_BTD @ b_DR) @ a_RV
+        logits_BTV += adapter.scale * own_ranks(x_BTD @ b_DR, adapter) @ a_RV
     return logits_BTV.astype(jnp.float32)
 
 
