@@ -122,7 +122,7 @@ def choose(
     best_B = logits_BV.max(axis=-1)
     greedy_B = likeliest(logits_BV)
     warm_B = wishes.temperature_B > 0
-    drawn_B = lax.cond(warm_B.any(), lambda: _drawn(weights(logits_BV, wishes), wishes, step_B), lambda: greedy_B)
+    drawn_B = lax.cond(warm_B.any(), lambda: draw(weights(logits_BV, wishes), wishes, step_B), lambda: greedy_B)
     return jnp.where(jnp.isfinite(best_B) & (greedy_B >= 0), jnp.where(warm_B, drawn_B, greedy_B), -1)
 
 
@@ -219,8 +219,8 @@ def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) ->
     return lax.bitcast_convert_type(jnp.maximum(reach_B, 0), jnp.float32)
 
 
-def _drawn(weight_BV: jax.Array, wishes: Controls, step_B: jax.Array) -> jax.Array:
-    """Tokens drawn in proportion to their weights, (B,)."""
+def draw(weight_BV: jax.Array, wishes: Controls, step_B: jax.Array) -> jax.Array:
+    """Tokens drawn in proportion to their weights, (B,) int32, by each row's own random numbers."""
     keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(wishes.seed_B2, impl="threefry2x32"), step_B)
     chance_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     rows, vocab = weight_BV.shape

@@ -142,7 +142,7 @@ def test_draws_come_as_often_as_they_are_likely():
     @jax.jit
     def draws(steps_S):
         weight_BV = token_choice.weights(logits_BV, wishes)
-        return jax.lax.map(lambda step: token_choice._drawn(weight_BV, wishes, jnp.full(ROWS, step)), steps_S)
+        return jax.lax.map(lambda step: token_choice.draw(weight_BV, wishes, jnp.full(ROWS, step)), steps_S)
 
     token_SB = np.asarray(draws(jnp.arange(3000)))
     probabilities_V = by_transformers(sampling, logits_V, [0]).double().softmax(-1).numpy()
