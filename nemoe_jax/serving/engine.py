@@ -1,0 +1,416 @@
+"""Continuous batching: requests join and leave a running batch, whose keys and values lie in one paged cache.
+
+    with Engine(config, params, tokenizer) as engine:
+        for piece in engine.submit(Request(tuple(tokenizer.encode("Hello", bos=True)))):
+            print(piece.text, end="", flush=True)
+
+The batch has a fixed number of rows. A request that comes gets an idle row and pages for its prompt and all tokens that
+it may make, so that nothing is ever taken from it again; it waits while there are none, and nobody overtakes it. A
+thread takes turns: some tokens of the prompts are read, then all rows whose prompts are read make some tokens on the
+device (Yu et al., 2022, Orca: scheduling by iteration). A turn is short, so that whoever joins waits little and text
+comes smoothly.
+
+B rows, W words of 32 bits.
+"""
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nemoe_jax.cache import PAGE, division
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.decoding import BLOCK, NOT_A_NUMBER, Block, has_penalty
+from nemoe_jax.errors import UserError
+from nemoe_jax.generate import cache_dtype_of
+from nemoe_jax.sampling import Sampling
+from nemoe_jax.schema import Tree
+from nemoe_jax.serving.live_answer import Answer
+from nemoe_jax.serving.pages import FreePages
+from nemoe_jax.serving.programs import CHUNK, Programs
+from nemoe_jax.serving.request import Piece, Request, ScoredToken
+from nemoe_jax.serving.rows import Row, Rows
+from nemoe_jax.token_choice import controls
+from nemoe_jax.tokenizer_base import Tokenizer
+
+MOST_TOP = 20  # likeliest tokens whose log-probabilities are given
+_TURN = 0.05  # seconds that a turn's tokens take about
+_RECENT = 32  # requests
+_log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """As many requests wait already as may. One might find a place after `retry_after` seconds."""
+
+    def __init__(self, retry_after: float):
+        super().__init__(f"too many requests are waiting; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class Closed(Exception):
+    """The engine takes no more requests."""
+
+
+class Statistics(NamedTuple):
+    """What the engine does now, and has done since it began."""
+
+    running: int
+    waiting: int
+    rows: int
+    free_tokens: int  # of the cache
+    tokens: int  # of the cache in all
+    requests: int
+    prompt_tokens: int
+    answer_tokens: int
+    finished: Mapping[str, int]  # requests by the reason why they ended
+
+
+class Engine:
+    """Answers requests, several at a time. Close it, or use it as a context manager.
+
+    Args:
+        params: the schema's tree; over the mesh where there is one.
+        rows: requests that run at a time; up to 8 on CPU are the fastest each.
+        tokens: of the cache in all, prompts and answers, rounded up to whole pages; by default as many as there is
+            memory for, and 4096 a row on CPU.
+        waiting: requests that may wait for a place.
+        cache_dtype: one of `generate.CACHE_DTYPES`, or None for the model's own.
+
+    Raises:
+        UserError: a size that is not positive, an unknown dtype.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Tree,
+        tokenizer: Tokenizer,
+        *,
+        rows: int = 8,
+        tokens: int | None = None,
+        waiting: int = 64,
+        mesh: Mesh | None = None,
+        cache_dtype: str | None = None,
+        adapters: Mapping[str, Tree] | None = None,
+    ):
+        for name, value in {"rows": rows, "tokens": tokens, "waiting": waiting}.items():
+            if value is not None and value < (name != "waiting"):
+                raise UserError(f"engine: {name}: wanted a positive number, got {value}")
+        self.config, self.tokenizer = config, tokenizer
+        self._most_waiting, self._mesh = waiting, mesh
+        dtype = cache_dtype_of(params, cache_dtype)
+        with self._ambient():
+            parts, cuts = division(config, rows)
+            tokens = _fitting(config, rows, dtype) if tokens is None else tokens
+            free = [FreePages(1 + -(-tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
+            self.context = min(config.context, free[0].tokens)  # of one request, prompt and answer together
+            self._programs = Programs(config, params, rows, self.context, 1 + free[0].all, dtype)
+        self._rows = Rows(rows, free, self._programs.width)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+        self._ends = frozenset({*ends, tokenizer.eos_id} - {None})
+        self._queue: deque[Answer] = deque()
+        self._reading: deque[Row] = deque()
+        self._changed = threading.Condition()
+        self._closed: str | None = None  # why no more requests are taken
+        self._seconds_a_step = 1e-3
+        self._finished_at: deque[float] = deque(maxlen=_RECENT)
+        self._totals: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close(drain=error[0] is None)
+
+    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Answer:
+        """Asks for an answer, from any thread; does not wait for it.
+
+        Args:
+            on_piece: takes the pieces, in the engine's thread, which it must not hold up; else iterate over the answer.
+
+        Raises:
+            UserError: a request that can never be answered.
+            Busy: too many requests wait.
+            Closed: the engine is closed.
+        """
+        self._check(request)
+        ends = self._ends | set(request.stop_tokens)
+        answer = Answer(request, self.tokenizer, ends, on_piece, self._wake)
+        with self._changed:
+            if self._closed is not None:
+                raise Closed(self._closed)
+            if len(self._queue) >= self._most_waiting + self._rows.idle:
+                raise Busy(self._seconds_to_a_place())
+            self._queue.append(answer)
+            self._totals["requests"] += 1
+            self._changed.notify()
+        return answer
+
+    def close(self, drain: bool = True) -> None:
+        """Takes no more requests, and returns when the engine's thread has ended.
+
+        Args:
+            drain: the answers under way and those that wait are finished; otherwise they end as "cancelled".
+        """
+        with self._changed:
+            self._closed = self._closed or "the engine is closed"
+            if not drain:
+                for answer in [*self._queue, *(row.answer for row in self._rows.taken.values())]:
+                    answer.cancelled = True
+            self._changed.notify()
+        self._thread.join()
+
+    def statistics(self) -> Statistics:
+        """What goes on, and totals since the start."""
+        with self._changed:
+            return Statistics(
+                running=len(self._rows.taken),
+                waiting=len(self._queue),
+                rows=len(self._rows.left_B),
+                free_tokens=sum(pool.tokens for pool in self._rows.free),
+                tokens=sum(pool.all * PAGE * pool.cuts for pool in self._rows.free),
+                requests=self._totals["requests"],
+                prompt_tokens=self._totals["prompt"],
+                answer_tokens=self._totals["answer"],
+                finished=dict(self._finished),
+            )
+
+    def _check(self, request: Request) -> None:
+        """Raises UserError."""
+        prompt, new, vocab = request.prompt, request.max_new_tokens, self.config.vocab
+        if not len(prompt):
+            raise UserError("empty prompt: wanted at least one token")
+        for name, tokens in {"prompt": prompt, "stop_tokens": request.stop_tokens}.items():
+            wrong = next((token for token in tokens if not 0 <= token < vocab), None)
+            if wrong is not None:
+                raise UserError(f"{name}: wanted token ids from 0 to {vocab - 1}, got {wrong}")
+        if new < 1:
+            raise UserError(f"max_new_tokens: wanted a positive number, got {new}")
+        if len(prompt) + new > self.context:
+            what = "context" if self.context == self.config.context else "cache"
+            raise UserError(
+                f"prompt of {len(prompt)} tokens + {new} new tokens exceed the {what} of {self.context} tokens"
+            )
+        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MOST_TOP:
+            raise UserError(f"top_logprobs: wanted 0 to {MOST_TOP}, got {request.top_logprobs}")
+        if request.adapter is not None:
+            raise UserError(f"no adapter {request.adapter!r}; there are none")
+        request.sampling.check(vocab)
+
+    def _seconds_to_a_place(self) -> float:
+        """As long as it took lately until one more request was finished, at least a second."""
+        times = self._finished_at
+        return max(1.0, (time.monotonic() - times[0]) / len(times)) if times else 1.0
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _ambient(self) -> Any:
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+
+    def _run(self) -> None:
+        """The engine's thread."""
+        with self._ambient():
+            while True:
+                with self._changed:
+                    while not (self._queue or self._rows.taken):
+                        if self._closed is not None:
+                            return
+                        self._changed.wait()
+                try:
+                    self._turn()
+                except Exception as error:
+                    _log.exception("a step of the engine failed")
+                    self._start_anew(f"the engine failed: {error}")
+
+    def _start_anew(self, error: str) -> None:
+        """The running requests end, and with an empty cache those that wait get their turn; or all end."""
+        self._reading.clear()
+        for row in [*self._rows.taken.values()]:
+            self._end(row, "error", error)
+        try:
+            self._programs.forget_everything()
+        except Exception:
+            _log.exception("the engine is closed: its devices are lost")
+            with self._changed:
+                self._closed = error
+                lost = [*self._queue]
+                self._queue.clear()
+            for answer in lost:
+                answer.end("error", error)
+                self._finished["error"] += 1
+
+    def _turn(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        self._read_prompts()
+        if self._rows.working():
+            self._decode()
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [answer for answer in self._queue if answer.cancelled]
+            for answer in gone:
+                self._queue.remove(answer)
+                self._finished["cancelled"] += 1
+        for answer in gone:
+            answer.end("cancelled")
+        for row in [*self._rows.taken.values()]:
+            if row.answer.cancelled:
+                self._end(row, "cancelled")
+
+    def _admit(self) -> None:
+        """First come, first served: whoever is too large for what is free now holds up those behind."""
+        with self._changed:
+            while self._queue and (row := self._rows.join(self._queue[0])) is not None:
+                self._queue.popleft()
+                self._reading.append(row)
+                self._totals["prompt"] += len(row.prompt)
+
+    def _read_prompts(self) -> None:
+        """A chunk's worth of tokens, of one prompt after another; a long one takes its turns among the others."""
+        left = CHUNK
+        while self._reading and left > 0:
+            row = self._reading.popleft()
+            chunk = row.prompt[row.read : len(row.prompt) - 1][:CHUNK]
+            if len(chunk):
+                self._programs.read(row.number, chunk, row.read, self._rows.table_BM[row.number])
+            row.read += len(chunk)
+            left -= max(len(chunk), 1)
+            if row.read < len(row.prompt) - 1:
+                self._reading.append(row)
+                continue
+            if has_penalty(row.answer.request.sampling):
+                self._programs.count_prompt(row.number, row.prompt)
+            request = row.answer.request
+            self._rows.work(row, [*self._ends, *request.stop_tokens])
+
+    def _decode(self) -> None:
+        """Some tokens of all rows that are at work."""
+        working = self._rows.working()
+        allowed_BW = self._allowed(working)
+        working = [row for row in working if row.answer.finish is None]
+        if not working:
+            return
+        if self._rows.changed:
+            self._tell_device()
+        steps = 1 if allowed_BW is not None else int(min(max(_TURN / self._seconds_a_step, 1), BLOCK))
+        scored = any(row.answer.request.top_logprobs is not None for row in working)
+        started = time.monotonic()
+        block = self._programs.decode(
+            steps, self._controls, allowed_BW, min(MOST_TOP, self.config.vocab) if scored else None
+        )
+        # what was compiled first took long, once
+        measured = (time.monotonic() - started) / max(int(block.steps), 1)
+        self._seconds_a_step = min(measured, 2 * self._seconds_a_step)
+        for row in working:
+            self._give(row, block)
+
+    def _tell_device(self) -> None:
+        rows = self._rows
+        self._programs.place(
+            rows.table_BM,
+            rows.length_B,
+            next_B=rows.next_B,
+            step_B=rows.step_B,
+            left_B=rows.left_B,
+            stop_BE=rows.stop_BE,
+        )
+        samplings = [Sampling()] * len(rows.left_B)
+        for row in rows.working():
+            samplings[row.number] = row.answer.request.sampling
+        self._controls = controls(samplings, self.config.vocab)
+        rows.changed = False
+
+    def _allowed(self, working: list[Row]) -> np.ndarray | None:
+        """Bits of the tokens that each row may have next; None where all may have all."""
+        constrained = [row for row in working if row.answer.request.constraint is not None]
+        if not constrained:
+            return None
+        allowed_BW = np.full((len(self._rows.left_B), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
+        for row in constrained:
+            constraint = row.answer.request.constraint
+            assert constraint is not None
+            try:
+                bits_W = constraint.allowed()[: allowed_BW.shape[1]]
+                allowed_BW[row.number] = 0
+                allowed_BW[row.number, : len(bits_W)] = bits_W
+            except Exception as error:
+                self._end(row, "error", f"the answer's constraint failed: {error}")
+        return allowed_BW
+
+    def _give(self, row: Row, block: Block) -> None:
+        """What a block has of a row's answer."""
+        number, answer = row.number, row.answer
+        made = int(block.made_B[number])
+        if made:
+            tokens = block.tokens_SB[:made, number].tolist()
+            self._rows.count(row, tokens)
+            before = len(answer.tokens)
+            answer.give(self._scored(row, tokens, block))
+            with self._changed:
+                self._totals["answer"] += len(answer.tokens) - before
+            constraint = answer.request.constraint
+            if answer.finish is None and constraint is not None:
+                try:
+                    for token in tokens:
+                        constraint.accept(token)
+                except Exception as error:
+                    self._end(row, "error", f"the answer's constraint failed: {error}")
+                    return
+        if answer.finish is not None:
+            self._leave(row)
+        elif block.failed_B[number]:
+            self._end(row, "error", NOT_A_NUMBER)
+
+    def _scored(self, row: Row, tokens: list[int], block: Block) -> list[ScoredToken]:
+        top = row.answer.request.top_logprobs
+        if top is None:
+            return [ScoredToken(token) for token in tokens]
+        assert block.scores is not None
+        logprob_SB, tokens_SBN, logprobs_SBN = block.scores
+        scored = []
+        for at, token in enumerate(tokens):
+            likeliest = zip(
+                tokens_SBN[at, row.number, :top].tolist(), logprobs_SBN[at, row.number, :top].tolist(), strict=True
+            )
+            scored.append(ScoredToken(token, float(logprob_SB[at, row.number]), tuple(likeliest)))
+        return scored
+
+    def _end(self, row: Row, finish: str, error: str | None = None) -> None:
+        """A row ends before its answer does."""
+        if finish == "error" or not row.working:
+            self._programs.wipe(row.number, row.pages)
+        self._leave(row, finish)
+        row.answer.end(finish, error)
+
+    def _leave(self, row: Row, finish: str | None = None) -> None:
+        with self._changed:
+            if row in self._reading:
+                self._reading.remove(row)
+            self._rows.leave(row)
+            self._finished[finish or str(row.answer.finish)] += 1
+            self._finished_at.append(time.monotonic())
+
+
+def _fitting(config: ModelConfig, rows: int, dtype: Any) -> int:
+    """Tokens for which the devices have memory, but for a fifth of what is free; on CPU 4096 a row."""
+    most = rows * config.context
+    memory = [device.memory_stats() for device in jax.local_devices()]
+    if any(not one or "bytes_limit" not in one for one in memory):
+        return min(most, rows * 4096)
+    free = sum(one["bytes_limit"] - one["bytes_in_use"] for one in memory if one)
+    of_token = 2 * config.layers * config.kv_heads * (config.head_dim * dtype.itemsize + 4 * (dtype.name == "int8"))
+    return min(most, int(0.8 * free / of_token))
