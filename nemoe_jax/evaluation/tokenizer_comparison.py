@@ -1,9 +1,10 @@
 """How many tokens several tokenizers make of the same text.
 
-Text is read in pieces that are cut behind a line end, and every piece but the first is counted as if that line end
-stood before it: tokens(line end + piece) − tokens(line end). A tokenizer that never joins a line end to the letter
-after it, as Mistral's never do, so gives the very number of the whole text, and a file of any length needs the memory
-of a few pieces. A line of more than `PIECE_CHARACTERS` is cut within, which may cost a token a cut.
+Text is read in pieces that are cut behind a line end or before a space, where a letter or digit follows, and every
+piece but the first is counted as if it stood behind a line end: tokens(line end + piece) − tokens(line end). A
+tokenizer that joins neither a line end to what follows nor a word to the space behind it, as none of Mistral's does, so
+gives the very number of the whole text, and a file of any length needs the memory of a few pieces. Where a piece of
+`PIECE_CHARACTERS` has no such place, it is cut anywhere, which may cost a token or two.
 
 Words are what stands between white space. Chinese, Japanese and a few others write none there: for files of those
 languages, known by `language_of`, there is no number of words.
@@ -39,7 +40,7 @@ te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh
 LANGUAGES = frozenset(ISO_639_1.split())
 WITHOUT_SPACES = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "zh"})
 CODE = re.compile(r"([a-z]{2})(?:[-_@][A-Za-z]{2,8})*")  # fr, fr_FR, zh-Hans, sr@latin
-LINE_START = re.compile(r"\n(?=[^\W_])")
+CUTS = (re.compile(r"(?<=\n)(?=[^\W_])"), re.compile(r"(?<=\S)(?= [^\W_])"))  # the better ones first
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ def grouped(counts: Mapping[Path, Count], by: str | None) -> dict[str, Count]:
 
 
 def read_pieces(path: Path, piece_characters: int = PIECE_CHARACTERS) -> Iterator[tuple[str, bool]]:
-    """A file's text piece by piece, and of each whether a line end goes before it; see the head of this module.
+    """A file's text piece by piece, and of each whether another goes before it; see the head of this module.
 
     Raises:
         UserError: not UTF-8, or not to be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    held, behind_line_end, position = "", False, 0
+    held, follows, position = "", False, 0
     try:
         with path.open("rb") as file:
             while True:
@@ -150,8 +151,8 @@ def read_pieces(path: Path, piece_characters: int = PIECE_CHARACTERS) -> Iterato
                     break
                 while len(held) >= piece_characters:
                     end = _cut(held, piece_characters)
-                    yield held[:end], behind_line_end
-                    behind_line_end, held = held[end - 1] == "\n", held[end:]
+                    yield held[:end], follows
+                    follows, held = True, held[end:]
     except UnicodeDecodeError as error:
         # the decoder's object begins with the bytes of a character that the block before left unfinished
         start = position + len(data) - len(error.object) + error.start
@@ -159,18 +160,16 @@ def read_pieces(path: Path, piece_characters: int = PIECE_CHARACTERS) -> Iterato
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     if held:
-        yield held, behind_line_end
+        yield held, follows
 
 
 def _cut(text: str, limit: int) -> int:
-    """Where to cut a text: behind its last line end that a letter or digit follows, else before its last space."""
-    line = text.rfind("\n", 0, limit)
-    while line >= 0 and not LINE_START.match(text, line):
-        line = text.rfind("\n", 0, line)
-    if line >= 0:
-        return line + 1
-    space = text.rfind(" ", 1, limit)
-    return space if space > 0 else limit
+    """The last good place to cut a text at, or else `limit`."""
+    for place in CUTS:
+        ends = [match.end() for match in place.finditer(text, 1, limit + 1)]
+        if ends:
+            return ends[-1]
+    return limit
 
 
 def _pieces(files: Iterable[Path], piece_characters: int) -> Iterator[tuple[Path, str, bool]]:
@@ -178,15 +177,15 @@ def _pieces(files: Iterable[Path], piece_characters: int) -> Iterator[tuple[Path
         if file.suffix == ".jsonl":
             yield from ((file, text, False) for text in read_documents(file))
         else:
-            yield from ((file, text, behind) for text, behind in read_pieces(file, piece_characters))
+            yield from ((file, text, follows) for text, follows in read_pieces(file, piece_characters))
 
 
 def _encodings(tokenizers: Sequence[Tokenizer]) -> Callable[[str, bool], tuple[int, ...]]:
     """A function that counts a piece's tokens."""
     line_ends = [len(tokenizer.encode("\n")) for tokenizer in tokenizers]
 
-    def count(text: str, behind_line_end: bool) -> tuple[int, ...]:
-        if not behind_line_end:
+    def count(text: str, follows: bool) -> tuple[int, ...]:
+        if not follows:
             return tuple(len(tokenizer.encode(text)) for tokenizer in tokenizers)
         text = "\n" + text
         return tuple(
@@ -201,8 +200,8 @@ def _in_order(
 ) -> Iterator[tuple[tuple[Path, str], tuple[int, ...]]]:
     """Pieces and their tokens, in order, with a bounded number of them in memory."""
     flying: deque[tuple[tuple[Path, str], Future[tuple[int, ...]]]] = deque()
-    for file, text, behind in pieces:
-        flying.append(((file, text), pool.submit(count, text, behind)))
+    for file, text, follows in pieces:
+        flying.append(((file, text), pool.submit(count, text, follows)))
         if len(flying) >= PIECES_IN_FLIGHT:
             piece, tokens = flying.popleft()
             yield piece, tokens.result()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COLOURS = ("#3b6ea5", "#c8553d", "#4f8a4f", "#c79a3a", "#7a5c99", "#777777")
 FORMATS = (".png", ".svg")
 BARS_WITH_LABELS = 40
+SHORT = 6  # characters, of names that fit side by side
 WIDE = 200  # columns, where standard output is no terminal
 
 
@@ -62,9 +63,10 @@ def draw(groups: Mapping[str, Count], names: Sequence[str]) -> "Figure":
             colour = COLOURS[(i - 1) % len(COLOURS)]
             bars = axes.bar(left, heights, width, align="edge", color=colour, label=names[i])
             if len(groups) * len(others) <= BARS_WITH_LABELS:
-                axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
-        axes.axhline(1, color="#222222", linewidth=1)
-        axes.set_xticks(range(len(groups)), list(groups), rotation=90 if max(map(len, groups)) > 8 else 0)
+                axes.bar_label(bars, fmt="%.2f", fontsize=7, color="white", label_type="center")
+        axes.axhline(1, color="#222222", linewidth=1, zorder=0)
+        long = max(map(len, groups)) > SHORT
+        axes.set_xticks(range(len(groups)), list(groups), rotation=40 if long else 0, ha="right" if long else "center")
         axes.set_ylabel(f"tokens, times those of\n{names[0]}")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
