@@ -14,10 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from nemoe_jax import hf, schema
-from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.harness import Nemoe
-from nemoe_jax.evaluation.harness_text import HarnessText
-from nemoe_jax.tokenizer import load_tokenizer
 from tests.conftest import DENSE, write_tokenizer
 
 TEMPLATE = (

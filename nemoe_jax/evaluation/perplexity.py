@@ -19,16 +19,16 @@ from nemoe_jax.evaluation.scoring import Ending, score
 from nemoe_jax.schema import Tree
 
 
-def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(first token, end, how many of the last ones it scores) of each window over a text of `length` tokens.
-
-    Raises:
-        UserError: a window of fewer than 2 tokens, or a stride that is not smaller.
-    """
-    if window < 2:
-        raise UserError(f"window: wanted at least 2 tokens, got {window}")
+def check_window(window: int, stride: int, context: int) -> None:
+    """Raises UserError unless a window has 2 tokens to the model's context, and the stride is less than it."""
+    if not 2 <= window <= context:
+        raise UserError(f"window: wanted 2 to the context of {context} tokens, got {window}")
     if not 1 <= stride < window:
         raise UserError(f"stride: wanted 1 to {window - 1}, less than the window, got {stride}")
+
+
+def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(first token, end, how many of the last ones it scores) of each window over a text of `length` tokens."""
     scored = 1  # nothing comes before the first token
     for start in range(0, length, stride):
         end = min(start + window, length)
@@ -55,8 +55,7 @@ def sliding_loss(
     Raises:
         UserError: a text of fewer than 2 tokens, a window or a stride that does not fit.
     """
-    if window > config.context:
-        raise UserError(f"window: wanted at most the model's context of {config.context} tokens, got {window}")
+    check_window(window, stride, config.context)
     started = time.monotonic()
     spans = list(sliding_windows(len(stream), window, stride))[:windows]
     if not spans:
