@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.engine import Busy
+from nemoe_jax.serving.engine import Busy, Closed
 from nemoe_jax.serving.openai_answers import ErrorAnswer, ErrorDetail
 from nemoe_jax.tokenizer_base import mend_surrogates
 
@@ -60,6 +60,11 @@ def from_busy(busy: Busy) -> ApiError:
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
 
 
+def shutting_down() -> ApiError:
+    """A server that is about to end."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+
+
 def from_validation(errors: Sequence[Any], body: Any) -> ApiError:
     """A body that is not what the OpenAPI description says."""
     if errors[0]["type"] == "json_invalid":
@@ -104,6 +109,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Busy)
     def busy(request: Request, error: Busy) -> Response:
         return from_busy(error).response
+
+    @app.exception_handler(Closed)
+    def closed(request: Request, error: Closed) -> Response:
+        return shutting_down().response
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:

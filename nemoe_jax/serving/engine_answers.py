@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from nemoe_jax.serving.api_errors import ApiError
+from nemoe_jax.serving.api_errors import ApiError, shutting_down
 from nemoe_jax.serving.engine import Engine
 from nemoe_jax.serving.metrics import Metrics
 from nemoe_jax.serving.request import Piece, Request
@@ -64,7 +64,7 @@ class Answers:
                 if piece.finish == "error":
                     raise ApiError(500, piece.error or "the engine failed", code="engine_error")
                 if piece.finish == "cancelled":
-                    raise ApiError(503, "the server is shutting down", code="shutting_down")
+                    raise shutting_down()
                 left -= piece.finish is not None
                 yield index, piece
 

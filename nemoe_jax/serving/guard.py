@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nemoe_jax.serving.api_errors import ApiError
+from nemoe_jax.serving.api_errors import ApiError, shutting_down
 from nemoe_jax.serving.metrics import Metrics
 
 NOTE = "nemoe.note"  # where in an ASGI scope a handler leaves a word for the log
@@ -72,7 +72,7 @@ class Guard:
                 wanted = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "wanted Authorization: Bearer and the API key", None, "invalid_api_key", wanted)
         if self.closing():
-            return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+            return shutting_down()
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.max_bytes:
             return ApiError(413, self.too_large, code="request_too_large", headers={"Connection": "close"})

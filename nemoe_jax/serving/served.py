@@ -18,6 +18,7 @@ from nemoe_jax.serving.whole_answer import end_tokens
 from nemoe_jax.tokenizer_base import Tokenizer
 
 SEEDS = 2**63
+LEAST_SHARE = 256  # tokens of an answer whose prompt is longer than its share of the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +90,11 @@ class Served:
         """
         vocab = self.config.vocab
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        wrong = [token for token in [*prompt, *(asked.stop_token_ids or ())] if token >= vocab]
-        if wrong:
-            raise ApiError(400, f"wanted token ids from 0 to {vocab - 1}, got {wrong[0]}", code="invalid_value")
+        for param, tokens in {"prompt": prompt, "stop_token_ids": asked.stop_token_ids or ()}.items():
+            wrong = next((token for token in tokens if token >= vocab), None)
+            if wrong is not None:
+                message = f"{param}: wanted token ids from 0 to {vocab - 1}, got {wrong}"
+                raise ApiError(400, message, param, "invalid_value")
         sampling = self._sampling(asked)
         sampling.check(vocab)
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
@@ -124,17 +127,23 @@ class Served:
         """How many tokens an answer may have.
 
         Args:
-            wanted: what the request says; `default` where it says nothing; None: as many as there is room for.
+            wanted: what the request says; `default` where it says nothing; None: what is left of a row's share of the
+                cache, which is set aside for the answer while it is made.
 
         Raises:
             ApiError: the prompt leaves no room for so many, or the server allows fewer.
         """
-        context, limit = self.context, self.max_tokens
+        limit = self.max_tokens
         if wanted is not None and limit is not None and wanted > limit:
             raise ApiError(400, f"{param}: wanted at most {limit}, the limit here, got {wanted}", param)
-        room = context - len(prompt)
+        room = self.context - len(prompt)
         if room < max(1, wanted or 0):
-            length = f"{len(prompt)} tokens of prompt" + (f" and {wanted} of answer" if wanted else "")
-            raise ApiError(400, f"{length} exceed the context of {context}", "prompt", "context_length_exceeded")
-        most = [most for most in (room, limit, default) if most is not None]
-        return wanted if wanted is not None else min(most)
+            length = f"{len(prompt)} tokens" + (f" and {wanted} of answer" if wanted else "")
+            message = f"prompt: {length} exceed the context of {self.context}"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        if wanted is not None:
+            return wanted
+        if default is None:
+            statistics = self.engine.statistics()
+            default = max(LEAST_SHARE, statistics.tokens // statistics.rows - len(prompt))
+        return min(room, default, limit or default)
