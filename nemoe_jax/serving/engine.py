@@ -358,21 +358,21 @@ class Engine:
         if made:
             tokens = block.tokens_SB[:made, number].tolist()
             self._rows.count(row, tokens)
-            before = len(answer.tokens)
-            answer.give(self._scored(row, tokens, block))
+            piece = answer.take(self._scored(row, tokens, block))
             with self._changed:
-                self._totals["answer"] += len(answer.tokens) - before
+                self._totals["answer"] += len(piece.tokens)
+            if piece.finish is not None:
+                self._leave(row, piece.finish)  # first: its place is free when the last piece comes
+            answer.show(piece)
+            if piece.finish is not None:
+                return
             constraint = answer.request.constraint
-            if answer.finish is None and constraint is not None:
+            if constraint is not None:
                 try:
-                    for token in tokens:
-                        constraint.accept(token)
+                    constraint.accept(tokens[0])
                 except Exception as error:
-                    self._end(row, "error", f"the answer's constraint failed: {error}")
-                    return
-        if answer.finish is not None:
-            self._leave(row)
-        elif block.failed_B[number]:
+                    return self._end(row, "error", f"the answer's constraint failed: {error}")
+        if block.failed_B[number]:
             self._end(row, "error", NOT_A_NUMBER)
 
     def _scored(self, row: Row, tokens: list[int], block: Block) -> list[ScoredToken]:
@@ -396,12 +396,12 @@ class Engine:
         self._leave(row, finish)
         row.answer.end(finish, error)
 
-    def _leave(self, row: Row, finish: str | None = None) -> None:
+    def _leave(self, row: Row, finish: str) -> None:
         with self._changed:
             if row in self._reading:
                 self._reading.remove(row)
             self._rows.leave(row)
-            self._finished[finish or str(row.answer.finish)] += 1
+            self._finished[finish] += 1
             self._finished_at.append(time.monotonic())
 
 

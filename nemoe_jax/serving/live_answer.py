@@ -63,8 +63,8 @@ class Answer:
             raise TimeoutError(f"no answer within {timeout} seconds")
         return self.text
 
-    def give(self, tokens: Sequence[ScoredToken]) -> None:
-        """More tokens: shown up to what ends the answer. For the engine."""
+    def take(self, tokens: Sequence[ScoredToken]) -> Piece:
+        """More tokens, up to what ends the answer: the piece to `show`. For the engine."""
         shown, used, finish = "", [], None
         for token in tokens:
             used.append(token)
@@ -80,24 +80,30 @@ class Answer:
                 break
         self.tokens += used
         if finish is None:
-            self._show(Piece(shown, tuple(used)))
-        else:
-            self.end(finish, shown=shown, tokens=used)
+            return Piece(shown, tuple(used))
+        rest, finish = self._rest(finish)
+        return Piece(shown + rest, tuple(used), finish)
 
-    def end(self, finish: str, error: str | None = None, shown: str = "", tokens: Sequence[ScoredToken] = ()) -> None:
-        """The last piece, with what was held back of the text. For the engine."""
-        if self._stops.found is None:
-            shown += self._stops.push(self._decoder.flush()) + self._stops.flush()
-            if self._stops.found is not None and finish == "length":
-                finish = "stop"
-        self.finish, self.error = finish, error
-        self._show(Piece(shown, tuple(tokens), finish, error))
-        self._done.set()
+    def end(self, finish: str, error: str | None = None) -> None:
+        """Shows the last piece: the answer ends before it is complete. For the engine."""
+        rest, _ = self._rest(finish)
+        self.show(Piece(rest, (), finish, error))
 
-    def _show(self, piece: Piece) -> None:
+    def show(self, piece: Piece) -> None:
+        """Hands a piece to whoever asked. For the engine."""
         self.text += piece.text
+        self.finish, self.error = piece.finish, piece.error
         try:
             self._on_piece(piece)
         except Exception:
             _log.exception("nobody takes the answer's pieces: it is cancelled")
             self.cancelled, self._on_piece = True, lambda piece: None
+        if piece.finish is not None:
+            self._done.set()
+
+    def _rest(self, finish: str) -> tuple[str, str]:
+        """What was held back of the text, and why the answer ends: a stop text may have been in it."""
+        if self._stops.found is not None:
+            return "", finish
+        rest = self._stops.push(self._decoder.flush()) + self._stops.flush()
+        return rest, "stop" if self._stops.found is not None and finish == "length" else finish
