@@ -266,7 +266,7 @@ def test_answers_that_are_not_to_be_learned_keep_their_weight():
         (
             {"conversations": turns("u:x", "a:y", "s:z", "a:y")},
             "auto",
-            r"messages\[2\]: role system cannot follow assistant",
+            r"messages\[2\]\.role: system cannot follow assistant",
         ),
         ({"conversations": turns("a:y")}, "auto", "a chat starts with the role user or system"),
         (

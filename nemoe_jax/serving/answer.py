@@ -204,13 +204,13 @@ class _Reader:
             calls, end = _DECODER.raw_decode(body)
         except (ValueError, RecursionError) as error:
             return self._keep(text, f"not JSON ({error})")
-        if body[end:].strip():
-            self._keep(body[end:], "text behind the calls")
         for call in calls if isinstance(calls, list) else [calls]:
             try:
                 self._add(call)
             except _Malformed as error:
                 self._keep(_shown(call), str(error))
+        if body[end:].strip():
+            self._keep(body[end:], "text behind the calls")
 
     def _read_marked(self, tokens: list[int]) -> None:
         head, *bodies = _split(tokens, self.form.arguments)

@@ -31,6 +31,8 @@ from nemoe_jax.tokenizer_base import Tokenizer
 
 __all__ = ["Vocabulary", "json_object", "json_schema", "regex", "tool_calls"]
 
+# Forced texts are not tokenized by the library: it would take the space in front of a text for the text's own.
+HEADER = '%llguidance {"no_forcing": true}\n'
 WHITE_SPACE = r"[ \n\t]{1,60}"  # between the tokens of JSON; a bound, as a model may write nothing else for ever
 
 
@@ -56,7 +58,7 @@ def regex(vocabulary: Vocabulary, pattern: str) -> Constraint:
     """Answers that a regular expression matches as a whole. Raises UserError where it is none."""
     import llguidance
 
-    return Grammar(vocabulary, llguidance.LLMatcher.grammar_from_regex(pattern), "regular expression")
+    return Grammar(vocabulary, f"start: /{llguidance.regex_to_lark(pattern, '')}/", "regular expression")
 
 
 def tool_calls(
@@ -94,13 +96,13 @@ def tool_calls(
 class Grammar:
     """A constraint by one of llguidance's grammars."""
 
-    def __init__(self, vocabulary: Vocabulary, grammar: str, what: str):
+    def __init__(self, vocabulary: Vocabulary, rules: str, what: str):
         import llguidance
 
         self._vocab_size = vocabulary.vocab_size
         self._what = what
         limits = llguidance.LLParserLimits(verbose_errors=False)
-        self._matcher = llguidance.LLMatcher(vocabulary.library, grammar, log_level=0, limits=limits)
+        self._matcher = llguidance.LLMatcher(vocabulary.library, HEADER + rules, log_level=0, limits=limits)
         self._check()
 
     def allowed(self) -> np.ndarray:
