@@ -1,6 +1,11 @@
 """Our model in the lm-evaluation-harness against the harness's own Hugging Face model, on the same directory."""
 
 import json
+import os
+
+os.environ["HF_DATASETS_OFFLINE"] = "1"  # read at import
+os.environ["HF_EVALUATE_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
 
 import jax
 import numpy as np
@@ -10,8 +15,10 @@ import tokenizers
 pytest.importorskip("lm_eval")
 pytest.importorskip("torch")
 
+import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from nemoe_jax import hf, schema
 from nemoe_jax.evaluation.harness import Nemoe
@@ -102,3 +109,78 @@ def test_rolling_log_likelihoods_are_those_of_the_harness_s_own_model(pair):
     np.testing.assert_allclose(
         ours.loglikelihood_rolling(texts), theirs.loglikelihood_rolling(texts), atol=1e-3, rtol=1e-6
     )
+
+
+CHOICES = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: test
+num_fewshot: 2
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+ANSWERS = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{target}}}}"
+generation_kwargs: {{until: ["word7", " word1"], max_gen_toks: 12, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+TEXTS = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+KINDS = {"choices": CHOICES, "answers": ANSWERS, "texts": TEXTS}
+
+
+def write_tasks(directory):
+    """A task of each kind, with its data."""
+    rng = np.random.default_rng(3)
+    with (directory / "data.jsonl").open("w") as file:
+        for _ in range(12):
+            question, options = words(*rng.integers(0, 69, rng.integers(1, 40))), rng.integers(0, 69, (4, 2))
+            line = {"question": question, "options": [words(*o[: rng.integers(1, 3)]) for o in options]}
+            print(json.dumps(line | {"answer": int(rng.integers(4)), "target": words(3)}), file=file)
+    for kind, text in KINDS.items():
+        (directory / f"{kind}.yaml").write_text(text.format(name=f"our_{kind}", data=directory / "data.jsonl"))
+
+
+@pytest.mark.parametrize("pair", ["<s> before"], indirect=True)
+@pytest.mark.parametrize("chat", [False, True])
+def test_tasks_get_equal_scores(pair, tmp_path, chat, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_tasks(tmp_path)
+    names = ["our_choices", "our_answers"] if chat else [f"our_{kind}" for kind in KINDS]
+    results, samples = [], []
+    for model in pair:
+        loaded = TaskManager(include_path=str(tmp_path), include_defaults=False).load(names)
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(1234)
+        found = lm_eval.evaluate(
+            model, loaded, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat, log_samples=True
+        )
+        results.append(found["results"])
+        samples.append({name: [one["filtered_resps"] for one in of] for name, of in found["samples"].items()})
+    ours, theirs = results
+    for name in names:
+        wanted = {key: value for key, value in theirs[name].items() if "," in key and not isinstance(value, str)}
+        assert {key: ours[name][key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert wanted
+    assert samples[0]["our_answers"] == samples[1]["our_answers"]
+    assert len({text for (text,) in samples[0]["our_answers"]}) > 3
+    assert 0 < ours["our_choices"]["acc,none"] < 1

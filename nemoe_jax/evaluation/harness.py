@@ -19,6 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nemoe_jax import hf, sharding
+from nemoe_jax.command import progress_bar
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.harness_text import HarnessText
 from nemoe_jax.evaluation.scoring import Ending, score
@@ -139,7 +140,7 @@ class Nemoe(TemplateLM):
         from nemoe_jax.serving.engine import Engine
 
         wanted = [self.request(*request.args) for request in requests]
-        with Engine(
+        engine = Engine(
             self.model_config,
             self.params,
             self.tokenizer,
@@ -147,9 +148,13 @@ class Nemoe(TemplateLM):
             waiting=len(wanted),
             mesh=self.mesh,
             cache_dtype=self.cache_dtype,
-        ) as engine:
+        )
+        with engine, progress_bar() as bar:
             answers = [engine.submit(one) for one in wanted]
-            texts = ["".join(piece.text for piece in answer) for answer in answers]
+            texts = [answer.result() for answer in bar.track(answers, description="generating")]
+        failed = [answer.error for answer in answers if answer.error is not None]
+        if failed:
+            raise UserError(f"generate_until: {failed[0]}")
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts

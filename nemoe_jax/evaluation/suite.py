@@ -117,7 +117,11 @@ def run(
             problems.append(f"{one.task}: its data cannot be loaded ({reason:.200})")
             continue
         model = model or load()
-        document["tasks"][one.task] = evaluate(model, one, loaded, settings)
+        try:
+            document["tasks"][one.task] = evaluate(model, one, loaded, settings)
+        except UserError as error:
+            problems.append(f"{one.task}: {error}")
+            continue
         if output is not None:
             write_results(output, document)
     return document, problems
@@ -198,7 +202,8 @@ def write_results(output: Path, document: dict[str, Any]) -> None:
 def compare(document: dict[str, Any], benchmarks: Sequence[Benchmark]) -> list[dict[str, Any]]:
     """A row for each metric of each finished task, beside the published figure where there is one.
 
-    `RATES` are per cent, other metrics as the harness gives them.
+    `RATES` are per cent, other metrics as the harness gives them. Where a task lacks the metric that was published, its
+    others are shown, without comparison.
     """
     rows = []
     for one in benchmarks:
@@ -206,16 +211,17 @@ def compare(document: dict[str, Any], benchmarks: Sequence[Benchmark]) -> list[d
         if held is None:
             continue
         parts = held["results"]
+        compared = one.metric in parts.get(one.task, {})
         for name in [one.task] if one.task in parts else parts:
             for key, value in parts[name].items():
                 metric, _, chosen = key.partition(",")
-                if not chosen or metric.endswith("_stderr") or one.metric not in (None, key):
+                if not chosen or metric.endswith("_stderr") or (compared and key != one.metric):
                     continue
                 scale = 100 if metric.startswith(RATES) else 1
                 error = parts[name].get(f"{metric}_stderr,{chosen}")
                 row = {"task": name, "shots": held["shots"], "metric": metric, "filter": chosen}
                 row |= {"score": scale * value, "standard_error": None if error is None else scale * error}
-                if one.published is not None:
+                if compared and one.published is not None:
                     row |= {"published": one.published, "difference": scale * value - one.published}
                 rows.append(row)
     return rows
