@@ -76,7 +76,7 @@ def test_table_and_plot(nemoe, tmp_path):
     words = ["model", "tokenizer.model.v1", "texts/*.txt", "texts/fr"]
     status, out, _ = nemoe("tokenize", "compare", *words, "--by", "file", "--plot", str(plot))
     assert status == 0
-    for part in ("a.txt", "b.de.txt", "(all)", "ratio: tokens over those of model"):
+    for part in ("a.txt", "b.de.txt", "(all)", "tokens over those of model"):
         assert part in out
     assert ">(all)</text>" in plot.read_text()
 

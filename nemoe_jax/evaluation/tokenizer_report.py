@@ -14,6 +14,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.tokenizer_comparison import Count
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#3b6ea5", "#c8553d", "#4f8a4f", "#c79a3a", "#7a5c99", "#777777")
@@ -25,12 +26,12 @@ WIDE = 200  # columns, where standard output is no terminal
 
 def print_table(groups: Mapping[str, Count], names: Sequence[str]) -> None:
     """A row for each tokenizer of each group; words are left out where a language has none."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("text", overflow="fold")
-    table.add_column("characters", justify="right")
+    table.add_column("chars", justify="right", no_wrap=True)
     table.add_column("tokenizer", overflow="fold")
-    for title in ("tokens", "per character", "per word", "per byte", "ratio"):
-        table.add_column(title, justify="right")
+    for title in ("tokens", "/char", "/word", "/byte", "ratio"):
+        table.add_column(title, justify="right", no_wrap=True)
     for group, count in groups.items():
         for i, (name, tokens) in enumerate(zip(names, count.tokens, strict=True)):
             text = (Text(group), f"{count.characters:,}") if i == 0 else ("", "")  # Text: no markup in a file's name
@@ -40,7 +41,7 @@ def print_table(groups: Mapping[str, Count], names: Sequence[str]) -> None:
         table.add_section()
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)
     console.print(table)
-    console.print(f"ratio: tokens over those of {names[0]}", style="dim", highlight=False)
+    console.print(Text(f"tokens per character, word and byte; ratio: tokens over those of {names[0]}", style="dim"))
 
 
 def _share(tokens: int, size: int | None) -> str:
@@ -53,7 +54,7 @@ def draw(groups: Mapping[str, Count], names: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     others = range(1, len(names))
-    width = 0.8 / len(others)
+    width, slant = 0.8 / len(others), 90 if len(others) > 1 else 0
     figure = Figure(figsize=(max(4.0, 1.5 + 0.45 * len(groups) * len(others) ** 0.5), 3.2), layout="constrained")
     with matplotlib.rc_context({"text.parse_math": False}):  # a file's name may hold dollars
         axes = figure.subplots()
@@ -63,14 +64,19 @@ def draw(groups: Mapping[str, Count], names: Sequence[str]) -> "Figure":
             colour = COLOURS[(i - 1) % len(COLOURS)]
             bars = axes.bar(left, heights, width, align="edge", color=colour, label=names[i])
             if len(groups) * len(others) <= BARS_WITH_LABELS:
-                axes.bar_label(bars, fmt="%.2f", fontsize=7, color="white", label_type="center")
+                axes.bar_label(bars, fmt="%.2f", fontsize=7, color="white", label_type="center", rotation=slant)
         axes.axhline(1, color="#222222", linewidth=1, zorder=0)
         long = max(map(len, groups)) > SHORT
         axes.set_xticks(range(len(groups)), list(groups), rotation=40 if long else 0, ha="right" if long else "center")
         axes.set_ylabel(f"tokens, times those of\n{names[0]}")
-        axes.legend(frameon=False, fontsize=8)
+        add_legend(axes)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def add_legend(axes: "Axes") -> None:
+    """Says above the bars whose they are."""
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def check_plot(path: Path) -> None:
