@@ -12,27 +12,15 @@ import numpy as np
 import pytest
 
 from nemoe_jax import cli, hf, schema
-from nemoe_jax.tokenizer import cut_tekken, load_tokenizer
+from nemoe_jax.tokenizer import load_tokenizer
 from nemoe_jax.transformer import forward
+from tests.command_models import VOCABULARY, write_model
 from tests.conftest import DENSE, MIXTRAL
-
-VOCABULARY = 400
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A small mixture with a real Tekken vocabulary, cut."""
-    from importlib.util import find_spec
-    from pathlib import Path
-
-    package = find_spec("mistral_common")
-    if package is None:
-        pytest.skip("mistral-common is not installed")
-    directory = tmp_path_factory.mktemp("models") / "moe"
-    config = MIXTRAL.replace(vocab=VOCABULARY)
-    hf.save(directory, config, schema.initialise(config, jax.random.key(0)))
-    cut_tekken(Path(package.origin).parent / "data" / "tekken_240718.json", directory / "tekken.json", VOCABULARY)
-    return directory
+    return write_model(tmp_path_factory.mktemp("models") / "moe")
 
 
 def run(capsys, *arguments):
@@ -145,7 +133,7 @@ BAD = {
     "unknown preset": (["inspect", "nemoe-12b"], "did you mean nemoe-12b-16e"),
     "unknown mesh axis": (["inspect", "minitron-8b", "--mesh", "pipe=2"], "unknown axis 'pipe'"),
     "mesh does not divide": (["inspect", "nemoe-12b-16e", "--mesh", "expert=3"], "does not divide"),
-    "no model": (["generate", "{tmp}/none", "--prompt", "x"], "no such file or directory"),
+    "no model": (["generate", "{tmp}/none", "--prompt", "x"], "no such directory"),
     "not a model": (["perplexity", "{tmp}", "{text}"], "no config.json"),
     "no text": (["perplexity", "{model}", "{tmp}/none.txt"], "no text there"),
     "empty text": (["perplexity", "{model}", "{empty}"], "empty text"),
@@ -163,9 +151,12 @@ BAD = {
     "nowhere to write": (["logits", "{model}", "--tokens", "1", "--out", "{tmp}/no/x"], "No such file or directory"),
     "no prompt length": (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], "wanted a positive number"),
     "no chat": (["generate", "{model}", "--chat", "{text}"], "not a JSON file"),
-    "too cold": (["generate", "{model}", "--prompt", "x", "--temperature", "-1"], "temperature: wanted 0 or more"),
+    "too cold": (
+        ["generate", "{model}", "--prompt", "x", "--temperature", "-1"],
+        "temperature: wanted a number from 0 to 100",
+    ),
     "no such cache": (
-        ["generate", "{model}", "--prompt", "x", "--kv-cache", "int4"],
+        ["generate", "{model}", "--prompt", "x", "--kv-cache", "int4", "--max-new-tokens", "5"],
         "wanted one of float32, bfloat16",
     ),
     "no tokenizer": (["tokenize", "{tmp}", "{text}"], "no tokenizer"),
@@ -186,7 +177,7 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(capsys, model, tmp_path, 
 
 
 def test_a_backend_that_is_not_there(model):
-    command = [sys.executable, "-m", "nemoe_jax.cli", "generate", str(model), "--prompt", "x"]
+    command = [sys.executable, "-m", "nemoe_jax.cli", "generate", str(model), "--prompt", "x", "--max-new-tokens", "5"]
     environment = {**os.environ, "JAX_PLATFORMS": "cuda"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode == 0:

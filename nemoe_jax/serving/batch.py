@@ -111,8 +111,7 @@ def _request(fields: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenize
         stop=tuple(stop),
         top_logprobs=_whole(fields, "logprobs", 0, wishes.top_logprobs),
     )
-    request.sampling.check(config.vocab)
-    starting.check_length(config, len(prompt), request.max_new_tokens)
+    starting.check(request, config)
     return request
 
 

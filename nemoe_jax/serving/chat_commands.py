@@ -1,6 +1,7 @@
 """What a chat does on lines that begin with a slash."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,14 +64,14 @@ def _preset(session: "Session", name: str) -> None:
 
 
 def _set(session: "Session", setting: str) -> None:
-    name, _, value = setting.replace("=", " ", 1).partition(" ")
+    name, value = [*re.split(r"[\s=]+", setting, maxsplit=1), ""][:2]
     wishes = session.wishes
     if name == "max_new_tokens":
-        if not value.strip().isdecimal() or int(value) < 1:
+        if not value.isdecimal() or int(value) < 1:
             raise UserError(f"max_new_tokens: wanted a positive number, got {value!r:.80}")
         session.wishes = dataclasses.replace(wishes, max_new_tokens=int(value))
     elif name:
-        sampling = sampling_flags.from_text(wishes.sampling, name, value.strip())
+        sampling = sampling_flags.from_text(wishes.sampling, name, value)
         sampling.check(session.engine.config.vocab)
         session.wishes = dataclasses.replace(wishes, sampling=sampling)
     values = sampling_flags.as_fields(session.wishes.sampling) | {"max_new_tokens": session.wishes.max_new_tokens}

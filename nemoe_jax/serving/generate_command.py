@@ -1,75 +1,112 @@
-"""`nemoe generate`: continues a text or answers a chat."""
+"""`nemoe generate`: continues a text, answers a chat, or works through a file of them."""
 
 import argparse
+import dataclasses
 import sys
-import time
+from typing import TYPE_CHECKING
 
-from nemoe_jax import running
-from nemoe_jax.command import Command, report
+from nemoe_jax.command import Command, read_text, report
 from nemoe_jax.errors import UserError
+from nemoe_jax.serving import sampling_flags, starting
+from nemoe_jax.serving.request import Request
+from nemoe_jax.serving.whole_answer import collect, end_tokens, shown
+
+if TYPE_CHECKING:
+    from nemoe_jax.config import ModelConfig
+    from nemoe_jax.tokenizer_base import Tokenizer
+
+DETAILS = """\
+A batch is a file of JSON lines, each {"prompt": …} or {"messages": […], "tools": […]}; a line may have an "id", and
+wishes of its own: "preset", "temperature" and the like, "max_new_tokens", "stop", "logprobs". The answers come in
+the same order, a line each. Lines that OUT.jsonl holds already are not done again.
+"""
 
 
 def add(command: Command) -> None:
     """Registers `generate`."""
-    parser = command.add("generate", _generate, "continue a prompt, streaming the text", reports=True)
+    parser = command.add(
+        "generate", _generate, "continue a prompt or answer a chat, streaming the text", DETAILS, reports=True
+    )
     parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("input", nargs="?", choices=("-",), metavar="-", help="continue the text of standard input")
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    source.add_argument("--file", help="file of the text to continue (without the line end at its end)")
     source.add_argument(
         "--chat", metavar="FILE", help="JSON list of messages to answer, or an object of messages and tools"
     )
+    source.add_argument("--batch", metavar="IN.jsonl", help="many prompts and chats (- is standard input)")
+    parser.add_argument("--output", metavar="OUT.jsonl", help="where a batch's answers go (- is standard output)")
+    parser.add_argument("--rows", type=int, default=8, help="answers of a batch that are made together (default 8)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most (default 128)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 is greedy (default); NeMo's makers advise 0.3"
+        "--stop", metavar="TEXT", action="append", default=[], help="text that ends the answer; may be repeated"
     )
     parser.add_argument(
-        "--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest (0 to 1)"
+        "--logprobs", type=int, metavar="N", help="log-probabilities of the tokens and of the N likeliest, in the JSON"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    running.add_model_flags(parser)
-    running.add_cache_flag(parser)
+    sampling_flags.add_flags(parser)
+    starting.add_flags(parser)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from nemoe_jax import chat
-    from nemoe_jax.generate import Sampling, generate
-    from nemoe_jax.tokenizer import StreamDecoder, load_tokenizer
+    from nemoe_jax import checkpoint
+    from nemoe_jax.serving import batch
+    from nemoe_jax.tokenizer import load_tokenizer
 
-    sampling = Sampling(arguments.temperature, arguments.min_p, arguments.seed)
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: wanted a positive number, got {arguments.max_new_tokens}")
+    _check(arguments)
+    wishes = Request(
+        prompt=(),
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling_flags.from_flags(arguments),
+        stop=tuple(arguments.stop),
+        top_logprobs=arguments.logprobs,
+        adapter=arguments.adapter,
+    )
+    config = checkpoint.read_config(arguments.directory)
     tokenizer = load_tokenizer(arguments.directory)
+    if arguments.batch is not None:
+        batch.run(arguments, config, tokenizer, wishes)
+    else:
+        _answer(arguments, config, tokenizer, wishes)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (("max_new_tokens", 1), ("rows", 1), ("logprobs", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            kind = "a positive number" if least else "0 or more"
+            raise UserError(f"--{name.replace('_', '-')}: wanted {kind}, got {value}")
+    if (arguments.batch is None) != (arguments.output is None):
+        raise UserError("--batch IN.jsonl and --output OUT.jsonl go together (- is standard input and output)")
+    if arguments.logprobs is not None and not arguments.json and arguments.batch is None:
+        raise UserError("--logprobs: wanted with --json or --batch, which can show them")
+
+
+def _answer(arguments: argparse.Namespace, config: "ModelConfig", tokenizer: "Tokenizer", wishes: Request) -> None:
+    """One answer, shown as it comes."""
+    request = dataclasses.replace(wishes, prompt=tuple(_prompt(arguments, tokenizer)))
+    starting.check(request, config)
+    prompt_tokens = len(request.prompt)
+    show = (lambda text: None) if arguments.json else shown
+    with starting.start(arguments, tokenizer, rows=1, tokens=prompt_tokens + wishes.max_new_tokens) as engine:
+        answer = collect(engine.submit(request), end_tokens(config, tokenizer), show)
+    if arguments.json:
+        figures = answer.figures(tokenizer, prompt_tokens, wishes.top_logprobs is not None)
+        report({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
+        return
+    print()
+    if answer.rate is not None:
+        print(f"{len(answer.tokens)} tokens, {answer.rate:.1f} tokens/s", file=sys.stderr)
+
+
+def _prompt(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]:
+    from nemoe_jax import chat
+
     if arguments.chat is not None:
         messages, tools = chat.read_messages(arguments.chat), chat.read_tools(arguments.chat)
-        prompt = chat.render_chat(tokenizer, messages, tools=tools)
-    else:
-        prompt = tokenizer.encode(arguments.prompt, bos=True)
-    config, params, mesh = running.load(arguments)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-    stop = {token for token in (tokenizer.eos_id, *ends) if token is not None}
-
-    decoder = StreamDecoder(tokenizer)
-    text, tokens, first_token_at = "", [], 0.0
-    started = time.monotonic()
-    made = generate(
-        config, params, [prompt], arguments.max_new_tokens, sampling, sorted(stop), mesh, arguments.kv_cache
-    )
-    for (token,) in made:
-        first_token_at = first_token_at or time.monotonic()
-        if int(token) in stop:
-            break
-        tokens.append(int(token))
-        piece = decoder.push(token)
-        text += piece
-        if not arguments.json:
-            print(piece, end="", flush=True)
-    finished = time.monotonic()
-    text += (rest := decoder.flush())
-    if arguments.json:
-        figures = {"text": text, "tokens": tokens, "prompt_tokens": len(prompt)}
-        report({**figures, "prefill_seconds": first_token_at - started, "seconds": finished - started}, True)
-        return
-    print(rest)
-    if len(tokens) > 1:
-        rate = (len(tokens) - 1) / (finished - first_token_at)
-        print(f"{len(tokens)} tokens, {rate:.1f} tokens/s after the first", file=sys.stderr)
+        return chat.render_chat(tokenizer, messages, tools=tools)
+    if arguments.prompt is not None:
+        return tokenizer.encode(arguments.prompt, bos=True)
+    text = read_text(arguments.input or arguments.file)
+    return tokenizer.encode(text.removesuffix("\n").removesuffix("\r"), bos=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nemoe_jax import running
 from nemoe_jax.errors import UserError
+from nemoe_jax.serving.request import Request
 from nemoe_jax.tokenizer_base import Tokenizer
 
 if TYPE_CHECKING:
@@ -61,13 +62,17 @@ def start(
         engine.close(drain=False)
 
 
-def check_length(config: "ModelConfig", prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises UserError where an answer might not fit into the context: before the weights are loaded."""
-    if prompt_tokens < 1:
+def check(request: Request, config: "ModelConfig") -> None:
+    """Raises UserError as the engine would where it cannot answer a request; but before the weights are loaded."""
+    from nemoe_jax.serving.engine import MOST_TOP
+    from nemoe_jax.serving.stop_texts import StopTexts
+
+    prompt, new = len(request.prompt), request.max_new_tokens
+    if prompt < 1:
         raise UserError("empty prompt: wanted at least one token")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: wanted a positive number, got {max_new_tokens}")
-    if prompt_tokens + max_new_tokens > config.context:
-        raise UserError(
-            f"prompt of {prompt_tokens} tokens + {max_new_tokens} new tokens exceed the context of {config.context}"
-        )
+    if prompt + new > config.context:
+        raise UserError(f"prompt of {prompt} tokens + {new} new tokens exceed the context of {config.context}")
+    if request.top_logprobs is not None and request.top_logprobs > MOST_TOP:
+        raise UserError(f"logprobs: wanted 0 to {MOST_TOP}, got {request.top_logprobs}")
+    request.sampling.check(config.vocab)
+    StopTexts(request.stop)  # refuses what can never be found

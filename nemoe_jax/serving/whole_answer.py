@@ -20,14 +20,15 @@ class WholeAnswer(NamedTuple):
     text: str
     tokens: list[ScoredToken]  # without the end token
     finish: str  # as in Piece
-    prefill_seconds: float  # to the first token
+    prefill_seconds: float  # to the first piece
     seconds: float  # to the last
+    first_tokens: int  # that came with the first piece
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second after the first; None where there are too few to say."""
-        after = self.seconds - self.prefill_seconds
-        return (len(self.tokens) - 1) / after if len(self.tokens) > 1 and after > 0 else None
+        """Tokens per second after the first piece; None where nothing came after it."""
+        tokens, seconds = len(self.tokens) - self.first_tokens, self.seconds - self.prefill_seconds
+        return tokens / seconds if tokens > 0 and seconds > 0 else None
 
     def figures(self, tokenizer: Tokenizer, prompt_tokens: int, logprobs: bool) -> dict[str, Any]:
         """What `--json` and a batch print of it."""
@@ -78,15 +79,15 @@ def collect(
         UserError: the model could not answer.
     """
     started = time.monotonic()
-    first: float | None = None
+    first, first_tokens = 0.0, 0
     texts: list[str] = []
     tokens: list[ScoredToken] = []
     finish = "error"
     for piece in pieces:
         if piece.finish == "error":
             raise UserError(piece.error or "the model could not answer")
-        if piece.tokens and first is None:
-            first = time.monotonic() - started
+        if piece.tokens and not first_tokens:
+            first, first_tokens = time.monotonic() - started, len(piece.tokens)
         texts.append(piece.text)
         tokens += piece.tokens
         if piece.text:
@@ -95,4 +96,4 @@ def collect(
     seconds = time.monotonic() - started
     if tokens and tokens[-1].token in ends:
         tokens.pop()
-    return WholeAnswer("".join(texts), tokens, finish, seconds if first is None else first, seconds)
+    return WholeAnswer("".join(texts), tokens, finish, first or seconds, seconds, first_tokens)
