@@ -23,14 +23,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from nemoe_jax.adapter_bank import bank
 from nemoe_jax.cache import PAGE, division
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.decoding import BLOCK, NOT_A_NUMBER, Block, has_penalty
 from nemoe_jax.errors import UserError
 from nemoe_jax.generate import cache_dtype_of
+from nemoe_jax.platform import platform
 from nemoe_jax.sampling import Sampling
 from nemoe_jax.schema import Tree
 from nemoe_jax.serving.live_answer import Answer
@@ -82,10 +85,11 @@ class Engine:
         tokens: of the cache in all, prompts and answers, rounded up to whole pages; by default as many as there is
             memory for, and 4096 a row on CPU.
         waiting: requests that may wait for a place.
+        adapters: LoRA adapters by the names that requests give.
         cache_dtype: one of `generate.CACHE_DTYPES`, or None for the model's own.
 
     Raises:
-        UserError: a size that is not positive, an unknown dtype.
+        UserError: a size that is not positive, an unknown dtype, an adapter that does not fit the model.
     """
 
     def __init__(
@@ -107,12 +111,18 @@ class Engine:
         self.config, self.tokenizer = config, tokenizer
         self._most_waiting, self._mesh = waiting, mesh
         dtype = cache_dtype_of(params, cache_dtype)
+        self._adapters = {name: number for number, name in enumerate(adapters or {})}
         with self._ambient():
+            joined = (
+                bank(config, adapters, jnp.float32 if platform() == "cpu" else params["embed"].dtype)
+                if adapters
+                else None
+            )
             parts, cuts = division(config, rows)
             tokens = _fitting(config, rows, dtype) if tokens is None else tokens
             free = [FreePages(1 + -(-tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
             self.context = min(config.context, free[0].tokens)  # of one request, prompt and answer together
-            self._programs = Programs(config, params, rows, self.context, 1 + free[0].all, dtype)
+            self._programs = Programs(config, params, rows, self.context, 1 + free[0].all, dtype, joined)
         self._rows = Rows(rows, free, self._programs.width)
         ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
         self._ends = frozenset({*ends, tokenizer.eos_id} - {None})
@@ -204,8 +214,8 @@ class Engine:
             )
         if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MOST_TOP:
             raise UserError(f"top_logprobs: wanted 0 to {MOST_TOP}, got {request.top_logprobs}")
-        if request.adapter is not None:
-            raise UserError(f"no adapter {request.adapter!r}; there are none")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise UserError(f"no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or 'none'}")
         request.sampling.check(vocab)
 
     def _seconds_to_a_place(self) -> float:
@@ -274,7 +284,11 @@ class Engine:
     def _admit(self) -> None:
         """First come, first served: whoever is too large for what is free now holds up those behind."""
         with self._changed:
-            while self._queue and (row := self._rows.join(self._queue[0])) is not None:
+            while self._queue:
+                adapter = self._queue[0].request.adapter
+                row = self._rows.join(self._queue[0], -1 if adapter is None else self._adapters[adapter])
+                if row is None:
+                    return
                 self._queue.popleft()
                 self._reading.append(row)
                 self._totals["prompt"] += len(row.prompt)
@@ -286,7 +300,7 @@ class Engine:
             row = self._reading.popleft()
             chunk = row.prompt[row.read : len(row.prompt) - 1][:CHUNK]
             if len(chunk):
-                self._programs.read(row.number, chunk, row.read, self._rows.table_BM[row.number])
+                self._programs.read(row.number, chunk, row.read, self._rows.table_BM[row.number], row.adapter)
             row.read += len(chunk)
             left -= max(len(chunk), 1)
             if row.read < len(row.prompt) - 1:
@@ -316,13 +330,14 @@ class Engine:
         measured = (time.monotonic() - started) / max(int(block.steps), 1)
         self._seconds_a_step = min(measured, 2 * self._seconds_a_step)
         for row in working:
-            self._give(row, block)
+            self._give(row, block, allowed_BW)
 
     def _tell_device(self) -> None:
         rows = self._rows
         self._programs.place(
             rows.table_BM,
             rows.length_B,
+            rows.adapter_B,
             next_B=rows.next_B,
             step_B=rows.step_B,
             left_B=rows.left_B,
@@ -351,7 +366,7 @@ class Engine:
                 self._end(row, "error", f"the answer's constraint failed: {error}")
         return allowed_BW
 
-    def _give(self, row: Row, block: Block) -> None:
+    def _give(self, row: Row, block: Block, allowed_BW: np.ndarray | None) -> None:
         """What a block has of a row's answer."""
         number, answer = row.number, row.answer
         made = int(block.made_B[number])
@@ -373,7 +388,8 @@ class Engine:
                 except Exception as error:
                     return self._end(row, "error", f"the answer's constraint failed: {error}")
         if block.failed_B[number]:
-            self._end(row, "error", NOT_A_NUMBER)
+            nothing = allowed_BW is not None and not allowed_BW[number].any()
+            self._end(row, "error", "the answer's constraint allows no token" if nothing else NOT_A_NUMBER)
 
     def _scored(self, row: Row, tokens: list[int], block: Block) -> list[ScoredToken]:
         top = row.answer.request.top_logprobs

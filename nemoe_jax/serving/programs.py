@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nemoe_jax.adapter_bank import with_rows
 from nemoe_jax.cache import Cache, Pages, division, shared_cache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.decoding import Block, State, decode, read_only
@@ -31,11 +32,16 @@ class Programs:
     Args:
         pages: of each device's pool, with page 0.
         slots: tokens of a row at most.
+        bank: all adapters (adapter_bank.py), or None. Where there are some, rows without one pass through them as well.
     """
 
-    def __init__(self, config: ModelConfig, params: Tree, rows: int, slots: int, pages: int, dtype: Any):
-        self.config, self.params, self.rows = config, params, rows
-        self.decode_params = for_decoding(params, rows)
+    def __init__(
+        self, config: ModelConfig, params: Tree, rows: int, slots: int, pages: int, dtype: Any, bank: Tree | None = None
+    ):
+        self.config, self.params, self.rows, self.bank = config, params, rows, bank
+        # with adapters no weights are read in place
+        self.decode_params = params if bank else for_decoding(params, rows)
+        self.adapter_B = np.full(rows, -1, np.int32)
         self.parts, self.cuts = division(config, rows)
         self._shape = (slots, pages, dtype)
         self.forget_everything()
@@ -45,8 +51,8 @@ class Programs:
         self.state = _start(self.config, self.rows, *self._shape)
         self.width = self.state.cache.table_BM.shape[1]
 
-    def read(self, row: int, tokens: np.ndarray, position: int, table_M: np.ndarray) -> None:
-        """A chunk of a prompt, at most `CHUNK` tokens, from that position on."""
+    def read(self, row: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> None:
+        """A chunk of a prompt, at most `CHUNK` tokens, from that position on; `adapter` is a number, or -1."""
         part = row // (self.rows // self.parts)
         width = max(_NARROWEST, 1 << (len(tokens) - 1).bit_length())
         tokens_BT = np.zeros((self.parts, width), np.int32)
@@ -55,7 +61,8 @@ class Programs:
         tokens_BT[part, : len(tokens)], table_BM[part] = tokens, table_M
         counts_B[part], length_B[part] = len(tokens), position
         k, v = self.state.cache.k, self.state.cache.v
-        self._hold(*_read(self.config, self.params, tokens_BT, counts_B, k, v, table_BM, length_B))
+        adapters = self.bank, np.full(self.parts, adapter, np.int32)
+        self._hold(*_read(self.config, self.params, tokens_BT, counts_B, k, v, table_BM, length_B, *adapters))
 
     def count_prompt(self, row: int, prompt: np.ndarray) -> None:
         """The row's counts are those of a new prompt."""
@@ -70,14 +77,18 @@ class Programs:
             forgotten_B = np.zeros(self.rows, bool)
         self.state = self.state._replace(counts=counts)
 
-    def place(self, table_BM: np.ndarray, length_B: np.ndarray, **rows: np.ndarray) -> None:
+    def place(self, table_BM: np.ndarray, length_B: np.ndarray, adapter_B: np.ndarray, **rows: np.ndarray) -> None:
         """The rows as the host wants them to be from now on."""
+        self.adapter_B = adapter_B.copy()
         cache = self.state.cache._replace(table_BM=table_BM.copy(), length_B=length_B.copy())
         self.state = self.state._replace(cache=cache, **{name: array.copy() for name, array in rows.items()})
 
     def decode(self, steps: int, controls: Controls, allowed_BW: np.ndarray | None, top: int | None) -> Block:
         """Up to so many steps of all rows; what they gave, on the host."""
-        self.state, block = _decode(self.config, self.decode_params, self.state, steps, controls, allowed_BW, top=top)
+        adapters = self.bank, self.adapter_B
+        self.state, block = _decode(
+            self.config, self.decode_params, self.state, steps, controls, allowed_BW, *adapters, top=top
+        )
         return jax.device_get(block)
 
     def wipe(self, row: int, pages: list[int]) -> None:
@@ -101,9 +112,19 @@ def _start(config: ModelConfig, rows: int, slots: int, pages: int, dtype: Any) -
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("k", "v"))
 def _read(
-    config: ModelConfig, params: Tree, tokens_BT: Any, counts_B: Any, k: Pages, v: Pages, table_BM: Any, length_B: Any
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: Any,
+    counts_B: Any,
+    k: Pages,
+    v: Pages,
+    table_BM: Any,
+    length_B: Any,
+    bank: Tree | None,
+    adapter_B: Any,
 ) -> tuple[Pages, Pages]:
-    _, cache = read_only(config, params, tokens_BT, counts_B, Cache(k, v, table_BM, length_B))
+    adapters = with_rows(bank, adapter_B) if bank else None
+    _, cache = read_only(config, params, tokens_BT, counts_B, Cache(k, v, table_BM, length_B), adapters)
     return cache.k, cache.v
 
 
@@ -120,9 +141,12 @@ def _decode(
     steps: Any,
     controls: Controls,
     allowed_BW: Any | None,
+    bank: Tree | None,
+    adapter_B: Any,
     top: int | None,
 ) -> tuple[State, Block]:
-    return decode(config, params, state, steps, controls, allowed_BW=allowed_BW, top=top)
+    adapters = with_rows(bank, adapter_B) if bank else None
+    return decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -20,6 +20,7 @@ class Row:
     answer: Answer
     pages: list[int]
     prompt: np.ndarray
+    adapter: int  # its number; -1 for none
     read: int = 0  # tokens of the prompt that are in the cache
     working: bool = False  # its prompt is read
 
@@ -41,6 +42,7 @@ class Rows:
         self.table_BM = np.zeros((rows, width), np.int32)
         self.length_B, self.next_B, self.step_B, self.left_B = (zeros_B.copy() for _ in range(4))
         self.stop_BE = np.full((rows, MOST_ENDS), -1, np.int32)
+        self.adapter_B = np.full(rows, -1, np.int32)
 
     @property
     def idle(self) -> int:
@@ -51,7 +53,7 @@ class Rows:
         """Those that make tokens."""
         return [row for row in self.taken.values() if row.working]
 
-    def join(self, answer: Answer) -> Row | None:
+    def join(self, answer: Answer, adapter: int) -> Row | None:
         """A place for an answer, in the part with the most free pages; None where there is none now."""
         tokens = len(answer.request.prompt) + answer.request.max_new_tokens
         idle = [number for number in range(len(self.left_B)) if number not in self.taken]
@@ -59,7 +61,7 @@ class Rows:
         if number is None or self._pool(number).wanted(tokens) > len(self._pool(number)):
             return None
         pool = self._pool(number)
-        row = Row(number, answer, pool.take(tokens), np.array(answer.request.prompt, np.int32))
+        row = Row(number, answer, pool.take(tokens), np.array(answer.request.prompt, np.int32), adapter)
         self.taken[number] = row
         table = np.repeat(row.pages, pool.cuts)
         self.table_BM[number] = 0
@@ -71,7 +73,7 @@ class Rows:
         """The row's prompt is read but for its last token: from now on it makes tokens."""
         number = row.number
         row.working = self.changed = True
-        self.length_B[number] = row.read
+        self.length_B[number], self.adapter_B[number] = row.read, row.adapter
         self.next_B[number], self.left_B[number] = row.prompt[-1], row.answer.request.max_new_tokens
         self.stop_BE[number] = -1
         self.stop_BE[number, : len(ends[:MOST_ENDS])] = ends[:MOST_ENDS]
