@@ -3,10 +3,9 @@
 import argparse
 import fnmatch
 import json
-import sys
 from pathlib import Path
 
-from nemoe_jax.command import Command
+from nemoe_jax.command import Command, read_text
 from nemoe_jax.errors import UserError
 
 COMPARISON = """\
@@ -63,17 +62,13 @@ def add(command: Command) -> None:
 
 def _tokenize(arguments: argparse.Namespace) -> None:
     from nemoe_jax import chat
-    from nemoe_jax.tokenizer import load_tokenizer, text_from_bytes
+    from nemoe_jax.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     if arguments.chat:
         ids = chat.render_chat(tokenizer, chat.read_messages(arguments.chat), tools=chat.read_tools(arguments.chat))
     else:
-        try:
-            data = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
-        except OSError as error:
-            raise UserError(f"{arguments.file}: {error.strerror}") from error
-        ids = tokenizer.encode(text_from_bytes(data))
+        ids = tokenizer.encode(read_text(arguments.file))
     print(json.dumps([tokenizer.piece(token) for token in ids] if arguments.pieces else ids, ensure_ascii=False))
 
 
