@@ -7,10 +7,18 @@ from nemoe_jax import inspect_command, logits_command
 from nemoe_jax.command import Command
 from nemoe_jax.evaluation import commands as evaluation_commands
 from nemoe_jax.evaluation import tokenize_command
-from nemoe_jax.serving import chat_command, generate_command
+from nemoe_jax.serving import chat_command, generate_command, serve_command
 
 # Each registers its sub-commands with `add(command)`, in the order of `nemoe --help`.
-MODULES = (inspect_command, generate_command, chat_command, logits_command, evaluation_commands, tokenize_command)
+MODULES = (
+    inspect_command,
+    generate_command,
+    chat_command,
+    serve_command,
+    logits_command,
+    evaluation_commands,
+    tokenize_command,
+)
 
 DESCRIPTION = """\
 Looks into Hugging Face model directories of the NeMo family (Mistral, Llama, Mixtral, NekoMind) and runs them.

@@ -62,9 +62,11 @@ def serve(engine: Any, tokenizer: Tokenizer, adapters: tuple[str, ...] = (), **o
         thread.start()
         while not getattr(server, "started", False):
             time.sleep(0.01)
-        yield address
-        server.should_exit = True
-        thread.join()
+        try:
+            yield address
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @contextlib.contextmanager

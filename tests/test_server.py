@@ -205,15 +205,13 @@ def test_stop_texts_and_tokens_end_an_answer(client, tokenizer):
     assert (ended.text, ended.finish_reason) == (tokenizer.decode(made[: made.index(made[3])]), "stop")
 
 
-def test_wishes_reach_the_choice_of_tokens(client):
-    first = complete(client, max_tokens=1, logprobs=5).choices[0].logprobs
-    second = list(first.top_logprobs[0])[1]
-    plain = complete(client, max_tokens=1).choices[0].text
+def test_wishes_reach_the_choice_of_tokens(client, tokenizer):
+    first = complete(client, max_tokens=1, logprobs=5).choices[0]
     hot = {"temperature": 2, "max_tokens": 1}
     for wishes in ({"top_p": 0}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1}}):
-        assert complete(client, **hot, **wishes).choices[0].text == plain, wishes
-    scores = complete(client, max_tokens=1, logprobs=1, logit_bias={str(token): -100 for token in range(3, 1300)})
-    assert scores.choices[0].logprobs.tokens == [] or second != plain
+        assert complete(client, **hot, **wishes).choices[0].text == first.text, wishes
+    made, _ = greedy(tokenizer.encode(PROMPT, bos=True), 1)
+    assert complete(client, max_tokens=1, logit_bias={str(made[0]): -100}).choices[0].text != first.text
 
 
 def test_answers_of_a_form(client):
@@ -368,7 +366,6 @@ BAD = {
     "ids beyond": ("completions", {"prompt": [1300]}, 400, "prompt", "invalid_value"),
     "negative ids": ("completions", {"prompt": [1, -1]}, 400, None, "invalid_value"),
     "no prompt": ("completions", {"prompt": []}, 400, "prompt", "invalid_value"),
-    "half a surrogate pair": ("completions", '{"model": "nano", "prompt": "\\ud800"}', 400, "prompt", "invalid_value"),
     "a suffix": ("completions", {"suffix": "x"}, 400, "suffix", "invalid_value"),
     "too long a prompt": ("completions", {"prompt": [5] * 512}, 400, "prompt", "context_length_exceeded"),
     "too long an answer": ("completions", {"max_tokens": 512}, 400, "prompt", "context_length_exceeded"),
@@ -492,7 +489,7 @@ def test_malformed_calls_come_back_as_text_with_a_warning(tokenizer):
 def test_figures_for_prometheus(engine, tokenizer):
     with serve(engine, tokenizer) as address, openai_client(address) as client:
         for _ in range(2):
-            complete(client, logit_bias=NO_END)
+            complete(client, logit_bias=NO_END, max_tokens=40)
         with pytest.raises(openai.BadRequestError):
             complete(client, n=9)
         text = httpx.get(f"{address}/metrics", trust_env=False).text
@@ -507,7 +504,7 @@ def test_figures_for_prometheus(engine, tokenizer):
         ("nemoe_requests_total", "POST", "/v1/completions", "400"): 1,
         ("nemoe_answers_total", "length"): 2,
         ("nemoe_prompt_tokens_total",): 2 * prompt,
-        ("nemoe_answer_tokens_total",): 16,
+        ("nemoe_answer_tokens_total",): 80,
         ("nemoe_running",): 0,
         ("nemoe_waiting",): 0,
         ("nemoe_free_tokens",): engine.statistics().free_tokens,

@@ -68,7 +68,9 @@ class Guard:
         headers = Headers(scope=scope)
         if self.api_key is not None and scope["path"].startswith("/v1/"):
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(
+                key.strip().encode("latin-1"), self.api_key.encode()
+            ):
                 wanted = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "wanted Authorization: Bearer and the API key", None, "invalid_api_key", wanted)
         if self.closing():
