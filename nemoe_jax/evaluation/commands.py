@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from nemoe_jax import running
-from nemoe_jax.command import Command, report
-from nemoe_jax.errors import UserError, listed
+from nemoe_jax.command import EXIT_BAD_INPUT, Command, report
+from nemoe_jax.errors import UserError
 
 BATCHES = 16
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -178,7 +179,7 @@ def _needle(arguments: argparse.Namespace) -> None:
         print_findings(findings)
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _eval(arguments: argparse.Namespace) -> int:
     from nemoe_jax.evaluation import suite
 
     if arguments.suite and arguments.num_fewshot is not None:
@@ -222,5 +223,6 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(json.dumps(document | {"comparison": rows}))
     elif rows:
         suite.print_rows(rows)
-    if problems:
-        raise UserError(listed(problems))
+    for problem in problems:
+        print("error:", problem, file=sys.stderr)
+    return EXIT_BAD_INPUT if problems else 0
