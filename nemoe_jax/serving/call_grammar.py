@@ -7,6 +7,7 @@ from typing import Any
 
 from nemoe_jax.chat_calls import CallForm
 from nemoe_jax.errors import UserError
+from nemoe_jax.serving.schema_limits import check_schema_cost
 
 # JSON as Python's json.dumps writes it, which is how chat formats write calls
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -15,14 +16,15 @@ _CALL_ID = "/[a-zA-Z0-9]{9}/"
 
 
 def json_rule(schema: Mapping[str, Any] | bool, options: Mapping[str, Any]) -> str:
-    """JSON by a schema, as part of a rule. Raises UserError where the schema is no JSON itself."""
+    """JSON by a schema, as part of a rule. Raises UserError where the schema is no JSON itself, or costs too much."""
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
+    check_schema_cost(schema)
     own = {key: value for key, value in schema.items() if key != "x-guidance"}  # options are not the client's to set
     try:
         return "%json " + json.dumps({"x-guidance": {**options}, **own}, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"schema: not JSON ({error})") from error
+        raise UserError(f"not JSON ({error})") from error
 
 
 def call_rules(form: CallForm, functions: Sequence[tuple[int, Mapping[str, Any]]], several: bool, lead: bool) -> str:
@@ -51,7 +53,8 @@ def call_rules(form: CallForm, functions: Sequence[tuple[int, Mapping[str, Any]]
         rules += [f'calls: {mark(form.start)} {space}"[" call {more}"]"', f'call: named ({identity})? "}}"']
     else:
         more = rf"(/\n*/ {mark(form.start)} call)*" if several else ""
-        rules += [f"calls: {mark(form.start)} rest", f"rest: call {more}"]
+        before = space if isinstance(form.start, str) else ""
+        rules += [f"calls: {before}{mark(form.start)} rest", f"rest: call {more}"]
         rules.append(rf'call: {space}/\n?/ named "}}" /\n?/ {mark(form.end)}')
     return "\n".join([*rules, named])
 
@@ -95,6 +98,6 @@ def arguments_rule(at: int, function: Mapping[str, Any]) -> str:
 
 def one_line(message: str) -> str:
     """llguidance's message without the lines that show where in the grammar it was."""
-    message = re.split(r"\n +\d+ \| ", message)[0]
+    message = re.split(r"\n +\d+ \| |\s*<non-verbose", message)[0]
     message = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message)
     return " ".join(message.split())[:500]

@@ -33,6 +33,7 @@ __all__ = ["Vocabulary", "json_object", "json_schema", "regex", "tool_calls"]
 
 # Forced texts are not tokenized by the library: it would take the space in front of a text for the text's own.
 HEADER = '%llguidance {"no_forcing": true}\n'
+UNFULFILLED = "no text of the model's tokens can fulfil it"
 WHITE_SPACE = r"[ \n\t]{1,60}"  # between the tokens of JSON; a bound, as a model may write nothing else for ever
 
 
@@ -44,7 +45,10 @@ def json_schema(vocabulary: Vocabulary, schema: Any) -> Constraint:
     """
     if not isinstance(schema, Mapping | bool):
         raise UserError(f"schema: wanted a JSON schema (an object), got {schema!r:.80}")
-    written = call_grammar.json_rule(schema, {"whitespace_pattern": WHITE_SPACE})
+    try:
+        written = call_grammar.json_rule(schema, {"whitespace_pattern": WHITE_SPACE})
+    except UserError as error:
+        raise UserError(f"schema: {error}") from error
     lead = '" "? ' if vocabulary.leading_space else ""
     return Grammar(vocabulary, f"start: {lead}{written}", "schema")
 
@@ -101,29 +105,32 @@ class Grammar:
 
         self._vocab_size = vocabulary.vocab_size
         self._what = what
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        # ten times the library's own bounds, for schemas of a thousand properties
+        limits = llguidance.LLParserLimits(max_items_in_row=20_000, step_max_items=500_000, verbose_errors=False)
         self._matcher = llguidance.LLMatcher(vocabulary.library, HEADER + rules, log_level=0, limits=limits)
-        self._check()
+        self.allowed()  # tells of a bad grammar, and of one that nothing fulfils
 
     def allowed(self) -> np.ndarray:
         """Bits of the tokens that may come next, (W,) uint32. Raises UserError where nothing may."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        self._check()
-        stuck = self._matcher.is_stopped() and not self._matcher.is_accepting()
         allowed_W = fit(bits, self._vocab_size)
-        if stuck or not allowed_W.any():
-            raise UserError(f"{self._what}: no token of the model can go on with the answer")
+        stuck = self._matcher.stop_reason().startswith("NoExtension") and not self._matcher.is_accepting()
+        if stuck or not (allowed_W.any() or self._matcher.is_error()):
+            raise UserError(f"{self._what}: {UNFULFILLED}")
+        self._check()
         return allowed_W
 
     def accept(self, token: int) -> None:
         """Goes on behind a token. Raises UserError where it was not allowed."""
         if not self._matcher.consume_token(token):
+            self._check()
             raise UserError(f"{self._what}: token {token} is not allowed here")
 
     def _check(self) -> None:
         error = self._matcher.get_error()
         if error:
-            raise UserError(f"{self._what}: {call_grammar.one_line(error)}")
+            why = UNFULFILLED if error.startswith("NoExtension") else call_grammar.one_line(error)
+            raise UserError(f"{self._what}: {why}")
 
 
 class Free:

@@ -1,0 +1,86 @@
+"""What constrained decoding costs on the host, with Tekken's full vocabulary.
+
+    python benchmarks/constraints.py
+
+Prints the time to make a vocabulary, to compile a schema and 128 tools, and the time of a token: `allowed`, the bits of
+131072 tokens, and `accept`. The tokens are those of a random model that is kept to the grammar.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import numpy as np
+
+from nemoe_jax.serving.constraint import Vocabulary, json_object, json_schema, tool_calls
+from nemoe_jax.serving.request import Constraint
+from nemoe_jax.tokenizer import load_tokenizer
+
+TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240718.json"
+ADDRESS = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 40},
+        "lines": {"type": "array", "items": {"type": "string"}, "maxItems": 4},
+        "post_code": {"type": "string", "pattern": "^[0-9]{4}$"},
+        "north": {"type": "number", "minimum": -90, "maximum": 90},
+    },
+    "required": ["city", "lines", "post_code", "north"],
+    "additionalProperties": False,
+}
+ANSWERS, LONGEST = 20, 300
+
+
+def main() -> None:
+    tokenizer = load_tokenizer(TEKKEN)
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
+    print(f"vocabulary of {vocabulary.vocab_size}: {seconds(lambda: vocabulary.library):.2f} s, once")
+    tools = [{"type": "function", "function": {"name": f"find_{at}", "parameters": ADDRESS}} for at in range(128)]
+    kinds: dict[str, Callable[[], Constraint | None]] = {
+        "any JSON object": lambda: json_object(vocabulary),
+        "a schema": lambda: json_schema(vocabulary, ADDRESS),
+        "a call, 1 tool": lambda: tool_calls(vocabulary, tokenizer, tools[:1], "required"),
+        "a call, 128 tools": lambda: tool_calls(vocabulary, tokenizer, tools, "required"),
+        "auto, before a call": lambda: tool_calls(vocabulary, tokenizer, tools, "auto"),
+    }
+    print(f"{'':20} compile/ms  allowed/µs: median, 99 %  accept/µs: median, 99 %")
+    for name, make in kinds.items():
+        compiling = min(seconds(make) for _ in range(5))
+        times = np.concatenate([drive(vocabulary, make(), seed) for seed in range(ANSWERS)])
+        (middle, high), (middle_accept, high_accept) = np.percentile(1e6 * times, (50, 99), axis=0).T
+        print(f"{name:20} {1e3 * compiling:10.1f} {middle:19.0f} {high:6.0f} {middle_accept:16.0f} {high_accept:6.0f}")
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """How long something takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def drive(vocabulary: Vocabulary, constraint: Constraint | None, seed: int) -> np.ndarray:
+    """Seconds of `allowed` and of `accept` for each token of an answer, (T, 2)."""
+    assert constraint is not None
+    rng, times = np.random.default_rng(seed), []
+    wanted = np.zeros(vocabulary.vocab_size)
+    wanted[[vocabulary.tokenizer.encode("a" + mark)[-1] for mark in '"}],'] + list(vocabulary.end_tokens)] = 12
+    begin = vocabulary.tokenizer.control_id("[TOOL_CALLS]")
+    for _ in range(LONGEST):
+        start = time.perf_counter()
+        words = constraint.allowed()
+        between = time.perf_counter()
+        allowed = np.unpackbits(words.view(np.uint8), bitorder="little").astype(bool)
+        allowed[begin] &= allowed.sum() == 1  # only where it must
+        token = int(np.where(allowed, wanted + rng.normal(size=wanted.size), -np.inf).argmax())
+        again = time.perf_counter()
+        constraint.accept(token)
+        times.append((between - start, time.perf_counter() - again))
+        if token in vocabulary.end_tokens:
+            break
+    return np.array(times)
+
+
+if __name__ == "__main__":
+    main()
