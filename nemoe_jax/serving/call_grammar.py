@@ -79,21 +79,24 @@ def arguments_rule(at: int, function: Mapping[str, Any]) -> str:
     Keywords that llguidance lacks are ignored unless the function is `strict`. Parameters that list properties and say
     nothing of others have no others: functions seldom take what they do not name.
     """
-    import llguidance
-
     parameters = function.get("parameters")
     schema = {"properties": {}} if parameters is None else dict(parameters)
     if "properties" in schema and not _OPEN & schema.keys():
         schema["additionalProperties"] = False
-    where = f"tools[{at}].function.parameters"
     try:
-        rule = json_rule({"type": "object", **schema}, {**AS_DUMPED, "lenient": not function.get("strict")})
+        return json_rule({"type": "object", **schema}, {**AS_DUMPED, "lenient": not function.get("strict")})
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(f"start: {rule}")
+        raise UserError(f"tools[{at}].function.parameters: {error}") from error
+
+
+def check_arguments(at: int, function: Mapping[str, Any]) -> None:
+    """Raises UserError where it is the parameters of this function that have no grammar."""
+    import llguidance
+
+    grammar = f"start: {arguments_rule(at, function)}"
+    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(grammar)
     if failed:
-        raise UserError(f"{where}: {one_line(messages[0])}")
-    return rule
+        raise UserError(f"tools[{at}].function.parameters: {one_line(messages[0])}")
 
 
 def one_line(message: str) -> str:

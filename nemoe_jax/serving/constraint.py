@@ -87,14 +87,20 @@ def tool_calls(
         return Free(vocabulary, forbidden=form.start) if isinstance(form.start, int) else None
     chosen = [(at, tool["function"]) for at, tool in enumerate(tools) if name in (None, tool["function"]["name"])]
     several = parallel and name is None
+    start = "start: calls\n"
+    if mode == "auto" and isinstance(form.start, str):
+        special = [token for token in tokenizer.control.values() if token not in vocabulary.end_tokens]
+        start = call_grammar.after_text(form, special)
     rules = call_grammar.call_rules(form, chosen, several, vocabulary.leading_space)
-    if mode == "required":
-        return Grammar(vocabulary, f"start: calls\n{rules}", "tools")
-    if isinstance(form.start, int):
-        calls = Grammar(vocabulary, f"start: calls\n{rules}", "tools")
+    try:
+        calls = Grammar(vocabulary, start + rules, "tools")
+    except UserError:
+        for at, function in chosen:
+            call_grammar.check_arguments(at, function)
+        raise
+    if mode == "auto" and isinstance(form.start, int):
         return Free(vocabulary, begin=form.start, then=calls, late=form.after_text)
-    special = [token for token in tokenizer.control.values() if token not in vocabulary.end_tokens]
-    return Grammar(vocabulary, call_grammar.after_text(form, special) + rules, "tools")
+    return calls
 
 
 class Grammar:
