@@ -5,8 +5,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
-from nemoe_jax.serving.openai_answers import ErrorAnswer
+from nemoe_jax.serving.openai_answers import ChatChunk, ErrorAnswer
 from nemoe_jax.serving.served import Served
 
 ABOUT = "The OpenAI API for {name}: point any of its clients at /v1."
@@ -37,12 +39,22 @@ ERRORS = {
     "/v1/models/": _errors(401, 404, 500, 503),
     "POST": _errors(400, 401, 404, 413, 429, 500, 503),
 }
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "the answer, or with `stream` its chunks as events, behind `data: `, the last one [DONE]",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+REFERENCE = "#/components/schemas/"
+
+
+def streamed(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The answer to a request that may want events instead; their schema is that of one event, as in OpenAPI 3.2."""
+    shapes = {"anyOf": [{"$ref": REFERENCE + name} for name in (chunk.__name__, ErrorAnswer.__name__)]}
+    data = {
+        "description": "a chunk; where the engine fails on the way, an error; at last [DONE]",
+        "anyOf": [
+            {"const": "[DONE]"},
+            {"type": "string", "contentMediaType": "application/json", "contentSchema": shapes},
+        ],
     }
-}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    about = "the answer, or with `stream` its chunks as events"
+    return {200: {"description": about, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def describe(app: FastAPI, served: Served, with_key: bool) -> dict[str, Any]:
@@ -59,6 +71,9 @@ def describe(app: FastAPI, served: Served, with_key: bool) -> dict[str, Any]:
     schemas = description["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
+    # the chunks of a chat are no whole answer to anything, which FastAPI would list
+    _, chunks = models_json_schema([(ChatChunk, "serialization")], ref_template=REFERENCE + "{model}")
+    schemas |= {name: schema for name, schema in chunks["$defs"].items() if name not in schemas}
     for schema in schemas.values():
         narrow(schema.get("properties", {}), served)
     if with_key:

@@ -6,13 +6,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse, Response
 
-from nemoe_jax.serving.api_description import ERRORS, STREAMED, describe
+from nemoe_jax.serving.api_description import ERRORS, describe, streamed
 from nemoe_jax.serving.api_errors import add_error_handlers
 from nemoe_jax.serving.chat_completions import chat
 from nemoe_jax.serving.completions import complete
 from nemoe_jax.serving.guard import Guard
 from nemoe_jax.serving.http_answers import as_json
-from nemoe_jax.serving.openai_answers import ChatCompletion, Completion, Health, ModelCard, ModelList
+from nemoe_jax.serving.openai_answers import ChatChunk, ChatCompletion, Completion, Health, ModelCard, ModelList
 from nemoe_jax.serving.openai_requests import ChatRequest, CompletionRequest
 from nemoe_jax.serving.served import Served
 
@@ -63,7 +63,7 @@ def create_app(
         "/v1/completions",
         summary="Texts or token ids, continued",
         response_model=Completion,
-        responses=ERRORS["POST"] | STREAMED,
+        responses=ERRORS["POST"] | streamed(Completion),
     )
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         return await complete(served, asked, request)
@@ -72,7 +72,7 @@ def create_app(
         "/v1/chat/completions",
         summary="The next message of a chat",
         response_model=ChatCompletion,
-        responses=ERRORS["POST"] | STREAMED,
+        responses=ERRORS["POST"] | streamed(ChatChunk),
     )
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await chat(served, asked, request)
