@@ -32,16 +32,15 @@ from nemoe_jax.cache import PAGE, division
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.decoding import BLOCK, NOT_A_NUMBER, Block, has_penalty
 from nemoe_jax.errors import UserError
-from nemoe_jax.generate import cache_dtype_of
+from nemoe_jax.generate import GREEDY, cache_dtype_of
 from nemoe_jax.platform import platform
-from nemoe_jax.sampling import Sampling
 from nemoe_jax.schema import Tree
 from nemoe_jax.serving.live_answer import Answer
 from nemoe_jax.serving.pages import FreePages
 from nemoe_jax.serving.programs import CHUNK, Programs
 from nemoe_jax.serving.request import Piece, Request, ScoredToken
 from nemoe_jax.serving.rows import Row, Rows
-from nemoe_jax.token_choice import controls
+from nemoe_jax.token_choice import Controls, controls
 from nemoe_jax.tokenizer_base import Tokenizer
 
 MOST_TOP = 20  # likeliest tokens whose log-probabilities are given
@@ -187,7 +186,7 @@ class Engine:
             return Statistics(
                 running=len(self._rows.taken),
                 waiting=len(self._queue),
-                rows=len(self._rows.left_B),
+                rows=len(self._rows),
                 free_tokens=sum(pool.tokens for pool in self._rows.free),
                 tokens=sum(pool.all * PAGE * pool.cuts for pool in self._rows.free),
                 requests=self._totals["requests"],
@@ -300,7 +299,7 @@ class Engine:
             row = self._reading.popleft()
             chunk = row.prompt[row.read : len(row.prompt) - 1][:CHUNK]
             if len(chunk):
-                self._programs.read(row.number, chunk, row.read, self._rows.table_BM[row.number], row.adapter)
+                self._programs.read(row.number, chunk, row.read, self._rows.batch.table_BM[row.number], row.adapter)
             row.read += len(chunk)
             left -= max(len(chunk), 1)
             if row.read < len(row.prompt) - 1:
@@ -318,13 +317,11 @@ class Engine:
         working = [row for row in working if row.answer.finish is None]
         if not working:
             return
-        if self._rows.changed:
-            self._tell_device()
         steps = 1 if allowed_BW is not None else int(min(max(_TURN / self._seconds_a_step, 1), BLOCK))
         scored = any(row.answer.request.top_logprobs is not None for row in working)
         started = time.monotonic()
         block = self._programs.decode(
-            steps, self._controls, allowed_BW, min(MOST_TOP, self.config.vocab) if scored else None
+            self._rows.batch, steps, self._wishes(), allowed_BW, min(MOST_TOP, self.config.vocab) if scored else None
         )
         # what was compiled first took long, once
         measured = (time.monotonic() - started) / max(int(block.steps), 1)
@@ -332,29 +329,19 @@ class Engine:
         for row in working:
             self._give(row, block, allowed_BW)
 
-    def _tell_device(self) -> None:
-        rows = self._rows
-        self._programs.place(
-            rows.table_BM,
-            rows.length_B,
-            rows.adapter_B,
-            next_B=rows.next_B,
-            step_B=rows.step_B,
-            left_B=rows.left_B,
-            stop_BE=rows.stop_BE,
-        )
-        samplings = [Sampling()] * len(rows.left_B)
-        for row in rows.working():
+    def _wishes(self) -> Controls:
+        """What each row asks of the choice of its tokens; nothing where it rests."""
+        samplings = [GREEDY] * len(self._rows)
+        for row in self._rows.working():
             samplings[row.number] = row.answer.request.sampling
-        self._controls = controls(samplings, self.config.vocab)
-        rows.changed = False
+        return controls(samplings, self.config.vocab)
 
     def _allowed(self, working: list[Row]) -> np.ndarray | None:
         """Bits of the tokens that each row may have next; None where all may have all."""
         constrained = [row for row in working if row.answer.request.constraint is not None]
         if not constrained:
             return None
-        allowed_BW = np.full((len(self._rows.left_B), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
+        allowed_BW = np.full((len(self._rows), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
         for row in constrained:
             constraint = row.answer.request.constraint
             assert constraint is not None

@@ -7,10 +7,9 @@ B rows, T tokens of a chunk, M pages of a row, E stop tokens, V vocabulary, W wo
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.adapter_bank import with_rows
@@ -18,12 +17,33 @@ from nemoe_jax.cache import Cache, Pages, division, shared_cache
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.decoding import Block, State, decode, read_only
 from nemoe_jax.schema import Tree
+from nemoe_jax.sharding import constrain_tokens
 from nemoe_jax.stacked import for_decoding
 from nemoe_jax.token_choice import Controls, Counts
 
 CHUNK = 512  # tokens of a prompt that are read at a time
 _NARROWEST = 32
 MOST_ENDS = 16  # tokens that end a row on the device; more are found by the host, some steps later
+
+
+class Held(NamedTuple):
+    """What stays on the device."""
+
+    k: Pages
+    v: Pages
+    counts: Counts
+
+
+class Batch(NamedTuple):
+    """The rows as the host wants them to be; all NumPy's int32 until a program has them."""
+
+    table_BM: Any
+    length_B: Any  # tokens that each row holds in the cache
+    next_B: Any  # the tokens that are read next
+    step_B: Any  # tokens chosen so far
+    left_B: Any  # tokens that each row may still have; 0: it rests
+    stop_BE: Any  # tokens that end the row; -1 for none
+    adapter_B: Any  # the number of each row's adapter; -1 for none
 
 
 class Programs:
@@ -39,116 +59,122 @@ class Programs:
         self, config: ModelConfig, params: Tree, rows: int, slots: int, pages: int, dtype: Any, bank: Tree | None = None
     ):
         self.config, self.params, self.rows, self.bank = config, params, rows, bank
-        # with adapters no weights are read in place
-        self.decode_params = params if bank else for_decoding(params, rows)
-        self.adapter_B = np.full(rows, -1, np.int32)
+        self.decode_params = for_decoding(params, rows)
         self.parts, self.cuts = division(config, rows)
         self._shape = (slots, pages, dtype)
         self.forget_everything()
 
     def forget_everything(self) -> None:
         """An empty cache, as at the start."""
-        self.state = _start(self.config, self.rows, *self._shape)
-        self.width = self.state.cache.table_BM.shape[1]
+        cache, counts = _start(self.config, self.rows, *self._shape)
+        self.width = cache.table_BM.shape[1]
+        self.held = Held(cache.k, cache.v, counts)
+        if jax.sharding.get_abstract_mesh().empty:  # where the parameters are: once for all, or it would compile twice
+            self.held = jax.device_put(self.held, self.params["embed"].sharding)
 
     def read(self, row: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> None:
         """A chunk of a prompt, at most `CHUNK` tokens, from that position on; `adapter` is a number, or -1."""
-        part = row // (self.rows // self.parts)
+        part = self._part(row)
         width = max(_NARROWEST, 1 << (len(tokens) - 1).bit_length())
-        tokens_BT = np.zeros((self.parts, width), np.int32)
-        counts_B, length_B = np.zeros(self.parts, np.int32), np.zeros(self.parts, np.int32)
-        table_BM = np.zeros((self.parts, self.width), np.int32)
+        tokens_BT, table_BM = np.zeros((self.parts, width), np.int32), np.zeros((self.parts, self.width), np.int32)
         tokens_BT[part, : len(tokens)], table_BM[part] = tokens, table_M
-        counts_B[part], length_B[part] = len(tokens), position
-        k, v = self.state.cache.k, self.state.cache.v
-        adapters = self.bank, np.full(self.parts, adapter, np.int32)
-        self._hold(*_read(self.config, self.params, tokens_BT, counts_B, k, v, table_BM, length_B, *adapters))
+        here_B = np.arange(self.parts, dtype=np.int32) == part
+        self.held = _read(
+            self.config,
+            self.params,
+            tokens_BT,
+            np.where(here_B, np.int32(len(tokens)), np.int32(0)),
+            self.held,
+            table_BM,
+            np.where(here_B, np.int32(position), np.int32(0)),
+            self.bank,
+            np.full(self.parts, adapter, np.int32),
+        )
 
     def count_prompt(self, row: int, prompt: np.ndarray) -> None:
         """The row's counts are those of a new prompt."""
-        forgotten_B = np.arange(self.rows) == row
-        counts = self.state.counts
+        here_B = np.arange(self.rows) == row
         for first in range(0, len(prompt), CHUNK):
             chunk = prompt[first : first + CHUNK]
             tokens_BT = np.zeros((self.rows, CHUNK), np.int32)
             tokens_BT[row, : len(chunk)] = chunk
-            counts_B = np.where(np.arange(self.rows) == row, len(chunk), 0)
-            counts = _count(counts, forgotten_B, tokens_BT, counts_B)
-            forgotten_B = np.zeros(self.rows, bool)
-        self.state = self.state._replace(counts=counts)
+            counts_B = np.where(here_B, np.int32(len(chunk)), np.int32(0))
+            self.held = _count(self.held, here_B & (first == 0), tokens_BT, counts_B)
 
-    def place(self, table_BM: np.ndarray, length_B: np.ndarray, adapter_B: np.ndarray, **rows: np.ndarray) -> None:
-        """The rows as the host wants them to be from now on."""
-        self.adapter_B = adapter_B.copy()
-        cache = self.state.cache._replace(table_BM=table_BM.copy(), length_B=length_B.copy())
-        self.state = self.state._replace(cache=cache, **{name: array.copy() for name, array in rows.items()})
-
-    def decode(self, steps: int, controls: Controls, allowed_BW: np.ndarray | None, top: int | None) -> Block:
+    def decode(
+        self, batch: Batch, steps: int, controls: Controls, allowed_BW: np.ndarray | None, top: int | None
+    ) -> Block:
         """Up to so many steps of all rows; what they gave, on the host."""
-        adapters = self.bank, self.adapter_B
-        self.state, block = _decode(
-            self.config, self.decode_params, self.state, steps, controls, allowed_BW, *adapters, top=top
+        self.held, block = _decode(
+            self.config, self.decode_params, self.held, batch, steps, controls, allowed_BW, self.bank, top=top
         )
         return jax.device_get(block)
 
     def wipe(self, row: int, pages: list[int]) -> None:
         """Zeros in a row's pages: what is no number in them would harm the next row even where it is hidden from it."""
-        part, all = row // (self.rows // self.parts), self._shape[1]
-        places = [(part * self.cuts + cut) * all + page for cut in range(self.cuts) for page in pages]
-        where = np.full(self.width, -1, np.int32)
-        where[: len(places)] = places
-        self._hold(*_wipe(self.state.cache.k, self.state.cache.v, np.where(where < 0, 2**31 - 1, where)))
+        where_M = np.full(self.width, np.iinfo(np.int32).max, np.int32)
+        of_device = self._part(row) * self.cuts + np.arange(self.cuts)[:, None]
+        places = of_device * self._shape[1] + np.array(pages, np.int32)
+        where_M[: places.size] = places.reshape(-1)
+        self.held = _wipe(self.held, where_M)
 
-    def _hold(self, k: Pages, v: Pages) -> None:
-        self.state = self.state._replace(cache=self.state.cache._replace(k=k, v=v))
+    def _part(self, row: int) -> int:
+        """Which of the equal parts of the rows has this one."""
+        return row // (self.rows // self.parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _start(config: ModelConfig, rows: int, slots: int, pages: int, dtype: Any) -> State:
-    cache, zeros_B = shared_cache(config, rows, slots, pages, dtype), jnp.zeros(rows, jnp.int32)
-    stop_BE = jnp.full((rows, MOST_ENDS), -1, jnp.int32)
-    return State(cache, Counts.empty(rows, config.vocab), zeros_B, zeros_B, zeros_B, stop_BE)
+def _start(config: ModelConfig, rows: int, slots: int, pages: int, dtype: Any) -> tuple[Cache, Counts]:
+    return shared_cache(config, rows, slots, pages, dtype), _laid(Counts.empty(rows, config.vocab))
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("k", "v"))
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="held")
 def _read(
     config: ModelConfig,
     params: Tree,
     tokens_BT: Any,
     counts_B: Any,
-    k: Pages,
-    v: Pages,
+    held: Held,
     table_BM: Any,
     length_B: Any,
     bank: Tree | None,
     adapter_B: Any,
-) -> tuple[Pages, Pages]:
+) -> Held:
     adapters = with_rows(bank, adapter_B) if bank else None
-    _, cache = read_only(config, params, tokens_BT, counts_B, Cache(k, v, table_BM, length_B), adapters)
-    return cache.k, cache.v
+    _, cache = read_only(config, params, tokens_BT, counts_B, Cache(held.k, held.v, table_BM, length_B), adapters)
+    return Held(cache.k, cache.v, held.counts)
 
 
-@functools.partial(jax.jit, donate_argnames="counts")
-def _count(counts: Counts, forgotten_B: Any, tokens_BT: Any, counts_B: Any) -> Counts:
-    return counts.forget(forgotten_B).add_prompt(tokens_BT, counts_B)
+@functools.partial(jax.jit, donate_argnames="held")
+def _count(held: Held, forgotten_B: Any, tokens_BT: Any, counts_B: Any) -> Held:
+    return held._replace(counts=_laid(held.counts.forget(forgotten_B).add_prompt(tokens_BT, counts_B)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="held")
 def _decode(
     config: ModelConfig,
     params: Tree,
-    state: State,
+    held: Held,
+    batch: Batch,
     steps: Any,
     controls: Controls,
     allowed_BW: Any | None,
     bank: Tree | None,
-    adapter_B: Any,
     top: int | None,
-) -> tuple[State, Block]:
-    adapters = with_rows(bank, adapter_B) if bank else None
-    return decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
+) -> tuple[Held, Block]:
+    cache = Cache(held.k, held.v, batch.table_BM, batch.length_B)
+    state = State(cache, held.counts, batch.next_B, batch.step_B, batch.left_B, batch.stop_BE)
+    adapters = with_rows(bank, batch.adapter_B) if bank else None
+    state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
+    assert state.counts is not None
+    return Held(state.cache.k, state.cache.v, _laid(state.counts)), block
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _wipe(k: Pages, v: Pages, where_M: Any) -> tuple[Pages, Pages]:
-    return jax.tree.map(lambda array: array.at[:, :, where_M].set(0, mode="drop"), (k, v))
+@functools.partial(jax.jit, donate_argnames="held")
+def _wipe(held: Held, where_M: Any) -> Held:
+    k, v = jax.tree.map(lambda array: array.at[:, :, where_M].set(0, mode="drop"), (held.k, held.v))
+    return held._replace(k=k, v=v)
+
+
+def _laid(counts: Counts) -> Counts:
+    return Counts(*map(constrain_tokens, counts))

@@ -9,7 +9,7 @@ import numpy as np
 
 from nemoe_jax.serving.live_answer import Answer
 from nemoe_jax.serving.pages import FreePages
-from nemoe_jax.serving.programs import MOST_ENDS
+from nemoe_jax.serving.programs import MOST_ENDS, Batch
 
 
 @dataclasses.dataclass
@@ -36,18 +36,25 @@ class Rows:
     def __init__(self, rows: int, free: list[FreePages], width: int):
         self.free = free
         self.taken: dict[int, Row] = {}
-        self.changed = True  # since the device was told
         self._of_part = rows // len(free)
         zeros_B = np.zeros(rows, np.int32)
-        self.table_BM = np.zeros((rows, width), np.int32)
-        self.length_B, self.next_B, self.step_B, self.left_B = (zeros_B.copy() for _ in range(4))
-        self.stop_BE = np.full((rows, MOST_ENDS), -1, np.int32)
-        self.adapter_B = np.full(rows, -1, np.int32)
+        self.batch = Batch(
+            table_BM=np.zeros((rows, width), np.int32),
+            length_B=zeros_B.copy(),
+            next_B=zeros_B.copy(),
+            step_B=zeros_B.copy(),
+            left_B=zeros_B.copy(),
+            stop_BE=np.full((rows, MOST_ENDS), -1, np.int32),
+            adapter_B=zeros_B - 1,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batch.left_B)
 
     @property
     def idle(self) -> int:
         """How many nobody has."""
-        return len(self.left_B) - len(self.taken)
+        return len(self) - len(self.taken)
 
     def working(self) -> list[Row]:
         """Those that make tokens."""
@@ -56,7 +63,7 @@ class Rows:
     def join(self, answer: Answer, adapter: int) -> Row | None:
         """A place for an answer, in the part with the most free pages; None where there is none now."""
         tokens = len(answer.request.prompt) + answer.request.max_new_tokens
-        idle = [number for number in range(len(self.left_B)) if number not in self.taken]
+        idle = [number for number in range(len(self)) if number not in self.taken]
         number = max(idle, key=lambda number: (len(self._pool(number)), -number), default=None)
         if number is None or self._pool(number).wanted(tokens) > len(self._pool(number)):
             return None
@@ -64,35 +71,32 @@ class Rows:
         row = Row(number, answer, pool.take(tokens), np.array(answer.request.prompt, np.int32), adapter)
         self.taken[number] = row
         table = np.repeat(row.pages, pool.cuts)
-        self.table_BM[number] = 0
-        self.table_BM[number, : len(table)] = table
-        self.length_B[number] = self.step_B[number] = self.left_B[number] = 0
+        self.batch.table_BM[number, : len(table)] = table
         return row
 
     def work(self, row: Row, ends: list[int]) -> None:
         """The row's prompt is read but for its last token: from now on it makes tokens."""
-        number = row.number
-        row.working = self.changed = True
-        self.length_B[number], self.adapter_B[number] = row.read, row.adapter
-        self.next_B[number], self.left_B[number] = row.prompt[-1], row.answer.request.max_new_tokens
-        self.stop_BE[number] = -1
-        self.stop_BE[number, : len(ends[:MOST_ENDS])] = ends[:MOST_ENDS]
+        number, batch = row.number, self.batch
+        row.working = True
+        batch.length_B[number], batch.next_B[number] = row.read, row.prompt[-1]
+        batch.step_B[number], batch.left_B[number] = 0, row.answer.request.max_new_tokens
+        batch.stop_BE[number, : len(ends[:MOST_ENDS])] = ends[:MOST_ENDS]
+        batch.adapter_B[number] = row.adapter
 
     def count(self, row: Row, tokens: list[int]) -> None:
-        """The row made tokens, as the device knows already."""
-        number = row.number
-        self.length_B[number] += len(tokens)
-        self.step_B[number] += len(tokens)
-        self.left_B[number] -= len(tokens)
-        self.next_B[number] = tokens[-1]
+        """The row made tokens."""
+        self.batch.length_B[row.number] += len(tokens)
+        self.batch.step_B[row.number] += len(tokens)
+        self.batch.left_B[row.number] -= len(tokens)
+        self.batch.next_B[row.number] = tokens[-1]
 
     def leave(self, row: Row) -> None:
         """The row's place and pages are free again."""
-        number = row.number
+        number, batch = row.number, self.batch
         del self.taken[number]
         self._pool(number).give_back(row.pages)
-        self.table_BM[number] = self.length_B[number] = self.left_B[number] = 0
-        self.changed = True
+        batch.table_BM[number] = batch.length_B[number] = batch.left_B[number] = 0
+        batch.stop_BE[number] = batch.adapter_B[number] = -1
 
     def _pool(self, number: int) -> FreePages:
         return self.free[number // self._of_part]
