@@ -63,6 +63,15 @@ def test_texts_have_the_ids_of_transformers(tmp_path, single):
     assert ours.prefix_id == 1
 
 
+def test_texts_have_the_ids_of_transformers_with_a_tekken_file(tmp_path):
+    cut_tekken(TEKKEN, tmp_path / "tekken.json", 1500)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    ours, theirs = HarnessText(load_tokenizer(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        surrounded = not text.startswith("<s>")
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=surrounded), text
+
+
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS.keys())
 def test_chats_are_the_texts_of_transformers(tmp_path, chat):
     write_byte_level(tmp_path)

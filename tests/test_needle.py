@@ -117,6 +117,7 @@ ERRORS = {
     "too short": ({"lengths": [20]}, "wanted lengths of at least the 75 tokens"),
     "too long": ({"lengths": [257]}, "wanted lengths up to the context of 256 tokens, got 257"),
     "depth": ({"depths": [120]}, "wanted depths from 0 to 100 per cent, got 120"),
+    "no row": ({"vocab": 100}, "gives token 122; the model's embedding has 100 rows"),
     "no filler": ({"filler": np.zeros(0, np.int32)}, "the filler text is empty"),
 }
 
@@ -124,5 +125,6 @@ ERRORS = {
 @pytest.mark.parametrize("change, message", ERRORS.values(), ids=ERRORS.keys())
 def test_bad_haystacks_are_refused(tokenizer, change, message):
     given = {"filler": np.array([40, 41]), "lengths": [128], "depths": [0]} | change
+    config = CONFIG.replace(vocab=given.get("vocab", CONFIG.vocab))
     with pytest.raises(UserError, match=message):
-        find_needles(CONFIG, {}, tokenizer, given["filler"], given["lengths"], given["depths"])
+        find_needles(config, {}, tokenizer, given["filler"], given["lengths"], given["depths"])

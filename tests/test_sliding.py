@@ -89,6 +89,12 @@ def test_nothing_to_score_is_refused(tokens, last):
         score(DENSE, {}, [Ending(np.array(tokens, np.int32), last)])
 
 
+@pytest.mark.parametrize("token", [-1, 72])
+def test_tokens_without_a_row_are_refused(token):
+    with pytest.raises(UserError, match="wanted tokens from 0 to 71"):
+        score(DENSE, {}, [Ending(np.array([1, token], np.int32), 1)])
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "dense"

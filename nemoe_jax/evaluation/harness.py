@@ -8,6 +8,7 @@ follows it, the same truncation from the left, the same windows of long texts, s
 """
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,6 +103,10 @@ class Nemoe(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text, with the tokens around it that the tokenizer adds."""
         return list(self._encoded(string, add_special_tokens))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy decoding gives it) of each continuation of a context."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **kwargs: Any) -> list[tuple[float, bool]]:
         endings = []

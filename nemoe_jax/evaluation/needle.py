@@ -108,7 +108,8 @@ def find_needles(
         seed: of the numbers.
 
     Raises:
-        UserError: lengths beyond the context or too short, depths outside of 0 to 100, no filler.
+        UserError: lengths beyond the context or too short, depths outside of 0 to 100, no filler, or tokens that the
+            model has no row for.
     """
     if not len(filler):
         raise UserError("needle: the filler text is empty")
@@ -124,6 +125,11 @@ def find_needles(
         for depth in depths:
             number, wrong_number = rng.sample(NUMBERS, 2)
             hay = haystack(tokenizer, filler, length, depth, number, wrong_number)
+            largest = max(*hay.prompt, *hay.answer, *hay.wrong)
+            if largest >= config.vocab:
+                raise UserError(
+                    f"{tokenizer.path}: gives token {largest}; the model's embedding has {config.vocab} rows"
+                )
             plans.append((length, depth, number, wrong_number, hay))
     dtype = jnp.dtype(cache_dtype or params["embed"].dtype)
     slots = min(-(-max(lengths) // PAGE) * PAGE, config.context)

@@ -48,7 +48,8 @@ def score(
     """Scores of each of the endings, in their order.
 
     Raises:
-        UserError: a sequence with more than the context's tokens before its last one, or nothing to score in it.
+        UserError: a sequence with more than the context's tokens before its last one, with nothing to score in it, or
+            with tokens that the embedding has no row for.
     """
     alike: dict[bytes, list[int]] = defaultdict(list)  # those with equal tokens before the last one
     for number, (tokens, last) in enumerate(endings):
@@ -57,6 +58,9 @@ def score(
                 f"scoring: wanted 2 to {config.context + 1} tokens (the context and one to predict), and some but not "
                 f"all of them to score; got {len(tokens)} and {last}"
             )
+        low, high = np.min(tokens), np.max(tokens)
+        if low < 0 or high >= config.vocab:
+            raise UserError(f"scoring: wanted tokens from 0 to {config.vocab - 1}, got {low} to {high}")
         alike[np.asarray(tokens[:-1], np.int32).tobytes()].append(number)
     inputs = sorted(alike, key=len, reverse=True)  # what needs most memory comes first
     lots = [inputs[first : first + batch_size] for first in range(0, len(inputs), batch_size)]

@@ -171,6 +171,8 @@ def read_results(output: Path | None, settings: Settings, benchmarks: Sequence[B
 
     document: dict[str, Any] = {"harness": __version__, **settings._asdict(), "tasks": {}}
     if output is None or not output.exists():
+        if output is not None and not output.parent.is_dir():
+            raise UserError(f"{output}: no directory {output.parent}")
         return document
     wanted = {key: value for key, value in document.items() if key != "tasks"}
     try:
