@@ -14,20 +14,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from nemoe_jax import chat
 from nemoe_jax.command import progress_bar, read_text
-from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving import sampling_flags, starting
 from nemoe_jax.serving.request import Request
-from nemoe_jax.serving.whole_answer import collect, end_tokens
-from nemoe_jax.tokenizer_base import Tokenizer
+from nemoe_jax.serving.request_maker import RequestMaker
+from nemoe_jax.serving.whole_answer import collect
 
 if TYPE_CHECKING:
     from nemoe_jax.serving.engine import Engine
 
 AHEAD = 4  # times the rows: requests under way or waiting, so that a long answer holds up no others
-FIELDS = {"id", "prompt", "messages", "tools", "preset", "max_new_tokens", "stop", "logprobs", *sampling_flags.WISHES}
+FIELDS = {
+    "id",
+    "prompt",
+    "messages",
+    "tools",
+    "tool_choice",
+    "schema",
+    "preset",
+    "max_new_tokens",
+    "stop",
+    "logprobs",
+    *sampling_flags.WISHES,
+}
 
 
 class Job(NamedTuple):
@@ -36,9 +46,10 @@ class Job(NamedTuple):
     number: int  # from 1
     name: Any  # its "id", which the answer carries; None where it has none
     request: Request
+    tools: Any
 
 
-def run(arguments: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, wishes: Request) -> None:
+def run(arguments: argparse.Namespace, maker: RequestMaker, wishes: Request) -> None:
     """Answers all lines of `arguments.batch` that `arguments.output` does not hold yet.
 
     Raises:
@@ -48,22 +59,23 @@ def run(arguments: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer
     source, target = arguments.batch, arguments.output
     lines = [line for line in enumerate(read_text(source).split("\n"), 1) if line[1].strip()]
     asked = [
-        (job.number, len(job.request.prompt), job.request.max_new_tokens)
-        for job in jobs(lines, source, config, tokenizer, wishes)
+        (job.number, len(job.request.prompt), job.request.max_new_tokens) for job in jobs(lines, source, maker, wishes)
     ]
     done = 0 if target == "-" else _finished(Path(target), asked)
     failed: list[int] = []
     if done < len(asked):
         longest = max(prompt + new for _, prompt, new in asked[done:])
         rows = min(arguments.rows, len(asked) - done)
-        todo = jobs(lines[done:], source, config, tokenizer, wishes)
+        todo = jobs(lines[done:], source, maker, wishes)
         with (
-            starting.start(arguments, tokenizer, rows=rows, tokens=rows * longest, waiting=AHEAD * rows) as engine,
+            starting.start(
+                arguments, maker.tokenizer, rows=rows, tokens=rows * longest, waiting=AHEAD * rows
+            ) as engine,
             _opened(target) as out,
             progress_bar() as bar,
         ):
             task = bar.add_task("answering", total=len(asked), completed=done)
-            for job, figures in _answers(engine, todo, AHEAD * rows, config, tokenizer):
+            for job, figures in _answers(engine, todo, AHEAD * rows, maker):
                 name = {} if job.name is None else {"id": job.name}
                 out.write(json.dumps({"line": job.number, **name, **figures}, ensure_ascii=False) + "\n")
                 out.flush()
@@ -73,46 +85,41 @@ def run(arguments: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer
         raise UserError(f"{source}: {len(failed)} of {len(asked)} lines got an error, line {failed[0]} the first")
 
 
-def jobs(
-    lines: Iterable[tuple[int, str]], source: str, config: ModelConfig, tokenizer: Tokenizer, wishes: Request
-) -> Iterator[Job]:
+def jobs(lines: Iterable[tuple[int, str]], source: str, maker: RequestMaker, wishes: Request) -> Iterator[Job]:
     """What numbered lines ask for; `wishes` is what they do not say themselves. Raises UserError with the line."""
     for number, line in lines:
         try:
             fields = json.loads(line)
-            yield Job(number, fields.get("id"), _request(fields, config, tokenizer, wishes))
+            yield Job(number, fields.get("id"), _request(fields, maker, wishes), fields.get("tools"))
         except UserError as error:
             raise UserError(f"{source}:{number}: {error}") from error
         except (ValueError, RecursionError, AttributeError) as error:
             raise UserError(f"{source}:{number}: wanted a JSON object, got {line!r:.80}") from error
 
 
-def _request(fields: Mapping[str, Any], config: ModelConfig, tokenizer: Tokenizer, wishes: Request) -> Request:
+def _request(fields: Mapping[str, Any], maker: RequestMaker, wishes: Request) -> Request:
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise UserError(f"unknown key {unknown[0]!r:.80}; wanted {', '.join(sorted(FIELDS))}")
     if ("prompt" in fields) == ("messages" in fields):
         raise UserError('wanted either a "prompt" or "messages"')
-    if "messages" in fields:
-        prompt = chat.render_chat(tokenizer, fields["messages"], tools=fields.get("tools"))
-    elif isinstance(fields["prompt"], str):
-        prompt = tokenizer.encode(fields["prompt"], bos=True)
-    else:
-        raise UserError(f"prompt: wanted a text, got {fields['prompt']!r:.80}")
     stop = fields.get("stop", wishes.stop)
     stop = (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
         raise UserError(f"stop: wanted a text or a list of texts, got {stop!r:.80}")
-    request = dataclasses.replace(
+    wishes = dataclasses.replace(
         wishes,
-        prompt=tuple(prompt),
         max_new_tokens=_whole(fields, "max_new_tokens", 1, wishes.max_new_tokens),
         sampling=sampling_flags.from_fields(wishes.sampling, fields),
         stop=tuple(stop),
         top_logprobs=_whole(fields, "logprobs", 0, wishes.top_logprobs),
     )
-    starting.check(request, config)
-    return request
+    schema = fields.get("schema")
+    if "messages" in fields:
+        return maker.of_chat(wishes, fields["messages"], fields.get("tools"), fields.get("tool_choice"), schema)
+    if not isinstance(fields["prompt"], str):
+        raise UserError(f"prompt: wanted a text, got {fields['prompt']!r:.80}")
+    return maker.of_text(wishes, fields["prompt"], schema)
 
 
 def _whole(fields: Mapping[str, Any], name: str, least: int, otherwise: Any) -> Any:
@@ -125,19 +132,18 @@ def _whole(fields: Mapping[str, Any], name: str, least: int, otherwise: Any) -> 
 
 
 def _answers(
-    engine: "Engine", todo: Iterable[Job], ahead: int, config: ModelConfig, tokenizer: Tokenizer
+    engine: "Engine", todo: Iterable[Job], ahead: int, maker: RequestMaker
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """The answers in order, with up to `ahead` of them under way."""
-    ends = end_tokens(config, tokenizer)
     under_way: deque[tuple[Job, Any]] = deque()
 
     def first() -> tuple[Job, dict[str, Any]]:
         job, answer = under_way.popleft()
         try:
-            whole = collect(answer, ends)
+            whole = collect(answer, maker.ends, reader=maker.reader(job.tools) if job.tools else None)
         except UserError as error:
             return job, {"error": str(error)}
-        return job, whole.figures(tokenizer, len(job.request.prompt), job.request.top_logprobs is not None)
+        return job, whole.figures(maker.tokenizer, len(job.request.prompt), job.request.top_logprobs is not None)
 
     for job in todo:
         if len(under_way) == ahead:

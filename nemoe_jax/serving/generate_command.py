@@ -1,24 +1,24 @@
 """`nemoe generate`: continues a text, answers a chat, or works through a file of them."""
 
 import argparse
-import dataclasses
+import json
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nemoe_jax.command import Command, read_text, report
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving import sampling_flags, starting
 from nemoe_jax.serving.request import Request
-from nemoe_jax.serving.whole_answer import collect, end_tokens, shown
+from nemoe_jax.serving.whole_answer import collect, shown
 
 if TYPE_CHECKING:
-    from nemoe_jax.config import ModelConfig
-    from nemoe_jax.tokenizer_base import Tokenizer
+    from nemoe_jax.serving.request_maker import RequestMaker
 
 DETAILS = """\
 A batch is a file of JSON lines, each {"prompt": …} or {"messages": […], "tools": […]}; a line may have an "id", and
-wishes of its own: "preset", "temperature" and the like, "max_new_tokens", "stop", "logprobs". The answers come in
-the same order, a line each. Lines that OUT.jsonl holds already are not done again.
+wishes of its own: "preset", "temperature" and the like, "max_new_tokens", "stop", "logprobs", "tool_choice", "schema".
+The answers come in the same order, a line each. Lines that OUT.jsonl holds already are not done again.
 """
 
 
@@ -45,6 +45,10 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--logprobs", type=int, metavar="N", help="log-probabilities of the tokens and of the N likeliest, in the JSON"
     )
+    parser.add_argument(
+        "--tool-choice", metavar="auto|none|required|NAME", help="whether to call the chat's tools (default auto)"
+    )
+    parser.add_argument("--schema", metavar="FILE.json", help="a JSON schema: the answer is JSON that it describes")
     sampling_flags.add_flags(parser)
     starting.add_flags(parser)
 
@@ -52,6 +56,7 @@ def add(command: Command) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from nemoe_jax import checkpoint
     from nemoe_jax.serving import batch
+    from nemoe_jax.serving.request_maker import RequestMaker
     from nemoe_jax.tokenizer import load_tokenizer
 
     _check(arguments)
@@ -63,12 +68,11 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_logprobs=arguments.logprobs,
         adapter=arguments.adapter,
     )
-    config = checkpoint.read_config(arguments.directory)
-    tokenizer = load_tokenizer(arguments.directory)
+    maker = RequestMaker(checkpoint.read_config(arguments.directory), load_tokenizer(arguments.directory))
     if arguments.batch is not None:
-        batch.run(arguments, config, tokenizer, wishes)
+        batch.run(arguments, maker, wishes)
     else:
-        _answer(arguments, config, tokenizer, wishes)
+        _answer(arguments, maker, wishes)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -79,34 +83,52 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: wanted {kind}, got {value}")
     if (arguments.batch is None) != (arguments.output is None):
         raise UserError("--batch IN.jsonl and --output OUT.jsonl go together (- is standard input and output)")
+    if arguments.tool_choice is not None and arguments.chat is None:
+        raise UserError("--tool-choice: wanted with --chat (a batch's lines have their own)")
+    if arguments.schema is not None and arguments.batch is not None:
+        raise UserError("--schema: wanted without --batch (its lines have their own)")
     if arguments.logprobs is not None and not arguments.json and arguments.batch is None:
         raise UserError("--logprobs: wanted with --json or --batch, which can show them")
 
 
-def _answer(arguments: argparse.Namespace, config: "ModelConfig", tokenizer: "Tokenizer", wishes: Request) -> None:
+def _answer(arguments: argparse.Namespace, maker: "RequestMaker", wishes: Request) -> None:
     """One answer, shown as it comes."""
-    request = dataclasses.replace(wishes, prompt=tuple(_prompt(arguments, tokenizer)))
-    starting.check(request, config)
-    prompt_tokens = len(request.prompt)
-    show = (lambda text: None) if arguments.json else shown
-    with starting.start(arguments, tokenizer, rows=1, tokens=prompt_tokens + wishes.max_new_tokens) as engine:
-        answer = collect(engine.submit(request), end_tokens(config, tokenizer), show)
-    if arguments.json:
-        figures = answer.figures(tokenizer, prompt_tokens, wishes.top_logprobs is not None)
-        report({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
-        return
-    print()
-    if answer.rate is not None:
-        print(f"{len(answer.tokens)} tokens, {answer.rate:.1f} tokens/s", file=sys.stderr)
-
-
-def _prompt(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> list[int]:
     from nemoe_jax import chat
 
     if arguments.chat is not None:
         messages, tools = chat.read_messages(arguments.chat), chat.read_tools(arguments.chat)
-        return chat.render_chat(tokenizer, messages, tools=tools)
-    if arguments.prompt is not None:
-        return tokenizer.encode(arguments.prompt, bos=True)
-    text = read_text(arguments.input or arguments.file)
-    return tokenizer.encode(text.removesuffix("\n").removesuffix("\r"), bos=True)
+        request = maker.of_chat(wishes, messages, tools, _tool_choice(arguments.tool_choice), _schema(arguments))
+    else:
+        tools, text = None, arguments.prompt
+        if text is None:
+            text = read_text(arguments.input or arguments.file).removesuffix("\n").removesuffix("\r")
+        request = maker.of_text(wishes, text, _schema(arguments))
+    prompt_tokens = len(request.prompt)
+    show = (lambda text: None) if arguments.json else shown
+    reader = maker.reader(tools) if tools else None
+    with starting.start(arguments, maker.tokenizer, rows=1, tokens=prompt_tokens + wishes.max_new_tokens) as engine:
+        answer = collect(engine.submit(request), maker.ends, show, reader)
+    if arguments.json:
+        figures = answer.figures(maker.tokenizer, prompt_tokens, wishes.top_logprobs is not None)
+        report({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
+        return
+    print()
+    for call in answer.parsed.calls if answer.parsed else ():
+        print(json.dumps(call.as_message(), ensure_ascii=False))
+    for warning in answer.parsed.warnings if answer.parsed else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    if answer.rate is not None:
+        print(f"{len(answer.tokens)} tokens, {answer.rate:.1f} tokens/s", file=sys.stderr)
+
+
+def _tool_choice(words: str | None) -> Any:
+    """OpenAI's form of it: what is no mode is a function's name."""
+    if words in (None, "none", "auto", "required"):
+        return words
+    return {"type": "function", "function": {"name": words}}
+
+
+def _schema(arguments: argparse.Namespace) -> Any:
+    from nemoe_jax.tokenizer_base import read_json
+
+    return None if arguments.schema is None else read_json(Path(arguments.schema))

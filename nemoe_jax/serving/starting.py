@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nemoe_jax import running
-from nemoe_jax.errors import UserError
-from nemoe_jax.serving.request import Request
 from nemoe_jax.tokenizer_base import Tokenizer
 
 if TYPE_CHECKING:
-    from nemoe_jax.config import ModelConfig
     from nemoe_jax.serving.engine import Engine
 
 
@@ -60,19 +57,3 @@ def start(
         yield engine
     finally:
         engine.close(drain=False)
-
-
-def check(request: Request, config: "ModelConfig") -> None:
-    """Raises UserError as the engine would where it cannot answer a request; but before the weights are loaded."""
-    from nemoe_jax.serving.engine import MOST_TOP
-    from nemoe_jax.serving.stop_texts import StopTexts
-
-    prompt, new = len(request.prompt), request.max_new_tokens
-    if prompt < 1:
-        raise UserError("empty prompt: wanted at least one token")
-    if prompt + new > config.context:
-        raise UserError(f"prompt of {prompt} tokens + {new} new tokens exceed the context of {config.context}")
-    if request.top_logprobs is not None and request.top_logprobs > MOST_TOP:
-        raise UserError(f"logprobs: wanted 0 to {MOST_TOP}, got {request.top_logprobs}")
-    request.sampling.check(config.vocab)
-    StopTexts(request.stop)  # refuses what can never be found

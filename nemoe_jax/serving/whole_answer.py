@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
+from nemoe_jax.serving.answer import AnswerStream, ParsedAnswer
 from nemoe_jax.serving.request import Piece, ScoredToken
 from nemoe_jax.tokenizer_base import Tokenizer
 
@@ -23,6 +24,7 @@ class WholeAnswer(NamedTuple):
     prefill_seconds: float  # to the first piece
     seconds: float  # to the last
     first_tokens: int  # that came with the first piece
+    parsed: ParsedAnswer | None = None  # where it was read for calls of tools
 
     @property
     def rate(self) -> float | None:
@@ -38,6 +40,9 @@ class WholeAnswer(NamedTuple):
             "prompt_tokens": prompt_tokens,
             "finish_reason": self.finish,
         }
+        if self.parsed is not None:
+            figures["tool_calls"] = [call.as_message() for call in self.parsed.calls]
+            figures["warnings"] = list(self.parsed.warnings)
         if logprobs:
             figures["logprobs"] = [
                 {
@@ -71,9 +76,12 @@ def harmless(text: str) -> str:
 
 
 def collect(
-    pieces: Iterable[Piece], ends: Collection[int], show: Callable[[str], None] = lambda text: None
+    pieces: Iterable[Piece],
+    ends: Collection[int],
+    show: Callable[[str], None] = lambda text: None,
+    reader: AnswerStream | None = None,
 ) -> WholeAnswer:
-    """Waits for the whole of an answer; `show` gets each piece's text as it comes.
+    """Waits for the whole of an answer; `show` gets its text as it comes, and `reader` finds calls of tools in it.
 
     Raises:
         UserError: the model could not answer.
@@ -88,12 +96,16 @@ def collect(
             raise UserError(piece.error or "the model could not answer")
         if piece.tokens and not first_tokens:
             first, first_tokens = time.monotonic() - started, len(piece.tokens)
-        texts.append(piece.text)
+        texts.append(piece.text if reader is None else reader.push(piece))
         tokens += piece.tokens
-        if piece.text:
-            show(piece.text)
+        if texts[-1]:
+            show(texts[-1])
         finish = piece.finish or finish
     seconds = time.monotonic() - started
+    parsed = None if reader is None else reader.finish()
+    if parsed is not None and parsed.text:
+        texts.append(parsed.text)
+        show(parsed.text)
     if tokens and tokens[-1].token in ends:
         tokens.pop()
-    return WholeAnswer("".join(texts), tokens, finish, first or seconds, seconds, first_tokens)
+    return WholeAnswer("".join(texts), tokens, finish, first or seconds, seconds, first_tokens, parsed)

@@ -1,0 +1,81 @@
+"""What people ask, a text or a chat, as requests that the engine can answer.
+
+All that can be wrong with one is found here, before any weights are loaded.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemoe_jax import chat
+from nemoe_jax.chat_calls import call_form
+from nemoe_jax.config import ModelConfig
+from nemoe_jax.errors import UserError
+from nemoe_jax.serving.answer import AnswerStream
+from nemoe_jax.serving.constraint import Vocabulary, json_schema, tool_calls
+from nemoe_jax.serving.request import Request
+from nemoe_jax.serving.stop_texts import StopTexts
+from nemoe_jax.serving.whole_answer import end_tokens
+from nemoe_jax.tokenizer_base import Tokenizer
+
+Tools = Sequence[Mapping[str, Any]] | None
+
+
+class RequestMaker:
+    """Makes requests for one model.
+
+    ends: its end tokens.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.ends = end_tokens(config, tokenizer)
+
+    def of_text(self, wishes: Request, text: str, schema: Any = None) -> Request:
+        """The continuation of a text, as JSON by a schema if there is one. Raises UserError."""
+        return self._checked(wishes, self.tokenizer.encode(text, bos=True), schema=schema)
+
+    def of_chat(
+        self, wishes: Request, messages: Any, tools: Tools = None, tool_choice: Any = None, schema: Any = None
+    ) -> Request:
+        """The answer to a chat; it calls tools as `tool_choice` wants, or is JSON by a schema.
+
+        tool_choice: as of OpenAI's API; by default the model is free to call.
+        Raises UserError.
+        """
+        prompt = chat.render_chat(self.tokenizer, messages, tools=tools)
+        return self._checked(wishes, prompt, tools, tool_choice, schema)
+
+    def reader(self, tools: Tools) -> AnswerStream:
+        """Reads an answer, with its calls of tools, piece by piece."""
+        return AnswerStream(self.tokenizer, tools, sorted(self.ends))
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.config.vocab, sorted(self.ends))
+
+    def _checked(
+        self, wishes: Request, prompt: Sequence[int], tools: Tools = None, tool_choice: Any = None, schema: Any = None
+    ) -> Request:
+        from nemoe_jax.serving.engine import MOST_TOP
+
+        length, new, context = len(prompt), wishes.max_new_tokens, self.config.context
+        if length < 1:
+            raise UserError("empty prompt: wanted at least one token")
+        if length + new > context:
+            raise UserError(f"prompt of {length} tokens + {new} new tokens exceed the context of {context}")
+        if wishes.top_logprobs is not None and wishes.top_logprobs > MOST_TOP:
+            raise UserError(f"logprobs: wanted 0 to {MOST_TOP}, got {wishes.top_logprobs}")
+        wishes.sampling.check(self.config.vocab)
+        StopTexts(wishes.stop)  # refuses what can never be found
+        if schema is not None and tools:
+            raise UserError("schema: an answer cannot both be JSON by a schema and call tools")
+        if schema is not None:
+            constraint = json_schema(self._vocabulary, schema)
+        elif tool_choice is None and call_form(self.tokenizer) is None:
+            constraint = None  # a template of unknown calls: they stay text
+        else:
+            constraint = tool_calls(self._vocabulary, self.tokenizer, tools, tool_choice)
+        return dataclasses.replace(wishes, prompt=tuple(prompt), constraint=constraint)
