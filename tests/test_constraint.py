@@ -394,6 +394,33 @@ def test_auto_holds_from_a_tag_on_that_is_text(form, vocabularies):
     assert free[list(control.values())].all() and free.mean() > 0.6  # bytes that begin no character are missing
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_that_calls_nothing_may_have_a_schema(form, vocabularies):
+    vocabulary, schema = (
+        vocabularies[form],
+        {"type": "object", "properties": {"a": {"type": "null"}}, "required": ["a"]},
+    )
+    schema["additionalProperties"] = False
+    for tools, choice in ((TOOLS, "auto"), (TOOLS, "none"), (None, None)):
+        constraint = tool_calls(vocabulary, vocabulary.tokenizer, tools, choice, schema=schema)
+        assert not spell(vocabulary, constraint, "So")
+        constraint = tool_calls(vocabulary, vocabulary.tokenizer, tools, choice, schema=schema)
+        assert (
+            spell(vocabulary, constraint, '{"a": null}') and allowed(vocabulary, constraint)[vocabulary.end_tokens[0]]
+        )
+    begun = set()
+    for seed in range(20):
+        constraint = tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "auto", schema=schema)
+        answer = parse_answer(vocabulary.tokenizer, drive(vocabulary, constraint, seed), TOOLS)
+        assert not answer.warnings and (answer.calls or json.loads(answer.text) == {"a": None})
+        begun.add(bool(answer.calls))
+    assert begun == {True, False}
+    with pytest.raises(UserError, match="schema: wanted a JSON schema"):
+        tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "auto", schema=3)
+    with pytest.raises(UserError, match="schema: Invalid type: text"):
+        tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "auto", schema={"type": "text"})
+
+
 @pytest.mark.parametrize("form", CONTROL)
 def test_none_forbids_the_token_that_begins_a_call(form, vocabularies):
     vocabulary = vocabularies[form]

@@ -43,14 +43,7 @@ def json_schema(vocabulary: Vocabulary, schema: Any) -> Constraint:
     Properties come in the schema's order, those of no name in it last. Raises UserError on a schema that is none, that
     nothing can fulfil, or that has keywords which llguidance cannot enforce.
     """
-    if not isinstance(schema, Mapping | bool):
-        raise UserError(f"schema: wanted a JSON schema (an object), got {schema!r:.80}")
-    try:
-        written = call_grammar.json_rule(schema, {"whitespace_pattern": WHITE_SPACE})
-    except UserError as error:
-        raise UserError(f"schema: {error}") from error
-    lead = '" "? ' if vocabulary.leading_space else ""
-    return Grammar(vocabulary, f"start: {lead}{written}", "schema")
+    return Grammar(vocabulary, f"start: {_json(vocabulary, schema)}", "schema")
 
 
 def json_object(vocabulary: Vocabulary) -> Constraint:
@@ -71,15 +64,19 @@ def tool_calls(
     tools: Sequence[Mapping[str, Any]] | None,
     tool_choice: Any = None,
     parallel: bool = True,
+    schema: Any = None,
 ) -> Constraint | None:
     """What an answer may be where tools are given; None where it may be anything.
 
     tool_choice: `none`, `auto`, `required`, or a function that must be called (once).
     parallel: whether there may be several calls.
+    schema: what an answer that calls nothing must be (see `json_schema`); None where it may be any text.
     Raises UserError on bad tools or parameters, and where the tokenizer has no known form of calls.
     """
     check_tools(tools)
     mode, name = check_tool_choice(tool_choice, tools)
+    if schema is not None and (not tools or mode == "none"):
+        return json_schema(vocabulary, schema)
     if not tools:
         return None
     form = known_call_form(tokenizer)
@@ -88,7 +85,9 @@ def tool_calls(
     chosen = [(at, tool["function"]) for at, tool in enumerate(tools) if name in (None, tool["function"]["name"])]
     several = parallel and name is None
     start = "start: calls\n"
-    if mode == "auto" and isinstance(form.start, str):
+    if mode == "auto" and schema is not None:
+        start = f"start: calls | answer\nanswer: {_json(vocabulary, schema)}\n"
+    elif mode == "auto" and isinstance(form.start, str):
         special = [token for token in tokenizer.control.values() if token not in vocabulary.end_tokens]
         start = call_grammar.after_text(form, special)
     rules = call_grammar.call_rules(form, chosen, several, vocabulary.leading_space)
@@ -97,10 +96,23 @@ def tool_calls(
     except UserError:
         for at, function in chosen:
             call_grammar.check_arguments(at, function)
+        if schema is not None:
+            json_schema(vocabulary, schema)
         raise
-    if mode == "auto" and isinstance(form.start, int):
+    if mode == "auto" and schema is None and isinstance(form.start, int):
         return Free(vocabulary, begin=form.start, then=calls, late=form.after_text)
     return calls
+
+
+def _json(vocabulary: Vocabulary, schema: Any) -> str:
+    """JSON by a schema, as part of a rule. Raises UserError."""
+    if not isinstance(schema, Mapping | bool):
+        raise UserError(f"schema: wanted a JSON schema (an object), got {schema!r:.80}")
+    try:
+        written = call_grammar.json_rule(schema, {"whitespace_pattern": WHITE_SPACE})
+    except UserError as error:
+        raise UserError(f"schema: {error}") from error
+    return ('" "? ' if vocabulary.leading_space else "") + written
 
 
 class Grammar:
