@@ -15,12 +15,13 @@ from nemoe_jax.tokenizer import load_tokenizer
 from nemoe_jax.transformer import forward
 from tests.command_models import write_model
 
+CONTEXT = 512
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("models") / "moe")
+    return write_model(tmp_path_factory.mktemp("models") / "moe", context=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,32 @@ def test_a_stop_text_ends_the_answer(capsys, model):
     text = generated(capsys, model, "--prompt", "Hello")["text"]
     figures = generated(capsys, model, "--prompt", "Hello", "--stop", "never", "--stop", text[2:4])
     assert figures["text"] == text[: text.index(text[2:4])] and figures["finish_reason"] == "stop"
+
+
+ONE_OF = {"type": "string", "enum": ["Oslo", "Rome"]}
+SCHEMA = {"type": "object", "properties": {"city": ONE_OF}, "required": ["city"], "additionalProperties": False}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "", "parameters": SCHEMA}}]
+
+
+def test_calls_of_tools_and_answers_by_a_schema(capsys, model, tmp_path):
+    chosen = {"type": "function", "function": {"name": "weather"}}
+    lines = [
+        {"messages": MESSAGES, "tools": TOOLS, "tool_choice": chosen},
+        {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "none", "max_new_tokens": 3},
+        {"prompt": "x", "schema": ONE_OF},
+    ]
+    batch = ["--batch", write_batch(tmp_path / "in.jsonl", lines), "--output", "-", "--max-new-tokens", 100]
+    status, out, _ = run(capsys, "generate", model, *batch)
+    called, free, by_schema = [json.loads(line) for line in out.splitlines()]
+    (call,) = called["tool_calls"]
+    assert status == 0 and call["function"]["name"] == "weather" and called["text"] == ""
+    assert json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Rome")
+    assert free["tool_calls"] == [] and "tool_calls" not in by_schema
+    assert json.loads(by_schema["text"]) in ("Oslo", "Rome")
+
+    (tmp_path / "chat.json").write_text(json.dumps(lines[0]))
+    asked = ["--chat", tmp_path / "chat.json", "--tool-choice", "weather", "--max-new-tokens", 100]
+    assert json.loads(run(capsys, "generate", model, *asked)[1])["function"] == call["function"]
 
 
 def wishes(*arguments, default=None):
@@ -195,13 +222,15 @@ BAD_LINES = {
     "no number": ('{"prompt": "x", "top_k": true}', "in.jsonl:2: top_k: wanted a whole number"),
     "no preset": ('{"prompt": "x", "preset": "dull"}', "in.jsonl:2: preset: wanted one of nemo, factual"),
     "no bias": ('{"prompt": "x", "logit_bias": {"a": 1}}', "in.jsonl:2: logit_bias: wanted TOKEN=BIAS"),
+    "no schema": ('{"prompt": "x", "schema": {"type": 1}}', "in.jsonl:2: schema"),
+    "no tool": ('{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "in.jsonl:2: tools[0]"),
     "no such token": ('{"prompt": "x", "logit_bias": {"400": 1}}', "logit_bias: wanted tokens from 0 to 399, got 400"),
     "no tokens": ('{"prompt": "x", "max_new_tokens": 0}', "in.jsonl:2: max_new_tokens: wanted a whole number of at"),
     "no stop": ('{"prompt": "x", "stop": ["y", 1]}', "in.jsonl:2: stop: wanted a text or a list of texts"),
     "too many logprobs": ('{"prompt": "x", "logprobs": 21}', "in.jsonl:2: logprobs: wanted 0 to 20, got 21"),
     "too long": (
-        json.dumps({"prompt": "x" * 99}),
-        "in.jsonl:2: prompt of 100 tokens + 5 new tokens exceed the context",
+        json.dumps({"prompt": "x" * 511}),
+        "in.jsonl:2: prompt of 512 tokens + 5 new tokens exceed the context",
     ),
 }
 
@@ -241,12 +270,14 @@ BAD = {
     "no rows": (["--prompt", "x", "--rows", "0"], "--rows: wanted a positive number, got 0"),
     "unseen logprobs": (["--prompt", "x", "--logprobs", "1"], "--logprobs: wanted with --json or --batch"),
     "negative logprobs": (["--prompt", "x", "--logprobs", "-1"], "--logprobs: wanted 0 or more, got -1"),
+    "tools without a chat": (["--prompt", "x", "--tool-choice", "auto"], "--tool-choice: wanted with --chat"),
+    "no schema": (["--prompt", "x", "--schema", "none.json"], "none.json: No such file or directory"),
     "many logprobs": (["--prompt", "x", "--logprobs", "21", "--json"], "logprobs: wanted 0 to 20, got 21"),
     "empty stop": (["--prompt", "x", "--stop", ""], "stop: wanted texts that are not empty"),
     "no bias": (["--prompt", "x", "--logit-bias", "5"], "logit_bias: wanted TOKEN=BIAS, such as 5=-100, got '5'"),
     "no such token": (["--prompt", "x", "--logit-bias", "400=1"], "logit_bias: wanted tokens from 0 to 399, got 400"),
     "min-p": (["--prompt", "x", "--min-p", "2"], "min_p: wanted a number from 0 to 1, got 2"),
-    "too long": (["--prompt", "x" * 99], "prompt of 100 tokens + 5 new tokens exceed the context of 96"),
+    "too long": (["--prompt", "x" * 511], "prompt of 512 tokens + 5 new tokens exceed the context of 512"),
     "no adapter": (["--prompt", "x", "--adapter", "/none"], "/none: no such directory"),
 }
 
