@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemoe_jax import lora, schema
+from nemoe_jax import lora, schema, sharding
 from nemoe_jax.cache import PAGE
 from nemoe_jax.errors import UserError
 from nemoe_jax.generate import generate
@@ -355,3 +355,21 @@ def test_rows_with_adapters_of_their_own(params, tokenizer):
         with pytest.raises(UserError, match="no adapter 'prose'; there are: sql, poems"):
             engine.submit(Request(ids, 5, adapter="prose"))
     assert len(seen) == 3
+
+
+def test_over_a_mesh(engine, params, tokenizer):
+    """Rows in two parts with a pool each, every row's pages on two devices, heads on two."""
+    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    placed = jax.device_put(params, sharding.shardings(CONFIG, mesh))
+    requests = [Request(prompt(seed, length), 8) for seed, length in enumerate((1, 20, 300, 150, 31))]
+    requests.append(Request(prompt(5, 9), 8, Sampling(temperature=1, repetition_penalty=1.2, seed=4)))
+    wanted = [tokens_of(engine.submit(request)) for request in requests]
+    before = programs._decode._cache_size()
+    with Engine(CONFIG, placed, tokenizer, rows=4, tokens=8 * PAGE, mesh=mesh) as own:
+        assert own.context == 4 * PAGE  # a part's own
+        answers = [own.submit(request) for request in requests]
+        assert [tokens_of(answer) for answer in answers] == wanted
+        bad = own.submit(Request((5, 6, 7), 300, constraint=object()))
+        assert bad.result(60) == "" and bad.finish == "error"
+        assert own.statistics().free_tokens == own.statistics().tokens == 8 * PAGE
+    assert programs._decode._cache_size() == before + 1  # one program serves them all
