@@ -68,10 +68,10 @@ class MoE(SpecModule):
         self, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Tree, adapters: Adapters
     ) -> jax.Array:
         """The weighted sum of the chosen experts' outputs, over the ambient mesh where there is one."""
-        if isinstance(experts["gate"], LayerOf):
-            return run_few(x_BTD, weights_BTC, chosen_BTC, experts)
         index_BT = index_of_tokens(adapters, x_BTD.shape[1])
         adapters = with_index(adapters, None)  # the tokens take it along
+        if isinstance(experts["gate"], LayerOf):
+            return run_few(x_BTD, weights_BTC, chosen_BTC, experts, adapters, index_BT)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0, index_BT)

@@ -4,18 +4,21 @@ A scan hands each layer a slice of the stacked weights. TPUs read it in place; o
 all experts of the layer, which costs several times what reading the weights that a few tokens need does. There a step
 takes the stack and a number instead.
 
-T tokens, D embed, F outputs, L layers, E experts, C top-k, R = T·C rows.
+T tokens, D embed, F outputs, L layers, E experts, C top-k, R = T·C rows, K rank of adapters.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
+from nemoe_jax.adapter_bank import own_ranks, with_index
 from nemoe_jax.few_rows import MOST_ROWS, bits, few_rows, few_rows_experts
 from nemoe_jax.grouped_matmul_gpu import gpu_few_rows, gpu_few_rows_experts
+from nemoe_jax.lora import Adapter, dropped
 from nemoe_jax.platform import platform
 from nemoe_jax.schema import Tree, map_with_path
 
@@ -58,13 +61,34 @@ def for_decoding(params: Tree, rows: int) -> Tree:
     return params | map_with_path(lambda path, array: array if "norm" in path else bits(array), matrices)
 
 
-def run_few(x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: dict[str, LayerOf]) -> jax.Array:
-    """What the chosen experts add to a few tokens, (B, T, D): each row reads its own expert's weights alone."""
+def run_few(
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: dict[str, LayerOf],
+    adapters: Mapping[str, Adapter],
+    index_BT: jax.Array | None,
+) -> jax.Array:
+    """What the chosen experts add to a few tokens, (B, T, D): each row reads its own expert's weights alone.
+
+    Where the adapters are those of a bank, `index_BT` says which of them is a token's own.
+    """
     top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
     order_R = jnp.argsort(chosen_BTC.reshape(-1))  # rows of one expert find its weights in the cache
     expert_R = chosen_BTC.reshape(-1)[order_R]
-    x_RD = x_BTD.reshape(-1, width)[order_R // top_k]
-    gate_RF, up_RF = (experts[name].multiply_each(x_RD, expert_R) for name in ("gate", "up"))
+    token_R = order_R // top_k
+    if index_BT is not None:
+        adapters = with_index(adapters, index_BT.reshape(-1)[token_R])
+
+    def multiply(name: str, x_R: jax.Array) -> jax.Array:
+        y_R, adapter = experts[name].multiply_each(x_R, expert_R), adapters.get(name)
+        if adapter is None:
+            return y_R
+        low_rank_RK = own_ranks(adapter.a.multiply_each(dropped(x_R, adapter), expert_R), adapter)
+        return y_R + adapter.scale * adapter.b.multiply_each(low_rank_RK, expert_R)
+
+    x_RD = x_BTD.reshape(-1, width)[token_R]
+    gate_RF, up_RF = multiply("gate", x_RD), multiply("up", x_RD)
     hidden_RF = jax.nn.silu(gate_RF) * up_RF * weights_BTC.reshape(-1, 1)[order_R]
-    y_RD = experts["down"].multiply_each(hidden_RF, expert_R)
+    y_RD = multiply("down", hidden_RF)
     return y_RD[jnp.argsort(order_R)].reshape(-1, top_k, width).sum(axis=1).reshape(x_BTD.shape)

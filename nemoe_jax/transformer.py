@@ -28,6 +28,7 @@ from nemoe_jax.ffn import SwiGLU
 from nemoe_jax.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm, rotation
 from nemoe_jax.lora import Adapter, factors
 from nemoe_jax.moe import MoE, Routing
+from nemoe_jax.platform import platform
 from nemoe_jax.schema import ParamSpec, Tree, declare, leaves, map_with_path
 from nemoe_jax.sharding import constrain_tokens, gathered, partition_spec, used_spec
 from nemoe_jax.stacked import LayerOf, reads_in_place
@@ -146,14 +147,16 @@ def _scan_run(
     """
     graph, state = nnx.split(block)
     stacked = nnx.to_pure_dict(state)
-    in_place = cache is not None and not adapters and reads_in_place(x_BTD[..., 0].size, stacked["attn"]["q"].dtype)
+    in_place = cache is not None and reads_in_place(x_BTD[..., 0].size, stacked["attn"]["q"].dtype)
+    of_experts = _expert_adapters(specs, adapters, x_BTD.dtype) if in_place else {}
 
     def layer(carry, slice_of_run):
-        (x_BTD, cache), (weights, layer_adapters) = carry, slice_of_run
+        (x_BTD, cache), (sliced, layer_adapters) = carry, slice_of_run
         if in_place:
-            weights = _layer_in_place(specs, stacked, weights)
+            weights = _layer_in_place(specs, stacked, sliced)
+            layer_adapters = _adapters_in_place(of_experts, layer_adapters, sliced)
         else:
-            weights, layer_adapters = _gathered_layer(specs, weights, layer_adapters, x_BTD.dtype)
+            weights, layer_adapters = _gathered_layer(specs, sliced, layer_adapters, x_BTD.dtype)
         x_BTD, cache, routing = nnx.merge(graph, weights)(x_BTD, context, cache, layer_adapters)
         if cache is not None:
             cache = cache._replace(layer=cache.layer + 1)
@@ -172,6 +175,29 @@ def _layer_in_place(specs: Tree, stacked: Tree, number: jax.Array) -> Tree:
     return map_with_path(
         lambda path, stack: LayerOf(stack, number) if of_path[path].contracted else stack[number], stacked
     )
+
+
+def _expert_adapters(specs: Tree, adapters: Adapters, dtype: Any) -> dict[str, Adapter]:
+    """Those of the experts of all layers, in a dtype that kernels read in place."""
+    of_path = leaves(specs)
+    read = jnp.float32 if platform() == "cpu" else dtype
+    return {
+        path: dataclasses.replace(adapter, a=adapter.a.astype(read), b=adapter.b.astype(read))
+        for path, adapter in leaves(dict(adapters)).items()
+        if "experts" in of_path[path].stacked
+    }
+
+
+def _adapters_in_place(of_experts: dict[str, Adapter], layer_adapters: Tree, number: jax.Array) -> Tree:
+    """One layer's adapters: the experts' not yet read. The others are small: with several rows copies are faster."""
+
+    def replace(path: str, adapter: Adapter) -> Adapter:
+        if path not in of_experts:
+            return adapter
+        a, b = (LayerOf(stack, number) for stack in (of_experts[path].a, of_experts[path].b))
+        return dataclasses.replace(adapter, a=a, b=b)
+
+    return map_with_path(replace, layer_adapters)
 
 
 def _gathered_layer(specs: Tree, weights: Tree, adapters: Tree, dtype: Any) -> tuple[Tree, Tree]:
@@ -250,7 +276,7 @@ def logits(
     adapters = adapters or {}
     if not config.tied:
         head: Any = params["head"]
-        if decoding and not adapters and reads_in_place(x_BTD[..., 0].size, head.dtype):
+        if decoding and reads_in_place(x_BTD[..., 0].size, head.dtype):
             head = LayerOf(head[None], 0)
         return project(x_BTD, head, 1, adapters.get("head")).astype(jnp.float32)
     logits_BTV = x_BTD @ params["embed"].T.astype(x_BTD.dtype)

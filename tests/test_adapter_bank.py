@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemoe_jax import expert_parallel, hf, lora, peft, schema, sharding
+from nemoe_jax import expert_parallel, hf, lora, peft, schema, sharding, stacked
 from nemoe_jax.adapter_bank import bank, with_rows
 from nemoe_jax.cache import empty_cache
-from nemoe_jax.lora import Target
+from nemoe_jax.errors import UserError
+from nemoe_jax.lora import Adapter, Target
 from nemoe_jax.transformer import forward
 from tests import peft_models
+from tests.conftest import DENSE
 
 INDEX = jnp.asarray([1, -1, 0, 2, 1, 0, -1, 2], jnp.int32)
 
@@ -114,3 +116,43 @@ def test_directories_of_peft(kind, tmp_path):
     for row, own in enumerate(index):
         np.testing.assert_allclose(got[row], wanted[own][row], atol=2e-4)
         assert np.abs(wanted[own] - wanted[own - 1])[row].max() > 0.1
+
+
+def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkeypatch):
+    params = schema.initialise(config, jax.random.key(0), jnp.bfloat16)
+    tokens, empty = jnp.asarray([[5, 9], [3, 1]]), empty_cache(config, 2, 16)
+    cache = jax.jit(lambda: forward(config, params, tokens, cache=empty).cache)()
+    trees = several(config)["every"], with_rows(bank(config, several(config), jnp.bfloat16), jnp.asarray([2, 0]))
+    products = []
+    multiply = stacked.LayerOf.multiply
+    monkeypatch.setattr(stacked.LayerOf, "multiply", lambda *given: products.append(given) or multiply(*given))
+
+    def step(params):
+        run = jax.jit(lambda adapters: forward(config, params, jnp.asarray([[7], [8]]), adapters=adapters, cache=cache))
+        return [run(adapters).logits for adapters in trees]
+
+    got = step(stacked.for_decoding(params, 2))
+    assert products
+    monkeypatch.setattr("nemoe_jax.transformer.reads_in_place", lambda rows, dtype: False)
+    np.testing.assert_allclose(got, step(params), atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"norm": jnp.ones(24)}, "adapter poems: norm: the model has no such linear map"),
+        ({"head": jnp.ones((24, 72))}, "adapter poems: head: wanted a low-rank update, got ArrayImpl"),
+        ({"head": Adapter(np.ones((24, 2)), np.ones((2, 71)), 1.0)}, r"head: wanted .* \(2, 72\), got .* \(2, 71\)"),
+        ({"heads": 1, "norm": 2}, "adapter poems: heads: .*adapter poems: norm"),
+    ],
+)
+def test_what_cannot_be_joined_is_named(wrong, message):
+    with pytest.raises(UserError, match=message):
+        bank(DENSE, {"sql": several(DENSE)["attention"], "poems": wrong})
+
+
+def test_a_whole_weight_of_peft_is_refused(tmp_path):
+    directory = peft_models.base(peft_models.mistral, tmp_path)
+    peft_models.adapt(directory, tmp_path / "poems", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(UserError, match=r"poems.*lm_head.*a whole tensor is no low-rank update"):
+        peft.load_adapters(tmp_path / "poems", hf.load(directory)[0])
