@@ -95,11 +95,11 @@ def wait_for(condition, seconds=20):
 def greedy(prompt, count):
     """The likeliest tokens and their log-probabilities, by whole forward passes."""
     params, tokens = weights(), list(prompt)
+    run = jax.jit(lambda params, tokens: forward(CONFIG, params, tokens).logits[0])
     for _ in range(count):
         padded = jnp.asarray([tokens + [0] * (len(prompt) + count - len(tokens))])
-        logits = np.asarray(forward(CONFIG, params, padded).logits[0, len(tokens) - 1], np.float64)
-        tokens.append(int(logits.argmax()))
-    log_p = jax.nn.log_softmax(forward(CONFIG, params, jnp.asarray([tokens])).logits[0])
+        tokens.append(int(np.asarray(run(params, padded))[len(tokens) - 1].argmax()))
+    log_p = jax.nn.log_softmax(run(params, jnp.asarray([tokens])))
     made = tokens[len(prompt) :]
     return made, np.asarray(log_p)[np.arange(len(prompt) - 1, len(tokens) - 1), made]
 

@@ -13,7 +13,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.serving import request as engine_request
 from nemoe_jax.serving.answer import AnswerStream, ParsedAnswer
 from nemoe_jax.serving.api_errors import ApiError
-from nemoe_jax.serving.constraint import json_object, json_schema, tool_calls
+from nemoe_jax.serving.constraint import tool_calls
 from nemoe_jax.serving.engine_answers import Answers
 from nemoe_jax.serving.guard import leave_note
 from nemoe_jax.serving.http_answers import EventStream, as_json, event, new_id, unless_gone
@@ -32,7 +32,7 @@ from nemoe_jax.serving.openai_answers import (
     Finish,
     Usage,
 )
-from nemoe_jax.serving.openai_requests import ChatRequest, JsonObjectFormat, JsonSchemaFormat
+from nemoe_jax.serving.openai_requests import ChatRequest, ChosenTool, JsonObjectFormat, JsonSchemaFormat
 from nemoe_jax.serving.request import Constraint, ScoredToken
 from nemoe_jax.serving.served import Served
 
@@ -81,23 +81,22 @@ def read_prompt(served: Served, asked: ChatRequest, tools: list[Plain] | None) -
 
 
 def constraint_maker(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> Callable[[], Constraint | None]:
-    """What makes the constraint of one answer; of tools where a call is demanded, else of `response_format`."""
-    choice = asked.tool_choice if isinstance(asked.tool_choice, str | None) else asked.tool_choice.model_dump()
-    if not tools and choice not in (None, "none", "auto"):
-        raise ApiError(400, "tool_choice: wants tools", "tool_choice")
-    parallel = asked.parallel_tool_calls is not False
+    """What makes the constraint of one answer, by its tools and `response_format`."""
+    choice = asked.tool_choice.model_dump() if isinstance(asked.tool_choice, ChosenTool) else asked.tool_choice
+    schema: Plain | None = None
+    if isinstance(asked.response_format, JsonSchemaFormat):
+        schema = asked.response_format.json_schema.schema_ or {}
+    elif isinstance(asked.response_format, JsonObjectFormat):
+        schema = {"type": "object"}
 
     def constraint() -> Constraint | None:
-        called = tool_calls(served.vocabulary, served.tokenizer, tools, choice or "auto", parallel) if tools else None
-        wanted = asked.response_format
-        if called is not None or wanted is None:
-            return called
         try:
-            if isinstance(wanted, JsonSchemaFormat):
-                return json_schema(served.vocabulary, wanted.json_schema.schema_ or {})
-            return json_object(served.vocabulary) if isinstance(wanted, JsonObjectFormat) else None
+            parallel = asked.parallel_tool_calls is not False
+            return tool_calls(served.vocabulary, served.tokenizer, tools, choice, parallel, schema)
         except UserError as error:
-            raise ApiError(400, f"response_format: {error}", "response_format") from error
+            if str(error).startswith("schema: "):
+                raise ApiError(400, f"response_format: {error}", "response_format") from error
+            raise
 
     return constraint
 

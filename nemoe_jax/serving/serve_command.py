@@ -1,6 +1,7 @@
 """`nemoe serve`: the OpenAI API for a model directory."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from nemoe_jax import running
 from nemoe_jax.command import Command
 from nemoe_jax.errors import UserError
-from nemoe_jax.sampling import PRESETS
+from nemoe_jax.sampling import PRESETS, Sampling
 
 if TYPE_CHECKING:
     from nemoe_jax.serving.served import Served
@@ -144,15 +145,22 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "Served":
 
 
 def _warm_up(served: "Served") -> None:
-    """Compiles what requests need, so that the first one does not wait for it."""
+    """Compiles what requests need, so that the first ones do not wait for it. Raises UserError where it fails."""
+    from nemoe_jax.serving.constraint import json_object
+    from nemoe_jax.serving.programs import CHUNK
     from nemoe_jax.serving.request import Request
 
     _say("compiling")
     started = time.monotonic()
-    first = served.tokenizer.bos_id or 0
-    for adapter in (None, *served.adapters[:1]):
-        answer = served.engine.submit(Request((first,), WARM_UP_TOKENS, adapter=adapter))
-        for piece in answer:
+    token, most = served.tokenizer.bos_id or 0, min(CHUNK, served.context - WARM_UP_TOKENS)
+    # prompts are read in chunks padded to powers of two
+    lengths = {min(most, CHUNK >> halvings) for halvings in range(CHUNK.bit_length())}
+    requests = [Request((token,) * length, WARM_UP_TOKENS) for length in sorted(lengths)]
+    requests.append(Request((token,), WARM_UP_TOKENS, Sampling(repetition_penalty=1.1), top_logprobs=0))
+    with contextlib.suppress(UserError):  # a tokenizer that no grammar can be made of
+        requests.append(Request((token,), WARM_UP_TOKENS, constraint=json_object(served.vocabulary)))
+    for request in requests:
+        for piece in served.engine.submit(request):
             if piece.error:
                 raise UserError(f"the model cannot answer: {piece.error}")
     _say(f"compiled in {time.monotonic() - started:.1f} s")
