@@ -169,6 +169,17 @@ def test_half_a_surrogate_pair_stays_an_escape(tokenizers):
     assert call.arguments.encode() and json.loads(call.arguments) == {"é": "\ud83d"}
 
 
+def test_end_tokens_are_no_part_of_the_text(tokenizers):
+    tokenizer = tokenizers["v3"]
+    names = len(tokenizer.control)
+    assert parse_answer(tokenizer, [names + 97, 2], TOOLS).text == "a"
+    assert parse_answer(tokenizer, [names + 97, names + 98], TOOLS, end_tokens=[names + 98]).text == "a"
+    calls = write(tokenizer, LIST + "]")
+    made = [Piece("", tuple(map(ScoredToken, [*calls, names + 98])), "stop")]
+    stream = AnswerStream(tokenizer, TOOLS, end_tokens=[names + 98])
+    assert stream.push(made[0]) == "" and plain(stream.finish()) == [W] == plain(stream.finish())
+
+
 @pytest.mark.parametrize("tools", [None, []])
 def test_without_tools_everything_is_text(tools, tokenizers):
     tokens = write(tokenizers["v3"], "Hi " + LIST + "]")

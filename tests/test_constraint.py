@@ -256,6 +256,7 @@ def test_what_cannot_be_constrained_is_one_clear_line(vocabularies, tokenizers, 
     with pytest.raises(UserError, match="schema: Parser Error: token"):
         constraint.accept(7)
     words = load_tokenizer(save(word_level(), tmp_path))
+    assert Vocabulary(words, 9).token_bytes(words.encode("fox")[0]) == b"fox"
     with pytest.raises(UserError, match=r"tokenizer\.json: its tokens do not spell a text byte by byte"):
         json_object(Vocabulary(words, words.vocab_size))
     with pytest.raises(UserError, match="schema: no text of the model's tokens can fulfil it"):
@@ -438,8 +439,22 @@ def test_without_tools_nothing_is_constrained(vocabularies):
     assert tool_calls(vocabularies["tags"], vocabularies["tags"].tokenizer, TOOLS, "none") is None
 
 
-def function(parameters: dict, **more: object) -> list[dict]:
+def function(parameters: dict | None, **more: object) -> list[dict]:
     return [TOOLS[0], {"type": "function", "function": {"name": "f", "parameters": parameters, **more}}]
+
+
+def test_functions_take_what_they_name_and_no_more_unless_they_say_so(vocabularies):
+    vocabulary = vocabularies["v13"]
+    named = {"properties": {"a": {"type": "null"}}}
+    for parameters, others in (
+        (named, False),
+        (None, False),
+        ({}, True),
+        ({**named, "additionalProperties": {"type": "null"}}, True),
+    ):
+        constraint = tool_calls(vocabulary, vocabulary.tokenizer, function(parameters), "required")
+        call = (begin(vocabulary.tokenizer), "f", vocabulary.tokenizer.control_id("[ARGS]"), '{"other": null}')
+        assert spell(vocabulary, constraint, *call) == others
 
 
 def test_keywords_that_cannot_be_enforced_matter_to_strict_functions_only(vocabularies):

@@ -79,9 +79,9 @@ class AnswerStream:
     def __init__(self, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] | None, end_tokens: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._end_tokens = end_tokens
-        form = call_form(tokenizer) if tools else None
-        self._reader = _Reader(tokenizer, form, tools) if form and tools else None
-        self._start = form.start if form else None
+        self._tools = tools
+        self._form = call_form(tokenizer) if tools else None
+        self._start = self._form.start if self._form else None
         self._before: list[int] = []  # the tokens before the first call
         self._calls: list[int] = []  # those from its first token on
         self._text = ""  # all that came, or before calls that begin with a control token
@@ -112,11 +112,12 @@ class AnswerStream:
 
     def finish(self) -> ParsedAnswer:
         """The text that was not sent yet, and the calls."""
-        if self._reader is None:
+        if self._form is None or not self._tools:
             return ParsedAnswer(self._text[self._sent :])
+        reader = _Reader(self._tokenizer, self._form, self._tools)
         if isinstance(self._start, str):
-            return self._reader.read_tagged(self._text[self._sent :])
-        return self._reader.read(readable(self._tokenizer, self._calls, self._end_tokens))
+            return reader.read_tagged(self._text[self._sent :])
+        return reader.read(readable(self._tokenizer, self._calls, self._end_tokens))
 
     def _send(self, end: int) -> str:
         text, self._sent = self._text[self._sent : end], max(self._sent, end)
