@@ -362,6 +362,19 @@ def test_calls_that_are_not_parallel_are_one(form, vocabularies):
         assert len(parse_answer(vocabulary.tokenizer, drive(vocabulary, constraint, seed), TOOLS).calls) == 1
 
 
+@pytest.mark.parametrize("form", ["v3", "v13", "tags"])
+def test_calls_come_to_an_end(form, vocabularies):
+    vocabulary, call = vocabularies[form], '{"name": "f", "arguments": {}}'
+    start, arguments = (vocabulary.tokenizer.control.get(name) for name in ("[TOOL_CALLS]", "[ARGS]"))
+    parts, more = {
+        "v3": ([start, "[" + ", ".join([call] * 32)], ", "),
+        "v13": ([start, "f", arguments, "{}"] * 32, start),
+        "tags": ([f"<tool_call>{call}</tool_call>" * 32], "<"),
+    }[form]
+    constraint = tool_calls(vocabulary, vocabulary.tokenizer, function(None), "required")
+    assert spell(vocabulary, constraint, *parts) and not spell(vocabulary, constraint, more)
+
+
 @pytest.mark.parametrize("form", CONTROL)
 def test_auto_is_free_until_a_call_begins(form, vocabularies):
     vocabulary = vocabularies[form]

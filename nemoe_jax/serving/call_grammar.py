@@ -12,6 +12,7 @@ from nemoe_jax.serving.schema_limits import check_schema_cost
 # JSON as Python's json.dumps writes it, which is how chat formats write calls
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+MOST_CALLS = 32  # in one answer; a model of little skill may call for ever
 _CALL_ID = "/[a-zA-Z0-9]{9}/"
 
 
@@ -37,7 +38,7 @@ def call_rules(form: CallForm, functions: Sequence[tuple[int, Mapping[str, Any]]
     rules = [f"arguments_{at}: {arguments_rule(at, function)}" for at, function in functions]
     if form.kind == "marked":
         ids = f"(<[{form.call_id}]> {_CALL_ID})? " if form.call_id is not None else ""
-        rules.append(f"calls: {'call+' if several else 'call'}")
+        rules.append(f"calls: call{{1,{MOST_CALLS if several else 1}}}")
         calls = [
             f'<[{form.start}]> "{function["name"]}" {ids}<[{form.arguments}]> arguments_{at}'
             for at, function in functions
@@ -48,11 +49,11 @@ def call_rules(form: CallForm, functions: Sequence[tuple[int, Mapping[str, Any]]
     ]
     named = "named: " + " | ".join(calls)
     if form.kind == "list":
-        more = '(", " call)* ' if several else ""
+        more = f'(", " call){{0,{MOST_CALLS - 1}}} ' if several else ""
         identity = rf'", \"id\": \"" {_CALL_ID} "\""'
         rules += [f'calls: {mark(form.start)} {space}"[" call {more}"]"', f'call: named ({identity})? "}}"']
     else:
-        more = rf"(/\n*/ {mark(form.start)} call)*" if several else ""
+        more = rf"(/\n?/ {mark(form.start)} call){{0,{MOST_CALLS - 1}}}" if several else ""
         before = space if isinstance(form.start, str) else ""
         rules += [f"calls: {before}{mark(form.start)} rest", f"rest: call {more}"]
         rules.append(rf'call: {space}/\n?/ named "}}" /\n?/ {mark(form.end)}')
