@@ -1,6 +1,7 @@
 import dataclasses
 import random
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from nemoe_jax.cache import PAGE
 from nemoe_jax.errors import UserError
 from nemoe_jax.generate import generate
 from nemoe_jax.sampling import Sampling
-from nemoe_jax.serving import programs
+from nemoe_jax.serving import programs, turns
 from nemoe_jax.serving.engine import Busy, Closed, Engine
 from nemoe_jax.serving.pages import FreePages
 from nemoe_jax.serving.request import Request, ScoredToken
@@ -132,6 +133,20 @@ def test_nobody_overtakes_a_request_that_waits_for_pages(engine):
         answer.result(60)
     assert begun.index("large") < begun.index("c")
     assert ended[0] in "ab"
+
+
+def test_rows_go_on_between_the_chunks_of_a_long_prompt(engine, monkeypatch):
+    for module in (programs, turns):
+        monkeypatch.setattr(module, "CHUNK", 32)
+    came = []
+    answer = engine.submit(Request(prompt(0, 5), 600), lambda piece: came.append("short"))
+    while not came:
+        time.sleep(0.001)
+    long = engine.submit(Request(prompt(1, 400), 5), lambda piece: came.append("long"))
+    long.result(60)
+    answer.cancel()
+    answer.result(60)
+    assert came[: came.index("long")].count("short") >= 12  # of 13 chunks
 
 
 def test_too_many_requests(params, tokenizer):

@@ -6,46 +6,37 @@
 
 The batch has a fixed number of rows. A request that comes gets an idle row and pages for its prompt and all tokens that
 it may make, so that nothing is ever taken from it again; it waits while there are none, and nobody overtakes it. A
-thread takes turns: some tokens of the prompts are read, then all rows whose prompts are read make some tokens on the
-device (Yu et al., 2022, Orca: scheduling by iteration). A turn is short, so that whoever joins waits little and text
-comes smoothly.
-
-B rows, W words of 32 bits.
+thread takes turns (turns.py): requests join, some tokens of prompts are read, all rows make some tokens (Yu et al.,
+2022, Orca: scheduling by iteration).
 """
 
 import contextlib
 import logging
-import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from nemoe_jax.adapter_bank import bank
 from nemoe_jax.cache import PAGE, division
 from nemoe_jax.config import ModelConfig
-from nemoe_jax.decoding import BLOCK, NOT_A_NUMBER, Block, has_penalty
 from nemoe_jax.errors import UserError
-from nemoe_jax.generate import GREEDY, cache_dtype_of
+from nemoe_jax.generate import cache_dtype_of
 from nemoe_jax.platform import platform
 from nemoe_jax.schema import Tree
 from nemoe_jax.serving.live_answer import Answer
 from nemoe_jax.serving.pages import FreePages
-from nemoe_jax.serving.programs import CHUNK, Programs
-from nemoe_jax.serving.request import Piece, Request, ScoredToken
-from nemoe_jax.serving.rows import Row, Rows
-from nemoe_jax.token_choice import Controls, controls
+from nemoe_jax.serving.programs import Programs
+from nemoe_jax.serving.request import Piece, Request
+from nemoe_jax.serving.rows import Rows
+from nemoe_jax.serving.turns import MOST_TOP, Turns
 from nemoe_jax.tokenizer_base import Tokenizer
 
-MOST_TOP = 20  # likeliest tokens whose log-probabilities are given
-_TURN = 0.05  # seconds that a turn's tokens take about
-_RECENT = 32  # requests
 _log = logging.getLogger(__name__)
 
 
@@ -121,18 +112,16 @@ class Engine:
             tokens = _fitting(config, rows, dtype) if tokens is None else tokens
             free = [FreePages(1 + -(-tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
             self.context = min(config.context, free[0].tokens)  # of one request, prompt and answer together
-            self._programs = Programs(config, params, rows, self.context, 1 + free[0].all, dtype, joined)
-        self._rows = Rows(rows, free, self._programs.width)
+            programs = Programs(config, params, rows, self.context, 1 + free[0].all, dtype, joined)
         ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
         self._ends = frozenset({*ends, tokenizer.eos_id} - {None})
+        self._rows = Rows(rows, free, programs.width)
+        self._turns = Turns(config, programs, self._rows, self._ends)
         self._queue: deque[Answer] = deque()
-        self._reading: deque[Row] = deque()
         self._changed = threading.Condition()
         self._closed: str | None = None  # why no more requests are taken
-        self._seconds_a_step = 1e-3
-        self._finished_at: deque[float] = deque(maxlen=_RECENT)
-        self._totals: Counter[str] = Counter()
-        self._finished: Counter[str] = Counter()
+        self._dropping = False  # what runs and waits is to be cancelled
+        self._requests = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -162,7 +151,7 @@ class Engine:
             if len(self._queue) >= self._most_waiting + self._rows.idle:
                 raise Busy(self._seconds_to_a_place())
             self._queue.append(answer)
-            self._totals["requests"] += 1
+            self._requests += 1
             self._changed.notify()
         return answer
 
@@ -174,9 +163,7 @@ class Engine:
         """
         with self._changed:
             self._closed = self._closed or "the engine is closed"
-            if not drain:
-                for answer in [*self._queue, *(row.answer for row in self._rows.taken.values())]:
-                    answer.cancelled = True
+            self._dropping |= not drain
             self._changed.notify()
         self._thread.join()
 
@@ -189,10 +176,10 @@ class Engine:
                 rows=len(self._rows),
                 free_tokens=sum(pool.tokens for pool in self._rows.free),
                 tokens=sum(pool.all * PAGE * pool.cuts for pool in self._rows.free),
-                requests=self._totals["requests"],
-                prompt_tokens=self._totals["prompt"],
-                answer_tokens=self._totals["answer"],
-                finished=dict(self._finished),
+                requests=self._requests,
+                prompt_tokens=self._turns.totals["prompt"],
+                answer_tokens=self._turns.totals["answer"],
+                finished=dict(self._turns.finished),
             )
 
     def _check(self, request: Request) -> None:
@@ -219,7 +206,7 @@ class Engine:
 
     def _seconds_to_a_place(self) -> float:
         """As long as it took lately until one more request was finished, at least a second."""
-        times = self._finished_at
+        times = self._turns.finished_at
         return max(1.0, (time.monotonic() - times[0]) / len(times)) if times else 1.0
 
     def _wake(self) -> None:
@@ -239,173 +226,47 @@ class Engine:
                             return
                         self._changed.wait()
                 try:
-                    self._turn()
+                    self._drop_cancelled()
+                    self._admit()
+                    self._turns.take_one()
                 except Exception as error:
                     _log.exception("a step of the engine failed")
                     self._start_anew(f"the engine failed: {error}")
 
     def _start_anew(self, error: str) -> None:
         """The running requests end, and with an empty cache those that wait get their turn; or all end."""
-        self._reading.clear()
-        for row in [*self._rows.taken.values()]:
-            self._end(row, "error", error)
         try:
-            self._programs.forget_everything()
+            self._turns.start_anew(error)
         except Exception:
             _log.exception("the engine is closed: its devices are lost")
             with self._changed:
                 self._closed = error
-                lost = [*self._queue]
-                self._queue.clear()
-            for answer in lost:
-                answer.end("error", error)
-                self._finished["error"] += 1
-
-    def _turn(self) -> None:
-        self._drop_cancelled()
-        self._admit()
-        self._read_prompts()
-        if self._rows.working():
-            self._decode()
+            self._end_waiting(lambda answer: True, "error", error)
 
     def _drop_cancelled(self) -> None:
+        if self._dropping:
+            for answer in [*self._queue, *(row.answer for row in self._rows.taken.values())]:
+                answer.cancelled = True
+        self._end_waiting(lambda answer: answer.cancelled, "cancelled")
+
+    def _end_waiting(self, which: Callable[[Answer], bool], finish: str, error: str | None = None) -> None:
         with self._changed:
-            gone = [answer for answer in self._queue if answer.cancelled]
-            for answer in gone:
+            ended = [answer for answer in self._queue if which(answer)]
+            for answer in ended:
                 self._queue.remove(answer)
-                self._finished["cancelled"] += 1
-        for answer in gone:
-            answer.end("cancelled")
-        for row in [*self._rows.taken.values()]:
-            if row.answer.cancelled:
-                self._end(row, "cancelled")
+        for answer in ended:
+            self._turns.finished[finish] += 1
+            answer.end(finish, error)
 
     def _admit(self) -> None:
         """First come, first served: whoever is too large for what is free now holds up those behind."""
         with self._changed:
             while self._queue:
-                adapter = self._queue[0].request.adapter
-                row = self._rows.join(self._queue[0], -1 if adapter is None else self._adapters[adapter])
-                if row is None:
+                answer = self._queue[0]
+                adapter = -1 if answer.request.adapter is None else self._adapters[answer.request.adapter]
+                if not self._turns.join(answer, adapter):
                     return
                 self._queue.popleft()
-                self._reading.append(row)
-                self._totals["prompt"] += len(row.prompt)
-
-    def _read_prompts(self) -> None:
-        """A chunk's worth of tokens, of one prompt after another; a long one takes its turns among the others."""
-        left = CHUNK
-        while self._reading and left > 0:
-            row = self._reading.popleft()
-            chunk = row.prompt[row.read : len(row.prompt) - 1][:CHUNK]
-            if len(chunk):
-                self._programs.read(row.number, chunk, row.read, self._rows.batch.table_BM[row.number], row.adapter)
-            row.read += len(chunk)
-            left -= max(len(chunk), 1)
-            if row.read < len(row.prompt) - 1:
-                self._reading.append(row)
-                continue
-            if has_penalty(row.answer.request.sampling):
-                self._programs.count_prompt(row.number, row.prompt)
-            request = row.answer.request
-            self._rows.work(row, [*self._ends, *request.stop_tokens])
-
-    def _decode(self) -> None:
-        """Some tokens of all rows that are at work."""
-        working = self._rows.working()
-        allowed_BW = self._allowed(working)
-        working = [row for row in working if row.answer.finish is None]
-        if not working:
-            return
-        steps = 1 if allowed_BW is not None else int(min(max(_TURN / self._seconds_a_step, 1), BLOCK))
-        scored = any(row.answer.request.top_logprobs is not None for row in working)
-        started = time.monotonic()
-        block = self._programs.decode(
-            self._rows.batch, steps, self._wishes(), allowed_BW, min(MOST_TOP, self.config.vocab) if scored else None
-        )
-        # what was compiled first took long, once
-        measured = (time.monotonic() - started) / max(int(block.steps), 1)
-        self._seconds_a_step = min(measured, 2 * self._seconds_a_step)
-        for row in working:
-            self._give(row, block, allowed_BW)
-
-    def _wishes(self) -> Controls:
-        """What each row asks of the choice of its tokens; nothing where it rests."""
-        samplings = [GREEDY] * len(self._rows)
-        for row in self._rows.working():
-            samplings[row.number] = row.answer.request.sampling
-        return controls(samplings, self.config.vocab)
-
-    def _allowed(self, working: list[Row]) -> np.ndarray | None:
-        """Bits of the tokens that each row may have next; None where all may have all."""
-        constrained = [row for row in working if row.answer.request.constraint is not None]
-        if not constrained:
-            return None
-        allowed_BW = np.full((len(self._rows), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
-        for row in constrained:
-            constraint = row.answer.request.constraint
-            assert constraint is not None
-            try:
-                bits_W = constraint.allowed()[: allowed_BW.shape[1]]
-                allowed_BW[row.number] = 0
-                allowed_BW[row.number, : len(bits_W)] = bits_W
-            except Exception as error:
-                self._end(row, "error", f"the answer's constraint failed: {error}")
-        return allowed_BW
-
-    def _give(self, row: Row, block: Block, allowed_BW: np.ndarray | None) -> None:
-        """What a block has of a row's answer."""
-        number, answer = row.number, row.answer
-        made = int(block.made_B[number])
-        if made:
-            tokens = block.tokens_SB[:made, number].tolist()
-            self._rows.count(row, tokens)
-            piece = answer.take(self._scored(row, tokens, block))
-            with self._changed:
-                self._totals["answer"] += len(piece.tokens)
-            if piece.finish is not None:
-                self._leave(row, piece.finish)  # first: its place is free when the last piece comes
-            answer.show(piece)
-            if piece.finish is not None:
-                return
-            constraint = answer.request.constraint
-            if constraint is not None:
-                try:
-                    constraint.accept(tokens[0])
-                except Exception as error:
-                    return self._end(row, "error", f"the answer's constraint failed: {error}")
-        if block.failed_B[number]:
-            nothing = allowed_BW is not None and not allowed_BW[number].any()
-            self._end(row, "error", "the answer's constraint allows no token" if nothing else NOT_A_NUMBER)
-
-    def _scored(self, row: Row, tokens: list[int], block: Block) -> list[ScoredToken]:
-        top = row.answer.request.top_logprobs
-        if top is None:
-            return [ScoredToken(token) for token in tokens]
-        assert block.scores is not None
-        logprob_SB, tokens_SBN, logprobs_SBN = block.scores
-        scored = []
-        for at, token in enumerate(tokens):
-            likeliest = zip(
-                tokens_SBN[at, row.number, :top].tolist(), logprobs_SBN[at, row.number, :top].tolist(), strict=True
-            )
-            scored.append(ScoredToken(token, float(logprob_SB[at, row.number]), tuple(likeliest)))
-        return scored
-
-    def _end(self, row: Row, finish: str, error: str | None = None) -> None:
-        """A row ends before its answer does."""
-        if finish == "error" or not row.working:
-            self._programs.wipe(row.number, row.pages)
-        self._leave(row, finish)
-        row.answer.end(finish, error)
-
-    def _leave(self, row: Row, finish: str) -> None:
-        with self._changed:
-            if row in self._reading:
-                self._reading.remove(row)
-            self._rows.leave(row)
-            self._finished[finish] += 1
-            self._finished_at.append(time.monotonic())
 
 
 def _fitting(config: ModelConfig, rows: int, dtype: Any) -> int:
