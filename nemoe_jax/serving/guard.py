@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from typing import Any
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -60,7 +61,8 @@ class Guard:
             method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
             self.metrics.requests.labels(path, method, str(status)).inc()
             if self.log:
-                words = [scope["method"], scope["path"], status, f"{time.monotonic() - started:.3f} s"]
+                # quoted: no path can write a line of its own
+                words = [scope["method"], quote(scope["path"]), status, f"{time.monotonic() - started:.3f} s"]
                 print(*words, *scope.get(NOTE, ()), file=sys.stderr, flush=True)
 
     def refusal(self, scope: Scope) -> ApiError | None:
