@@ -213,10 +213,21 @@ def test_a_model_with_fewer_rows_than_its_tokenizer_is_never_led_beyond_them(tok
     assert max(tokens) < 301 and json.loads(tokenizers["v3"].decode(tokens)) is not None
 
 
-def test_white_space_is_bounded(vocabularies):
-    vocabulary = vocabularies["v3"]
-    assert spell(vocabulary, json_object(vocabulary), "{" + "\n" * 60 + '"')
-    assert not spell(vocabulary, json_object(vocabulary), "{" + "\n" * 61 + '"')
+@pytest.mark.parametrize(
+    "text, possible",
+    [
+        ('{"a": 1}', True),
+        ('{"a":1,"b" : [ 1 ]}', True),
+        (json.dumps({"a": [{}, {"b": [1, None]}]}, indent=4), True),
+        ("{\n" + " " * 40 + '"', True),
+        ("{\n" + " " * 41, False),
+        ("{\n\n", False),
+        ("{  ", False),
+        ("{}\n", False),
+    ],
+)
+def test_white_space_is_bounded(text, possible, vocabularies):
+    assert spell(vocabularies["v3"], json_object(vocabularies["v3"]), text) == possible
 
 
 BAD_SCHEMAS = [

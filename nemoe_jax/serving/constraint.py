@@ -34,7 +34,7 @@ __all__ = ["Vocabulary", "json_object", "json_schema", "regex", "tool_calls"]
 # Forced texts are not tokenized by the library: it would take the space in front of a text for the text's own.
 HEADER = '%llguidance {"no_forcing": true}\n'
 UNFULFILLED = "no text of the model's tokens can fulfil it"
-WHITE_SPACE = r"[ \n\t]{1,60}"  # between the tokens of JSON; a bound, as a model may write nothing else for ever
+WHITE_SPACE = r" |\n[ \t]{0,40}"  # between the tokens of JSON: a bound, as a model may write nothing else for ever
 
 
 def json_schema(vocabulary: Vocabulary, schema: Any) -> Constraint:
