@@ -128,6 +128,7 @@ ERRORS = {
     "limit": (["--tasks", "our_choices", "--limit", "1.5"], "--limit: wanted a whole number of questions"),
     "batch size": (["--tasks", "our_choices", "--batch-size", "0"], "--batch-size: wanted a positive number, got 0"),
     "not results": (["--tasks", "our_choices", "--output", "{place}/data.jsonl"], "not the results of nemoe eval"),
+    "cache": (["--tasks", "our_choices", "--kv-cache", "int3"], "cache dtype: wanted one of float32"),
     "output nowhere": (["--tasks", "our_choices", "--output", "/no/such/file.json"], "no directory /no/such"),
     "no data": (["--tasks", "nowhere"], "nowhere: its data cannot be loaded"),
     "too many new tokens": (["--tasks", "long"], "max_gen_toks: wanted 1 to 95, less than the context, got 256"),

@@ -135,6 +135,7 @@ ERRORS = {
     "two ways at once": (["--window", "8", "--sequence-length", "8"], "--sequence-length: only with neither"),
     "no batches": (["--batches", "0"], "--batches: wanted a positive number, got 0"),
     "depths of nothing": (["--depths", "8"], "--depths: only with --needle"),
+    "cache of a needle": (["--needle", "--lengths", "90", "--kv-cache", "int3"], "cache dtype: wanted one of float32"),
     "needle in windows": (["--needle", "--window", "8"], "--window: only with no --needle"),
 }
 

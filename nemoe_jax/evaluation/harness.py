@@ -24,6 +24,7 @@ from nemoe_jax.command import progress_bar
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.harness_text import HarnessText
 from nemoe_jax.evaluation.scoring import Ending, score
+from nemoe_jax.generate import cache_dtype_of
 from nemoe_jax.sampling import Sampling
 from nemoe_jax.serving.request import Request
 from nemoe_jax.tokenizer import load_tokenizer
@@ -73,6 +74,7 @@ class Nemoe(TemplateLM):
         self.batch_size, self.cache_dtype = int(batch_size), cache_dtype
         if self.batch_size < 1:
             raise UserError(f"batch_size: wanted a positive number, got {batch_size}")
+        cache_dtype_of(self.params, cache_dtype)  # raises here, and not hours later
         self._encoded = functools.lru_cache(CONTEXTS_KEPT)(lambda *key: tuple(self.text.encode(*key)))
 
     @property

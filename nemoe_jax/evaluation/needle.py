@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
@@ -28,6 +27,7 @@ from nemoe_jax.command import progress_bar
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.scoring import of_targets
+from nemoe_jax.generate import cache_dtype_of
 from nemoe_jax.schema import Tree
 from nemoe_jax.tokenizer import Tokenizer
 from nemoe_jax.transformer import hidden, logits
@@ -108,8 +108,8 @@ def find_needles(
         seed: of the numbers.
 
     Raises:
-        UserError: lengths beyond the context or too short, depths outside of 0 to 100, no filler, or tokens that the
-            model has no row for.
+        UserError: lengths beyond the context or too short, depths outside of 0 to 100, no filler, tokens that the model
+            has no row for, or an unknown dtype.
     """
     if not len(filler):
         raise UserError("needle: the filler text is empty")
@@ -125,13 +125,11 @@ def find_needles(
         for depth in depths:
             number, wrong_number = rng.sample(NUMBERS, 2)
             hay = haystack(tokenizer, filler, length, depth, number, wrong_number)
-            largest = max(*hay.prompt, *hay.answer, *hay.wrong)
-            if largest >= config.vocab:
-                raise UserError(
-                    f"{tokenizer.path}: gives token {largest}; the model's embedding has {config.vocab} rows"
-                )
+            largest, rows = max(map(max, (hay.prompt, hay.answer, hay.wrong))), config.vocab
+            if largest >= rows:
+                raise UserError(f"{tokenizer.path}: gives token {largest}; the model's embedding has {rows} rows")
             plans.append((length, depth, number, wrong_number, hay))
-    dtype = jnp.dtype(cache_dtype or params["embed"].dtype)
+    dtype = cache_dtype_of(params, cache_dtype)
     slots = min(-(-max(lengths) // PAGE) * PAGE, config.context)
     findings = []
     with progress_bar() as bar, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
