@@ -15,8 +15,11 @@ import pytest
 
 from nemoe_jax import chat, cli
 from nemoe_jax.errors import UserError
+from nemoe_jax.sampling import Sampling
+from nemoe_jax.serving.chat_session import Session
 from nemoe_jax.serving.conversation import Conversation
-from nemoe_jax.serving.terminal import history_file, is_whole, message_of
+from nemoe_jax.serving.request import Piece, Request, ScoredToken
+from nemoe_jax.serving.terminal import Pipe, history_file, is_whole, message_of
 from nemoe_jax.serving.whole_answer import harmless
 from nemoe_jax.tokenizer import load_tokenizer
 from tests.command_models import write_model
@@ -167,16 +170,17 @@ class InTerminal:
         os.write(self.terminal, text.encode())
 
     def read(self, pattern, seconds=60):
-        """What is printed up to a pattern, without colours and the like."""
-        deadline, start = time.monotonic() + seconds, len(self.seen)
-        while not (found := re.search(pattern, self.seen[start:])):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.seen[start:]!r}"
+        """What is printed up to a pattern, from where the last one ended, without colours and the like."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.seen!r}"
             if select.select([self.terminal], [], [], 0.1)[0]:
                 data = self.decoder.decode(os.read(self.terminal, 65536))
                 self.seen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", data)
-        return self.seen[start : start + found.end()]
+        read, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return read
 
-    def ask(self, text, pattern=r"\d+ tokens, [^\n]*\n"):
+    def ask(self, text, pattern=r"\d+ tokens in [^\n]*\n"):
         self.type(text + "\r")
         return self.read(pattern)
 
@@ -213,7 +217,7 @@ def test_a_chat_in_a_terminal(in_terminal, model, tmp_path):
         return [(message["role"], message["content"]) for message in chat.read_messages(file)]
 
     session.read("/help shows the commands")
-    assert re.search(r"5 tokens, [\d.]+ tokens/s, cut off there", session.ask("Hello"))
+    assert re.search(r"5 tokens in [\d.]+ s,.* cut off there", session.ask("Hello"))
     session.ask("one\x1b\rtwo\\\rthree")
     first = saved()
     roles = ["system", "user", "assistant", "user", "assistant"]
@@ -227,8 +231,8 @@ def test_a_chat_in_a_terminal(in_terminal, model, tmp_path):
     session.type("a long one\r")
     session.read("a long one(.|\n)*\ufffd")  # it has begun: random bytes are rarely text
     session.type("\x03")
-    stopped = session.read(r"\d+ tokens, [^\n]*\n")
-    assert "stopped" in stopped and int(re.search(r"(\d+) tokens,", stopped)[1]) < 1500
+    stopped = session.read(r"\d+ tokens in [^\n]*\n")
+    assert "stopped" in stopped and int(re.search(r"(\d+) tokens in", stopped)[1]) < 1500
     partial = saved()
     assert partial[:5] == again and [role for role, _ in partial[5:]] == ["user", "assistant"] and partial[6][1]
 
@@ -242,6 +246,7 @@ def test_a_chat_in_a_terminal(in_terminal, model, tmp_path):
     session.ask("/clear", "all but the system prompt")
     session.ask("/help", "/regenerate")
     assert saved() == [("system", "Be kind.")]
+    session.read("> ")
     session.type("not sent\x03")
     session.read("/quit ends the chat")
     assert session.close() == 0
@@ -259,7 +264,7 @@ def test_a_chat_through_a_pipe(capsys, monkeypatch, model, tmp_path):
     file = tmp_path / "chat.json"
     text = f'Hello\n//slash\n"""\ntwo\nlines"""\n\n/save {file}\n/quit\nnever asked'
     status, out, err = run_piped(capsys, monkeypatch, model, text, "--temperature", 0)
-    assert status == 0 and err.count("4 tokens, ") == 3
+    assert status == 0 and err.count("4 tokens in ") == 3
     messages = chat.read_messages(file)
     assert [message["content"] for message in messages[::2]] == ["Hello", "/slash", "two\nlines"]
     answers = [message["content"] for message in messages[1::2]]
@@ -271,11 +276,33 @@ def test_a_chat_through_a_pipe(capsys, monkeypatch, model, tmp_path):
     assert json.loads(capsys.readouterr().out)["text"] == answers[1]
 
 
-def test_a_full_context_leaves_out_the_oldest_turns(capsys, monkeypatch, model, tokenizer):
+class Parrot:
+    """An engine that answers each request with a number, and keeps it."""
+
+    def __init__(self):
+        self.requests = []
+
+    def submit(self, request, on_piece):
+        self.requests.append(request)
+        on_piece(Piece(str(len(self.requests)), (ScoredToken(1),)))
+        on_piece(Piece("", (ScoredToken(2),), "stop"))
+
+
+def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(capsys, monkeypatch, tokenizer):
     first = "first " * 20
-    context = len(chat.render_chat(tokenizer, [{"role": "user", "content": first}])) + 4
-    status, _, err = run_piped(capsys, monkeypatch, model, f"{first}\nsecond\n", "--context", context)
-    assert status == 0 and "the model no longer sees the oldest turn" in err
+    context = len(chat.render_chat(tokenizer, [{"role": "user", "content": first}])) + 6
+    conversation, engine = Conversation(tokenizer, context), Parrot()
+    session = Session(conversation, engine, Request((), 4, Sampling(seed=7)), None, {2})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{first}\nsecond\n/regenerate\n"))
+    session.run(Pipe())
+    printed = capsys.readouterr()
+    assert printed.out == "1\n2\n3\n"
+    assert printed.err.count("the context is full: the model no longer sees the oldest turn") == 1
+    assert [message["content"] for message in conversation.messages] == [first.strip(), "1", "second", "3"]
+    second = tuple(chat.render_chat(tokenizer, [{"role": "user", "content": "second"}]))
+    assert [request.prompt for request in engine.requests[1:]] == [second, second]
+    assert [request.sampling.seed for request in engine.requests] == [7, 8, 9]
+    assert engine.requests[0].max_new_tokens == 4
 
 
 BAD = {

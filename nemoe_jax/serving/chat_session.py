@@ -6,7 +6,7 @@ Ctrl-C stops an answer: what came of it stays.
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ class Session:
         else:
             self.conversation.answer(answer.text)
         notes = [
-            f"{len(answer.tokens)} tokens",
+            f"{len(answer.tokens)} tokens in {answer.seconds:.1f} s",
             f"{answer.rate:.1f} tokens/s" if answer.rate is not None else "",
             "stopped" if answer.finish == "cancelled" else "",
             "cut off there: /set max_new_tokens for more" if answer.finish == "length" else "",
@@ -114,11 +114,11 @@ class Session:
         self._answers += 1
         with contextlib.closing(self._pieces(request)) as pieces:
             answer = collect(pieces, self.ends, self.terminal.answer)
-        if answer.text and not answer.text.endswith("\n"):
-            self.terminal.answered()
+        if answer.finish == "cancelled" or (answer.text and not answer.text.endswith("\n")):
+            self.terminal.answered()  # Ctrl-C shows as ^C
         return answer
 
-    def _pieces(self, request: Request) -> Iterator[Piece]:
+    def _pieces(self, request: Request) -> Generator[Piece, None, None]:
         """The pieces of an answer, which Ctrl-C cancels."""
         # The handler may interrupt this thread anywhere, in the engine's locks as well; a SimpleQueue bears that.
         queue: SimpleQueue[Piece | None] = SimpleQueue()

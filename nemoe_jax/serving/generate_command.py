@@ -117,8 +117,8 @@ def _answer(arguments: argparse.Namespace, maker: "RequestMaker", wishes: Reques
         print(json.dumps(call.as_message(), ensure_ascii=False))
     for warning in answer.parsed.warnings if answer.parsed else ():
         print(f"warning: {warning}", file=sys.stderr)
-    if answer.rate is not None:
-        print(f"{len(answer.tokens)} tokens, {answer.rate:.1f} tokens/s", file=sys.stderr)
+    rate = "" if answer.rate is None else f", {answer.rate:.1f} tokens/s"
+    print(f"{len(answer.tokens)} tokens in {answer.seconds:.1f} s{rate}", file=sys.stderr)
 
 
 def _tool_choice(words: str | None) -> Any:

@@ -13,7 +13,7 @@ from nemoe_jax.chat_calls import call_form
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.answer import AnswerStream
-from nemoe_jax.serving.constraint import Vocabulary, json_schema, tool_calls
+from nemoe_jax.serving.constraint import Vocabulary, tool_calls
 from nemoe_jax.serving.request import Request
 from nemoe_jax.serving.stop_texts import StopTexts
 from nemoe_jax.serving.whole_answer import end_tokens
@@ -40,9 +40,9 @@ class RequestMaker:
     def of_chat(
         self, wishes: Request, messages: Any, tools: Tools = None, tool_choice: Any = None, schema: Any = None
     ) -> Request:
-        """The answer to a chat; it calls tools as `tool_choice` wants, or is JSON by a schema.
+        """The answer to a chat; it calls tools as `tool_choice` wants, or else is JSON by a schema, if there is one.
 
-        tool_choice: as of OpenAI's API; by default the model is free to call.
+        tool_choice: as in OpenAI's API; by default the model is free to call, in whatever form its template has.
         Raises UserError.
         """
         prompt = chat.render_chat(self.tokenizer, messages, tools=tools)
@@ -70,12 +70,7 @@ class RequestMaker:
             raise UserError(f"logprobs: wanted 0 to {MOST_TOP}, got {wishes.top_logprobs}")
         wishes.sampling.check(self.config.vocab)
         StopTexts(wishes.stop)  # refuses what can never be found
-        if schema is not None and tools:
-            raise UserError("schema: an answer cannot both be JSON by a schema and call tools")
-        if schema is not None:
-            constraint = json_schema(self._vocabulary, schema)
-        elif tool_choice is None and call_form(self.tokenizer) is None:
-            constraint = None  # a template of unknown calls: they stay text
-        else:
-            constraint = tool_calls(self._vocabulary, self.tokenizer, tools, tool_choice)
+        constraint = None
+        if schema is not None or tool_choice is not None or call_form(self.tokenizer) is not None:
+            constraint = tool_calls(self._vocabulary, self.tokenizer, tools, tool_choice, schema=schema)
         return dataclasses.replace(wishes, prompt=tuple(prompt), constraint=constraint)

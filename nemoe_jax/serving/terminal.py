@@ -7,6 +7,7 @@ Alt-Enter (Escape, then Enter) begins a new line as well.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -48,7 +49,7 @@ class Pipe:
     interactive = False
 
     def __init__(self):
-        self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._notes = Console(stderr=True, highlight=False, soft_wrap=not self.interactive)
 
     def messages(self) -> Iterator[str]:
         """What is said, message by message."""
@@ -112,16 +113,21 @@ class Terminal(Pipe):
 
     def messages(self) -> Iterator[str]:
         """What is said, until Ctrl-D; Ctrl-C begins the line anew."""
-        while True:
-            try:
-                text = self._session.prompt()
-            except KeyboardInterrupt:
-                self.note("(Ctrl-D or /quit ends the chat)")
-                continue
-            except EOFError:
-                return
-            if text.strip():
-                yield message_of(text)
+        # a Ctrl-C that comes too late for an answer, or too early for the input line, does nothing
+        before = signal.signal(signal.SIGINT, lambda number, frame: None)
+        try:
+            while True:
+                try:
+                    text = self._session.prompt()
+                except KeyboardInterrupt:
+                    self.note("(Ctrl-D or /quit ends the chat)")
+                    continue
+                except EOFError:
+                    return
+                if text.strip():
+                    yield message_of(text)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _history() -> Any:
