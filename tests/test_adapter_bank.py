@@ -17,17 +17,20 @@ from tests.conftest import DENSE
 INDEX = jnp.asarray([1, -1, 0, 2, 1, 0, -1, 2], jnp.int32)
 
 
-@functools.cache
-def several(config):
-    """Adapters of other targets and ranks, as if trained."""
+def targets_of(config):
     narrow = [Target("*/shared_gate", 1, 2.0)] if config.shared_ffn else []
-    targets = {
+    return {
         "every": [*narrow, Target("*", 3, 6.0)],
         "attention": [Target("blocks/*/attn/[qo]", 5, 2.5), Target("embed", 2, 4.0)],
         "ffn": [*narrow, Target("blocks/*/ffn/*", 4, 8.0, rslora=True)],
     }
+
+
+@functools.cache
+def several(config):
+    """Adapters of other targets and ranks, as if trained."""
     rng = np.random.default_rng(0)
-    shapes = {name: lora.abstract(config, own) for name, own in targets.items()}
+    shapes = {name: lora.abstract(config, own) for name, own in targets_of(config).items()}
     return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), shapes)
 
 
@@ -91,8 +94,12 @@ def test_over_a_mesh(config, way, monkeypatch):
     params, tokens, wanted = case(config)
     mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     placed = jax.device_put(params, sharding.shardings(config, mesh))
+    places = {name: lora.shardings(config, own, mesh) for name, own in targets_of(config).items()}
+    joined = bank(config, jax.device_put(several(config), places))
+    for adapter, place in zip(*(schema.leaves(tree).values() for tree in (joined, places["every"])), strict=True):
+        assert adapter.a.sharding.is_equivalent_to(place.a, adapter.a.ndim)
+        assert adapter.b.sharding.is_equivalent_to(place.b, adapter.b.ndim)
     with jax.set_mesh(mesh):
-        joined = bank(config, several(config))
         run = jax.jit(lambda params, index: forward(config, params, tokens, adapters=with_rows(joined, index)).logits)
         np.testing.assert_allclose(run(placed, INDEX), wanted, atol=3e-5)
 
