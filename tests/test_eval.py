@@ -110,6 +110,22 @@ def test_several_tasks_show_all_of_their_metrics(place, capsys):
     assert "published" not in out
 
 
+def test_a_group_is_one_row_weighted_by_its_parts(place, capsys, tmp_path):
+    for answer, name in enumerate(("one", "two")):
+        text = (place / "choices.yaml").read_text().replace("our_choices", f"part_{name}")
+        (tmp_path / f"{name}.yaml").write_text(text.replace("doc_to_target: answer", f"doc_to_target: {answer}"))
+    group = "{group: whole, task: [part_one, part_two], aggregate_metric_list: [{metric: acc, weight_by_size: true}]}"
+    (tmp_path / "group.yaml").write_text(group)
+    status, out, _ = run(capsys, place, "--include-path", tmp_path, "--tasks", "whole", "--limit", "5", "--json")
+    assert status == 0
+    document = json.loads(out)
+    held = document["tasks"]["whole"]
+    (row,) = document["comparison"]
+    parts = [held["results"][name]["acc,none"] for name in ("part_one", "part_two")]
+    assert row["task"] == "whole" and row["score"] == pytest.approx(100 * sum(parts) / 2)
+    assert (held["questions"], held["shots"]) == (10, [2])
+
+
 def test_a_metric_that_is_gone_is_not_compared():
     results = {"old": {"acc,none": 0.25, "acc_stderr,none": 0.01, "sample_len": 3}}
     held = {"shots": [0], "results": results}
