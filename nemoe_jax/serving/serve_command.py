@@ -112,12 +112,14 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "Served":
-    from nemoe_jax import peft
+    from nemoe_jax import checkpoint, peft
     from nemoe_jax.serving.engine import Engine
     from nemoe_jax.serving.served import Served
     from nemoe_jax.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.directory)
+    for path in adapters.values():  # before the weights are loaded
+        peft.read_targets(path, checkpoint.read_config(arguments.directory))
     _say(f"loading {arguments.directory}")
     config, params, mesh = running.load(arguments)
     trees = {name: peft.load_adapters(path, config, mesh, progress=True)[1] for name, path in adapters.items()}
