@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nemoe_jax import cache as module
 from nemoe_jax import schema, sharding
-from nemoe_jax.cache import PAGE, LayerCache, empty_cache, extend, quantise
+from nemoe_jax.cache import PAGE, LayerCache, division, empty_cache, extend, quantise, shared_cache
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward, hidden
 from tests.conftest import DENSE
@@ -64,6 +64,19 @@ def test_rows_take_whole_pages_of_their_own():
     assert cache.k.pool.shape == (LONG.kv_heads, LONG.layers, 1 + sum(pages), PAGE, LONG.head_dim)
     taken = [page for row, many in enumerate(pages) for page in cache.table_BM[row, :many].tolist()]
     assert sorted(taken) == list(range(1, 1 + sum(pages)))  # page 0 is nobody's
+
+
+def test_rows_write_in_the_pages_that_they_are_given_and_nowhere_else():
+    q, k, v = inputs(3, 200)
+    cache = shared_cache(LONG, 3, 300, 6, jnp.float32)
+    assert division(LONG, 3) == (1, 1) and not cache.table_BM.any()
+    table_BM = cache.table_BM.at[0, :2].set(jnp.array([5, 2])).at[2, :2].set(jnp.array([1, 4]))
+    held = LayerCache(cache.k, cache.v, table_BM, jnp.int32(1), None)
+    y, held = jax.jit(extend)(q, k, v, jnp.broadcast_to(jnp.arange(200), (3, 200)), held)
+    wanted = plain(q, k, v, None)
+    np.testing.assert_allclose(y[0], wanted[0], atol=2e-5)
+    np.testing.assert_allclose(y[2], wanted[2], atol=2e-5)
+    assert held.k.pool.any(axis=(0, 1, 3, 4)).tolist() == [False, True, True, False, True, True]  # page 0 is nobody's
 
 
 def test_what_a_row_has_no_room_for_takes_no_other_rows_place():
