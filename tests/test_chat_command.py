@@ -185,7 +185,8 @@ class InTerminal:
         return self.read(pattern)
 
     def close(self):
-        """Ends it by Ctrl-D; its exit status."""
+        """Ends it by Ctrl-D, when the input line is there; its exit status."""
+        self.read("> ")
         self.type("\x04")
         try:
             self.read("never printed", 30)
