@@ -79,6 +79,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             session.run(Pipe())
             return
+        engine.submit(Request((1, 1), 1), lambda piece: None)  # compiles while the first message is typed
         name = Path(arguments.directory).resolve().name
         terminal = Terminal([f"/{command}" for command in COMMANDS], lambda: f"{name} · {session.status()}")
         terminal.note(f"{name}: {config.family}, {context} tokens of context. /help shows the commands, Ctrl-D ends.")
