@@ -1,6 +1,7 @@
 """Small models behind the HTTP API, in this process."""
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -51,21 +52,23 @@ def adapter(seed: int) -> Tree:
 
 
 @contextlib.contextmanager
-def serve(engine: Any, tokenizer: Tokenizer, adapters: tuple[str, ...] = (), **options: Any) -> Iterator[str]:
-    """The base URL of a server, for as long as the context lasts."""
+def serve(
+    engine: Any, tokenizer: Tokenizer, adapters: tuple[str, ...] = (), drain_seconds: int = 5, **options: Any
+) -> Iterator[str]:
+    """The base URL of a server, for as long as the context lasts; then it ends as at SIGTERM."""
     served = Served(engine, CONFIG, tokenizer, "nano", adapters, max_answers=ROWS + WAITING)
-    server = HttpServer(drain_seconds=5)
+    server = HttpServer(drain_seconds, give_up=lambda: engine.close(drain=False))
     options = {"closing": lambda: server.closing, **options}
     with bind("127.0.0.1", 0) as bound:
         address = url(bound)
         thread = threading.Thread(target=server.serve_app, args=(create_app(served, **options), bound))
         thread.start()
-        while not getattr(server, "started", False):
-            time.sleep(0.01)
         try:
+            while not getattr(server, "started", False):
+                time.sleep(0.01)
             yield address
         finally:
-            server.should_exit = True
+            server.handle_exit(signal.SIGTERM, None)
             thread.join()
 
 

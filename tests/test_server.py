@@ -1,5 +1,6 @@
 """The HTTP API as its official client sees it, over a small model of random weights."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -438,7 +439,11 @@ class Scripted:
             raise Busy(2.6)
         for piece in self.pieces:
             on_piece(piece)
+        self.on_piece = on_piece
         return self
+
+    def close(self, drain):
+        self.on_piece(Piece("", (), "cancelled"))
 
     def cancel(self):
         self.cancelled += 1
@@ -512,6 +517,16 @@ def test_figures_for_prometheus(engine, tokenizer):
         ("nemoe_token_seconds_count",): 2,
     }
     assert {name: values.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_answer_that_ends_too_late_is_an_error(tokenizer, chat):
+    with contextlib.ExitStack() as stack:
+        with serve(Scripted(Piece("Hi", (ScoredToken(5),))), tokenizer, drain_seconds=0) as address:
+            stream = (ask if chat else complete)(stack.enter_context(openai_client(address)), stream=True)
+            assert next(iter(stream)).choices
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
 
 
 def test_a_server_that_ends_refuses(tokenizer):

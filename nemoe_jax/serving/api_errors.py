@@ -112,7 +112,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Closed)
     def closed(request: Request, error: Closed) -> Response:
-        return shutting_down().response
+        return ApiError(503, str(error), code="engine_closed").response
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -1,7 +1,10 @@
 """The HTTP server: uvicorn on a socket of ours, which ends well when it is told to."""
 
+import asyncio
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -9,6 +12,7 @@ from fastapi import FastAPI
 
 from nemoe_jax.errors import UserError
 
+LATE = 5  # seconds that clients have to read that their answers were given up
 BACKLOG = 1024  # connections that the system keeps for us until we take them
 
 
@@ -38,13 +42,14 @@ def url(bound: socket.socket) -> str:
 
 
 class HttpServer(uvicorn.Server):
-    """SIGINT or SIGTERM: takes nothing new, lets running answers end, then returns. A second one ends it at once.
+    """SIGINT or SIGTERM: takes nothing new, lets running answers end, then returns. A second one ends them at once.
 
     drain_seconds: how long answers may take to end.
+    give_up: makes those end that have not until then; they are errors to their clients.
     """
 
-    def __init__(self, drain_seconds: int):
-        self.drain_seconds = drain_seconds
+    def __init__(self, drain_seconds: int, give_up: Callable[[], None]):
+        self.drain_seconds, self.give_up = drain_seconds, give_up
         self.closing = False
 
     def serve_app(self, app: FastAPI, bound: socket.socket) -> None:
@@ -54,9 +59,10 @@ class HttpServer(uvicorn.Server):
                 app,
                 lifespan="off",
                 log_config=None,
+                log_level="error",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=self.drain_seconds,
+                timeout_graceful_shutdown=self.drain_seconds + LATE,
             )
         )
         try:
@@ -67,7 +73,19 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Unlike uvicorn's, does not raise the signal again in the end: the exit status is 0."""
-        self.force_exit = self.closing
-        if not self.closing:
-            print("shutting down; running answers end first", file=sys.stderr, flush=True)
+        if self.closing:
+            return self._end_answers()
+        print("shutting down; running answers end first", file=sys.stderr, flush=True)
         self.closing = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which would cut answers short without a word when their time is over."""
+        late = asyncio.get_running_loop().call_later(self.drain_seconds, self._end_answers)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            late.cancel()
+
+    def _end_answers(self) -> None:
+        # elsewhere, as the event loop has to pass on what answers say at their end
+        threading.Thread(target=self.give_up, daemon=True).start()

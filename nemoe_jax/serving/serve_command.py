@@ -74,8 +74,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     from nemoe_jax.serving.server import create_app
 
     with bind(arguments.host, arguments.port) as bound:
-        server = HttpServer(arguments.drain_seconds)
         served = _load(arguments, adapters)
+        server = HttpServer(arguments.drain_seconds, give_up=lambda: served.engine.close(drain=False))
         try:
             _warm_up(served)
             app = create_app(
