@@ -8,7 +8,7 @@ from pathlib import Path
 # was compiled; each worker for itself, as JAX writes a file of its cache while another process may be reading it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla" / os.environ.get("PYTEST_XDIST_WORKER", "main")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -64,6 +64,13 @@ def write_tokenizer(directory: Path, vocabulary: int = 72) -> tokenizers.Tokeniz
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Frees what a module compiled: all modules' programs together would have more mappings than Linux allows."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -158,6 +158,7 @@ class InTerminal:
 
     def __init__(self, *arguments, state):
         environment = {**os.environ, "XDG_STATE_HOME": str(state), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+        environment |= {"COLUMNS": "500"}  # no line is wrapped
         self.terminal, other_end = pty.openpty()
         command = [sys.executable, "-c", self.LAUNCHER, *self.PROGRAM, "chat", *map(str, arguments)]
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), other_end)
@@ -219,6 +220,7 @@ def test_a_chat_in_a_terminal(in_terminal, model, tmp_path):
 
     session.read("/help shows the commands")
     assert re.search(r"5 tokens in [\d.]+ s,.* cut off there", session.ask("Hello"))
+    session.read("> ")  # until then the terminal would make a line end of \r
     session.ask("one\x1b\rtwo\\\rthree")
     first = saved()
     roles = ["system", "user", "assistant", "user", "assistant"]

@@ -128,7 +128,7 @@ def test_chats_that_a_template_does_not_take_are_bad_rows(tmp_path, template, me
 def test_chats_that_the_format_does_not_take_are_bad_rows(tmp_path, tekken):
     cut_tekken(TEKKEN, tmp_path / "tekken.json", 600)
     calls = Chat([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "short"}]}])
-    with pytest.raises(BadRow, match=r"messages\[1\]: tool_calls"):
+    with pytest.raises(BadRow, match=r"messages\[1\]\.tool_calls\[0\]: wanted a function"):
         render(load_tokenizer(tmp_path), calls)
 
 
