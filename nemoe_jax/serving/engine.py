@@ -35,6 +35,7 @@ from nemoe_jax.serving.programs import Programs
 from nemoe_jax.serving.request import Piece, Request
 from nemoe_jax.serving.rows import Rows
 from nemoe_jax.serving.turns import MOST_TOP, Turns
+from nemoe_jax.serving.whole_answer import end_tokens
 from nemoe_jax.tokenizer_base import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -113,8 +114,7 @@ class Engine:
             free = [FreePages(1 + -(-tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
             self.context = min(config.context, free[0].tokens)  # of one request, prompt and answer together
             programs = Programs(config, params, rows, self.context, 1 + free[0].all, dtype, joined)
-        ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-        self._ends = frozenset({*ends, tokenizer.eos_id} - {None})
+        self._ends = frozenset(end_tokens(config, tokenizer))
         self._rows = Rows(rows, free, programs.width)
         self._turns = Turns(config, programs, self._rows, self._ends)
         self._queue: deque[Answer] = deque()
