@@ -15,8 +15,9 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
-from record import keep, machine
+from record import add_keep, keep, machine
 
 ROWS, PROMPT, NEW = 8, 32, 256
 
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="a model directory")
     parser.add_argument("--turns", type=int, default=7, help="turns of each; figures are of the median (default 7)")
-    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
+    add_keep(parser)
     options = parser.parse_args()
     rates = measure(options.directory, options.turns)
     for name, rate in rates.items():
@@ -38,7 +39,7 @@ def main() -> None:
     for (name, ratio), limit in zip(ratios.items(), (0.5, 2.0), strict=True):
         print(f"{name:28}{ratio:10.2f} (limit {limit})")
     if options.keep:
-        keep("batching", {**machine(), "tokens per second": rates, "ratios": ratios})
+        keep(f"batching-{jax.default_backend()}", {**machine(), "tokens per second": rates, "ratios": ratios})
     sys.exit(not (ratios["engine / generate, 8 rows"] >= 0.5 and ratios["engine, 8 requests / 1"] >= 2))
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from record import keep, machine
+from record import add_keep, keep, machine
 
 LIMITS = {"transformers": 3.0, "llama.cpp": 0.7}
 PROMPT, NEW = 32, 128
@@ -270,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5, help="of each side, after one to warm up; default: 5")
     parser.add_argument("--row", type=int, choices=range(len(ROWS)), help="only this one")
-    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
+    add_keep(parser)
     for hidden in ("--side", "--model", "--directory"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import keep, machine
+from record import add_keep, keep, machine
 from train_step import PACKAGES, Step, Worker, model_config, serve
 
 SPEED_LIMIT, AGREEMENT = 1.3, 1e-4
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows of tokens; default: 4")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row; default: 512")
     parser.add_argument("--vocab", type=int, default=32000, help="vocabulary of the model; default: 32000")
-    parser.add_argument("--keep", metavar="NAME", help="write the figures to benchmarks/results/NAME-cpu.json as well")
+    add_keep(parser)
     parser.add_argument("--role", choices=("prepare", "ours", *PEERS), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -138,7 +138,7 @@ def main() -> None:
     print(f"ratio to {figures['peer']} {figures['ratio']:.2f} (limit {SPEED_LIMIT})", end=", ")
     print(f"of CPU time to the thriftiest {figures['cpu_ratio']:.2f}")
     if options.keep:
-        keep(f"{options.keep}-cpu", figures)
+        keep("forward-cpu", figures)
     wrong = any(figures[name]["logits_differ_by"] > AGREEMENT for name in PEERS)
     sys.exit(wrong or figures["ratio"] < SPEED_LIMIT)
 

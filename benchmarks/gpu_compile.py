@@ -18,7 +18,7 @@ import sys
 from typing import Any
 from unittest import mock
 
-from record import keep, machine
+from record import add_keep, keep, machine
 
 WASTE, DECODE_BYTES, FORWARD_BYTES = 1.15, 100e6, 2e9
 SLOTS = 704  # of the cache: 512 tokens of a prompt and some
@@ -93,7 +93,7 @@ def kernels_of_a_layer(program: str) -> int:
 def main() -> None:
     """Compiles both and prints what they hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
+    add_keep(parser)
     options = parser.parse_args()
     plugin = next((name for name in ("12", "13") if importlib.util.find_spec(f"jax_cuda{name}_plugin")), None)
     if plugin is None:

@@ -23,7 +23,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE"
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from record import keep, machine
+from record import add_keep, keep, machine
 
 from nemoe_jax.evaluation.harness import Nemoe
 from nemoe_jax.text import read_documents
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="model directories with a tokenizer")
     parser.add_argument("--text", required=True, help="documents, one JSON object with a text a line")
-    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/harness.json")
+    add_keep(parser)
     arguments = parser.parse_args()
     asked = requests(list(read_documents(Path(arguments.text))))
     figures, missed = {}, False

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import keep, machine
+from record import add_keep, keep, machine
 from train_step import executed_flops, model_config
 
 from nemoe_jax.grouped_matmul_cpu import tile_rows
@@ -72,7 +72,7 @@ def routings(config: Any) -> dict[str, np.ndarray]:
 def main() -> None:
     """Compiles, counts, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", metavar="NAME", help="write the figures to benchmarks/results/NAME-DEVICE.json")
+    add_keep(parser)
     options = parser.parse_args()
     device = jax.default_backend()
     if device != "cpu":
@@ -95,7 +95,7 @@ def main() -> None:
         "GPU, TPU: skipped: their kernels' FLOPs are not in the program (benchmarks/gpu.py and tpu.py say what they do)"
     )
     if options.keep:
-        keep(f"{options.keep}-{device}", figures | machine())
+        keep(f"moe_flops-{device}", figures | machine())
     sys.exit(any(ratio > LIMIT for ratios in figures["ratios"].values() for ratio in ratios.values()))
 
 

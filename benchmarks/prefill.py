@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from record import keep, machine
+from record import add_keep, keep, machine
 
 from nemoe_jax import schema
 from nemoe_jax.config import ModelConfig
@@ -47,7 +47,7 @@ def main() -> None:
     """Reads a prompt of random tokens and prints the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768, help="of the prompt; default: 32768")
-    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
+    add_keep(parser)
     options = parser.parse_args()
     params = schema.initialise(CONFIG, jax.random.key(0))
     jax.block_until_ready(params)

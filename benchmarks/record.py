@@ -1,5 +1,6 @@
 """What every benchmark says of the machine it ran on, and where its figures are kept."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -22,6 +23,11 @@ def machine(packages: Iterable[str] = ("jax", "jaxlib", "flax")) -> dict[str, An
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def add_keep(parser: argparse.ArgumentParser) -> None:
+    """The flag `--keep`."""
+    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
 
 
 def keep(name: str, figures: dict[str, Any]) -> None:

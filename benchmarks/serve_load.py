@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
-from record import keep, machine
+from record import add_keep, keep, machine
 
 LEAVING = 10  # every so-many-th client goes away midway
 PROMPT, ANSWER = (4, 200), (8, 160)  # tokens, at least and at most
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("directory", nargs="?", help="a model directory; default: a small model of random weights")
     parser.add_argument("--streams", type=int, default=200, help="at once (default 200)")
     parser.add_argument("--rows", type=int, default=8, help="of the server (default 8)")
-    parser.add_argument("--keep", action="store_true", help="write the figures to benchmarks/results/")
+    add_keep(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(options.directory or Path(name) / "small")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from record import keep, machine
+from record import add_keep, keep, machine
 from transformers.generation import logits_process
 
 from nemoe_jax.sampling import PRESETS, Sampling
@@ -63,7 +63,7 @@ def main() -> None:
     """Times both sides in turns, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--keep", metavar="NAME", help="write the figures to benchmarks/results/NAME-DEVICE.json")
+    add_keep(parser)
     options = parser.parse_args()
     device = jax.default_backend()
     if device != "cpu":
@@ -93,7 +93,7 @@ def main() -> None:
         print(f"{name:24}{mine:7.2f} ms{peer:11.2f} ms{mine / peer:8.2f}{limit:8.2f}")
     if options.keep:
         packages = ("jax", "jaxlib", "torch", "transformers")
-        keep(f"{options.keep}-{device}", {"cpu_ms_a_batch": figures, **machine(packages)})
+        keep(f"token_choice-{device}", {"cpu_ms_a_batch": figures, **machine(packages)})
     sys.exit(int(missed))
 
 

@@ -34,7 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import keep, machine
+from record import add_keep, keep, machine
 
 SPEED_LIMIT, FLOPS_LIMIT = 1.5, 1.45
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-3
@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000, help="vocabulary of the small model; default: 32000")
     parser.add_argument("--remat", action="store_true", help="both recompute each block in the backward pass")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--keep", metavar="NAME", help="write them to benchmarks/results/NAME-DEVICE.json as well")
+    add_keep(parser)
     parser.add_argument("--role", choices=("prepare", "ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -388,7 +388,7 @@ def main() -> None:
     figures["options"] = {key: getattr(options, key) for key in ("device", "rows", "length", "vocab", "remat", "steps")}
     print(json.dumps(figures, indent=2)) if options.json else show(figures)
     if options.keep:
-        keep(f"{options.keep}-{options.device}", figures)
+        keep(f"train_step-{options.device}", figures)
     slow = figures["ratio"] < SPEED_LIMIT or figures["ours"].get("executed_over_model_with_remat", 0) > FLOPS_LIMIT
     sys.exit(slow or (options.device == "cpu" and figures["first_losses_differ_by"] > AGREEMENT))
 
