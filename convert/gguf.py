@@ -9,7 +9,6 @@ the file, in a few threads. Blocks whose bytes are the same are written straight
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -33,6 +32,7 @@ from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.file_copy import is_mapped_whole, write_at
 from nemoe_jax.mistral_layout import to_mistral_rows
+from nemoe_jax.partial import growing
 from nemoe_jax.tensor_file import is_finite
 from nemoe_jax.writer import check_room, refuse_existing
 
@@ -95,7 +95,7 @@ def to_gguf(source: str | Path, destination: str | Path, options: GgufOptions, r
     }
     if not options.dry_run:
         writer = _header(checkpoint, config, vocabulary, kind, tensors)
-        with growing(target) as partial:
+        with growing(target, parents=True) as partial:
             _write(writer, partial, checkpoint, by_unit)
     return report
 
@@ -162,25 +162,6 @@ def _header(
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.kind)
     return writer
-
-
-@contextlib.contextmanager
-def growing(target: Path) -> Iterator[Path]:
-    """A hidden file beside `target` that takes its name if all goes well; otherwise nothing stays."""
-    partial = target.parent / f".{target.name}.partial"
-    parents = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.rename(target)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-            for parent in parents:
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"{error.filename or target}: {error.strerror}") from error
-        raise
 
 
 def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit: list[list[Tensor]]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from nemoe_jax import running
 from nemoe_jax.command import Command
 from nemoe_jax.errors import UserError
+from nemoe_jax.partial import growing
 
 
 def add(command: Command) -> None:
@@ -43,17 +44,6 @@ def _logits(arguments: argparse.Namespace) -> None:
     _, params, mesh = running.load(arguments)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         logits = jax.jit(lambda params, tokens: forward(config, params, tokens).logits)(params, tokens)
-    _write_array(Path(arguments.out), np.asarray(logits[0]))
+    with growing(Path(arguments.out)) as partial, partial.open("wb") as file:  # by name, NumPy would add its own suffix
+        np.save(file, np.asarray(logits[0]))
     print(f"{arguments.out}: float32 {logits.shape[1]} × {logits.shape[2]}")
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    """Whole or not at all, under the very name that was asked for."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, array)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: {error.strerror}") from error

@@ -27,6 +27,7 @@ from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.file_copy import write_at
 from nemoe_jax.lora import Adapter
+from nemoe_jax.partial import partial_of
 from nemoe_jax.peft_config import CONFIG
 from nemoe_jax.peft_parts import Experts, Part, adapter_parts, module_of
 from nemoe_jax.peft_tensors import WEIGHTS
@@ -82,12 +83,8 @@ def save_adapters(
                 if file is not None:
                     write_at(file, offsets[_PREFIX + name], tensor)
         if file is not None:
-            (_partial(target) / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (partial_of(target) / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     barrier("adapters saved")
-
-
-def _partial(target: Path) -> Path:
-    return target.parent / f".{target.name}.partial"
 
 
 @contextlib.contextmanager
@@ -96,7 +93,7 @@ def _written(target: Path) -> Iterator[int | None]:
     if jax.process_index() != 0:
         yield None
         return
-    partial = _partial(target)
+    partial = partial_of(target)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

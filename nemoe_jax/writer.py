@@ -25,6 +25,7 @@ from nemoe_jax.checkpoint import HUGGING_FACE, Layout, units
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import ResumableError, UserError
 from nemoe_jax.file_copy import write_at
+from nemoe_jax.partial import partial_of
 from nemoe_jax.tensor_file import TensorFile, header_of, is_finite
 
 SHARD_BYTES = 2_000_000_000
@@ -112,7 +113,7 @@ class Writer:
             UserError: the directory exists, cannot be made, or the disk has no room for it.
         """
         self.target = Path(directory)
-        self.partial = self.target.parent / f".{self.target.name}.partial"
+        self.partial = partial_of(self.target)
         self.model = self.partial / "model"
         self.config, self.state = config, None if state is None else json.loads(json.dumps(state))
         self.layout, self.files = layout, plan(config, shard_bytes, layout)

@@ -18,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.partial import partial_of
 from nemoe_jax.writer import barrier
 from train.recipe import Recipe
 
@@ -66,7 +67,7 @@ class Signals:
 def working_directory(recipe: Recipe, restart: bool) -> Iterator[Path]:
     """`.NAME.partial` beside the output, new or an earlier attempt's; gone at the end, unless there is something in it
     to go on from."""
-    directory = recipe.output.absolute().parent / f".{recipe.output.name}.partial"
+    directory = partial_of(recipe.output.absolute())
     missing = [parent for parent in directory.parents if not parent.exists()]
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:

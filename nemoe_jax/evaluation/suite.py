@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemoe_jax.errors import UserError, listed
+from nemoe_jax.partial import growing
 
 RATES = ("acc", "exact_match", "em", "f1")  # what metrics from 0 to 1 are called
 BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that has no formula
@@ -192,13 +193,8 @@ def read_results(output: Path | None, settings: Settings, benchmarks: Sequence[B
 
 def write_results(output: Path, document: dict[str, Any]) -> None:
     """The document, whole or not at all."""
-    partial = output.with_name(f"{output.name}.partial")
-    try:
+    with growing(output) as partial:
         partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{output}: {error.strerror}") from error
 
 
 def compare(document: dict[str, Any], benchmarks: Sequence[Benchmark]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.tokenizer_comparison import Count
+from nemoe_jax.partial import growing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,13 +92,7 @@ def write_plot(figure: "Figure", path: Path) -> None:
     """Writes a PNG or an SVG, whole or not at all; the same figure always gives the same bytes."""
     import matplotlib
 
-    partial = path.with_name(f"{path.name}.partial")
     undated = {"Date": None} if path.suffix == ".svg" else None
-    try:
-        # in an SVG, text stays text, and names are not random
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemoe"}):
-            figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=undated)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"--plot {path}: {error.strerror}") from error
+    # in an SVG, text stays text, and names are not random
+    with growing(path) as partial, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemoe"}):
+        figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=undated)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from nemoe_jax import chat
 from nemoe_jax.errors import UserError
+from nemoe_jax.partial import growing
 from nemoe_jax.tokenizer_base import Tokenizer
 
 SYSTEM = ("system", "developer")
@@ -100,19 +101,14 @@ class Conversation:
 
         A file that is there already is replaced only if it holds messages.
         """
-        partial = path.with_name(path.name + ".partial")
         value = {"messages": self.messages, "tools": self.tools} if self.tools else self.messages
         if path.exists():
             try:
                 chat.read_messages(path)
             except UserError as error:
                 raise UserError(f"{path}: exists already, and holds no messages: not replaced") from error
-        try:
+        with growing(path) as partial:
             partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"{path}: {error.strerror}") from error
 
     def load(self, path: Path) -> None:
         """Takes over the messages of a file. Raises UserError where they are none for this model."""

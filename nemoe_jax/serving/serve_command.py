@@ -47,7 +47,9 @@ def add(command: Command) -> None:
         default=[],
         help="a LoRA adapter in Hugging Face PEFT's form, for requests whose model is NAME; may be repeated",
     )
-    parser.add_argument("--rows", type=int, default=8, help="answers that are made together (default 8)")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="answers that are made together (default 8; a lone one is faster with 1)"
+    )
     parser.add_argument("--kv-tokens", type=int, help="tokens of keys and values in the cache, of all answers together")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a row (default 64)")
     parser.add_argument("--max-tokens-limit", type=int, help="tokens of an answer at most, whatever a request says")

@@ -1,0 +1,39 @@
+"""Where a file or a directory grows, until it is whole and takes its name."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemoe_jax.errors import UserError
+
+
+def partial_of(target: Path) -> Path:
+    """The hidden place beside a target."""
+    return target.parent / f".{target.name}.partial"
+
+
+@contextlib.contextmanager
+def growing(target: Path, parents: bool = False) -> Iterator[Path]:
+    """The place of a file, which takes its name if all goes well, also where there is one; otherwise nothing stays.
+
+    Args:
+        parents: make the directories that lead there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = partial_of(target)
+    made = [parent for parent in target.parents if parents and not parent.exists()]
+    try:
+        if made:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+            for parent in made:
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"{target}: {error.strerror}") from error
+        raise
