@@ -56,13 +56,21 @@ def main() -> None:
     """Runs the cases that have no figures yet and prints the table; exit status 1 where a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help="one case, even if there are figures")
-    only = parser.parse_args().case
+    parser.add_argument("--mesh", help="with --case: another mesh than tensor=8; its figures are shown, and not kept")
+    options = parser.parse_args()
+    only = options.case
+    if options.mesh and not only:
+        parser.error("--mesh: wanted with --case")
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")
         return
     from train.plan import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
+    if only and options.mesh:
+        from nemoe_jax.sharding import parse_mesh
+
+        sys.exit(not all(list(show({only: measure(*CASES[only], parse_mesh(options.mesh))}))))
     results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     for name in [only] if only else CASES:
         if only or name not in results:
@@ -72,7 +80,7 @@ def main() -> None:
     sys.exit(not all(list(show(results))))
 
 
-def measure(chip: str, model: str, work: Work) -> dict[str, Any]:
+def measure(chip: str, model: str, work: Work, sizes: dict[str, int] | None = None) -> dict[str, Any]:
     """The figures of one case."""
     import jax
 
@@ -82,7 +90,7 @@ def measure(chip: str, model: str, work: Work) -> dict[str, Any]:
 
     config = preset(MODELS[model])
     devices = aot.topology_devices(SLICES[chip])
-    mesh = make_mesh({"tensor": len(devices)}, devices)
+    mesh = make_mesh(sizes or {"tensor": len(devices)}, devices)
     limit = aot.memory_limit(devices[0])
     facts = roofline(config, work, len(devices), flops.peak_flops(devices[0].device_kind), BANDWIDTHS[chip]) | {
         "mesh": dict(mesh.shape),

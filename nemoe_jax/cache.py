@@ -160,6 +160,30 @@ def extend(
     return y_BTNH, cache._replace(k=k, v=v)
 
 
+def wipe(pools: tuple[Pages, Pages], pages_M: jax.Array, here_B: jax.Array) -> tuple[Pages, Pages]:
+    """Zeros in pages of keys and values, in place.
+
+    Args:
+        pages_M: int32, their numbers in the table; beyond the pool: none.
+        here_B: bool, one for each part of the rows (see `division`): whose pages are meant.
+    """
+
+    def of_device(pools, pages_M, here_B):
+        def page(number, pools):
+            place = jnp.where(here_B[0], pages_M[number], pools[0].pool.shape[2])
+            return jax.tree.map(lambda array: array.at[:, :, place].set(0, mode="drop"), pools)
+
+        return lax.fori_loop(0, len(pages_M), page, pools)  # one by one: for all at once, TPUs would copy the pool
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return of_device(pools, pages_M, here_B)
+    rows, sequence, tensor = _mesh_axes(len(here_B), pools[0].pool.shape[0])
+    pool = _pool_place(rows, sequence, tensor)
+    places = (pool, PartitionSpec(), PartitionSpec(rows or None))
+    return jax.shard_map(of_device, in_specs=places, out_specs=pool, check_vma=False)(pools, pages_M, here_B)
+
+
 def _mesh_axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """The axes of the ambient mesh that cut rows, each row's pages, and heads."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -23,7 +23,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         help="devices as axes, such as fsdp=4,expert=2 (axes: data, fsdp, expert, tensor, sequence); default: one "
-        "device",
+        "device; to generate text, tensor alone is best: fsdp, expert and sequence send weights for every token",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="dtype to compute in (default: the weights' own)"

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nemoe_jax import cache as module
 from nemoe_jax import schema, sharding
-from nemoe_jax.cache import PAGE, LayerCache, division, empty_cache, extend, quantise, shared_cache
+from nemoe_jax.cache import PAGE, LayerCache, division, empty_cache, extend, quantise, shared_cache, wipe
 from nemoe_jax.errors import UserError
 from nemoe_jax.transformer import forward, hidden
 from tests.conftest import DENSE
@@ -103,6 +103,22 @@ def test_a_mesh_gives_what_one_device_gives(sizes):
     cut *= sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("sequence", 1)
     assert len(parts) == 1
     assert np.prod(parts.pop()) * cut == held.k.pool.size
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "sequence": 2, "tensor": 2}, {"expert": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_pages_of_one_part_are_wiped_and_nothing_else(sizes, dtype):
+    batch, pages = 4, 6
+    with jax.set_mesh(sharding.make_mesh(sizes)) if sizes else contextlib.nullcontext():
+        parts, cuts = division(LONG, batch)
+        cache = jax.jit(lambda: shared_cache(LONG, batch, 4 * PAGE, pages, dtype))()
+        full = jax.tree.map(lambda array: array + jnp.ones((), array.dtype), (cache.k, cache.v))
+        wiped = jax.jit(wipe)(full, jnp.asarray([2, 5, 2**31 - 1]), jnp.arange(parts) == parts - 1)
+    for array in jax.tree.leaves(wiped):
+        wanted = np.ones(array.shape)
+        of_part = wanted.reshape(*array.shape[:2], parts, cuts, pages, *array.shape[3:])
+        of_part[:, :, -1, :, [2, 5]] = 0
+        np.testing.assert_array_equal(array, wanted)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.004), ("int8", 0.01), ("float8_e4m3fn", 0.05)])

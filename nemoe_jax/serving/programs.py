@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from nemoe_jax.adapter_bank import with_rows
-from nemoe_jax.cache import Cache, Pages, division, shared_cache
+from nemoe_jax.cache import Cache, Pages, division, shared_cache, wipe
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.decoding import Block, State, decode, read_only
 from nemoe_jax.schema import Tree
@@ -112,11 +112,9 @@ class Programs:
 
     def wipe(self, row: int, pages: list[int]) -> None:
         """Zeros in a row's pages: what is no number in them would harm the next row even where it is hidden from it."""
-        where_M = np.full(self.width, np.iinfo(np.int32).max, np.int32)
-        of_device = self._part(row) * self.cuts + np.arange(self.cuts)[:, None]
-        places = of_device * self._shape[1] + np.array(pages, np.int32)
-        where_M[: places.size] = places.reshape(-1)
-        self.held = _wipe(self.held, where_M)
+        pages_M = np.full(self.width, np.iinfo(np.int32).max, np.int32)
+        pages_M[: len(pages)] = pages
+        self.held = _wipe(self.held, pages_M, np.arange(self.parts) == self._part(row))
 
     def _part(self, row: int) -> int:
         """Which of the equal parts of the rows has this one."""
@@ -171,8 +169,8 @@ def _decode(
 
 
 @functools.partial(jax.jit, donate_argnames="held")
-def _wipe(held: Held, where_M: Any) -> Held:
-    k, v = jax.tree.map(lambda array: array.at[:, :, where_M].set(0, mode="drop"), (held.k, held.v))
+def _wipe(held: Held, pages_M: Any, here_B: Any) -> Held:
+    k, v = wipe((held.k, held.v), pages_M, here_B)
     return held._replace(k=k, v=v)
 
 
