@@ -2,23 +2,20 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("hypothesis")
-mistral_common = pytest.importorskip("mistral_common")
+pytest.importorskip("mistral_common")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer_json import byte_level, metaspace, save
 
 from nemoe_jax.serving.answer import AnswerStream, ParsedAnswer, parse_answer
 from nemoe_jax.serving.request import Piece, ScoredToken
-from nemoe_jax.tokenizer import StreamDecoder, Tokenizer, cut_tekken, load_tokenizer
+from nemoe_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from tests.call_tokenizers import DATA, tekken_versions, with_tags
 
-DATA = Path(mistral_common.__file__).parent / "data"
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("weather", "sum-2")]
-TAGGED = "{% for m in messages %}<|im_start|>{{ m.content }}<tool_call>\n</tool_call>{% endfor %}"
 FORMS = ["v1", "v3", "v7", "v11", "v13", "tags", "control tags", "spaced tags"]
 ANY = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -26,25 +23,8 @@ ANY = settings(max_examples=150, deadline=None, derandomize=True)
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     directory = tmp_path_factory.mktemp("tokenizers")
-    cut_tekken(DATA / "tekken_240718.json", directory / "small.json", 600)
-    spec = json.loads((directory / "small.json").read_text())
-    spec["special_tokens"] += [
-        {"rank": 20 + at, "token_str": name, "is_control": True} for at, name in enumerate(("[ARGS]", "[CALL_ID]"))
-    ]
-    spec["config"] |= {"default_num_special_tokens": 30, "default_vocab_size": 610}
     made = {"v1": load_tokenizer(DATA / "tokenizer.model.v1")}
-    for version in ("v3", "v7", "v11", "v13"):
-        spec["config"]["version"] = version
-        path = directory / f"tekken_{version}.json"
-        path.write_text(json.dumps(spec))
-        made[version] = load_tokenizer(path)
-    for name, library in (("tags", byte_level()), ("control tags", byte_level()), ("spaced tags", metaspace())):
-        (directory / name).mkdir()
-        if name == "control tags":
-            library.add_special_tokens(["<tool_call>", "</tool_call>"])
-        save(library, directory / name, tokenizer_config={"chat_template": TAGGED})
-        made[name] = load_tokenizer(directory / name)
-    return made
+    return made | tekken_versions(directory, 600) | with_tags(directory)
 
 
 def write(tokenizer: Tokenizer, text: str) -> list[int]:

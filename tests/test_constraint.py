@@ -3,7 +3,6 @@
 import json
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +11,18 @@ from nemoe_jax.chat import render_chat
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.answer import parse_answer
 from nemoe_jax.serving.constraint import Vocabulary, json_object, json_schema, regex, tool_calls
-from nemoe_jax.tokenizer import Tokenizer, cut_tekken, load_tokenizer
+from nemoe_jax.tokenizer import Tokenizer, load_tokenizer
 
-mistral_common = pytest.importorskip("mistral_common")
+pytest.importorskip("mistral_common")
 import jsonschema
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from test_tokenizer_json import byte_level, metaspace, save, word_level
 
-DATA = Path(mistral_common.__file__).parent / "data"
+from tests.call_tokenizers import DATA, tekken_versions, with_tags, with_template
+
 IDLE = 9  # rows of the model's embedding that the tokenizer has no token for
-TAGGED = "{% for m in messages %}<|im_start|>{{ m.content }}<tool_call>\n</tool_call>{% endfor %}"
 LISTED = "{% for m in messages %}[INST]{{ m.content }}[/INST][TOOL_CALLS]{% endfor %}"
 
 
@@ -31,31 +30,11 @@ LISTED = "{% for m in messages %}[INST]{{ m.content }}[/INST][TOOL_CALLS]{% endf
 def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     """Tekken's chat formats on a small cut, a SentencePiece model, and `tokenizer.json` with and without templates."""
     directory = tmp_path_factory.mktemp("tokenizers")
-    cut_tekken(DATA / "tekken_240718.json", directory / "small.json", 1300)
-    spec = json.loads((directory / "small.json").read_text())
-    spec["special_tokens"] += [
-        {"rank": 20 + at, "token_str": name, "is_control": True} for at, name in enumerate(("[ARGS]", "[CALL_ID]"))
-    ]
-    spec["config"] |= {"default_num_special_tokens": 30, "default_vocab_size": 1310}
     made = {"sentencepiece": load_tokenizer(DATA / "mistral_instruct_tokenizer_240323.model.v3")}
-    for version in ("v3", "v7", "v11", "v13"):
-        spec["config"]["version"] = version
-        path = directory / f"tekken_{version}.json"
-        path.write_text(json.dumps(spec))
-        made[version] = load_tokenizer(path)
-    for name, library, template in (
-        ("byte level", byte_level(), None),
-        ("metaspace", metaspace(), None),
-        ("tags", byte_level(), TAGGED),
-        ("control tags", byte_level(), TAGGED),
-        ("spaced tags", metaspace(), TAGGED),
-        ("listed", byte_level(), LISTED),
-    ):
-        (directory / name).mkdir()
-        if name in ("control tags", "listed"):
-            library.add_special_tokens(["[TOOL_CALLS]"] if name == "listed" else ["<tool_call>", "</tool_call>"])
-        save(library, directory / name, tokenizer_config={"chat_template": template} if template else {})
-        made[name] = load_tokenizer(directory / name)
+    made |= tekken_versions(directory, 1300) | with_tags(directory)
+    made["byte level"] = with_template(directory / "byte level", byte_level(), None)
+    made["metaspace"] = with_template(directory / "metaspace", metaspace(), None)
+    made["listed"] = with_template(directory / "listed", byte_level(), LISTED, ("[TOOL_CALLS]",))
     return made
 
 
