@@ -20,6 +20,7 @@ import numpy as np
 from record import add_keep, keep, machine
 
 ROWS, PROMPT, NEW = 8, 32, 256
+LIMITS = {"engine / generate, 8 rows": 0.5, "engine, 8 requests / 1": 2.0}
 
 
 def main() -> None:
@@ -36,11 +37,11 @@ def main() -> None:
         "engine / generate, 8 rows": rates["engine, 8 requests"] / rates["generate, 8 rows"],
         "engine, 8 requests / 1": rates["engine, 8 requests"] / rates["engine, 1 request"],
     }
-    for (name, ratio), limit in zip(ratios.items(), (0.5, 2.0), strict=True):
-        print(f"{name:28}{ratio:10.2f} (limit {limit})")
+    for name, ratio in ratios.items():
+        print(f"{name:28}{ratio:10.2f} (limit {LIMITS[name]})")
     if options.keep:
         keep(f"batching-{jax.default_backend()}", {**machine(), "tokens per second": rates, "ratios": ratios})
-    sys.exit(not (ratios["engine / generate, 8 rows"] >= 0.5 and ratios["engine, 8 requests / 1"] >= 2))
+    sys.exit(any(ratio < LIMITS[name] for name, ratio in ratios.items()))
 
 
 def measure(directory: str, turns: int) -> dict[str, float]:
