@@ -34,7 +34,7 @@ from nemoe_jax.serving.pages import FreePages
 from nemoe_jax.serving.programs import Programs
 from nemoe_jax.serving.request import Piece, Request
 from nemoe_jax.serving.rows import Rows
-from nemoe_jax.serving.turns import MOST_TOP, Turns
+from nemoe_jax.serving.turns import Turns
 from nemoe_jax.serving.whole_answer import end_tokens
 from nemoe_jax.tokenizer_base import Tokenizer
 
@@ -184,25 +184,10 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """Raises UserError."""
-        prompt, new, vocab = request.prompt, request.max_new_tokens, self.config.vocab
-        if not len(prompt):
-            raise UserError("empty prompt: wanted at least one token")
-        for name, tokens in {"prompt": prompt, "stop_tokens": request.stop_tokens}.items():
-            wrong = next((token for token in tokens if not 0 <= token < vocab), None)
-            if wrong is not None:
-                raise UserError(f"{name}: wanted token ids from 0 to {vocab - 1}, got {wrong}")
-        if new < 1:
-            raise UserError(f"max_new_tokens: wanted a positive number, got {new}")
-        if len(prompt) + new > self.context:
-            what = "context" if self.context == self.config.context else "cache"
-            raise UserError(
-                f"prompt of {len(prompt)} tokens + {new} new tokens exceed the {what} of {self.context} tokens"
-            )
-        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MOST_TOP:
-            raise UserError(f"top_logprobs: wanted 0 to {MOST_TOP}, got {request.top_logprobs}")
+        where = "context" if self.context == self.config.context else "cache"
+        request.check(self.config.vocab, self.context, where)
         if request.adapter is not None and request.adapter not in self._adapters:
             raise UserError(f"no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or 'none'}")
-        request.sampling.check(vocab)
 
     def _seconds_to_a_place(self) -> float:
         """As long as it took lately until one more request was finished, at least a second."""

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nemoe_jax.chat_tools import MOST_TOOLS, NAME
 from nemoe_jax.sampling import MAX_BIASES
+from nemoe_jax.serving.request import MOST_TOP
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # characters
-MAX_TOOLS = 128
-MAX_TOP_LOGPROBS = 20
-NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+WHOLE_NAME = f"^{NAME.pattern}$"
 
 TokenId = Annotated[int, Field(ge=0)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -81,7 +81,7 @@ class CompletionRequest(Generation):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="a text, texts, token ids, or lists of token ids; ids are taken as they are")
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most; 16 by default")
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="of so many likeliest tokens as well")
+    logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="of so many likeliest tokens as well")
     echo: bool | None = Field(None, description="the answer begins with the prompt")
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="no other number than n")
     suffix: None = Field(None, description="not supported")
@@ -97,7 +97,7 @@ class TextBlock(Part):
 class FunctionCall(Part):
     """Which function an answer calls, and with what."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=WHOLE_NAME)
     arguments: str | Json = Field(description="JSON, as a text or as an object")
 
 
@@ -122,7 +122,7 @@ class Message(Part):
 class FunctionSpec(Part):
     """A function that may be called."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=WHOLE_NAME)
     description: str | None = None
     parameters: Json | None = Field(None, description="a JSON schema of the arguments")
     strict: bool | None = None
@@ -138,7 +138,7 @@ class Tool(Part):
 class ChosenFunction(Body):
     """The name of a function of `tools`."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=WHOLE_NAME)
 
 
 class ChosenTool(Body):
@@ -163,7 +163,7 @@ class JsonObjectFormat(Body):
 class JsonSchema(Body):
     """A JSON schema with a name."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=WHOLE_NAME)
     description: str | None = None
     # `schema` is a method of every pydantic model
     schema_: Json | None = Field(None, alias="schema")
@@ -184,8 +184,8 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most")
     max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="wants logprobs")
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="wants logprobs")
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="whether there may be several calls; true by default")
     response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (

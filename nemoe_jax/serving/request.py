@@ -5,7 +5,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from nemoe_jax.errors import UserError
 from nemoe_jax.sampling import Sampling
+
+MOST_TOP = 20  # likeliest tokens whose log-probabilities are given
+MAX_REQUEST_BYTES = 4 * 2**20  # of a request over HTTP, where nothing else is said
 
 
 class Constraint(Protocol):
@@ -30,6 +34,23 @@ class Request:
     top_logprobs: int | None = None  # None: no log-probabilities; otherwise those of so many likeliest tokens as well
     adapter: str | None = None
     constraint: Constraint | None = None
+
+    def check(self, vocab: int, room: int, where: str = "context") -> None:
+        """Raises UserError where no model of that vocabulary with `room` for so many tokens could answer."""
+        length, new = len(self.prompt), self.max_new_tokens
+        if not length:
+            raise UserError("empty prompt: wanted at least one token")
+        for name, tokens in {"prompt": self.prompt, "stop_tokens": self.stop_tokens}.items():
+            wrong = next((token for token in tokens if not 0 <= token < vocab), None)
+            if wrong is not None:
+                raise UserError(f"{name}: wanted token ids from 0 to {vocab - 1}, got {wrong}")
+        if new < 1:
+            raise UserError(f"max_new_tokens: wanted a positive number, got {new}")
+        if length + new > room:
+            raise UserError(f"prompt of {length} tokens + {new} new tokens exceed the {where} of {room} tokens")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_TOP:
+            raise UserError(f"top_logprobs: wanted 0 to {MOST_TOP}, got {self.top_logprobs}")
+        self.sampling.check(vocab)
 
 
 class ScoredToken(NamedTuple):

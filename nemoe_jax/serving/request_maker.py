@@ -14,7 +14,7 @@ from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.answer import AnswerStream
 from nemoe_jax.serving.constraint import Vocabulary, tool_calls
-from nemoe_jax.serving.request import Request
+from nemoe_jax.serving.request import MOST_TOP, Request
 from nemoe_jax.serving.stop_texts import StopTexts
 from nemoe_jax.serving.whole_answer import end_tokens
 from nemoe_jax.tokenizer_base import Tokenizer
@@ -59,18 +59,12 @@ class RequestMaker:
     def _checked(
         self, wishes: Request, prompt: Sequence[int], tools: Tools = None, tool_choice: Any = None, schema: Any = None
     ) -> Request:
-        from nemoe_jax.serving.engine import MOST_TOP
-
-        length, new, context = len(prompt), wishes.max_new_tokens, self.config.context
-        if length < 1:
-            raise UserError("empty prompt: wanted at least one token")
-        if length + new > context:
-            raise UserError(f"prompt of {length} tokens + {new} new tokens exceed the context of {context}")
         if wishes.top_logprobs is not None and wishes.top_logprobs > MOST_TOP:
             raise UserError(f"logprobs: wanted 0 to {MOST_TOP}, got {wishes.top_logprobs}")
-        wishes.sampling.check(self.config.vocab)
+        request = dataclasses.replace(wishes, prompt=tuple(prompt))
+        request.check(self.config.vocab, self.config.context)
         StopTexts(wishes.stop)  # refuses what can never be found
         constraint = None
         if schema is not None or tool_choice is not None or call_form(self.tokenizer) is not None:
             constraint = tool_calls(self._vocabulary, self.tokenizer, tools, tool_choice, schema=schema)
-        return dataclasses.replace(wishes, prompt=tuple(prompt), constraint=constraint)
+        return dataclasses.replace(request, constraint=constraint)

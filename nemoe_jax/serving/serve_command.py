@@ -12,6 +12,7 @@ from nemoe_jax import running
 from nemoe_jax.command import Command
 from nemoe_jax.errors import UserError
 from nemoe_jax.sampling import PRESETS, Sampling
+from nemoe_jax.serving.request import MAX_REQUEST_BYTES
 
 if TYPE_CHECKING:
     from nemoe_jax.serving.served import Served
@@ -54,7 +55,10 @@ def add(command: Command) -> None:
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a row (default 64)")
     parser.add_argument("--max-tokens-limit", type=int, help="tokens of an answer at most, whatever a request says")
     parser.add_argument(
-        "--max-request-bytes", type=int, default=4 * 2**20, help="a request's size at most (default 4 MiB)"
+        "--max-request-bytes",
+        type=int,
+        default=MAX_REQUEST_BYTES,
+        help=f"a request's size at most (default {MAX_REQUEST_BYTES:,})",
     )
     parser.add_argument(
         "--drain-seconds", type=int, default=30, help="how long answers may take to end at SIGTERM (default 30)"

@@ -14,9 +14,8 @@ from nemoe_jax.serving.guard import Guard
 from nemoe_jax.serving.http_answers import as_json
 from nemoe_jax.serving.openai_answers import ChatChunk, ChatCompletion, Completion, Health, ModelCard, ModelList
 from nemoe_jax.serving.openai_requests import ChatRequest, CompletionRequest
+from nemoe_jax.serving.request import MAX_REQUEST_BYTES
 from nemoe_jax.serving.served import Served
-
-MAX_REQUEST_BYTES = 4 * 2**20
 
 
 def create_app(

@@ -17,11 +17,10 @@ from nemoe_jax.decoding import BLOCK, NOT_A_NUMBER, Block, has_penalty
 from nemoe_jax.generate import GREEDY
 from nemoe_jax.serving.live_answer import Answer
 from nemoe_jax.serving.programs import CHUNK, Programs
-from nemoe_jax.serving.request import ScoredToken
+from nemoe_jax.serving.request import MOST_TOP, ScoredToken
 from nemoe_jax.serving.rows import Row, Rows
 from nemoe_jax.token_choice import Controls, controls
 
-MOST_TOP = 20  # likeliest tokens whose log-probabilities are given
 _TURN = 0.05
 _RECENT = 32  # requests
 
