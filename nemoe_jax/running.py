@@ -1,6 +1,7 @@
 """What every command that runs a model shares: the flags that say where and how, and loading."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ def add_cache_flag(parser: argparse.ArgumentParser) -> None:
         help="how keys and values are kept: float32, bfloat16, or in 8 bits, float8_e4m3fn (what TPUs read fastest) or "
         "int8 (with scales, more exact); by default as the weights are",
     )
+
+
+def name_of(directory: str) -> str:
+    """What a model directory is called: a link by its own name."""
+    path = Path(directory)
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def load(arguments: argparse.Namespace) -> Model:

@@ -23,7 +23,7 @@ pytest.importorskip("mistral_common")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
-from nemoe_jax import cli, hf, sampling
+from nemoe_jax import cli, hf, running, sampling
 from nemoe_jax.chat import render_chat
 from nemoe_jax.serving.engine import Busy
 from nemoe_jax.serving.openai_requests import CompletionRequest
@@ -580,6 +580,14 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path):
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_a_model_is_called_as_its_directory_or_its_link(tmp_path, monkeypatch):
+    (tmp_path / "step-300").mkdir()
+    (tmp_path / "nemo").symlink_to(tmp_path / "step-300")
+    monkeypatch.chdir(tmp_path / "nemo")
+    names = [running.name_of(path) for path in (f"{tmp_path}/nemo/", "../nemo", "../step-300", ".")]
+    assert names == ["nemo", "nemo", "step-300", "step-300"]
 
 
 def test_a_server_s_preset_holds_where_a_request_says_nothing(tokenizer):

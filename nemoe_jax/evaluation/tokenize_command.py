@@ -5,6 +5,7 @@ import fnmatch
 import json
 from pathlib import Path
 
+from nemoe_jax import running
 from nemoe_jax.command import Command, read_text
 from nemoe_jax.errors import UserError
 
@@ -128,5 +129,5 @@ def _names(paths: list[str]) -> list[str]:
     for path in paths:
         if paths.count(path) > 1:
             raise UserError(f"tokenize compare: {path}: given twice")
-    last = [Path(path).resolve().name for path in paths]
+    last = [running.name_of(path) for path in paths]
     return last if len(set(last)) == len(last) else paths

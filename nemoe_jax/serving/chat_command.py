@@ -5,6 +5,7 @@ import random
 import sys
 from pathlib import Path
 
+from nemoe_jax import running
 from nemoe_jax.command import Command
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving import sampling_flags, starting
@@ -80,7 +81,7 @@ def _chat(arguments: argparse.Namespace) -> None:
             session.run(Pipe())
             return
         engine.submit(Request((1, 1), 1), lambda piece: None)  # compiles while the first message is typed
-        name = Path(arguments.directory).resolve().name
+        name = running.name_of(arguments.directory)
         terminal = Terminal([f"/{command}" for command in COMMANDS], lambda: f"{name} · {session.status()}")
         terminal.note(f"{name}: {config.family}, {context} tokens of context. /help shows the commands, Ctrl-D ends.")
         session.run(terminal)

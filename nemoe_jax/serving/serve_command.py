@@ -5,7 +5,6 @@ import contextlib
 import os
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemoe_jax import running
@@ -105,7 +104,7 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
             raise UserError(f"--{name.replace('_', '-')}: wanted a positive number, got {value}")
     if not 0 <= arguments.port < 2**16:
         raise UserError(f"--port: wanted 0 to 65535, got {arguments.port}")
-    arguments.name = arguments.name or Path(arguments.directory).resolve().name
+    arguments.name = arguments.name or running.name_of(arguments.directory)
     adapters: dict[str, str] = {}
     for word in arguments.adapter:
         name, _, directory = word.partition("=")
