@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m examples.demo.demo
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest

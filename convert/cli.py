@@ -5,15 +5,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from convert.carve import CARVE
-from convert.gguf import GGUF
+from convert.carve.carve import CARVE
+from convert.experts.prune import PRUNE
+from convert.experts.router_distillation import RELAY
+from convert.experts.upcycle import UPCYCLE
+from convert.gguf.export import GGUF
 from convert.layout import LAYOUT
-from convert.merge import MERGE
-from convert.minitron import MINITRON
-from convert.prune import PRUNE
-from convert.relay import RELAY
-from convert.upcycle import UPCYCLE
-from nemoe_jax.command import EXIT_DISAGREES, Command, report
+from convert.merge_lora import MERGE
+from convert.minitron.minitron import MINITRON
+from nemoe_jax.utils.command import EXIT_DISAGREES, Command, report
 
 CONVERSIONS = (CARVE, UPCYCLE, PRUNE, RELAY, MINITRON, MERGE, LAYOUT, GGUF)
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from convert.verify import verify  # torch is not needed, nor loaded, by anything else
+    from convert.verify.logits import verify  # torch is not needed, nor loaded, by anything else
 
     result = verify(
         arguments.directory,

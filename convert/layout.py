@@ -1,7 +1,7 @@
 """Layout: the same model in Mistral's own layout, or in Hugging Face's.
 
 Every command reads both layouts, so this is for other programs: mistral-inference and its kin want params.json and
-consolidated.safetensors. Nothing changes but names and the order of the rows of q and k (nemoe_jax/mistral_layout.py):
+consolidated.safetensors. Nothing changes but names and the order of the rows of q and k (checkpoints/mistral_format):
 there and back, every tensor is the same bit for bit.
 """
 
@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from convert.options import Conversion, option
-from convert.stream import Figures, Report, Run, stream
-from nemoe_jax.checkpoint import HUGGING_FACE, MISTRAL, Checkpoint
+from convert.command import Conversion, option
+from convert.streaming import Figures, Report, Run, stream
+from nemoe_jax.checkpoints.reader import HUGGING_FACE, MISTRAL, Checkpoint
 from nemoe_jax.errors import UserError
 
 _LAYOUTS = {"huggingface": HUGGING_FACE, "mistral": MISTRAL}
@@ -28,7 +28,7 @@ class LayoutOptions:
 
 
 def change_layout(source: str | Path, destination: str | Path, options: LayoutOptions, run: Run = Run()) -> Report:
-    """Writes a model directory in a layout; returns the manifest (see convert/stream.py).
+    """Writes a model directory in a layout; returns the manifest (see convert/streaming.py).
 
     Raises:
         UserError: not a model directory, a model that the layout cannot hold, existing destination.

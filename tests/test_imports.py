@@ -32,7 +32,8 @@ def test_imports_go_one_way(package):
 
 def test_importing_starts_no_backend():
     program = (
-        "import nemoe_jax.cli, convert.cli, train.cli, train.loop, convert.carve, nemoe_jax.generate\n"
+        "import nemoe_jax.cli.main, convert.cli, train.cli, train.run.loop, convert.carve.carve\n"
+        "import nemoe_jax.inference.generate\n"
         "import jax._src.xla_bridge as bridge\n"
         "raise SystemExit(bool(bridge._backends))"
     )

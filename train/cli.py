@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from nemoe_jax.command import Command, add_distributed_flag, join_distributed, report
-from train import plan
+from nemoe_jax.utils.command import Command, add_distributed_flag, join_distributed, report
 from train import recipe as recipes
+from train.plan import plan
 
 DESCRIPTION = """Trains a model as a recipe says: LoRA adapters, routers or every weight, on text and chats or against a
 teacher, in one phase or several.
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int | None:
     recipe = recipes.read_recipe(arguments.recipe, arguments.overrides)
     join_distributed(arguments.distributed)
-    from train.loop import train  # JAX loads here, so that the other sub-commands answer at once
-    from train.workspace import Interrupted
+    from train.run.loop import train  # JAX loads here, so that the other sub-commands answer at once
+    from train.run.run_directory import Interrupted
 
     try:
         figures = train(recipe, arguments.restart, arguments.profile)

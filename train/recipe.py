@@ -22,9 +22,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.tokenizer import Tokenizer
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.text.tokenizers.load import Tokenizer
 
 DType = Literal["float32", "bfloat16"]
 FilePath = Annotated[Path, BeforeValidator(lambda value: Path(str(value)).expanduser() if value is not None else value)]

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 from jax.sharding import Mesh
 
-from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.evaluate import Evaluation
+from nemoe_jax.evaluation.held_out import Evaluation
 from nemoe_jax.evaluation.scoring import Ending, score
-from nemoe_jax.schema import Tree
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import Tree
 
 
 def check_window(window: int, stride: int, context: int) -> None:

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from nemoe_jax.command import progress_bar
-from nemoe_jax.config import ModelConfig
 from nemoe_jax.errors import UserError
-from nemoe_jax.schema import Tree
-from nemoe_jax.transformer import hidden, logits
+from nemoe_jax.model.transformer import hidden, logits
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import Tree
+from nemoe_jax.utils.command import progress_bar
 
 CHUNK = 256  # positions whose logits are held at once: 134 MB at a vocabulary of 131072
 SHORTEST = 32

@@ -1,0 +1,404 @@
+"""A LoRA training step against transformers + PEFT, on the same weights, adapters and tokens.
+
+    python -m benchmarks.train.train_step                  (CPU, float32, a small Mixtral; three minutes)
+    python -m benchmarks.train.train_step --device gpu     (the 12B with 16 experts, bfloat16, random weights)
+
+Named peer: transformers with PEFT (attention's modules, the fused experts as target_parameters), torch's AdamW and
+torch's clipping. Each runs in a process of its own; on CPU they take steps in turn, on a GPU they have it one after the
+other. Both get the same A and B = 0, so the losses of the first two steps must agree; then they part a little, since
+PEFT has one A for gate and up, and we one each. Limits: tokens per second 1.5 times the peer's; executed over model
+FLOPs at most 1.45 with every block recomputed. On a machine that does other work as well, give it one core of its own
+(taskset -c 1) and go by the ratio of CPU time: with more cores the peer's threads wait for each other actively.
+
+Executed FLOPs are read from the compiled program. The loops over the experts' tiles have trip counts that depend on the
+routing: their products are counted as if every expert's last tile were half full. What adds an expert's adapters to its
+weights is counted with them, which is a little too much.
+
+The limit of speed is not reached on CPU. On one core a step takes 4.1 to 4.3 s of CPU time, against 2.6 for its model
+FLOPs at the rate of a large product (108e9 a second): the head takes 1.5 (1.25 at that rate), the experts 1.0 (0.6),
+attention's projections 0.5 (0.5), its core 0.55 (0.25); what is left is first touches of memory, residuals that are
+stacked and taken apart, exponentials and the adapters of attention.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib.results import add_keep, keep, machine
+
+SPEED_LIMIT, FLOPS_LIMIT = 1.5, 1.45
+RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-3
+ADAPTED = ("attn/*", "ffn/gate", "ffn/up", "ffn/down")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
+AGREEMENT = 1e-3  # of the first two losses, in nats, in float32
+WARM_UP = 2
+
+Step = Callable[[], float]  # takes an update and returns the loss before it
+
+
+def model_config(device: str, vocab: int) -> Any:
+    """The small Mixtral, or the 12B."""
+    from nemoe_jax.spec.config import ModelConfig, preset
+
+    if device == "gpu":
+        return preset("nemoe-12b-16e")
+    return ModelConfig(
+        family="mixtral",
+        hidden=512,
+        layers=8,
+        heads=8,
+        kv_heads=4,
+        head_dim=64,
+        vocab=vocab,
+        experts=16,
+        top_k=4,
+        expert_ffn=128,
+        context=2048,
+        dtype="float32",
+    )
+
+
+def targets() -> list[Any]:
+    """What is adapted."""
+    from nemoe_jax.adapters.lora import Target
+
+    return [Target(f"blocks/*/{pattern}", RANK, ALPHA) for pattern in ADAPTED]
+
+
+def prepare(directory: Path, options: argparse.Namespace) -> None:
+    """Writes a model, tokens and the adapters' A."""
+    import jax
+    import numpy as np
+
+    from nemoe_jax.adapters import lora
+    from nemoe_jax.checkpoints import pretrained
+    from nemoe_jax.spec import schema
+
+    config = model_config(options.device, options.vocab)
+    pretrained.save(directory / "model", config, schema.initialise(config, jax.random.key(0), config.dtype))
+    adapters = schema.leaves(lora.initialise(config, targets(), jax.random.key(1)))
+    first = {path: np.asarray(adapter.a) for path, adapter in adapters.items()}
+    first["blocks/moe/ffn/up"] = first["blocks/moe/ffn/gate"]  # PEFT has one for both
+    np.savez(directory / "adapters.npz", **first)
+    np.save(
+        directory / "tokens.npy",
+        np.random.default_rng(0).integers(0, config.vocab, (options.rows, options.length + 1)).astype(np.int32),
+    )
+
+
+def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
+    """Our step; and what is to be said of it."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nemoe_jax.adapters import lora
+    from nemoe_jax.checkpoints import pretrained
+    from nemoe_jax.spec import schema
+    from train.data.packing import Batch
+    from train.plan import hlo
+    from train.recipe import Recipe
+    from train.step import model_flops
+    from train.step.optimizer import learning_rate_schedule, make_optimizer
+    from train.step.step import Objective, initial_state, make_update, split
+
+    config, params = pretrained.load(directory / "model")
+    recipe = Recipe.model_validate(
+        {
+            "output": directory / "out",
+            "model": directory / "model",
+            "dtype": config.dtype,
+            "remat": options.remat,
+            "phases": [
+                {
+                    "lora": [{"pattern": one.pattern, "rank": one.rank, "alpha": one.alpha} for one in targets()],
+                    "data": {"train": "-", "sequence_length": options.length, "batch_size": options.rows},
+                    "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
+                    "steps": 1,
+                }
+            ],
+        }
+    )
+    phase = recipe.phases[0]
+    saved = np.load(directory / "adapters.npz")
+    adapters = schema.map_with_path(
+        lambda path, adapter: lora.Adapter(jnp.asarray(saved[path]), adapter.b, adapter.scale),
+        lora.initialise(config, targets(), jax.random.key(1)),
+    )
+    trained, frozen = split(params, lambda path: False, config.dtype)
+    optimizer = make_optimizer(phase.optimizer, phase.steps)
+    schedule = learning_rate_schedule(phase.optimizer, phase.steps)
+    state = initial_state({"params": trained, "adapters": adapters}, optimizer, 0)
+    tokens = np.load(directory / "tokens.npy")
+    shape = (options.rows, options.length)
+    batch = Batch(
+        inputs=jnp.asarray(tokens[:, :-1]),
+        targets=jnp.asarray(tokens[:, 1:]),
+        mask=jnp.ones(shape, jnp.float32),
+        segments=jnp.ones(shape, jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(options.length, dtype=jnp.int32), shape),
+    )
+
+    def compiled(remat: bool) -> Any:
+        objective = Objective(recipe.model_copy(update={"remat": remat}), phase, config, None)
+        return make_update(objective, optimizer, schedule, state).lower(state, frozen, None, batch).compile()
+
+    update = compiled(options.remat)
+
+    def step() -> float:
+        nonlocal state
+        state, figures = update(state, frozen, None, batch)
+        return float(figures["loss"])
+
+    def facts() -> dict[str, Any]:
+        model = (
+            model_flops.model_flops_per_token(config, options.length, "lora", targets=targets()) * tokens[:, 1:].size
+        )
+        figures: dict[str, Any] = {"model_flops_per_step": model}
+        if options.device == "cpu":
+            for name, remat in (("executed_over_model", options.remat), ("executed_over_model_with_remat", True)):
+                program = hlo.parse((update if remat == options.remat else compiled(remat)).as_text())
+                figures[name] = executed_flops(program, config, tokens[:, 1:].size) / model
+            return figures
+        figures["matmul_flops_per_second"] = matmul_rate()
+        figures["device_bytes"] = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+        return figures
+
+    return step, facts
+
+
+def executed_flops(program: Any, config: Any, tokens: int, filled: float | None = None) -> float:
+    """FLOPs of the products of a program compiled for CPU; see the module's docstring.
+
+    Args:
+        filled: rows of all tiles; by default as if every expert's last one were half full.
+    """
+    from nemoe_jax.kernels.grouped_matmul.cpu import tile_rows
+    from train.step.model_flops import executed_flops
+
+    # Each loop over an expert's tiles is there twice, for large and for small ones. Their bodies are counted once each,
+    # and are proportional to their rows.
+    in_tiles: set[str] = set()
+    for name, instruction in program:
+        if name in in_tiles or (instruction.opcode == "while" and program.trip_count(name, instruction) == 1):
+            in_tiles.update(instruction.called)
+    whole = executed_flops(program)
+    for name in in_tiles:
+        program.times[name] = 0
+    rest = executed_flops(program)
+    rows = tokens * config.top_k
+    small = tile_rows(rows, config.experts)
+    filled = rows + config.experts * small / 2 if filled is None else filled
+    return rest + (whole - rest) * filled / (min(4 * small, rows) + small)
+
+
+def matmul_rate() -> float:
+    """FLOPs per second of a large product in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 8192
+    x = jnp.ones((size, size), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        product(x).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
+    """The step of transformers + PEFT; and what is to be said of it."""
+    import numpy as np
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    place = "cuda" if options.device == "gpu" else "cpu"
+    base = AutoModelForCausalLM.from_pretrained(directory / "model", dtype="auto").to(place)
+    base.config.use_cache = False
+    if options.remat:
+        base.gradient_checkpointing_enable()
+        base.enable_input_require_grads()
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ),
+    )
+    model.train()
+    saved = np.load(directory / "adapters.npz")
+    for name, weight in model.named_parameters():
+        if ".lora_A." in name:
+            layer = int(name.partition(".layers.")[2].partition(".")[0])
+            if ".experts." in name:
+                path = "ffn/gate" if weight.shape[1] == base.config.hidden_size else "ffn/down"
+                first = saved[f"blocks/moe/{path}"][layer].swapaxes(1, 2)  # expert-major
+            else:
+                first = saved[f"blocks/moe/attn/{name.partition('self_attn.')[2][0]}"][layer]
+                first = first.reshape(-1, RANK).T
+            weight.data.copy_(torch.from_numpy(np.ascontiguousarray(first.reshape(weight.shape))))
+        elif ".lora_B." in name:
+            assert not weight.data.any()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    tokens = torch.from_numpy(np.load(directory / "tokens.npy")).long().to(place)
+
+    def step() -> float:
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    def facts() -> dict[str, Any]:
+        return {"device_bytes": torch.cuda.max_memory_allocated()} if place == "cuda" else {}
+
+    return step, facts
+
+
+class Worker:
+    """A process that takes a step whenever it is told to."""
+
+    def __init__(self, role: str, directory: Path, arguments: list[str], module: str = __spec__.name):
+        command = [sys.executable, "-m", module, *arguments, "--role", role, "--directory", str(directory)]
+        platforms = {"JAX_PLATFORMS": "cpu"} if "gpu" not in arguments else {}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **platforms}
+        )
+
+    def ask(self, what: str) -> Any:
+        """Sends a word and waits for the answer."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args}: ended with status {self.process.wait()}")
+        return json.loads(answer)
+
+
+def serve(step: Step, facts: Callable[[], dict[str, Any]]) -> None:
+    """A worker's side of the conversation."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    for line in sys.stdin:
+        started, cpu = time.perf_counter(), time.process_time()
+        if line.strip() == "step":
+            loss = step()
+            answer = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu, "loss": loss}
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = {"host_bytes": peak} | facts()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def measure(directory: Path, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Both sides' steps and facts."""
+    sides: dict[str, dict[str, Any]] = {"ours": {"steps": []}, "peer": {"steps": []}}
+    together = [["ours", "peer"]] if options.device == "cpu" else [["ours"], ["peer"]]
+    for names in together:
+        workers = {name: Worker(name, directory, arguments) for name in names}
+        for _ in range(WARM_UP + options.steps):
+            for name, worker in workers.items():
+                sides[name]["steps"].append(worker.ask("step"))
+        for name, worker in workers.items():
+            sides[name] |= worker.ask("facts")
+            assert worker.process.stdin
+            worker.process.stdin.close()
+            worker.process.wait()
+    for side in sides.values():
+        timed = side["steps"][WARM_UP:]
+        side["losses"] = [one["loss"] for one in side["steps"]]
+        side["seconds"] = statistics.median(one["seconds"] for one in timed)
+        side["cpu_seconds"] = statistics.median(one["cpu"] for one in timed)
+        side["tokens_per_second"] = options.rows * options.length / side["seconds"]
+    a, b = sides["ours"], sides["peer"]
+    figures: dict[str, Any] = {
+        **sides,
+        "ratio": a["tokens_per_second"] / b["tokens_per_second"],
+        "cpu_ratio": b["cpu_seconds"] / a["cpu_seconds"],
+        "first_losses_differ_by": max(abs(x - y) for x, y in list(zip(a["losses"], b["losses"], strict=True))[:2]),
+    }
+    if "matmul_flops_per_second" in a:
+        peak = a["matmul_flops_per_second"]
+        for side in (a, b):
+            side["mfu"] = a["model_flops_per_step"] / side["seconds"] / peak
+    return figures
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Prints the figures for people."""
+    for name in ("ours", "peer"):
+        side = figures[name]
+        memory = " ".join(f"{key} {side[key] / 1e9:.2f} GB" for key in ("host_bytes", "device_bytes") if key in side)
+        print(f"{name}: {side['tokens_per_second']:.0f} tokens/s, {side['seconds']:.3f} s a step", end=", ")
+        print(f"{side['cpu_seconds']:.3f} s of CPU time, peak {memory}", end="")
+        print(f", MFU {side['mfu']:.3f}" if "mfu" in side else "")
+        print("  losses " + " ".join(f"{loss:.5f}" for loss in side["losses"]))
+    print(f"{figures['machine']}, {figures['cores']} cores, {figures['versions']}")
+    print(f"the first two losses differ by {figures['first_losses_differ_by']:.1e} at most")
+    print(f"ratio {figures['ratio']:.2f} (limit {SPEED_LIMIT}), of CPU time {figures['cpu_ratio']:.2f}")
+    for key in ("executed_over_model", "executed_over_model_with_remat"):
+        if key in figures["ours"]:
+            limit = f" (limit {FLOPS_LIMIT})" if key.endswith("remat") else ""
+            print(f"{key.replace('_', ' ')} FLOPs {figures['ours'][key]:.3f}{limit}")
+
+
+def main() -> None:
+    """Prepares, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each, after two to warm up; default: 5")
+    parser.add_argument("--rows", type=int, default=4, help="rows of tokens; default: 4")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row; default: 512")
+    parser.add_argument("--vocab", type=int, default=32000, help="vocabulary of the small model; default: 32000")
+    parser.add_argument("--remat", action="store_true", help="both recompute each block in the backward pass")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    add_keep(parser)
+    parser.add_argument("--role", choices=("prepare", "ours", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.role == "prepare":
+        return prepare(options.directory, options)
+    if options.role:
+        return serve(*{"ours": ours, "peer": peer}[options.role](options.directory, options))
+    for name in ("torch", "transformers", "peft"):
+        if importlib.util.find_spec(name) is None:
+            return print(f"skipped: {name} is not installed")
+    if options.device == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            return print("skipped: no GPU that torch can use")
+    arguments = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if Worker("prepare", directory, arguments).process.wait():
+            raise SystemExit("the model could not be written")
+        figures = {**measure(directory, options, arguments), **machine(PACKAGES)}
+    figures["options"] = {key: getattr(options, key) for key in ("device", "rows", "length", "vocab", "remat", "steps")}
+    print(json.dumps(figures, indent=2)) if options.json else show(figures)
+    if options.keep:
+        keep(f"train_step-{options.device}", figures)
+    slow = figures["ratio"] < SPEED_LIMIT or figures["ours"].get("executed_over_model_with_remat", 0) > FLOPS_LIMIT
+    sys.exit(slow or (options.device == "cpu" and figures["first_losses_differ_by"] > AGREEMENT))
+
+
+if __name__ == "__main__":
+    main()

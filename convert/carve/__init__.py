@@ -1,0 +1,1 @@
+"""Dense FFNs partitioned into experts."""

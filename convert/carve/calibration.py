@@ -1,0 +1,295 @@
+"""What calibration text adds to a carve: a router that knows which experts matter, and `down` fitted to its choices.
+
+The dense model and what has been carved of it run side by side, layer by layer. In each layer, on the inputs that the
+carved layers before it give:
+
+1. Router. A token wants the experts whose outputs are largest: the target is each expert's share of the outputs'
+   energy. A ridge regression of its logarithm starts the router; cross-entropy, with a penalty on uneven load, finishes
+   it. Its rows are then made so short that the chosen experts weigh nearly the same: who is chosen stays, and equal
+   weights serve the refit far better than the shares that the router was trained to tell.
+2. Scale. Least squares finds the factor of each expert's `down` with which the mixture comes nearest to the dense FFN.
+3. Refit. With the choices fixed, the mixture is linear in `down`: y = Φ·down, where token t's row of Φ holds the hidden
+   activations of its chosen experts times their routing weights, and zeros. Ridge regression towards the scaled weights
+   of step 2 gives all experts' `down` at once. Its y leads from the carved model's stream to the dense model's after
+   the layer, so that each layer mends what those before it got wrong.
+
+The last tenth of the text is held out of every fit; errors are measured on it.
+
+B batch, T sequence, D embed, F neurons of the dense FFN, E experts, C top-k.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from convert.layerwise import (
+    LayerStream,
+    block_weights,
+    calibration_batches,
+    feed_forward,
+    fitted_batches,
+    hidden,
+    in_turn,
+    kind_of,
+)
+from convert.streaming import Figures, Tensors
+from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import Tree
+
+ROUTER_STEPS = 300  # each on one batch
+ROUTER_LOGIT_STEP = 0.5  # how far Adam's first step may move a logit; falls to 0 along a cosine
+ROUTER_RIDGE = 1e-2  # of the mean diagonal
+ROUTER_BALANCE = 1.0  # weight of the load-balancing loss (Fedus et al. 2021, arXiv 2101.03961)
+RIDGE_TOKENS = 2.0  # the refit's ridge is worth this many tokens for each neuron
+SHARED_GATE = 0.5  # what a shared expert is multiplied by: the sigmoid of a gate of zeros
+SCALE_RIDGE = 1e-3  # of the mean diagonal: pulls an expert that is seldom chosen towards the common scale
+
+_ADAM = optax.scale_by_adam()
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass
+class LayerText:
+    """What the FFN of one layer reads and should give, one array (B, T, D) for each batch."""
+
+    ffn: Tree  # the dense FFN: gate, up (D, F) and down (F, D)
+    inputs: Sequence[jax.Array]
+    wanted: Sequence[jax.Array]  # with which the stream after the layer would be the dense model's
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return sum(x_BTD[..., 0].size for x_BTD in self.inputs)
+
+    def hidden(self, number: int) -> jax.Array:
+        """The hidden activations (B, T, F) of a batch."""
+        return hidden(self.ffn, self.inputs[number])
+
+
+class CarvedStream:
+    """The dense model and what has been carved of it so far, over the same calibration text."""
+
+    def __init__(self, source: Checkpoint, texts: Sequence[str], tokens: int):
+        """Reads and tokenises the text.
+
+        Raises:
+            UserError: no text, too little of it, or no tokenizer in the source.
+        """
+        self.layers = LayerStream(source)
+        self.batches = calibration_batches(source, texts, tokens)
+        self.fitted = fitted_batches(self.batches)
+        self.dense = [self.layers.embed(tokens_BS[:, :-1]) for tokens_BS in self.batches]
+        self.carved = list(self.dense)
+        self._entered = -1  # the last layer that was
+
+    def enter(self, layer: int) -> tuple[LayerText, LayerText]:
+        """The layer's text to fit on and the held-out text; layers come in ascending order."""
+        weights = self.layers.weights(layer)
+        self._after_attention, inputs, wanted = [], [], []
+        for number, (dense_BTD, carved_BTD) in enumerate(zip(self.dense, self.carved, strict=True)):
+            middle_BTD, normed_BTD = self.layers.attend(layer, weights, dense_BTD)
+            self.dense[number] = middle_BTD + self.layers.feed_forward(layer, weights, normed_BTD)
+            middle_BTD, normed_BTD = self.layers.attend(layer, weights, carved_BTD)
+            self._after_attention.append(middle_BTD)
+            inputs.append(normed_BTD)
+            wanted.append(self.dense[number] - middle_BTD)
+        self._inputs, self._entered = inputs, layer
+        parts = slice(None, self.fitted), slice(self.fitted, None)
+        fitted, held_out = (LayerText(weights["ffn"], inputs[part], wanted[part]) for part in parts)
+        return fitted, held_out
+
+    def leave(self, layer: int, config: ModelConfig, written: Tensors) -> None:
+        """Goes on to the next layer, the carved model through its FFN as it was written."""
+        if self._entered != layer:  # it was carved before an interruption
+            self.enter(layer)
+        carved = jax.device_put(block_weights(config, layer, written.__getitem__), self.layers.whole)
+        kind = kind_of(config, layer)
+        for number, (middle_BTD, x_BTD) in enumerate(zip(self._after_attention, self._inputs, strict=True)):
+            with jax.set_mesh(self.layers.mesh):
+                self.carved[number] = middle_BTD + feed_forward(config, kind, carved, x_BTD)
+
+    def losses(self) -> Figures:
+        """Loss on the held-out text after the last layer, nats per token."""
+        held_out = self.batches[self.fitted :]
+        return {
+            "held_out_tokens": sum(tokens_BS[:, 1:].size for tokens_BS in held_out),
+            "held_out_loss_dense": self.layers.loss(self.dense[self.fitted :], held_out),
+            "held_out_loss_carved": self.layers.loss(self.carved[self.fitted :], held_out),
+        }
+
+
+def activity(text: LayerText) -> jax.Array:
+    """Mean squared output of each neuron, (F,)."""
+    squares_F = sum(in_turn(_mean_squares(text.hidden(number)) for number in range(len(text.inputs))))
+    return squares_F / len(text.inputs) * jnp.sum(text.ffn["down"] ** 2, axis=1)
+
+
+def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: int, logit_std: float) -> jax.Array:
+    """Router rows (E, D) that tell from the input which experts' outputs will be largest.
+
+    Args:
+        logit_std: the logits' standard deviation on this text, about each token's mean.
+    """
+    targets = [
+        _energy_shares(text.hidden(number), text.ffn["down"], label_F, experts) for number in range(len(text.inputs))
+    ]
+    gram_DD, moment_DE = 0.0, 0.0
+    for gram, moment in in_turn(map(_ridge_sums, text.inputs, targets)):
+        gram_DD, moment_DE = gram_DD + gram, moment_DE + moment
+    router_ED = ridge_solve(gram_DD, moment_DE, ROUTER_RIDGE).T
+    # Adam moves every weight by about its learning rate, so a logit by that times the sum of the inputs' sizes
+    fall = optax.cosine_decay_schedule(ROUTER_LOGIT_STEP / float(_sum_of_sizes(text.inputs[0])), ROUTER_STEPS)
+    state = _ADAM.init(router_ED)
+    for step in range(ROUTER_STEPS):
+        number = step % len(targets)
+        router_ED, state = _router_step(top_k, router_ED, state, text.inputs[number], targets[number], fall(step))
+        jax.block_until_ready(router_ED)
+    router_ED -= router_ED.mean(axis=0)  # what is common to all experts' logits chooses nothing
+    variances = in_turn(_logit_variance(x_BTD, router_ED) for x_BTD in text.inputs)
+    return router_ED * (logit_std / jnp.sqrt(jnp.mean(jnp.stack(list(variances)))))
+
+
+def normal_equations(
+    text: LayerText, label_F: jax.Array, router_ED: jax.Array, top_k: int
+) -> tuple[jax.Array, jax.Array]:
+    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the wanted outputs, means over tokens."""
+    neurons, width = text.ffn["down"].shape
+    gram_FF, moment_FD = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, width))
+    sums = in_turn(
+        _normal_sums(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, top_k)
+        for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True))
+    )
+    for gram, moment in sums:
+        gram_FF, moment_FD = gram_FF + gram, moment_FD + moment
+    return gram_FF / text.tokens, moment_FD / text.tokens
+
+
+@functools.partial(jax.jit, static_argnames="groups")
+def output_scale(
+    gram_FF: jax.Array, moment_FD: jax.Array, down_FD: jax.Array, label_F: jax.Array, groups: int
+) -> jax.Array:
+    """The factor of each group's `down`, (groups,), with which the mixture comes nearest to the wanted output.
+
+    Least squares on the normal equations of all of `down`, with a small ridge towards the common factor.
+
+    Args:
+        label_F: the expert of each neuron, or another group of neurons that want a factor of their own.
+    """
+    member_FE = jax.nn.one_hot(label_F, groups)
+    products_FF = gram_FF * _einsum("FD,GD->FG", down_FD, down_FD)
+    gram_EE = _einsum("FE,FG,GH->EH", member_FE, products_FF, member_FE)
+    moment_E = _einsum("FE,F->E", member_FE, jnp.sum(moment_FD * down_FD, axis=1))
+    common = moment_E.sum() / gram_EE.sum()
+    ridge = SCALE_RIDGE * jnp.trace(gram_EE) / groups
+    return jnp.linalg.solve(gram_EE + ridge * jnp.eye(groups), moment_E + ridge * common)
+
+
+@jax.jit
+def ridge_solve(gram: jax.Array, moment: jax.Array, ridge: float, towards: jax.Array | float = 0.0) -> jax.Array:
+    """(gram + λI)⁻¹ (moment + λ·towards) with λ = ridge · the mean diagonal of gram."""
+    weight = ridge * jnp.trace(gram) / len(gram)
+    return jax.scipy.linalg.solve(
+        gram + weight * jnp.eye(len(gram)), moment + weight * jnp.broadcast_to(towards, moment.shape), assume_a="pos"
+    )
+
+
+def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: jax.Array, top_k: int) -> Figures:
+    """How a carved layer does on a text: error, recall of the experts that matter, load."""
+    sums = in_turn(
+        _measures(text.hidden(number), x_BTD, label_F, router_ED, text.ffn["down"], down_FD, top_k)
+        for number, x_BTD in enumerate(text.inputs)
+    )
+    error, energy, recall, load_E = (
+        np.mean([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True)
+    )
+    return {
+        "reconstruction_error": float(error / energy),  # of the dense FFN's output on the same inputs, in squares
+        "recall": float(recall),  # share of the experts with the largest outputs that were chosen
+        "load_max_over_mean": float(load_E.max() / load_E.mean()),
+    }
+
+
+def _energies(hidden_BTF, down_FD, label_F, experts):
+    """‖output‖² of each expert, (B, T, E)."""
+
+    def of_expert(expert):
+        return jnp.sum(_einsum("BTF,FD->BTD", hidden_BTF * (label_F == expert), down_FD) ** 2, axis=-1)
+
+    return jnp.moveaxis(jax.lax.map(of_expert, jnp.arange(experts)), 0, -1)
+
+
+@functools.partial(jax.jit, static_argnames="experts")
+def _energy_shares(hidden_BTF, down_FD, label_F, experts):
+    energies_BTE = _energies(hidden_BTF, down_FD, label_F, experts)
+    return energies_BTE / jnp.maximum(energies_BTE.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+@jax.jit
+def _ridge_sums(x_BTD, target_BTE):
+    logits_BTE = jnp.log(target_BTE + 1e-6)
+    logits_BTE -= logits_BTE.mean(-1, keepdims=True)
+    return _einsum("BTD,BTH->DH", x_BTD, x_BTD), _einsum("BTD,BTE->DE", x_BTD, logits_BTE)
+
+
+@jax.jit
+def _logit_variance(x_BTD, router_ED):
+    return jnp.mean(_einsum("BTD,ED->BTE", x_BTD, router_ED) ** 2)
+
+
+@jax.jit
+def _sum_of_sizes(x_BTD):
+    return jnp.mean(jnp.sum(jnp.abs(x_BTD), axis=-1))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _router_step(top_k, router_ED, state, x_BTD, target_BTE, learning_rate):
+    def loss(router_ED):
+        logits_BTE = _einsum("BTD,ED->BTE", x_BTD, router_ED)
+        cross_entropy = -jnp.mean(jnp.sum(target_BTE * jax.nn.log_softmax(logits_BTE), axis=-1))
+        chosen_BTE = logits_BTE >= jax.lax.top_k(logits_BTE, top_k)[0][..., -1:]
+        load_E = jnp.mean(chosen_BTE, axis=(0, 1)) / top_k
+        balance = len(load_E) * jnp.sum(load_E * jax.nn.softmax(logits_BTE).mean((0, 1)))
+        return cross_entropy + ROUTER_BALANCE * balance
+
+    direction_ED, state = _ADAM.update(jax.grad(loss)(router_ED), state)
+    return router_ED - learning_rate * direction_ED, state
+
+
+def _routing_weights(x_BTD, router_ED, top_k):
+    """(B, T, E): softmax over the chosen experts' logits, 0 elsewhere."""
+    top_BTC, chosen_BTC = jax.lax.top_k(_einsum("BTD,ED->BTE", x_BTD, router_ED), top_k)
+    return _einsum("BTC,BTCE->BTE", jax.nn.softmax(top_BTC), jax.nn.one_hot(chosen_BTC, len(router_ED)))
+
+
+def _by_neuron(weights_BTE, label_F):
+    """(B, T, F): each neuron's routing weight; a neuron with the label E belongs to the shared expert."""
+    return jnp.pad(weights_BTE, ((0, 0), (0, 0), (0, 1)), constant_values=SHARED_GATE)[..., label_F]
+
+
+@jax.jit
+def _mean_squares(hidden_BTF):
+    return jnp.mean(hidden_BTF**2, axis=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def _normal_sums(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, top_k):
+    weighted_BTF = hidden_BTF * _by_neuron(_routing_weights(x_BTD, router_ED, top_k), label_F)
+    return _einsum("BTF,BTG->FG", weighted_BTF, weighted_BTF), _einsum("BTF,BTD->FD", weighted_BTF, y_BTD)
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def _measures(hidden_BTF, x_BTD, label_F, router_ED, dense_down_FD, down_FD, top_k):
+    y_BTD = _einsum("BTF,FD->BTD", hidden_BTF, dense_down_FD)
+    weights_BTE = _routing_weights(x_BTD, router_ED, top_k)
+    output_BTD = _einsum("BTF,FD->BTD", hidden_BTF * _by_neuron(weights_BTE, label_F), down_FD)
+    energies_BTE = _energies(hidden_BTF, dense_down_FD, label_F, len(router_ED))
+    least_BT1 = jax.lax.top_k(energies_BTE, top_k)[0][..., -1:]
+    chosen_BTE = weights_BTE > 0
+    recall = jnp.mean(jnp.sum(chosen_BTE & (energies_BTE >= least_BT1), axis=-1)) / top_k
+    return jnp.sum((output_BTD - y_BTD) ** 2), jnp.sum(y_BTD**2), recall, jnp.mean(chosen_BTE, axis=(0, 1))

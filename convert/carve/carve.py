@@ -1,0 +1,310 @@
+"""Carve: a dense model's FFN neurons are dealt out to experts, and a router is made that finds them.
+
+Neuron i of a dense SwiGLU adds silu(g_i·x)(u_i·x) w_i. The sum over any partition of the neurons is the dense FFN, so
+the experts are groups of neurons that fire together: balanced k-means of the gate rows. An expert's router row is its
+mean gate row, made orthonormal over the experts (partition.py, router.py).
+
+The routing weights of the chosen k sum to 1 while a partition sums to the whole, so `down` wants a factor: k if the
+chosen experts gave the whole output, E if all gave alike. Without data it is the power of two next to √(kE), which
+keeps the output's variance where the experts' outputs are independent (a power of two, so that bfloat16 weights come
+back exactly); with calibration text it is what least squares finds for each expert. Too small a factor costs more than
+too large a one: see `benchmarks/convert/output_scale.py`.
+
+The result is a Mixtral directory. Nothing is retrained: gate and up rows are the dense model's bits, and so are down's
+columns divided by the scale.
+
+F neurons, E experts, D embed.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.carve import clustering, router_init, svd
+from convert.carve.calibration import (
+    RIDGE_TOKENS,
+    SHARED_GATE,
+    CarvedStream,
+    LayerText,
+    activity,
+    distilled_router,
+    measure,
+    normal_equations,
+    output_scale,
+    ridge_solve,
+)
+from convert.command import Conversion, option
+from convert.streaming import Figures, Report, Run, Tensors, stream
+from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.checkpoints.writer import refuse_existing
+from nemoe_jax.errors import UserError
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import declare
+
+
+@dataclasses.dataclass(frozen=True)
+class CarveOptions:
+    """How a dense model is carved."""
+
+    experts: int = option(16, "experts per layer; must divide the FFN's neurons")
+    top_k: int = option(4, "experts chosen for each token")
+    layout: Literal["mixtral", "shared"] = option(
+        "mixtral",
+        "mixtral: opens in transformers, vLLM and llama.cpp; shared: NekoMind's layout, where the most active neurons "
+        "are a shared expert that every token uses, and first layers may stay dense",
+    )
+    shared_ffn: int = option(0, "shared: neurons of the shared expert; 0 takes FFN neurons / experts")
+    keep_dense: int = option(0, "shared: how many first layers stay as they are")
+    partition: Literal["gate-kmeans", "contiguous"] = option(
+        "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbours (a baseline)"
+    )
+    router: Literal["auto", "gate-mean", "distilled", "random"] = option(
+        "auto",
+        "router rows: orthonormalised mean gate rows (auto without calibration), trained to find the experts with the "
+        "largest outputs (auto with it), or random orthonormal ones (a baseline)",
+    )
+    svd: Literal["exact", "randomized", "gram"] = option(
+        "randomized",
+        "how the gate rows' subspace is found: exact takes minutes for a layer of the 12B, randomized and gram (the "
+        "eigenvectors of a product) seconds",
+    )
+    rank: int = option(64, "dimensions of that subspace")
+    logit_std: float = option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
+    output_scale: float = option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
+    calibration: tuple[str, ...] = option(
+        (), "text files, directories or globs: distil the router, fit the output scales, refit `down`"
+    )
+    calibration_tokens: int = option(131072, "tokens of it to use; more is better")
+    refit: bool = option(True, "with calibration: leave the experts' weights as they are, but for the output scales")
+    refit_ridge: float = option(
+        0.0, "how strongly the refit holds to the dense `down`; 0 takes 2 · FFN neurons / tokens of calibration text"
+    )
+    seed: int = option(0, "seed of the k-means and of everything random")
+
+
+def carve(source: str | Path, destination: str | Path, options: CarveOptions, run: Run = Run()) -> Report:
+    """Carves a model directory into another; returns the manifest (see convert/streaming.py).
+
+    Raises:
+        UserError: not a dense model, experts that do not divide its FFN, bad options, existing destination.
+    """
+    checkpoint = Checkpoint(source)
+    config = carved_config(checkpoint.config, options, str(source))
+    refuse_existing(destination)  # before the calibration text is read
+    text = None
+    if options.calibration:
+        text = CarvedStream(checkpoint, options.calibration, options.calibration_tokens)
+
+    def layer(number: int) -> tuple[Tensors, Figures]:
+        if number < config.dense_layers:
+            return {}, {}
+        dense = _dense_ffn(checkpoint, number)
+        key = jax.random.fold_in(jax.random.key(options.seed), number)
+        norm_D = jnp.asarray(
+            checkpoint.finite(declare(checkpoint.config)["blocks"]["dense"]["ffn_norm"].key_of(number))
+        )
+        texts = None if text is None else text.enter(number)
+        shared_S = _most_active(dense, texts and texts[0], config.shared_ffn)
+        members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D, options, key, shared_S)
+        label_F = jnp.full(len(dense["gate"]), options.experts).at[members_EF].set(jnp.arange(options.experts)[:, None])
+        if texts is None:
+            scale_G = np.full(options.experts + 1, options.output_scale or data_free_scale(options), np.float32)
+            scale_G[-1] = 1 / SHARED_GATE
+            down_DF, factor_F = dense["down"], scale_G[label_F]
+            figures: Figures = {}
+        else:
+            router_ED, scale_G, down_DF, figures = _calibrated(*texts, label_F, router_ED, options)
+            factor_F = np.ones(len(label_F), np.float32)
+        figures = _figures(router_ED, scale_G[: options.experts]) | figures
+        tensors = _assemble(config, number, dense | {"down": down_DF}, np.asarray(members_EF), shared_S, factor_F)
+        router = declare(config)["blocks"]["moe"]["ffn"]["router"].key_of(number)
+        return {router: np.asarray(router_ED), **tensors}, figures
+
+    return stream(
+        checkpoint,
+        destination,
+        config,
+        layer,
+        {"command": "carve", **dataclasses.asdict(options)},
+        run=run,
+        finished=None if text is None else lambda number, tensors: text.leave(number, config, tensors),
+        summary=None if text is None else text.losses,
+    )
+
+
+def _dense_ffn(checkpoint: Checkpoint, layer: int) -> Tensors:
+    """gate, up (F, D) and down (D, F) as they lie on disk.
+
+    Raises:
+        UserError: NaN or infinity among them, which would take the clustering and the fits with it.
+    """
+    specs = declare(checkpoint.config)["blocks"]["dense"]["ffn"]
+    return {name: checkpoint.finite(spec.key_of(layer)) for name, spec in specs.items()}
+
+
+def _most_active(dense: Tensors, text: LayerText | None, neurons: int) -> np.ndarray:
+    """The neurons of the shared expert, ascending: those with the largest outputs, on text or by their weights."""
+    if not neurons:
+        return np.empty(0, np.int64)
+    if text is None:
+        up, down = (jnp.asarray(dense[name], jnp.float32) for name in ("up", "down"))
+        size_F = clustering.neuron_weights(up, down.T)
+    else:
+        size_F = activity(text)
+    return np.sort(np.argsort(-np.asarray(size_F), kind="stable")[:neurons])
+
+
+def _calibrated(
+    fitted: LayerText, held_out: LayerText, label_F: jax.Array, router_ED: jax.Array, options: CarveOptions
+) -> tuple[jax.Array, np.ndarray, np.ndarray, Figures]:
+    """Router (E, D), the output scale of each expert and of the shared one (E + 1,), `down` (D, F), and figures."""
+    if options.router in ("auto", "distilled"):
+        router_ED = distilled_router(fitted, label_F, options.experts, options.top_k, options.logit_std)
+    gram_FF, moment_FD = normal_equations(fitted, label_F, router_ED, options.top_k)
+    scale_G = output_scale(gram_FF, moment_FD, fitted.ffn["down"], label_F, options.experts + 1)
+    down_FD = fitted.ffn["down"] * scale_G[label_F][:, None]
+    if options.refit:
+        ridge = options.refit_ridge or RIDGE_TOKENS * len(down_FD) / fitted.tokens
+        down_FD = ridge_solve(gram_FF, moment_FD, ridge, down_FD)
+    figures = measure(held_out, label_F, router_ED, down_FD, options.top_k)
+    return router_ED, np.asarray(scale_G), np.asarray(down_FD.T), figures
+
+
+def _assemble(
+    config: ModelConfig, layer: int, dense: Tensors, members_EF: np.ndarray, shared_S: np.ndarray, factor_F: np.ndarray
+) -> Tensors:
+    """The layer's experts by checkpoint keys, `down` times each neuron's factor."""
+    ffn = declare(config)["blocks"]["moe"]["ffn"]
+    tensors = {}
+    groups = [(ffn, expert, members) for expert, members in enumerate(members_EF)]
+    if len(shared_S):
+        groups.append((ffn["shared"], 0, shared_S))
+        tensors[ffn["shared_gate"].key_of(layer)] = np.zeros((1, config.hidden), np.float32)  # SHARED_GATE, always
+    for specs, expert, members in groups:
+        tensors[specs["gate"].key_of(layer, expert)] = dense["gate"][members]
+        tensors[specs["up"].key_of(layer, expert)] = dense["up"][members]
+        down_DF = dense["down"][:, members].astype(np.float32) * factor_F[members]
+        tensors[specs["down"].key_of(layer, expert)] = down_DF.astype(dense["up"].dtype)
+    return tensors
+
+
+def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> ModelConfig:
+    """The shape of the result.
+
+    Raises:
+        UserError: the source is no dense model, or the options do not fit it.
+    """
+    if dense.experts:
+        raise UserError(f"{source}: has {dense.experts} experts already; carve wants a dense model")
+    if options.layout == "mixtral" and (options.shared_ffn or options.keep_dense):
+        raise UserError("--shared-ffn and --keep-dense: Mixtral's layout cannot express them; --layout shared can")
+    shared = 0
+    if options.layout == "shared":
+        shared = options.shared_ffn or dense.ffn // max(options.experts, 1)
+        if not 0 < shared < dense.ffn:
+            raise UserError(
+                f"--shared-ffn: wanted 1 to {dense.ffn - 1} of {source}'s neurons, got {options.shared_ffn}"
+            )
+        if not 0 <= options.keep_dense < dense.layers:
+            raise UserError(f"--keep-dense: wanted 0 to {dense.layers - 1}, got {options.keep_dense}")
+    if options.experts < 1 or (dense.ffn - shared) % options.experts:
+        left = f"{dense.ffn - shared} of the {dense.ffn}" if shared else str(dense.ffn)
+        raise UserError(f"{source}: {left} FFN neurons do not divide into --experts {options.experts}")
+    if not 1 <= options.top_k <= options.experts:
+        raise UserError(f"--top-k: wanted 1 to --experts {options.experts}, got {options.top_k}")
+    if options.output_scale < 0:
+        raise UserError(f"--output-scale: wanted a positive number, or 0 to choose it, got {options.output_scale}")
+    if options.calibration and options.output_scale:
+        raise UserError("--output-scale and --calibration both set the scale; give one of them")
+    if options.router == "distilled" and not options.calibration:
+        raise UserError("--router distilled: wants --calibration text")
+    if not options.refit_ridge >= 0:
+        raise UserError(f"--refit-ridge: wanted a positive number, or 0 to choose it, got {options.refit_ridge}")
+    return dense.replace(
+        family="nekomind" if shared else "mixtral",
+        ffn=dense.ffn if options.keep_dense else 0,
+        dense_layers=options.keep_dense,
+        experts=options.experts,
+        top_k=options.top_k,
+        expert_ffn=(dense.ffn - shared) // options.experts,
+        shared_ffn=shared,
+    )
+
+
+def data_free_scale(options: CarveOptions) -> float:
+    """The power of two next to √(top_k · experts), the lower of two that are equally near."""
+    return 2.0 ** math.ceil(math.log2(options.top_k * options.experts) / 2 - 0.5)
+
+
+def choose(
+    gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array, shared_S: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """Each expert's neurons, (E, (F - S)/E) int32, and the router, (E, D) float32, from the weights alone.
+
+    Args:
+        shared_S: neurons that no expert gets.
+    """
+    if not len(shared_S):
+        return _choose_among(gate_FD.astype(jnp.float32), norm_D, options, key)
+    rest_F = np.setdiff1d(np.arange(len(gate_FD)), shared_S)
+    members_EF, router_ED = _choose_among(gate_FD[rest_F].astype(jnp.float32), norm_D, options, key)
+    return jnp.asarray(rest_F)[members_EF], router_ED
+
+
+def _choose_among(
+    gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    neurons, hidden = gate_FD.shape
+    svd_key, cluster_key, router_key = jax.random.split(key, 3)
+    if options.partition == "contiguous":
+        members_EF = clustering.contiguous(neurons, options.experts)
+    else:
+        folded_FD = gate_FD * norm_D
+        subspace_DR, _ = svd.right_subspace(folded_FD, min(options.rank, neurons, hidden), options.svd, svd_key)
+        members_EF = clustering.balanced_kmeans(
+            clustering.neuron_features(folded_FD, subspace_DR), options.experts, cluster_key
+        )
+    temperature = router_init.default_temperature(norm_D, options.logit_std)
+    if options.router == "random":
+        return members_EF, router_init.random_orthogonal_router(router_key, options.experts, hidden, temperature)
+    return members_EF, router_init.polar_router(router_init.expert_directions(gate_FD, members_EF), temperature)
+
+
+def _figures(router_ED: jax.Array, scale_E: np.ndarray) -> Figures:
+    gram_EE = np.asarray(router_ED @ router_ED.T)
+    square = max(float(np.trace(gram_EE)) / len(gram_EE), float(np.finfo(np.float32).tiny))
+    return {
+        "router_temperature": square**0.5,
+        "router_orthogonality_error": float(np.abs(gram_EE / square - np.eye(len(gram_EE))).max()),
+        "output_scale": [float(scale) for scale in scale_E],
+    }
+
+
+def _summary(manifest: Report) -> Figures:
+    layers = manifest["layers"]
+    scales = [scale for layer in layers for scale in layer["output_scale"]]
+    return {
+        "experts": manifest["options"]["experts"],
+        "top_k": manifest["options"]["top_k"],
+        "expert_ffn": manifest["result"]["expert_ffn"],
+        "layers": len(layers),
+        "router_orthogonality_error": max(layer["router_orthogonality_error"] for layer in layers),
+        "output_scale_min": min(scales),
+        "output_scale_max": max(scales),
+    }
+
+
+CARVE = Conversion(
+    "carve",
+    carve,
+    CarveOptions,
+    "deal a dense model's FFN neurons out to experts and make a router that finds them",
+    "Any dense Mistral- or Llama-shaped directory becomes a Mixtral directory of that size; no data is needed.",
+    _summary,
+    source_help="dense model directory",
+)

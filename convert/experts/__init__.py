@@ -1,0 +1,1 @@
+"""MoE models with more or fewer experts, and their routers."""

@@ -1,0 +1,273 @@
+"""Prune: every MoE layer keeps its most useful experts; the others are dropped with their router rows.
+
+Nothing else changes, and nothing has to be rescaled: a softmax over the chosen logits is normalised anew by itself, and
+so is one over all experts. The pruned model is the source with the dropped experts' logits at −∞.
+
+Which experts are useful shows on calibration text, in one pass of the unpruned model with one layer in memory:
+
+reap        An expert's score is the mean, over the tokens that are routed to it, of routing weight × ‖output‖: what the
+            layer's output loses with it (Lasby et al., REAP the Experts, 2025, arXiv 2510.13999). An expert that no
+            token chose scores 0.
+frequency   The score is the share of all choices that went to the expert; the usual baseline.
+exhaustive  The subset whose layer output is nearest to the unpruned one's, in squares (Lu et al., Not All Experts are
+            Equal, 2024, arXiv 2402.14800). With token t's Gram matrix of the experts' outputs, G_t = [⟨f_e, f_e'⟩], and
+            the change d_t of its routing weights, that is Σ_t d_tᵀ G_t d_t: experts run once, whatever the number of
+            subsets. Every other choice is measured in the same way, for the record.
+
+B batch, T tokens (or sequence), D embed, F expert_ffn, E experts, S subsets.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.command import Conversion, option
+from convert.experts.outputs import einsum, expert_products, moe_layers, routing, routing_within
+from convert.layerwise import LayerStream, calibration_batches
+from convert.streaming import Figures, Report, Run, Tensors, stream
+from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.checkpoints.writer import refuse_existing
+from nemoe_jax.errors import UserError
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import declare
+from nemoe_jax.text.tokenizers.base import read_json
+from nemoe_jax.utils.command import progress_bar
+
+ERROR_TOKENS = 2048  # evenly spaced ones on which subsets are compared
+MOST_SUBSETS = 200_000
+SUBSETS_AT_ONCE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneOptions:
+    """Which experts are dropped."""
+
+    experts: int = option(dataclasses.MISSING, "experts per layer that are kept; at least top-k")
+    calibration: tuple[str, ...] = option((), "text files, directories or globs on which experts show their use")
+    method: Literal["reap", "exhaustive", "frequency"] = option(
+        "reap",
+        "reap: drop the experts with the least mean routing weight × output norm; exhaustive: try all subsets, keep "
+        "the one with the least error of the layer's output; frequency: drop the least often chosen (a baseline)",
+    )
+    calibration_tokens: int = option(16384, "tokens of the text to use; 131072 or more for the 12B")
+    choices: str = option(
+        "",
+        "instead of calibration: conversion.json of an earlier run on this model; the experts that it kept, or those "
+        "of its highest scores where another number is asked for",
+        "FILE",
+    )
+
+
+def prune(source: str | Path, destination: str | Path, options: PruneOptions, run: Run = Run()) -> Report:
+    """Prunes a mixture's directory into another; returns the manifest (see convert/streaming.py).
+
+    A run that goes on after an interruption finds its choices again from the same text.
+
+    Raises:
+        UserError: not a mixture, bad options, no text, existing destination.
+    """
+    checkpoint = Checkpoint(source)
+    config = pruned_config(checkpoint.config, options, str(source))
+    refuse_existing(destination)  # before the text is read
+    if options.choices:
+        choices = earlier_choices(Path(options.choices), checkpoint.config, config.experts)
+    else:
+        batches = calibration_batches(checkpoint, options.calibration, options.calibration_tokens)
+        if run.dry_run:  # any experts do for the plan
+            choices = {number: {"kept": list(range(config.experts))} for number in moe_layers(config)}
+        else:
+            choices = choose_experts(checkpoint, batches, config.experts, options.method)
+    specs = declare(config)["blocks"]["moe"]["ffn"]
+
+    def layer(number: int) -> tuple[Tensors, Figures]:
+        if number not in choices:
+            return {}, {}
+        kept = choices[number]["kept"]
+        router = specs["router"].key_of(number)
+        tensors = {router: checkpoint.view(router)[kept]}
+        for name, (new, old) in itertools.product(("gate", "up", "down"), enumerate(kept)):
+            tensors[specs[name].key_of(number, new)] = checkpoint.view(specs[name].key_of(number, old))
+        return tensors, choices[number]
+
+    return stream(
+        checkpoint, destination, config, layer, {"command": "prune-experts", **dataclasses.asdict(options)}, run=run
+    )
+
+
+def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> ModelConfig:
+    """The shape of the result.
+
+    Raises:
+        UserError: the source is no mixture, or the options do not fit it.
+    """
+    if not old.experts:
+        raise UserError(f"{source}: a dense model; prune-experts wants a mixture")
+    if bool(options.choices) == bool(options.calibration):
+        raise UserError("prune-experts: wanted either --calibration text or --choices of an earlier run")
+    if not old.top_k <= options.experts < old.experts:
+        raise UserError(
+            f"--experts: wanted {old.top_k} (top-k) to {old.experts - 1} of the {old.experts} experts of {source}, "
+            f"got {options.experts}"
+        )
+    subsets = math.comb(old.experts, options.experts)
+    if options.method == "exhaustive" and subsets > MOST_SUBSETS:
+        raise UserError(
+            f"--method exhaustive: {old.experts} experts have {subsets:,} subsets of {options.experts}, more than "
+            f"{MOST_SUBSETS:,}; use --method reap"
+        )
+    return old.replace(experts=options.experts)
+
+
+def earlier_choices(manifest: Path, source: ModelConfig, experts: int) -> dict[int, Figures]:
+    """What `choose_experts` returns, from the manifest of an earlier run.
+
+    Where that run kept as many experts, the same ones (whatever its method was), else those of the highest scores.
+
+    Raises:
+        UserError: no such file, or no scores for the experts of these layers in it.
+    """
+    rows = {row.get("layer"): row for row in read_json(manifest).get("layers", []) if isinstance(row, dict)}
+    choices = {}
+    for layer in moe_layers(source):
+        row = rows.get(layer, {})
+        scores = row.get("scores")
+        if not isinstance(scores, list) or not all(isinstance(score, (int, float)) for score in scores):
+            raise UserError(f"{manifest}: wanted the scores of layer {layer}'s experts, got {scores!r:.60}")
+        if len(scores) != source.experts:
+            raise UserError(f"{manifest}: layer {layer}: wanted {source.experts} scores, got {len(scores)}")
+        kept = [expert for expert in range(source.experts) if expert in (row.get("kept") or ())]
+        if len(kept) != experts:
+            kept = sorted(np.argsort(-np.array(scores), kind="stable")[:experts].tolist())
+        choices[layer] = {"kept": kept, "scores": scores}
+    return choices
+
+
+def choose_experts(
+    source: Checkpoint, batches: Sequence[np.ndarray], experts: int, method: str = "reap"
+) -> dict[int, Figures]:
+    """{MoE layer: which experts it keeps, in order, all experts' scores, the dropped ones' share of them, the error}.
+
+    Args:
+        batches: tokens (B, T + 1), int32, as `calibration_batches` gives.
+    """
+    layers = LayerStream(source)
+    config = source.config
+    streams = [layers.embed(tokens_BS[:, :-1]) for tokens_BS in batches]
+    choices = {}
+    with progress_bar() as bar:
+        for layer in bar.track(range(config.layers), description="scoring experts"):
+            weights = layers.weights(layer)
+            text = []
+            for number, x_BTD in enumerate(streams):
+                middle_BTD, normed_BTD = layers.attend(layer, weights, x_BTD)
+                streams[number] = middle_BTD + layers.feed_forward(layer, weights, normed_BTD)
+                if "router" in weights["ffn"]:
+                    text.append(expert_products(weights["ffn"], normed_BTD))
+                # one program at a time: on several CPU devices, programs that communicate starve one another
+                jax.block_until_ready((streams[number], text[-1:]))
+            if text:
+                choices[layer] = _choose(config, text, experts, method)
+    return choices
+
+
+def _choose(
+    config: ModelConfig, text: Sequence[tuple[jax.Array, jax.Array]], experts: int, method: str
+) -> dict[str, Any]:
+    """A layer's figures from the (logits, Gram matrices) of each batch."""
+    sums = [use_of_experts(config, logits_TE, gram_TEE) for logits_TE, gram_TEE in text]
+    output_E, chosen_E = (np.sum([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True))
+    score_E = chosen_E / chosen_E.sum() if method == "frequency" else output_E / np.maximum(chosen_E, 1)
+    per_batch = -(-ERROR_TOKENS // len(text))
+    logits_TE, gram_TEE = (
+        jnp.concatenate([_spaced(part, per_batch) for part in parts]) for parts in zip(*text, strict=True)
+    )
+    if method == "exhaustive":
+        subsets_SC = np.array(list(itertools.combinations(range(config.experts), experts)))
+    else:
+        subsets_SC = np.sort(np.argsort(-score_E, kind="stable")[:experts])[None]
+    error_S = subset_errors(config, logits_TE, gram_TEE, subsets_SC)
+    best = int(np.argmin(error_S))
+    kept = subsets_SC[best].tolist()
+    return {
+        "kept": kept,
+        "scores": score_E.tolist(),
+        "dropped_share": float(1 - score_E[kept].sum() / max(score_E.sum(), np.finfo(np.float32).tiny)),
+        "layer_error": float(error_S[best]),
+    }
+
+
+def _spaced(array: jax.Array, rows: int) -> np.ndarray:
+    """At most `rows` evenly spaced rows."""
+    return np.asarray(array)[np.linspace(0, len(array) - 1, min(rows, len(array))).astype(int)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def use_of_experts(config: ModelConfig, logits_TE: jax.Array, gram_TEE: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over tokens, (E,) each: routing weight × ‖output‖, and how often each expert was chosen."""
+    weights_TE, chosen_TE = routing(config, logits_TE)
+    norm_TE = jnp.sqrt(jnp.diagonal(gram_TEE, axis1=1, axis2=2))
+    return jnp.sum(weights_TE * norm_TE, axis=0), jnp.sum(chosen_TE, axis=0)
+
+
+def subset_errors(config: ModelConfig, logits_TE: jax.Array, gram_TEE: jax.Array, subsets_SC: np.ndarray) -> np.ndarray:
+    """Squared error (S,) of the experts' summed output where only a subset is left, relative to that of all of them.
+
+    Args:
+        subsets_SC: the experts of each subset.
+    """
+    member_SE = np.zeros((len(subsets_SC), config.experts), bool)
+    np.put_along_axis(member_SE, subsets_SC, True, axis=1)
+    return np.asarray(_subset_errors(config, logits_TE, gram_TEE, member_SE))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _subset_errors(config, logits_TE, gram_TEE, member_SE):
+    whole_TE, _ = routing(config, logits_TE)
+
+    def squared(weights_TES):
+        return jnp.sum(einsum("TEG,TGS->TES", gram_TEE, weights_TES) * weights_TES, axis=(0, 1))
+
+    def errors(member_SE):
+        weights_TES, _ = routing_within(config, logits_TE, member_SE.T)
+        return squared(weights_TES - whole_TE[..., None])
+
+    subsets = len(member_SE)
+    size = min(subsets, SUBSETS_AT_ONCE)
+    chunks = -(-subsets // size)
+    padded_SE = jnp.pad(member_SE, ((0, chunks * size - subsets), (0, 0)), constant_values=True)
+    error_S = jax.lax.map(errors, padded_SE.reshape(chunks, size, -1)).reshape(-1)[:subsets]
+    return error_S / squared(whole_TE[..., None])
+
+
+def _summary(manifest: Report) -> Figures:
+    layers = [figures for figures in manifest["layers"] if "kept" in figures]
+
+    def mean(name: str) -> float:
+        return float(np.mean([figures[name] for figures in layers]))
+
+    return {
+        **{name: manifest["result"][name] for name in ("experts", "top_k")},
+        "moe_layers": len(layers),
+        **{f"{name}_mean": mean(name) for name in ("dropped_share", "layer_error") if name in layers[0]},
+    }
+
+
+PRUNE = Conversion(
+    "prune-experts",
+    prune,
+    PruneOptions,
+    "keep the most useful experts of every MoE layer and drop the others",
+    "One pass over calibration text with one layer in memory finds them; the rest is nearly a file copy. Scores, kept\n"
+    "experts and each layer's error (of the experts' summed output, in squares, relative) are in the manifest.\n"
+    "`relay` may recover part of what it costs.",
+    _summary,
+    source_help="directory of a mixture",
+)

@@ -1,0 +1,270 @@
+"""Relay: a mixture's routers are recalibrated to a teacher; every other weight stays as it is.
+
+A pruned mixture still routes as if the dropped experts were there. The teacher is the mixture before pruning, or the
+dense model that it was carved from. Two ways, one after the other if both are asked for:
+
+ridge   Layer by layer, each brought nearer to the teacher's on what the relayed layers before it give: ridge
+        regressions of the router's change from cached products of the experts' outputs (ridge_router.py).
+distil  The whole model: Adam on the routers alone, for KL(teacher ‖ model) of the next token (Hyeon and Do, 2026, arXiv
+        2603.02217, Router KD). Adam moves every weight by about its learning rate, so that is a share of each router's
+        own deviation: a carved router's may be 1e-5.
+
+The last tenth of the text is held out. Of the change found, all is taken if the model's loss there falls, else a half,
+a quarter or an eighth of it, else that of single layers; what does not lower the loss is left. Routers are judged as
+they will be stored, rounded to the checkpoint's dtype.
+
+B batch, T tokens (or sequence), D embed, E experts, L MoE layers, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from convert.command import Conversion, option
+from convert.experts.router_ridge import ridge_routers
+from convert.layerwise import calibration_batches, fitted_batches
+from convert.streaming import Figures, Report, Run, Tensors, stream
+from nemoe_jax.checkpoints import pretrained
+from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.checkpoints.writer import refuse_existing
+from nemoe_jax.errors import UserError
+from nemoe_jax.model.transformer import forward
+from nemoe_jax.spec import sharding
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import Tree, declare
+from nemoe_jax.utils.command import progress_bar
+
+SHARES = (1.0, 0.5, 0.25, 0.125)  # of a change, tried in this order
+
+_ADAM = optax.scale_by_adam()
+
+
+@dataclasses.dataclass(frozen=True)
+class RelayOptions:
+    """How routers are recalibrated."""
+
+    teacher: str = option(
+        dataclasses.MISSING, "model directory of the same vocabulary: the unpruned mixture or the dense model", "DIR"
+    )
+    calibration: tuple[str, ...] = option(dataclasses.MISSING, "text files, directories or globs")
+    method: Literal["distil", "ridge", "both"] = option(
+        "distil",
+        "distil: gradient steps on all routers towards the teacher's next-token distribution; ridge: layer by layer "
+        "towards the teacher's layer outputs (a teacher with the same layers); both: ridge, then distil",
+    )
+    calibration_tokens: int = option(65536, "tokens of the text to use; the last tenth judges")
+    steps: int = option(200, "distil: gradient steps, one batch of 8 windows each")
+    learning_rate: float = option(0.1, "distil: Adam's first, as a share of each router's deviation; falls to 0", "X")
+    ridge: float = option(0.1, "ridge: how strongly the old router is held to", "X")
+    mesh: str = option("", "devices as axes, such as fsdp=4,expert=2; both models lie on them (default: one)", "MESH")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype to compute in; routers are float32 always")
+
+
+def relay(source: str | Path, destination: str | Path, options: RelayOptions, run: Run = Run()) -> Report:
+    """Writes the mixture `source` with recalibrated routers; returns the manifest (see convert/streaming.py).
+
+    Raises:
+        UserError: not a mixture, a teacher that does not fit it, bad options, no text, existing destination.
+    """
+    student, teacher = Checkpoint(source), Checkpoint(options.teacher)
+    config = student.config
+    _refuse_misfits(config, teacher.config, options, str(source))
+    refuse_existing(destination)  # before the text is read
+    batches = calibration_batches(student, options.calibration, options.calibration_tokens)
+    fitted_batches(batches)  # enough of them
+    old_LDE = stored_routers(student)
+    # a dry run is about the files
+    new_LDE, figures = (old_LDE, {}) if run.dry_run else recalibrate(student, teacher, batches, options)
+    router = declare(config)["blocks"]["moe"]["ffn"]["router"]
+
+    def layer(number: int) -> tuple[Tensors, Figures]:
+        if number < config.dense_layers:
+            return {}, {}
+        old_DE, new_DE = old_LDE[number - config.dense_layers], new_LDE[number - config.dense_layers]
+        change = np.linalg.norm(new_DE - old_DE) / max(np.linalg.norm(old_DE), np.finfo(np.float32).tiny)
+        return {router.key_of(number): router.to_torch(new_DE)}, {"router_change": float(change)}
+
+    state = {
+        "command": "relay",
+        **dataclasses.asdict(options),
+        # an interrupted run goes on only if it finds the same routers again
+        "routers_sha256": hashlib.sha256(new_LDE.tobytes()).hexdigest(),
+    }
+    return stream(student, destination, config, layer, state, run=run, summary=lambda: figures)
+
+
+def _refuse_misfits(student: ModelConfig, teacher: ModelConfig, options: RelayOptions, source: str) -> None:
+    if not student.experts:
+        raise UserError(f"{source}: a dense model; relay wants a mixture")
+    if teacher.vocab != student.vocab:
+        raise UserError(f"{options.teacher}: wanted the vocabulary of {source}, {student.vocab}, got {teacher.vocab}")
+    if options.method != "distil":
+        for name in ("layers", "hidden"):
+            wanted, got = getattr(student, name), getattr(teacher, name)
+            if wanted != got:
+                raise UserError(
+                    f"{options.teacher}: --method {options.method} wants a teacher with {name} = {wanted} like "
+                    f"{source}, got {got}; --method distil takes it"
+                )
+    for name in ("steps", "learning_rate", "ridge"):
+        if not getattr(options, name) > 0:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: wanted a positive number, got {getattr(options, name)}")
+
+
+def stored_routers(source: Checkpoint) -> np.ndarray:
+    """All routers of a checkpoint, (L, D, E) float32."""
+    spec = declare(source.config)["blocks"]["moe"]["ffn"]["router"]
+    return np.stack([np.asarray(source.view(key), np.float32).T for _, key in spec.tensors()])
+
+
+def recalibrate(
+    student: Checkpoint, teacher: Checkpoint, batches: Sequence[np.ndarray], options: RelayOptions
+) -> tuple[np.ndarray, Figures]:
+    """Routers (L, D, E), float32 values of the checkpoint's dtype, and figures for the manifest.
+
+    Args:
+        batches: tokens (B, T + 1), int32; the last tenth is held out.
+    """
+    fitted = fitted_batches(batches)
+    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh)) if options.mesh else None
+    models = [
+        pretrained.load(model.directory, mesh=mesh, dtype=options.dtype, progress=True) for model in (student, teacher)
+    ]
+
+    def held_out_loss(model: tuple[ModelConfig, Tree]) -> float:
+        with _on(mesh):
+            losses = [_loss(model[0], model[1], tokens_BS) for tokens_BS in batches[fitted:]]
+        return float(np.mean([np.asarray(loss) for loss in losses]))
+
+    def loss_with(routers_LDE: np.ndarray) -> float:
+        config, params = models[0]
+        return held_out_loss((config, with_routers(params, jnp.asarray(routers_LDE))))
+
+    old_LDE = routers_LDE = stored_routers(student)
+    before = best = loss_with(old_LDE)
+    dtype = jnp.dtype(student.config.dtype)
+    if options.method != "distil":
+        candidate_LDE = ridge_routers(student, teacher, batches[:fitted], routers_LDE, options.ridge)
+        routers_LDE, best = keep_what_helps(routers_LDE, candidate_LDE, loss_with, best, dtype)
+    if options.method != "ridge":
+        with _on(mesh):
+            candidate_LDE = distilled_routers(
+                models[0], models[1], batches[:fitted], routers_LDE, options.steps, options.learning_rate
+            )
+        routers_LDE, best = keep_what_helps(routers_LDE, candidate_LDE, loss_with, best, dtype)
+    return routers_LDE, {
+        "held_out_tokens": sum(tokens_BS[:, 1:].size for tokens_BS in batches[fitted:]),
+        "held_out_loss_teacher": held_out_loss(models[1]),
+        "held_out_loss_before": before,
+        "held_out_loss_after": best,
+        "moe_layers": len(old_LDE),
+        "kept": int((routers_LDE != old_LDE).any((1, 2)).sum()),
+    }
+
+
+def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+
+
+def keep_what_helps(
+    old_LDE: np.ndarray, new_LDE: np.ndarray, loss_of: Callable[[np.ndarray], float], best: float, dtype: np.dtype
+) -> tuple[np.ndarray, float]:
+    """Routers between old and new with a lower loss than `best`, the old ones', and that loss.
+
+    The first share of the whole change that lowers it; if there is none, whatever single layers' changes do.
+    """
+
+    def between(share: float) -> np.ndarray:
+        return (old_LDE + share * (new_LDE - old_LDE)).astype(dtype).astype(np.float32)
+
+    for share in SHARES:
+        if (loss := loss_of(between(share))) < best:
+            return between(share), loss
+    kept_LDE = old_LDE
+    for layer in range(len(old_LDE)):
+        trial_LDE = kept_LDE.copy()
+        trial_LDE[layer] = between(SHARES[0])[layer]
+        if (loss := loss_of(trial_LDE)) < best:
+            kept_LDE, best = trial_LDE, loss
+    return kept_LDE, best
+
+
+def with_routers(params: Tree, routers_LDE: jax.Array) -> Tree:
+    """The parameters with other routers."""
+    moe = params["blocks"]["moe"]
+    moe = moe | {"ffn": moe["ffn"] | {"router": routers_LDE}}
+    return params | {"blocks": params["blocks"] | {"moe": moe}}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(config: ModelConfig, params: Tree, tokens_BS: jax.Array) -> jax.Array:
+    """Mean next-token loss, nats."""
+    logits_BTV = forward(config, params, tokens_BS[:, :-1]).logits
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BS[:, 1:]).mean()
+
+
+def distilled_routers(
+    student: tuple[ModelConfig, Tree],
+    teacher: tuple[ModelConfig, Tree],
+    batches: Sequence[np.ndarray],
+    old_LDE: np.ndarray,
+    steps: int,
+    learning_rate: float,
+) -> np.ndarray:
+    """Routers (L, D, E) after gradient steps towards the teacher's next-token distribution, from the old ones.
+
+    Adam works on the change in units of each router's deviation over the experts (what all rows share has no effect).
+    """
+    deviation_L11 = jnp.sqrt(jnp.mean((old_LDE - old_LDE.mean(-1, keepdims=True)) ** 2, axis=(1, 2), keepdims=True))
+    change_LDE = jnp.zeros(old_LDE.shape)
+    state = _ADAM.init(change_LDE)
+    rate = optax.cosine_decay_schedule(learning_rate, steps)
+    with progress_bar() as bar:
+        for number in bar.track(range(steps), description="distilling routers"):
+            tokens_BT = batches[number % len(batches)][:, :-1]
+            change_LDE, state = _distil_step(
+                *student, *teacher, old_LDE, deviation_L11, change_LDE, state, tokens_BT, rate(number)
+            )
+    return np.asarray(old_LDE + deviation_L11 * change_LDE)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=(6, 7))
+def _distil_step(config, params, teacher_config, teacher, old_LDE, deviation_L11, change_LDE, state, tokens_BT, rate):
+    """The change and Adam's state after a step for KL(teacher ‖ student)."""
+    log_p_BTV = jax.nn.log_softmax(forward(teacher_config, teacher, tokens_BT).logits)
+
+    def divergence(change_LDE):
+        routed = with_routers(params, old_LDE + deviation_L11 * change_LDE)
+        log_q_BTV = jax.nn.log_softmax(forward(config, routed, tokens_BT, remat=True).logits)
+        return jnp.mean(jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1))
+
+    updates, state = _ADAM.update(jax.grad(divergence)(change_LDE), state)
+    return change_LDE - rate * updates, state
+
+
+def _summary(manifest: Report) -> Figures:
+    figures = {name: value for name, value in manifest.items() if name.startswith("held_out")}
+    return {**figures, "relay": f"kept {manifest['kept']} of {manifest['moe_layers']} layers"}
+
+
+RELAY = Conversion(
+    "relay",
+    relay,
+    RelayOptions,
+    "recalibrate the routers of a mixture, as after prune-experts, to a teacher",
+    'Only what lowers the loss on the last tenth of the text is kept, and nothing but routers changes; "kept 0 of N\n'
+    'layers" says that nothing helped. Both models are in memory, in --dtype; ridge adds one layer of each.',
+    _summary,
+    source_help="directory of a mixture",
+)

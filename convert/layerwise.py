@@ -1,0 +1,182 @@
+"""A model run layer by layer over calibration text, with one layer's weights in memory at a time.
+
+    stream = LayerStream(checkpoint)
+    weights = stream.weights(layer)                       # the schema's tree of one block, float32
+    middle_BTD, normed_BTD = stream.attend(layer, weights, x_BTD)
+    after_BTD = middle_BTD + stream.feed_forward(layer, weights, normed_BTD)
+
+Whoever calibrates keeps the residual streams, one array for each batch, and decides what goes from layer to layer: the
+model's own FFN or what is to replace it. On several devices the batches are cut over all of them and the weights are on
+each.
+
+B batch, T sequence, D embed, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.errors import UserError
+from nemoe_jax.model.attention import Context
+from nemoe_jax.model.layers import NO_ADAPTERS, project, rms_norm
+from nemoe_jax.model.transformer import Block
+from nemoe_jax.spec import sharding
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
+from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
+from nemoe_jax.text.tokenizers.load import load_tokenizer
+
+SEQUENCE_LENGTH = 256
+BATCH = 8
+HELD_OUT = 10  # every tenth batch, and at least one
+
+Arrays = TypeVar("Arrays")
+
+
+def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
+    """Evenly spaced windows of `tokens` tokens in all, rounded up to whole batches: int32 (B, T + 1) each.
+
+    Raises:
+        UserError: no text, less of it than that, or no tokenizer in the source.
+    """
+    if tokens < 1:
+        raise UserError(f"--calibration-tokens: wanted a positive number, got {tokens}")
+    files, tokenizer = find_files(texts), load_tokenizer(source.directory)
+    stream = tokenize(files, tokenizer, "tokenising calibration text", source.config.vocab)
+    length = min(SEQUENCE_LENGTH, source.config.context)
+    batches = -(-tokens // (BATCH * length))
+    if len(stream) <= batches * BATCH * length:
+        raise UserError(
+            f"--calibration {' '.join(texts)}: wanted more than {batches * BATCH * length:,} tokens "
+            f"(--calibration-tokens {tokens}, in batches of {BATCH * length:,}), got {len(stream):,}"
+        )
+    return [tokens_BT for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
+
+
+def fitted_batches(batches: Sequence[np.ndarray]) -> int:
+    """How many of the batches are for fitting; the rest, the last tenth and at least one, is held out.
+
+    Raises:
+        UserError: a single batch, which cannot be both.
+    """
+    if len(batches) < 2:
+        raise UserError(
+            f"--calibration-tokens: wanted more than {batches[0][:, 1:].size:,}, for two batches, one of them held out"
+        )
+    return len(batches) - max(len(batches) // HELD_OUT, 1)
+
+
+def in_turn(results: Iterable[Arrays]) -> Iterator[Arrays]:
+    """The results of programs that add up over devices, each begun when the one before it has ended.
+
+    In flight together on several CPU devices they can wait for one another for ever: XLA orders the collectives of
+    programs that it compiled, but not of those that it read from the compilation cache.
+    """
+    return map(jax.block_until_ready, results)
+
+
+class LayerStream:
+    """The layers of a checkpoint as functions of residual streams, in float32."""
+
+    def __init__(self, source: Checkpoint):
+        self.source, self.config = source, source.config
+        devices = jax.local_devices()
+        devices = devices if BATCH % len(devices) == 0 else devices[:1]
+        self.mesh = sharding.make_mesh({"data": len(devices)}, devices)
+        self.cut, self.whole = (NamedSharding(self.mesh, place) for place in (PartitionSpec("data"), PartitionSpec()))
+
+    def embed(self, tokens_BT: np.ndarray) -> jax.Array:
+        """The residual stream before the first layer, (B, T, D)."""
+        table = self.source.view(declare(self.config)["embed"].key)
+        return jax.device_put(np.asarray(table[tokens_BT], np.float32), self.cut)
+
+    def weights(self, layer: int) -> Tree:
+        """One block's arrays, float32, without the axis of layers."""
+
+        return jax.device_put(block_weights(self.config, layer, self.source.view), self.whole)
+
+    def attend(self, layer: int, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(the stream after attention, what the FFN reads: its normalised copy)."""
+        with jax.set_mesh(self.mesh):  # each device runs its own sequences: without it they would gather one another's
+            return _attend(self.config, kind_of(self.config, layer), weights, x_BTD)
+
+    def feed_forward(self, layer: int, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
+        """What the FFN adds to the stream."""
+        with jax.set_mesh(self.mesh):
+            return feed_forward(self.config, kind_of(self.config, layer), weights, normed_BTD)
+
+    def loss(self, streams: Sequence[jax.Array], batches: Sequence[np.ndarray]) -> float:
+        """Mean next-token loss, nats, of residual streams that have passed the last layer."""
+        specs = declare(self.config)
+        head_VD = self.source.view(specs["embed" if self.config.tied else "head"].key)
+        norm_D = jax.device_put(np.asarray(self.source.view(specs["norm"].key), np.float32), self.whole)
+        head_VD = jax.device_put(np.asarray(head_VD), self.whole)
+        losses = in_turn(
+            _loss(self.config.norm_eps, norm_D, head_VD, x_BTD, jax.device_put(tokens[:, 1:], self.cut))
+            for x_BTD, tokens in zip(streams, batches, strict=True)
+        )
+        return float(np.mean([float(loss) for loss in losses]))
+
+
+def kind_of(config: ModelConfig, layer: int) -> str:
+    """Whether a layer is "dense" or "moe"."""
+    return next(run.kind for run in config.runs if run.first <= layer < run.first + run.layers)
+
+
+def block_weights(config: ModelConfig, layer: int, view: Callable[[str], np.ndarray]) -> Tree:
+    """One layer's arrays in the schema's layout, float32, from tensors by checkpoint key."""
+
+    def read(spec: ParamSpec) -> np.ndarray:
+        keys = [key for index, key in spec.tensors() if index[0] == layer - spec.first_layer]
+        tensors = [view(key).T if spec.transposed else view(key) for key in keys]
+        return np.stack([tensor.astype(np.float32) for tensor in tensors]).reshape(spec.shape[1:])
+
+    return unflatten(
+        {path: read(spec) for path, spec in leaves(declare(config)["blocks"][kind_of(config, layer)]).items()}
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _graph(config: ModelConfig, kind: str) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, declare(config)["blocks"][kind])))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    middle, normed, _ = nnx.merge(_graph(config, kind), weights).attend(
+        x_BTD, Context(positions, None, None), None, NO_ADAPTERS
+    )
+    return middle, normed
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def feed_forward(config: ModelConfig, kind: str, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
+    """What the FFN of a block with those weights adds to the stream, (B, T, D)."""
+    return nnx.merge(_graph(config, kind), weights).feed_forward(normed_BTD)[0]
+
+
+@jax.jit
+def hidden(ffn: Tree, x_BTD: jax.Array) -> jax.Array:
+    """What a dense FFN's `down` reads: silu(gate(x)) · up(x), (B, T, F)."""
+    return jax.nn.silu(project(x_BTD, ffn["gate"], 1, None)) * project(x_BTD, ffn["up"], 1, None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(eps: float, norm_D: jax.Array, head_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Mean loss of a batch; logits of one sequence at a time."""
+
+    def sequence(pair):
+        x_TD, targets_T = pair
+        logits_TV = jnp.einsum("TD,VD->TV", rms_norm(x_TD, norm_D, eps), head_VD.astype(jnp.float32))
+        picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits_TV, axis=-1) - picked_T)
+
+    return jax.lax.map(sequence, (x_BTD, targets_BT)).mean()

@@ -1,0 +1,245 @@
+"""The streaming engine that every conversion runs on: read a layer, transform it, write it.
+
+A conversion says what a layer of the result is made of that the source does not hold as it stands; everything else is
+copied, tensor by tensor. Memory holds two layers, whatever the model: layers are transformed in as many threads as
+there are devices, each on its own device, and at least in two, so that one is written while the next is computed. In a
+`jax.distributed` job every process takes its own layers. Conversions whose layers depend on one another (carving with
+calibration text) go one by one instead.
+
+The result grows in a directory beside the target and takes its name when complete; a job that was interrupted goes on
+after its last finished layer when it is started again with the same options.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.report import page
+from nemoe_jax.checkpoints.reader import HUGGING_FACE, Checkpoint, Layout, TensorRef, units
+from nemoe_jax.checkpoints.writer import KEPT, SHARD_BYTES, Writer, check_room, free_bytes, plan, refuse_existing
+from nemoe_jax.errors import UserError
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.utils.command import progress_bar
+
+MANIFEST = "conversion.json"
+REPORT = "conversion.html"
+MOST_THREADS = 8
+
+Tensors = dict[str, np.ndarray]  # {checkpoint key: tensor in the checkpoint's layout}
+Figures = dict[str, Any]
+Layer = Callable[[int], tuple[Tensors, Figures]]  # layer number -> its new tensors, and figures for the manifest
+Report = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a conversion runs, whatever it does."""
+
+    shard_bytes: int = SHARD_BYTES  # whole layers up to this size share a weight file
+    dry_run: bool = False  # plan, and time one layer; write nothing
+
+
+def stream(
+    source: Checkpoint,
+    destination: str | Path,
+    config: ModelConfig,
+    layer: Layer,
+    options: dict[str, Any],
+    *,
+    run: Run = Run(),
+    copy: Callable[[TensorRef], np.ndarray] | None = None,
+    finished: Callable[[int, Tensors], None] | None = None,
+    summary: Callable[[], Figures] | None = None,
+    layout: Layout = HUGGING_FACE,
+) -> Report:
+    """Writes the model directory `destination` of shape `config`; returns its manifest.
+
+    The manifest (conversion.json beside the weights; conversion.html shows it) holds the options, versions, the
+    source's SHA-256 sums and the figures of each layer. A dry run returns the plan instead and leaves nothing.
+
+    Args:
+        layer: makes a layer; called from several threads, in any order, unless `finished` is given.
+        options: the command and all that decides about the result.
+        copy: makes the tensors that `layer` does not; by default they are the source's of the same key.
+        finished: is shown each layer as it was written, in ascending order (those of an interrupted job, too), before
+            the next is made; layers then go one by one, in a single process.
+        summary: figures of the whole for the manifest, asked for at the end.
+        layout: of the destination.
+
+    Raises:
+        UserError: the destination exists, the source turns out bad (nothing is left behind then), no room on the disk.
+    """
+    by_unit = units(config)
+    take = copy or (lambda ref: source.view(ref.key))
+
+    def make(unit: int) -> tuple[Tensors, Figures]:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, by name, when it is written
+            tensors, figures = layer(unit - 1) if 1 <= unit <= config.layers else ({}, {})
+        return tensors | {ref.key: take(ref) for ref in by_unit[unit] if ref.key not in tensors}, figures
+
+    if run.dry_run:
+        return _dry_run(destination, config, make, options, run, layout, sequential=finished is not None)
+    if finished and jax.process_count() > 1:
+        raise UserError(f"{options['command']}: its layers depend on one another; run it in a single process")
+    state = {
+        "options": options,
+        "fingerprint": fingerprint(source),
+        "result": dataclasses.asdict(config),
+        "shard_bytes": run.shard_bytes,
+        "versions": versions(),
+    }
+    with (
+        resumable(),
+        Writer(destination, config, run.shard_bytes, state, layout) as writer,
+        Hashes(source) as hashes,
+        progress_bar() as bar,
+    ):
+        mine = [unit for unit in range(len(by_unit)) if unit % jax.process_count() == jax.process_index()]
+        task = bar.add_task(f"{options['command']} {source.directory.name}", total=len(mine))
+
+        def write(unit: int) -> None:
+            if unit not in writer.finished:
+                try:
+                    writer.write(unit, *make(unit))
+                except UserError as error:
+                    if type(error) is not UserError or str(source.directory) in str(error):
+                        raise
+                    raise UserError(f"{source.directory}: {error}") from error
+            bar.advance(task)
+
+        if finished:
+            for unit in mine:
+                write(unit)
+                if 1 <= unit <= config.layers:
+                    finished(unit - 1, writer.read(unit))
+        else:
+            _each_in_threads(write, mine)
+        writer.wait()
+        manifest = {
+            "options": options,
+            "source": {"name": source.directory.resolve().name, "sha256": hashes.result()},
+            "result": dataclasses.asdict(config),
+            "versions": versions(),
+            **(summary() if summary else {}),
+            "layers": [{"layer": unit - 1, **writer.finished[unit]} for unit in range(1, config.layers + 1)],
+        }
+        writer.finish(source.directory, {MANIFEST: json.dumps(manifest, indent=2) + "\n", REPORT: page(manifest)})
+    return manifest
+
+
+def _each_in_threads(write: Callable[[int], None], todo: list[int]) -> None:
+    """Calls `write` for each unit from a few threads, each with a device of its own; the first error stops all."""
+    devices = jax.local_devices()
+    threads = min(max(2, len(devices)), MOST_THREADS)
+
+    def on_device(unit: int) -> None:
+        with jax.default_device(devices[unit % len(devices)]):
+            write(unit)
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(on_device, unit) for unit in todo]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _dry_run(
+    destination: str | Path,
+    config: ModelConfig,
+    make: Callable[[int], Any],
+    options: Figures,
+    run: Run,
+    layout: Layout,
+    sequential: bool,
+) -> Report:
+    """What would be written, whether it fits, and how long a layer takes; nothing stays behind."""
+    refuse_existing(destination)
+    files = plan(config, run.shard_bytes, layout)
+    size = sum(file.size for file in files)
+    check_room(Path(destination), size)
+    started = time.monotonic()
+    make(1 if sequential else config.layers)
+    seconds = time.monotonic() - started
+    threads = 1 if sequential else len(jax.local_devices()) * jax.process_count()
+    return {
+        "dry_run": True,
+        "options": options,
+        "result": dataclasses.asdict(config),
+        "files": {file.name: file.size for file in files},
+        "bytes": size,
+        "free_bytes": free_bytes(Path(destination)),
+        "seconds_per_layer": seconds,  # of one that had to be compiled
+        "seconds": seconds * config.layers / threads,  # without the writing
+        "layers": [],
+    }
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Tells whoever interrupts a conversion how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(KEPT) from None
+
+
+class Hashes:
+    """SHA-256 of config.json and of every weight file, computed beside the conversion; in the first process alone."""
+
+    def __init__(self, source: Checkpoint):
+        self._paths = [source.directory / source.config_file, *sorted({file.path for file in source.files.values()})]
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._stop = threading.Event()
+
+    def _compute(self) -> dict[str, str]:
+        return {path.name: self._sha256(path) for path in self._paths}
+
+    def _sha256(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while not self._stop.is_set() and (block := file.read(1 << 20)):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def result(self) -> dict[str, str]:
+        """{file name: hexadecimal sum}; waits for it."""
+        return self._future.result() if self._future else {}
+
+    def __enter__(self) -> "Hashes":
+        self._future = self._pool.submit(self._compute) if jax.process_index() == 0 else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+
+
+def versions() -> dict[str, str]:
+    """Of what decides about the numbers."""
+    return {name: importlib.metadata.version(name) for name in ("nemoe-jax", "jax", "numpy")}
+
+
+def fingerprint(source: Checkpoint) -> str:
+    """A hash of the config and of every tensor's name, dtype, shape and place, and the files' sizes and times.
+
+    It tells a changed source without reading gigabytes of weights.
+    """
+    digest = hashlib.sha256(repr(source.config).encode())
+    for file in sorted(set(source.files.values()), key=lambda file: file.path.name):
+        status = file.path.stat()
+        digest.update(repr((file.path.name, status.st_size, status.st_mtime_ns, file.entries)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,271 @@
+"""Reading model directories: the config, and the tensors of the safetensors shards, checked against the schema.
+
+A directory has one of two layouts, Hugging Face's or Mistral's own. Here a tensor's key is always Hugging Face's, and
+so are its values; `Layout` says what they are on disk.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nemoe_jax.checkpoints import mistral_format
+from nemoe_jax.checkpoints.safetensors_file import TensorFile, is_finite
+from nemoe_jax.errors import UserError, listed
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import ParamSpec, declare, leaves
+
+CONFIG = "config.json"
+PARAMS = "params.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONSOLIDATED = "consolidated.safetensors"
+
+
+class TensorRef(NamedTuple):
+    """One checkpoint tensor: a spec and the index into its stacked axes."""
+
+    spec: ParamSpec
+    place: tuple[int, ...]
+    key: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a model directory spells a model; keys are Hugging Face's, names are those on disk."""
+
+    config_file: str
+    single: str  # the weight file, where there is one
+    parse: Callable[[Any, str], ModelConfig]  # (content of the config file, what errors call it)
+    content: Callable[[ModelConfig], dict[str, Any]]  # the inverse of `parse`
+    name: Callable[[str], str]  # key -> name
+    key: Callable[[str], str | None]  # name -> key; None where a name does not belong here
+    to_disk: Callable[[str, np.ndarray, int], np.ndarray]  # (key, tensor, head_dim)
+    from_disk: Callable[[str, np.ndarray, int], np.ndarray]
+
+    @property
+    def index(self) -> str:
+        """The file that lists the shards, where there are several."""
+        return f"{self.single}.index.json"
+
+    def shard(self, number: int, shards: int) -> str:
+        """The name of one of several weight files, counted from 1."""
+        return self.single.replace(".", f"-{number:05d}-of-{shards:05d}.")
+
+    def has_weights(self, directory: str | Path) -> bool:
+        """Whether there is a weight file of this layout, or an index."""
+        return any((Path(directory) / name).is_file() for name in (self.single, self.index))
+
+
+def _as_it_is(key: str, tensor: np.ndarray, head_dim: int) -> np.ndarray:
+    return tensor
+
+
+HUGGING_FACE = Layout(CONFIG, SINGLE, ModelConfig.from_hf, ModelConfig.to_hf, str, str, _as_it_is, _as_it_is)
+MISTRAL = Layout(
+    PARAMS,
+    CONSOLIDATED,
+    mistral_format.from_params,
+    mistral_format.to_params,
+    mistral_format.to_mistral_key,
+    mistral_format.from_mistral_key,
+    mistral_format.to_mistral_rows,
+    mistral_format.from_mistral_rows,
+)
+
+
+def layout_of(directory: str | Path) -> Layout:
+    """The layout of a model directory: Hugging Face's where both have all they need."""
+    layouts = [layout for layout in (HUGGING_FACE, MISTRAL) if (Path(directory) / layout.config_file).is_file()]
+    return next((layout for layout in layouts if layout.has_weights(directory)), [*layouts, HUGGING_FACE][0])
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The config.json or params.json of a model directory.
+
+    Raises:
+        UserError: not a model directory, or a model that this package does not know.
+    """
+    layout = layout_of(directory)
+    path = Path(directory) / layout.config_file
+    if not Path(directory).is_dir():
+        raise UserError(f"{directory}: no such directory")
+    if not path.is_file():
+        raise UserError(f"{directory}: not a model directory: no {CONFIG} (nor {PARAMS})")
+    config = layout.parse(_read_json(path, "not JSON"), str(path))
+    if layout is MISTRAL and layout.has_weights(directory):  # params.json does not say the dtype
+        config = config.replace(dtype=TensorFile(_weight_files(Path(directory), layout)[0]).dtype or config.dtype)
+    return config
+
+
+def _read_json(path: Path, otherwise: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {otherwise} ({error})") from error
+
+
+def _weight_map(directory: Path, layout: Layout) -> dict[str, str]:
+    """{tensor's name: its file} of an index; empty where there is none."""
+    path = directory / layout.index
+    if not path.is_file():
+        return {}
+    what = "not an index of safetensors shards"
+    content = _read_json(path, what)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not weight_map or not isinstance(weight_map, dict):
+        raise UserError(f"{path}: {what} (no weight_map)")
+    bad = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
+    bad += [name for name in (*weight_map, *weight_map.values()) if not str(name).isprintable()]
+    if bad:
+        raise UserError(f"{path}: {what} (wanted names of files beside it, got {bad[0]!r})")
+    return weight_map
+
+
+def _weight_files(directory: Path, layout: Layout) -> list[Path]:
+    if weight_map := _weight_map(directory, layout):
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise UserError(f"{directory}: missing shard {', '.join(missing)} (listed in {layout.index})")
+        return [directory / name for name in names]
+    if (directory / layout.single).is_file():
+        return [directory / layout.single]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{directory}: only pickle files ({pickles[0]}), which can run code when they are opened; "
+            "save the model as safetensors first"
+        )
+    raise UserError(f"{directory}: no weights: neither {layout.single} nor {layout.index}")
+
+
+class Checkpoint:
+    """The tensors of a model directory of either layout, checked against the schema of its config.
+
+    files: {key: the file that holds the tensor}, with the tensors' names on disk in the file's entries.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Reads the config and every header.
+
+        Raises:
+            UserError: anything missing, unexpected, misshapen or damaged; tensors are listed together.
+        """
+        self.directory, self.layout = Path(directory), layout_of(directory)
+        self.config_file = self.layout.config_file
+        self.config = read_config(directory)
+        self.files: dict[str, TensorFile] = {}
+        problems = []
+        for path in _weight_files(self.directory, self.layout):
+            file = TensorFile(path)
+            for name, entry in file.entries.items():
+                key = self.layout.key(name)
+                if key is None:
+                    problems.append(f"unexpected {name} {entry.shape} in {path.name}")
+                elif key in self.files:
+                    problems.append(f"{name} is in both {self.files[key].path.name} and {path.name}")
+                else:
+                    self.files[key] = file
+        self._refuse_another_size()
+        problems += self._differences()
+        if problems:
+            raise UserError(f"{self.directory}: {listed(problems)}")
+
+    def _refuse_another_size(self) -> None:
+        """Raises where the config speaks of many times the tensors: too many, perhaps, to list."""
+        specs = leaves(declare(self.config)).values()
+        count = sum(math.prod(spec.shape[: len(spec.stacked)]) for spec in specs)
+        if count > 10 * len(self.files) + 100:
+            raise UserError(
+                f"{self.directory / self.config_file}: a model of {self.config.layers} layers has {count} tensors, "
+                f"the weight files hold {len(self.files)}"
+            )
+
+    def _differences(self) -> list[str]:
+        """What is wrong with the tensors, by what the config and the index say."""
+        wanted = {ref.key: ref.spec for ref in itertools.chain.from_iterable(units(self.config))}
+        listed = _weight_map(self.directory, self.layout)
+        problems = [
+            f"missing {self.layout.name(key)} {spec.torch_shape}"
+            for key, spec in wanted.items()
+            if key not in self.files
+        ]
+        for key, file in self.files.items():
+            name = self.layout.name(key)
+            shape = file.entries[name].shape
+            if key not in wanted:
+                # what transformers, too, ignores: a copy of tied embeddings, old RoPE buffers
+                if not (key.endswith("rotary_emb.inv_freq") or (self.config.tied and key == "lm_head.weight")):
+                    problems.append(f"unexpected {name} {shape} in {file.path.name}")
+                continue
+            spec = wanted[key]
+            if shape != spec.torch_shape:
+                problems.append(
+                    f"{spec.path}: wanted {name} of shape {spec.torch_shape}, got {shape} from {file.path.name}"
+                )
+            if problem := file.dtype_problem(name):
+                problems.append(f"{problem} ({file.path.name})")
+            if listed.get(name, file.path.name) != file.path.name:
+                problems.append(f"{name} is in {file.path.name}; {self.layout.index} has it in {listed[name]}")
+        return problems
+
+    def view(self, key: str) -> np.ndarray:
+        """A tensor as Hugging Face's layout has it: mapped from disk, or copied where the rows' order is another."""
+        tensor = self.files[key].view(self.layout.name(key))
+        return self.layout.from_disk(key, tensor, self.config.head_dim)
+
+    def finite(self, key: str) -> np.ndarray:
+        """`view` of a tensor that is going to be computed with.
+
+        Raises:
+            UserError: it holds NaN or infinity.
+        """
+        tensor = self.view(key)
+        if not is_finite(tensor):
+            raise UserError(f"{self.directory}: {self.layout.name(key)}: not finite")
+        return tensor
+
+    def read(self, spec: ParamSpec, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """Part of a leaf in the schema's layout, copied from disk: `leaf[index]`."""
+        spans = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
+        block = np.empty([len(span) for span in spans], dtype)
+        stacked = len(spec.stacked)
+        inner = spec.shape[stacked:]
+        inputs = len(spec.contracted)
+        for place, key in _positions(spec, spans[:stacked]):
+            tensor = self.view(key)
+            if spec.transposed:  # (produced…, contracted…) on disk
+                tensor = tensor.reshape(*inner[inputs:], *inner[:inputs])
+                tensor = tensor.transpose(*range(len(inner) - inputs, len(inner)), *range(len(inner) - inputs))
+            block[place] = tensor[index[stacked:]]
+        return block
+
+
+def _positions(spec: ParamSpec, spans: list[range]) -> Iterable[tuple[tuple[int, ...], str]]:
+    """(place in a block, checkpoint key) of the tensors whose stacked indices lie within `spans`."""
+    for numbers, key in spec.tensors():
+        if all(number in span for number, span in zip(numbers, spans, strict=True)):
+            yield tuple(number - span.start for number, span in zip(numbers, spans, strict=True)), key
+
+
+@functools.lru_cache(maxsize=32)
+def units(config: ModelConfig) -> list[list[TensorRef]]:
+    """A checkpoint's tensors in order, as the units that are written together: embedding, each layer, norm and head."""
+    by_unit: list[list[TensorRef]] = [[] for _ in range(config.layers + 2)]
+    for spec in leaves(declare(config)).values():
+        for index, key in spec.tensors():
+            if "layers" in spec.stacked:
+                unit = 1 + spec.first_layer + index[0]
+            else:
+                unit = 0 if spec.lookup else config.layers + 1
+            by_unit[unit].append(TensorRef(spec, index, key))
+    return by_unit

@@ -1,0 +1,1 @@
+"""The command `nemoe`: one module for each sub-command."""

@@ -1,0 +1,189 @@
+"""Many prompts and chats from a file of JSON lines, and their answers line by line in the same order.
+
+What is asked is checked as a whole before the weights are loaded. Answers are made together, written one by one as soon
+as all before them are, and never lost: the same command goes on behind the last whole line of its output.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from nemoe_jax.cli import sampling_flags, starting
+from nemoe_jax.errors import UserError
+from nemoe_jax.serving.engine.completion import collect
+from nemoe_jax.serving.engine.request import Request
+from nemoe_jax.serving.request_builder import RequestMaker
+from nemoe_jax.utils.command import progress_bar, read_text
+
+if TYPE_CHECKING:
+    from nemoe_jax.serving.engine.engine import Engine
+
+AHEAD = 4  # times the rows: requests under way or waiting, so that a long answer holds up no others
+FIELDS = {
+    "id",
+    "prompt",
+    "messages",
+    "tools",
+    "tool_choice",
+    "schema",
+    "preset",
+    "max_new_tokens",
+    "stop",
+    "logprobs",
+    *sampling_flags.WISHES,
+}
+
+
+class Job(NamedTuple):
+    """A line of the input."""
+
+    number: int  # from 1
+    name: Any  # its "id", which the answer carries; None where it has none
+    request: Request
+    tools: Any
+
+
+def run(arguments: argparse.Namespace, maker: RequestMaker, wishes: Request) -> None:
+    """Answers all lines of `arguments.batch` that `arguments.output` does not hold yet.
+
+    Raises:
+        UserError: a line that makes no sense, an output of other work, or lines that the model could not answer; their
+            answer is an "error".
+    """
+    source, target = arguments.batch, arguments.output
+    lines = [line for line in enumerate(read_text(source).split("\n"), 1) if line[1].strip()]
+    asked = [
+        (job.number, len(job.request.prompt), job.request.max_new_tokens) for job in jobs(lines, source, maker, wishes)
+    ]
+    done = 0 if target == "-" else _finished(Path(target), asked)
+    failed: list[int] = []
+    if done < len(asked):
+        longest = max(prompt + new for _, prompt, new in asked[done:])
+        rows = min(arguments.rows, len(asked) - done)
+        todo = jobs(lines[done:], source, maker, wishes)
+        with (
+            starting.start(
+                arguments, maker.tokenizer, rows=rows, tokens=rows * longest, waiting=AHEAD * rows
+            ) as engine,
+            _opened(target) as out,
+            progress_bar() as bar,
+        ):
+            task = bar.add_task("answering", total=len(asked), completed=done)
+            for job, figures in _answers(engine, todo, AHEAD * rows, maker):
+                name = {} if job.name is None else {"id": job.name}
+                out.write(json.dumps({"line": job.number, **name, **figures}, ensure_ascii=False) + "\n")
+                out.flush()
+                bar.advance(task)
+                failed += [job.number] if "error" in figures else []
+    if failed:
+        raise UserError(f"{source}: {len(failed)} of {len(asked)} lines got an error, line {failed[0]} the first")
+
+
+def jobs(lines: Iterable[tuple[int, str]], source: str, maker: RequestMaker, wishes: Request) -> Iterator[Job]:
+    """What numbered lines ask for; `wishes` is what they do not say themselves. Raises UserError with the line."""
+    for number, line in lines:
+        try:
+            fields = json.loads(line)
+            yield Job(number, fields.get("id"), _request(fields, maker, wishes), fields.get("tools"))
+        except UserError as error:
+            raise UserError(f"{source}:{number}: {error}") from error
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise UserError(f"{source}:{number}: wanted a JSON object, got {line!r:.80}") from error
+
+
+def _request(fields: Mapping[str, Any], maker: RequestMaker, wishes: Request) -> Request:
+    unknown = [name for name in fields if name not in FIELDS]
+    if unknown:
+        raise UserError(f"unknown key {unknown[0]!r:.80}; wanted {', '.join(sorted(FIELDS))}")
+    if ("prompt" in fields) == ("messages" in fields):
+        raise UserError('wanted either a "prompt" or "messages"')
+    stop = fields.get("stop", wishes.stop)
+    stop = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+        raise UserError(f"stop: wanted a text or a list of texts, got {stop!r:.80}")
+    wishes = dataclasses.replace(
+        wishes,
+        max_new_tokens=_whole(fields, "max_new_tokens", 1, wishes.max_new_tokens),
+        sampling=sampling_flags.from_fields(wishes.sampling, fields),
+        stop=tuple(stop),
+        top_logprobs=_whole(fields, "logprobs", 0, wishes.top_logprobs),
+    )
+    schema = fields.get("schema")
+    if "messages" in fields:
+        return maker.of_chat(wishes, fields["messages"], fields.get("tools"), fields.get("tool_choice"), schema)
+    if not isinstance(fields["prompt"], str):
+        raise UserError(f"prompt: wanted a text, got {fields['prompt']!r:.80}")
+    return maker.of_text(wishes, fields["prompt"], schema)
+
+
+def _whole(fields: Mapping[str, Any], name: str, least: int, otherwise: Any) -> Any:
+    value = fields.get(name)
+    if value is None:
+        return otherwise
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name}: wanted a whole number of at least {least}, got {value!r:.80}")
+    return value
+
+
+def _answers(
+    engine: "Engine", todo: Iterable[Job], ahead: int, maker: RequestMaker
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """The answers in order, with up to `ahead` of them under way."""
+    under_way: deque[tuple[Job, Any]] = deque()
+
+    def first() -> tuple[Job, dict[str, Any]]:
+        job, answer = under_way.popleft()
+        try:
+            whole = collect(answer, maker.ends, reader=maker.reader(job.tools) if job.tools else None)
+        except UserError as error:
+            return job, {"error": str(error)}
+        return job, whole.figures(maker.tokenizer, len(job.request.prompt), job.request.top_logprobs is not None)
+
+    for job in todo:
+        if len(under_way) == ahead:
+            yield first()
+        under_way.append((job, engine.submit(job.request)))
+    while under_way:
+        yield first()
+
+
+def _finished(path: Path, asked: Sequence[tuple[int, int, int]]) -> int:
+    """How many answers a file holds already; what is left of an interrupted line is cut off. Raises UserError."""
+    try:
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        numbers = []
+        for at, line in enumerate(whole.splitlines()):
+            answer = json.loads(line)
+            number, prompt, _ = asked[at]
+            if answer["line"] != number or answer.get("prompt_tokens", prompt) != prompt:
+                raise ValueError
+            numbers.append(number)
+        if len(whole) < len(data):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{path}: line {at + 1} is no answer to what the batch asks there; wanted a new file"
+        ) from error
+    return len(numbers)
+
+
+@contextlib.contextmanager
+def _opened(target: str) -> Iterator[IO[str]]:
+    if target == "-":
+        yield sys.stdout
+        return
+    try:
+        with Path(target).open("a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}") from error

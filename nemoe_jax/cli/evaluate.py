@@ -1,0 +1,228 @@
+"""`nemoe perplexity`: how well a model foresees a text; `nemoe eval`: how it does in benchmarks."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemoe_jax.cli import model_flags
+from nemoe_jax.errors import UserError
+from nemoe_jax.utils.command import EXIT_BAD_INPUT, Command, report
+
+BATCHES = 16
+DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
+
+
+def add(command: Command) -> None:
+    """Registers `perplexity` and `eval`."""
+    parser = command.add(
+        "perplexity",
+        _perplexity,
+        "loss and perplexity on text, and how evenly the experts are used",
+        """\
+Text is cut into evenly spaced windows; every token after a window's first is scored.
+With --window, windows slide over the whole text, and each token is scored once with much before it.
+With --needle, the text is the hay: a line that tells a number is planted in it and asked for at its end.""",
+        reports=True,
+    )
+    parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="text or .jsonl files, directories or globs")
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens scored in a window (default 256, or the context if less)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="windows computed together (default 8)")
+    parser.add_argument(
+        "--batches", type=int, help=f"batches at most (default {BATCHES}; with --window the whole text)"
+    )
+    parser.add_argument("--window", type=int, metavar="TOKENS", help="slide windows of so many tokens over the text")
+    parser.add_argument(
+        "--stride", type=int, metavar="TOKENS", help="how far the window moves each time (default half of it)"
+    )
+    parser.add_argument("--needle", action="store_true", help="look for a planted line instead of scoring the text")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="with --needle: lengths of the text (default a quarter, a half and all of the context)",
+    )
+    parser.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        metavar="PERCENT",
+        help=f"with --needle: where the line is planted (default {' '.join(f'{depth:g}' for depth in DEPTHS)})",
+    )
+    parser.add_argument("--seed", type=int, help="with --needle: of the numbers (default 0)")
+    model_flags.add_cache_flag(parser)
+    model_flags.add_model_flags(parser)
+
+    parser = command.add(
+        "eval",
+        _eval,
+        "benchmarks of EleutherAI's lm-evaluation-harness, beside published results",
+        """\
+The suite `nemo` is that of Mistral NeMo's announcement. Their data come from the Hugging Face hub or its cache; set
+HF_HUB_OFFLINE=1 where there is no network. Needs nemoe-jax[eval].""",
+        reports=True,
+    )
+    parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="names of the harness's tasks or groups")
+    what.add_argument("--suite", choices=("nemo",), help="tasks and numbers of shots of an announcement")
+    parser.add_argument("--include-path", metavar="DIR", help="a directory with task files (YAML) of your own")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks")
+    parser.add_argument("--limit", type=float, metavar="N", help="only so many questions of a task; below 1, a share")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows computed together (default 8)")
+    parser.add_argument("--apply-chat-template", action="store_true", help="put questions as chats")
+    parser.add_argument(
+        "--output", metavar="FILE.json", help="keep results here after each task; those that it has are not run again"
+    )
+    model_flags.add_cache_flag(parser)
+    model_flags.add_model_flags(parser)
+
+
+def _perplexity(arguments: argparse.Namespace) -> None:
+    _check_flags(arguments)
+    if arguments.needle:
+        _needle(arguments)
+        return
+    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.evaluation.held_out import evaluate
+    from nemoe_jax.evaluation.perplexity import check_window, sliding_loss
+    from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
+    from nemoe_jax.text.tokenizers.load import load_tokenizer
+
+    config = reader.read_config(arguments.directory)
+    length = min(256, config.context) if arguments.sequence_length is None else arguments.sequence_length
+    if not 1 <= length <= config.context:
+        raise UserError(f"--sequence-length: wanted 1 to the context of {config.context}, got {length}")
+    window, batches = arguments.window, arguments.batches
+    stride = window // 2 if window and arguments.stride is None else arguments.stride
+    if window is not None:
+        check_window(window, stride, config.context)
+    stream = tokenize(find_files(arguments.texts), load_tokenizer(arguments.directory), vocab=config.vocab)
+    if window is None:
+        spaced = spaced_batches(stream, length, arguments.batch_size, BATCHES if batches is None else batches)
+        _, params, mesh = model_flags.load(arguments)
+        result = evaluate(config, params, spaced, mesh)
+    else:
+        windows = None if batches is None else batches * arguments.batch_size
+        _, params, mesh = model_flags.load(arguments)
+        result = sliding_loss(
+            config, params, stream, window, stride, batch_size=arguments.batch_size, windows=windows, mesh=mesh
+        )
+    figures: dict[str, Any] = {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+    }
+    if result.load_LE is not None:
+        figures["load_max_over_mean"] = result.load_max_over_mean
+        if arguments.json:
+            figures["expert_load"] = result.load_LE.tolist()
+    report(figures, arguments.json)
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    """Raises UserError on a number that is not positive, and on flags that say nothing together."""
+    for name in ("batch_size", "batches"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: wanted a positive number, got {value}")
+    of_way = {
+        "--needle": ("lengths", "depths", "seed", "kv_cache"),
+        "--window": ("stride",),
+        "neither --window nor --needle": ("sequence_length",),
+        "no --needle": ("window", "batches"),
+    }
+    holds = {
+        "--needle": arguments.needle,
+        "--window": arguments.window is not None,
+        "neither --window nor --needle": arguments.window is None and not arguments.needle,
+        "no --needle": not arguments.needle,
+    }
+    for way, names in of_way.items():
+        for name in names:
+            if getattr(arguments, name) is not None and not holds[way]:
+                raise UserError(f"--{name.replace('_', '-')}: only with {way}")
+
+
+def _needle(arguments: argparse.Namespace) -> None:
+    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.evaluation.needle import find_needles, print_findings
+    from nemoe_jax.text.corpus import find_files, tokenize
+    from nemoe_jax.text.tokenizers.load import load_tokenizer
+
+    context = reader.read_config(arguments.directory).context
+    lengths = arguments.lengths or [context // 4, context // 2, context]
+    tokenizer = load_tokenizer(arguments.directory)
+    config, params, mesh = model_flags.load(arguments)
+    stream = tokenize(find_files(arguments.texts), tokenizer, vocab=config.vocab)
+    findings = find_needles(
+        config,
+        params,
+        tokenizer,
+        stream[stream != tokenizer.eos_id] if tokenizer.eos_id is not None else stream,
+        lengths,
+        arguments.depths or DEPTHS,
+        seed=arguments.seed or 0,
+        mesh=mesh,
+        cache_dtype=arguments.kv_cache,
+    )
+    if arguments.json:
+        found = sum(one.found for one in findings)
+        print(json.dumps({"found": found, "of": len(findings), "findings": [one._asdict() for one in findings]}))
+    else:
+        print_findings(findings)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from nemoe_jax.evaluation import lm_eval_suites
+
+    if arguments.suite and arguments.num_fewshot is not None:
+        raise UserError("--num-fewshot: a suite has its own; only with --tasks")
+    if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
+        raise UserError(f"--num-fewshot: wanted 0 or more, got {arguments.num_fewshot}")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size: wanted a positive number, got {arguments.batch_size}")
+    limit = arguments.limit
+    if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
+        raise UserError(f"--limit: wanted a whole number of questions or a share between 0 and 1, got {limit:g}")
+    lm_eval_suites.prepare_harness()
+
+    def load() -> Any:
+        from nemoe_jax.evaluation.lm_eval_model import Nemoe
+
+        return Nemoe(
+            arguments.directory,
+            dtype=arguments.dtype,
+            mesh=arguments.mesh,
+            batch_size=arguments.batch_size,
+            cache_dtype=arguments.kv_cache,
+        )
+
+    names = dict.fromkeys(name for text in arguments.tasks or () for name in text.split(",") if name)
+    benchmarks = (
+        lm_eval_suites.SUITES[arguments.suite]
+        if arguments.suite
+        else [lm_eval_suites.Benchmark(name, arguments.num_fewshot) for name in names]
+    )
+    settings = lm_eval_suites.Settings(
+        str(Path(arguments.directory).resolve()),
+        limit if limit is None or limit < 1 else int(limit),
+        arguments.apply_chat_template,
+        arguments.dtype,
+    )
+    output = Path(arguments.output) if arguments.output else None
+    document, problems = lm_eval_suites.run(load, benchmarks, settings, output, arguments.include_path)
+    rows = lm_eval_suites.compare(document, benchmarks)
+    if arguments.json:
+        print(json.dumps(document | {"comparison": rows}))
+    elif rows:
+        lm_eval_suites.print_rows(rows)
+    for problem in problems:
+        print("error:", problem, file=sys.stderr)
+    return EXIT_BAD_INPUT if problems else 0

@@ -1,0 +1,134 @@
+"""`nemoe generate`: continues a text, answers a chat, or works through a file of them."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemoe_jax.cli import sampling_flags, starting
+from nemoe_jax.errors import UserError
+from nemoe_jax.serving.engine.completion import collect, shown
+from nemoe_jax.serving.engine.request import Request
+from nemoe_jax.utils.command import Command, read_text, report
+
+if TYPE_CHECKING:
+    from nemoe_jax.serving.request_builder import RequestMaker
+
+DETAILS = """\
+A batch is a file of JSON lines, each {"prompt": …} or {"messages": […], "tools": […]}; a line may have an "id", and
+wishes of its own: "preset", "temperature" and the like, "max_new_tokens", "stop", "logprobs", "tool_choice", "schema".
+The answers come in the same order, a line each. Lines that OUT.jsonl holds already are not done again.
+"""
+
+
+def add(command: Command) -> None:
+    """Registers `generate`."""
+    parser = command.add(
+        "generate", _generate, "continue a prompt or answer a chat, streaming the text", DETAILS, reports=True
+    )
+    parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("input", nargs="?", choices=("-",), metavar="-", help="continue the text of standard input")
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    source.add_argument("--file", help="file of the text to continue (without the line end at its end)")
+    source.add_argument(
+        "--chat", metavar="FILE", help="JSON list of messages to answer, or an object of messages and tools"
+    )
+    source.add_argument("--batch", metavar="IN.jsonl", help="many prompts and chats (- is standard input)")
+    parser.add_argument("--output", metavar="OUT.jsonl", help="where a batch's answers go (- is standard output)")
+    parser.add_argument("--rows", type=int, default=8, help="answers of a batch that are made together (default 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most (default 128)")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="text that ends the answer; may be repeated"
+    )
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N", help="log-probabilities of the tokens and of the N likeliest, in the JSON"
+    )
+    parser.add_argument(
+        "--tool-choice", metavar="auto|none|required|NAME", help="whether to call the chat's tools (default auto)"
+    )
+    parser.add_argument("--schema", metavar="FILE.json", help="a JSON schema: the answer is JSON that it describes")
+    sampling_flags.add_flags(parser)
+    starting.add_flags(parser)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.cli import batch
+    from nemoe_jax.serving.request_builder import RequestMaker
+    from nemoe_jax.text.tokenizers.load import load_tokenizer
+
+    _check(arguments)
+    wishes = Request(
+        prompt=(),
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling_flags.from_flags(arguments),
+        stop=tuple(arguments.stop),
+        top_logprobs=arguments.logprobs,
+        adapter=arguments.adapter,
+    )
+    maker = RequestMaker(reader.read_config(arguments.directory), load_tokenizer(arguments.directory))
+    if arguments.batch is not None:
+        batch.run(arguments, maker, wishes)
+    else:
+        _answer(arguments, maker, wishes)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in (("max_new_tokens", 1), ("rows", 1), ("logprobs", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            kind = "a positive number" if least else "0 or more"
+            raise UserError(f"--{name.replace('_', '-')}: wanted {kind}, got {value}")
+    if (arguments.batch is None) != (arguments.output is None):
+        raise UserError("--batch IN.jsonl and --output OUT.jsonl go together (- is standard input and output)")
+    if arguments.tool_choice is not None and arguments.chat is None:
+        raise UserError("--tool-choice: wanted with --chat (a batch's lines have their own)")
+    if arguments.schema is not None and arguments.batch is not None:
+        raise UserError("--schema: wanted without --batch (its lines have their own)")
+    if arguments.logprobs is not None and not arguments.json and arguments.batch is None:
+        raise UserError("--logprobs: wanted with --json or --batch, which can show them")
+
+
+def _answer(arguments: argparse.Namespace, maker: "RequestMaker", wishes: Request) -> None:
+    """One answer, shown as it comes."""
+    from nemoe_jax.text.chat import render
+
+    if arguments.chat is not None:
+        messages, tools = render.read_messages(arguments.chat), render.read_tools(arguments.chat)
+        request = maker.of_chat(wishes, messages, tools, _tool_choice(arguments.tool_choice), _schema(arguments))
+    else:
+        tools, text = None, arguments.prompt
+        if text is None:
+            text = read_text(arguments.input or arguments.file).removesuffix("\n").removesuffix("\r")
+        request = maker.of_text(wishes, text, _schema(arguments))
+    prompt_tokens = len(request.prompt)
+    show = (lambda text: None) if arguments.json else shown
+    tool_reader = maker.reader(tools) if tools else None
+    with starting.start(arguments, maker.tokenizer, rows=1, tokens=prompt_tokens + wishes.max_new_tokens) as engine:
+        answer = collect(engine.submit(request), maker.ends, show, tool_reader)
+    if arguments.json:
+        figures = answer.figures(maker.tokenizer, prompt_tokens, wishes.top_logprobs is not None)
+        report({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
+        return
+    print()
+    for call in answer.parsed.calls if answer.parsed else ():
+        print(json.dumps(call.as_message(), ensure_ascii=False))
+    for warning in answer.parsed.warnings if answer.parsed else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    rate = "" if answer.rate is None else f", {answer.rate:.1f} tokens/s"
+    print(f"{len(answer.tokens)} tokens in {answer.seconds:.1f} s{rate}", file=sys.stderr)
+
+
+def _tool_choice(words: str | None) -> Any:
+    """OpenAI's form of it: what is no mode is a function's name."""
+    if words in (None, "none", "auto", "required"):
+        return words
+    return {"type": "function", "function": {"name": words}}
+
+
+def _schema(arguments: argparse.Namespace) -> Any:
+    from nemoe_jax.text.tokenizers.base import read_json
+
+    return None if arguments.schema is None else read_json(Path(arguments.schema))

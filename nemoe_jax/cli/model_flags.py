@@ -1,0 +1,57 @@
+"""What every command that runs a model shares: the flags that say where and how, and loading."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from nemoe_jax.spec.config import ModelConfig
+    from nemoe_jax.spec.schema import Tree
+
+
+class Model(NamedTuple):
+    """A model on its devices."""
+
+    config: "ModelConfig"
+    params: "Tree"
+    mesh: "Mesh | None"
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """`--mesh` and `--dtype`, for `load`."""
+    parser.add_argument(
+        "--mesh",
+        help="devices as axes, such as fsdp=4,expert=2 (axes: data, fsdp, expert, tensor, sequence); default: one "
+        "device; to generate text, tensor alone is best: fsdp, expert and sequence send weights for every token",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="dtype to compute in (default: the weights' own)"
+    )
+
+
+def add_cache_flag(parser: argparse.ArgumentParser) -> None:
+    """`--kv-cache`: the dtype of the cache of keys and values."""
+    parser.add_argument(
+        "--kv-cache",
+        metavar="DTYPE",
+        help="how keys and values are kept: float32, bfloat16, or in 8 bits, float8_e4m3fn (what TPUs read fastest) or "
+        "int8 (with scales, more exact); by default as the weights are",
+    )
+
+
+def name_of(directory: str) -> str:
+    """What a model directory is called: a link by its own name."""
+    path = Path(directory)
+    return path.resolve().name if path.name in ("", "..") else path.name
+
+
+def load(arguments: argparse.Namespace) -> Model:
+    """The model of `arguments.directory`, as the flags of `add_model_flags` say. Raises UserError."""
+    from nemoe_jax.checkpoints import pretrained
+    from nemoe_jax.spec import sharding
+
+    mesh = sharding.make_mesh(sharding.parse_mesh(arguments.mesh)) if arguments.mesh else None
+    config, params = pretrained.load(arguments.directory, mesh=mesh, dtype=arguments.dtype, progress=True)
+    return Model(config, params, mesh)

@@ -1,0 +1,178 @@
+"""`nemoe serve`: the OpenAI API for a model directory."""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from nemoe_jax.cli import model_flags
+from nemoe_jax.errors import UserError
+from nemoe_jax.inference.sampling import PRESETS, Sampling
+from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
+from nemoe_jax.utils.command import Command
+
+if TYPE_CHECKING:
+    from nemoe_jax.serving.api.served_model import Served
+
+KEY = "NEMOE_API_KEY"
+DETAILS = f"""\
+Any client of the OpenAI API can talk to it: give it http://127.0.0.1:8000/v1 as base URL.
+
+  nemoe serve models/nemo &
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+    "model": "nemo", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
+
+/v1/models, /v1/completions and /v1/chat/completions stream or not, with tools, response_format, logprobs, n, stop and
+seed; top_k, min_p and repetition_penalty are extensions. /health says whether it is up, /metrics is for Prometheus,
+/openapi.json describes it all. Requests join a running batch and leave it as they are done; while its queue is full,
+clients get status 429 and try again. Where the environment has {KEY}, clients must send it as their API key.
+Only this machine can reach it unless --host says otherwise (0.0.0.0: everybody who reaches this machine).
+"""
+WARM_UP_TOKENS = 4
+
+
+def add(command: Command) -> None:
+    """Registers `serve`."""
+    parser = command.add("serve", _serve, "answer requests of the OpenAI API", DETAILS)
+    parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0: any free one, which is printed)")
+    parser.add_argument("--name", help="what requests call the model (default: the directory's name)")
+    parser.add_argument(
+        "--adapter",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a LoRA adapter in Hugging Face PEFT's form, for requests whose model is NAME; may be repeated",
+    )
+    parser.add_argument(
+        "--rows", type=int, default=8, help="answers that are made together (default 8; a lone one is faster with 1)"
+    )
+    parser.add_argument("--kv-tokens", type=int, help="tokens of keys and values in the cache, of all answers together")
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a row (default 64)")
+    parser.add_argument("--max-tokens-limit", type=int, help="tokens of an answer at most, whatever a request says")
+    parser.add_argument(
+        "--max-request-bytes",
+        type=int,
+        default=MAX_REQUEST_BYTES,
+        help=f"a request's size at most (default {MAX_REQUEST_BYTES:,})",
+    )
+    parser.add_argument(
+        "--drain-seconds", type=int, default=30, help="how long answers may take to end at SIGTERM (default 30)"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default="nemo",
+        help="sampling where a request says nothing (default nemo: temperature 0.3)",
+    )
+    parser.add_argument("--log-requests", action="store_true", help="a line on standard error for each request")
+    model_flags.add_model_flags(parser)
+    model_flags.add_cache_flag(parser)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    adapters = _check(arguments)
+    from nemoe_jax.serving.api.app import create_app
+    from nemoe_jax.serving.api.http_server import HttpServer, bind, url
+
+    with bind(arguments.host, arguments.port) as bound:
+        served = _load(arguments, adapters)
+        server = HttpServer(arguments.drain_seconds, give_up=lambda: served.engine.close(drain=False))
+        try:
+            _warm_up(served)
+            app = create_app(
+                served,
+                api_key=os.environ.get(KEY) or None,
+                max_request_bytes=arguments.max_request_bytes,
+                log_requests=arguments.log_requests,
+                closing=lambda: server.closing,
+            )
+            _say(f"ready: {', '.join([served.name, *served.adapters])} at {url(bound)}/v1")
+            server.serve_app(app, bound)
+        finally:
+            served.engine.close(drain=False)
+
+
+def _check(arguments: argparse.Namespace) -> dict[str, str]:
+    """The adapters by name. Raises UserError on flags that make no sense, before anything is loaded."""
+    for name in ("rows", "kv_tokens", "queue", "max_tokens_limit", "max_request_bytes", "drain_seconds"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: wanted a positive number, got {value}")
+    if not 0 <= arguments.port < 2**16:
+        raise UserError(f"--port: wanted 0 to 65535, got {arguments.port}")
+    arguments.name = arguments.name or model_flags.name_of(arguments.directory)
+    adapters: dict[str, str] = {}
+    for word in arguments.adapter:
+        name, _, directory = word.partition("=")
+        if not name or not directory:
+            raise UserError(f"--adapter: wanted NAME=DIR, got {word!r}")
+        if name in adapters or name == arguments.name:
+            raise UserError(f"--adapter {word}: the name {name} is taken")
+        adapters[name] = directory
+    return adapters
+
+
+def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "Served":
+    from nemoe_jax.adapters import peft_load
+    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.serving.api.served_model import Served
+    from nemoe_jax.serving.engine.engine import Engine
+    from nemoe_jax.text.tokenizers.load import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.directory)
+    for path in adapters.values():  # before the weights are loaded
+        peft_load.read_targets(path, reader.read_config(arguments.directory))
+    _say(f"loading {arguments.directory}")
+    config, params, mesh = model_flags.load(arguments)
+    trees = {name: peft_load.load_adapters(path, config, mesh, progress=True)[1] for name, path in adapters.items()}
+    engine = Engine(
+        config,
+        params,
+        tokenizer,
+        rows=arguments.rows,
+        tokens=arguments.kv_tokens,
+        waiting=arguments.queue,
+        mesh=mesh,
+        cache_dtype=arguments.kv_cache,
+        adapters=trees or None,
+    )
+    return Served(
+        engine,
+        config,
+        tokenizer,
+        arguments.name,
+        tuple(adapters),
+        PRESETS[arguments.preset],
+        arguments.max_tokens_limit,
+        arguments.rows + arguments.queue,
+    )
+
+
+def _warm_up(served: "Served") -> None:
+    """Compiles what requests need, so that the first ones do not wait for it. Raises UserError where it fails."""
+    from nemoe_jax.serving.engine.request import Request
+    from nemoe_jax.serving.engine.runner import CHUNK
+    from nemoe_jax.serving.structured.grammar import json_object
+
+    _say("compiling")
+    started = time.monotonic()
+    token, most = served.tokenizer.bos_id or 0, min(CHUNK, served.context - WARM_UP_TOKENS)
+    # prompts are read in chunks padded to powers of two
+    lengths = {min(most, CHUNK >> halvings) for halvings in range(CHUNK.bit_length())}
+    requests = [Request((token,) * length, WARM_UP_TOKENS) for length in sorted(lengths)]
+    requests.append(Request((token,), WARM_UP_TOKENS, Sampling(repetition_penalty=1.1), top_logprobs=0))
+    with contextlib.suppress(UserError):  # a tokenizer that no grammar can be made of
+        requests.append(Request((token,), WARM_UP_TOKENS, constraint=json_object(served.vocabulary)))
+    for request in requests:
+        for piece in served.engine.submit(request):
+            if piece.error:
+                raise UserError(f"the model cannot answer: {piece.error}")
+    _say(f"compiled in {time.monotonic() - started:.1f} s")
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)

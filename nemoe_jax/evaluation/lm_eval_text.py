@@ -1,0 +1,90 @@
+"""Text as tokens the way the harness's own Hugging Face model makes them, so that scores can be compared.
+
+The harness pastes a benchmark's prompt, chats included, into one text. transformers adds to it what a `tokenizer.json`
+has in its post-processor (mostly the begin-of-sequence token), and reads control tokens that the text spells out as
+such; of a Tekken file it reads all text as text behind the begin-of-sequence token. So do we, but that control tokens
+of Mistral's chat format are read as such once a chat was asked for: as text they would be no chat.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.text.chat.render import check, mistral_parts
+from nemoe_jax.text.chat.template import template_parts
+from nemoe_jax.text.tokenizers.load import Tokenizer
+
+
+class HarnessText:
+    """Encodes a harness's texts, and writes chats as one.
+
+    before, after: ids that every text gets, unless it begins with the begin-of-sequence token already.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self.before, self.after = _surroundings(tokenizer) if tokenizer.kind == "tokenizer.json" else (bos, [])
+        self.reads_control = tokenizer.kind == "tokenizer.json"
+        names = sorted(filter(None, tokenizer.control), key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")  # which matches nothing
+
+    @property
+    def prefix_id(self) -> int:
+        """What stands before a text that has no context."""
+        for token in (self.tokenizer.bos_id, self.tokenizer.eos_id):
+            if token is not None:
+                return token
+        raise UserError(f"{self.tokenizer.path}: wanted a begin- or end-of-sequence token, to score texts from")
+
+    def encode(self, text: str, surrounded: bool | None = None) -> list[int]:
+        """Ids; by default `surrounded` as the tokenizer does it."""
+        if surrounded is None:
+            surrounded = not text.startswith(self.tokenizer.decode([self.prefix_id], skip_special=False))
+        ids = self.tokenizer.encode_parts(self._parts(text)) if self.reads_control else self.tokenizer.encode(text)
+        return [*self.before, *ids, *self.after] if surrounded else ids
+
+    def _parts(self, text: str) -> list[str | int]:
+        parts: list[str | int] = []
+        at = 0
+        for match in self._spelled.finditer(text):
+            parts += [text[at : match.start()], self.tokenizer.control[match[0]]]
+            at = match.end()
+        return [part for part in [*parts, text[at:]] if part != ""]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], answer_follows: bool) -> str:
+        """A chat as text that ends where the answer begins, or in the middle of its last answer.
+
+        A template that refuses the system's message gets the chat without it, as the harness does.
+        """
+        self.reads_control = True
+        check(messages)
+        try:
+            return self._chat(messages, answer_follows)
+        except UserError:
+            rest = [message for message in messages if message["role"] != "system"]
+            if len(rest) == len(messages):
+                raise
+            return self._chat(rest, answer_follows)
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]], answer_follows: bool) -> str:
+        parts: Sequence[str | int]
+        if self.tokenizer.chat_template is None:
+            marked = mistral_parts(self.tokenizer, messages, continue_answer=not answer_follows)
+            parts = [part for part, _ in marked]
+        else:
+            parts = template_parts(self.tokenizer, messages, None, answer_follows, not answer_follows)
+        return "".join(part if isinstance(part, str) else self.tokenizer.piece(part) for part in parts)
+
+
+def _surroundings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What the post-processor of a `tokenizer.json` puts before and behind a text."""
+    encoding = tokenizers.Tokenizer.from_file(str(tokenizer.path)).encode("a")
+    own = [at for at, added in enumerate(encoding.special_tokens_mask) if not added]
+    if not own:  # a vocabulary without that letter
+        half = encoding.ids.index(tokenizer.bos_id) + 1 if tokenizer.bos_id in encoding.ids else 0
+        return encoding.ids[:half], encoding.ids[half:]
+    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]

@@ -1,0 +1,101 @@
+"""Causal attention on NVIDIA GPUs, none of which keeps the scores.
+
+- One document a row: cuDNN's flash attention, forward and gradient; it shares keys and values between the heads of a
+  group.
+- Packed documents: cuDNN takes them only as a mask of all pairs, so JAX's own Pallas kernel for Triton, with keys and
+  values repeated.
+- One query a row over the pages of a cache: JAX's own Pallas kernel for Triton, which reads them where they lie.
+- What none of them takes, float32 above all: `chunked_attention`.
+
+B batch, T sequence, N heads, K kv heads, H head_dim, P pages, S slots of a page, M pages of a row.
+"""
+
+import importlib
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nemoe_jax.kernels.attention.xla import chunked_attention
+
+_WIDEST = 128  # head_dim that cuDNN takes on every card since Ampere
+_BLOCK = 128  # queries and keys of a program of the Pallas kernel; half of it in the gradient
+_PAGES = 2  # pages that a program reads at a time
+_SPLITS = 32  # programs at most that share a row's keys
+
+
+def gpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
+    width = q_BTNH.shape[3]
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or not 16 <= width <= _WIDEST:
+        return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    if segments_BT is None:
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+    return packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def packed_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`gpu_attention` by the Pallas kernel; `interpret` runs it on any platform, slowly."""
+    kernel = _kernel("attention")
+    length, group = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
+    more = -length % _BLOCK
+    q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)), constant_values=-1)
+    half = _BLOCK // 2
+    y = kernel.mha(
+        q,
+        k,
+        v,
+        segments_BT,
+        sm_scale=q.shape[-1] ** -0.5,
+        causal=True,
+        block_sizes=kernel.BlockSizes(_BLOCK, _BLOCK, half, half, half, half),
+        interpret=interpret,
+    )
+    return y[:, :length]
+
+
+def gpu_paged_attention(
+    q_BNH: jax.Array,
+    k_KPSH: jax.Array,
+    v_KPSH: jax.Array,
+    length_B: jax.Array,
+    table_BM: jax.Array,
+    k_scale_KPS: jax.Array | None = None,
+    v_scale_KPS: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of one query a row over its row's first `length_B` tokens, (B, N, H) in q's dtype; scaled by H^-1/2.
+
+    Args:
+        length_B: int32, one at least.
+        table_BM: int32: the page that holds a row's m-th page.
+        k_scale_KPS: of int8 keys; with `v_scale_KPS`.
+        interpret: runs it on any platform, slowly.
+    """
+    splits = min(table_BM.shape[1] & -table_BM.shape[1], _SPLITS)
+    of_program = table_BM.shape[1] // splits
+    return _kernel("paged_attention").paged_attention(
+        (q_BNH.astype(jnp.float32) * q_BNH.shape[-1] ** -0.5).astype(q_BNH.dtype),
+        k_KPSH,
+        v_KPSH,
+        table_BM,
+        length_B,
+        k_scale_KPS,
+        v_scale_KPS,
+        k_splits=splits,
+        pages_per_compute_block=min(of_program & -of_program, _PAGES),
+        num_warps=4,
+        interpret=interpret,
+    )
+
+
+def _kernel(name: str) -> Any:
+    """JAX's module. Newer versions point to tokamax on import, which brings five packages that nothing else needs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"jax.experimental.pallas.ops.gpu.{name}")

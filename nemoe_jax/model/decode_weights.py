@@ -1,0 +1,94 @@
+"""Weights of a layer that are read where they lie, among those of all layers: for steps of decoding.
+
+A scan hands each layer a slice of the stacked weights. TPUs read it in place; on CPU and GPU it is copied first, with
+all experts of the layer, which costs several times what reading the weights that a few tokens need does. There a step
+takes the stack and a number instead.
+
+T tokens, D embed, F outputs, L layers, E experts, C top-k, R = T·C rows, K rank of adapters.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from nemoe_jax.adapters.lora import Adapter, dropped
+from nemoe_jax.adapters.multi_lora import own_ranks, with_index
+from nemoe_jax.kernels.backend import platform
+from nemoe_jax.kernels.decode_matmul_cpu import MOST_ROWS, bits, few_rows, few_rows_experts
+from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows, gpu_few_rows_experts
+from nemoe_jax.spec.schema import Tree, map_with_path
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerOf:
+    """`stack[layer]`, not yet read. A stack of uint16 on CPU holds the bits of bfloat16."""
+
+    stack: jax.Array
+    layer: int | jax.Array
+
+    def multiply(self, x: jax.Array, inputs: int) -> jax.Array:
+        """x's last `inputs` axes contracted with the layer's first ones, in x's dtype."""
+        rows, outputs = x.shape[: x.ndim - inputs], self.stack.shape[1 + inputs :]
+        depth = math.prod(x.shape[x.ndim - inputs :])
+        w_LDF = self.stack.reshape(self.stack.shape[0], depth, -1)
+        product = gpu_few_rows if platform() == "gpu" else few_rows
+        return product(x.reshape(-1, depth), w_LDF, self.layer).reshape(*rows, *outputs)
+
+    def multiply_each(self, x_RD: jax.Array, expert_R: jax.Array) -> jax.Array:
+        """Each row with its own expert's matrix: (R, F)."""
+        product = gpu_few_rows_experts if platform() == "gpu" else few_rows_experts
+        return product(x_RD, self.stack, self.layer, expert_R)
+
+
+def reads_in_place(rows: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether a step with so many tokens reads weights of that dtype where they lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if rows > MOST_ROWS or not (mesh.empty or mesh.size == 1):
+        return False
+    return platform() == "gpu" or (platform() == "cpu" and dtype in (jnp.float32, jnp.uint16))
+
+
+def for_decoding(params: Tree, rows: int) -> Tree:
+    """The parameters as steps with so many tokens take them: where they are read in place on CPU, bfloat16 as bits."""
+    if platform() != "cpu" or not reads_in_place(rows, jnp.uint16) or len(params["embed"].sharding.device_set) > 1:
+        return params
+    matrices = {name: tree for name, tree in params.items() if name in ("blocks", "head")}
+    return params | map_with_path(lambda path, array: array if "norm" in path else bits(array), matrices)
+
+
+def run_few(
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: dict[str, LayerOf],
+    adapters: Mapping[str, Adapter],
+    index_BT: jax.Array | None,
+) -> jax.Array:
+    """What the chosen experts add to a few tokens, (B, T, D): each row reads its own expert's weights alone.
+
+    Where the adapters are those of a bank, `index_BT` says which of them is a token's own.
+    """
+    top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
+    order_R = jnp.argsort(chosen_BTC.reshape(-1))  # rows of one expert find its weights in the cache
+    expert_R = chosen_BTC.reshape(-1)[order_R]
+    token_R = order_R // top_k
+    if index_BT is not None:
+        adapters = with_index(adapters, index_BT.reshape(-1)[token_R])
+
+    def multiply(name: str, x_R: jax.Array) -> jax.Array:
+        y_R, adapter = experts[name].multiply_each(x_R, expert_R), adapters.get(name)
+        if adapter is None:
+            return y_R
+        low_rank_RK = own_ranks(adapter.a.multiply_each(dropped(x_R, adapter), expert_R), adapter)
+        return y_R + adapter.scale * adapter.b.multiply_each(low_rank_RK, expert_R)
+
+    x_RD = x_BTD.reshape(-1, width)[token_R]
+    gate_RF, up_RF = multiply("gate", x_RD), multiply("up", x_RD)
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF * weights_BTC.reshape(-1, 1)[order_R]
+    y_RD = multiply("down", hidden_RF)
+    return y_RD[jnp.argsort(order_R)].reshape(-1, top_k, width).sum(axis=1).reshape(x_BTD.shape)

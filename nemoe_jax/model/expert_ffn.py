@@ -1,0 +1,119 @@
+"""What a device's experts add to its tokens: rows sorted by expert, multiplied group by group, and summed back.
+
+No token is dropped. Each row is multiplied by its routing weight at the expert's FFN width, before `down`, where it is
+cheapest. Sorting and summing have gradients of their own that gather instead of scattering.
+
+B batch, T tokens, D embed, E experts, C top-k, R = T·C rows, F expert_ffn.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from nemoe_jax.adapters.multi_lora import Joined, with_index
+from nemoe_jax.kernels.backend import platform
+from nemoe_jax.kernels.grouped_matmul.dispatch import Adapted, grouped_lora
+from nemoe_jax.kernels.moe_ffn_cpu import Sorted, pays, tiled_ffn
+from nemoe_jax.model.layers import Adapters, project
+from nemoe_jax.model.token_chunks import in_parts, number_of_parts
+from nemoe_jax.spec.schema import Tree
+
+AT_ONCE = 4096  # tokens whose rows are held at a time; more are computed part by part, and again for the gradient
+
+
+def run_experts(
+    x_BTD: jax.Array,
+    weights_BTC: jax.Array,
+    chosen_BTC: jax.Array,
+    experts: Tree,
+    adapters: Adapters,
+    first: int | jax.Array,
+    index_BT: jax.Array | None = None,
+) -> jax.Array:
+    """What the experts `first`, `first + 1`, … held in `experts` (each array (E, …)) add to every token, (B, T, D).
+
+    Where the adapters are those of a bank, `index_BT` says which of them is a token's own.
+    """
+    top_k, width = chosen_BTC.shape[-1], x_BTD.shape[-1]
+    of_tokens = x_BTD.reshape(-1, width), weights_BTC.reshape(-1, top_k), chosen_BTC.reshape(-1, top_k) - first
+    index_T = None if index_BT is None else index_BT.reshape(-1)
+
+    def run(part, adapters):
+        (x_TD, weights_TC, local_TC), index_T = part
+        return _run_part(x_TD, weights_TC, local_TC, experts, adapters, index_T)
+
+    parts = number_of_parts(len(of_tokens[0]), AT_ONCE)
+    return in_parts(run, (of_tokens, index_T), adapters, parts).reshape(x_BTD.shape)
+
+
+def _run_part(
+    x_TD: jax.Array,
+    weights_TC: jax.Array,
+    local_TC: jax.Array,
+    experts: Tree,
+    adapters: Adapters,
+    index_T: jax.Array | None,
+) -> jax.Array:
+    """`run_experts` for tokens whose choices count from the first held expert."""
+    held = experts["gate"].shape[0]
+    top_k = local_TC.shape[-1]
+    local_R = local_TC.reshape(-1)
+    local_R = jnp.where((local_R >= 0) & (local_R < held), local_R, held)  # other devices' rows are sorted last
+    order_R = jnp.argsort(local_R)
+    sizes_E = jnp.bincount(local_R, length=held + 1)[:held].astype(jnp.int32)
+    place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
+    if platform() == "cpu" and pays(x_TD, experts, adapters, local_R.size):
+        return tiled_ffn(x_TD, weights_TC, experts, adapters, Sorted(order_R, place_TC, sizes_E))
+    rows = jnp.sum(sizes_E)
+    token_R = order_R // top_k
+    if index_T is not None:
+        adapters = with_index(adapters, index_T[token_R])
+
+    def project_rows(rows_R, *names):
+        own = [adapters[name] for name in names if name in adapters]
+        alike = all(adapter.key is None and not isinstance(adapter, Joined) for adapter in own)
+        if len(own) == len(names) and alike:
+            maps = zip(names, own, strict=True)
+            adapted = tuple(Adapted(experts[name], one.a, one.b, one.scale) for name, one in maps)
+            return grouped_lora(rows_R, adapted, sizes_E)
+        return tuple(project(rows_R, experts[name], 1, adapters.get(name), sizes_E) for name in names)
+
+    x_RD = dispatch(x_TD, token_R, place_TC, rows)
+    gate_RF, up_RF = project_rows(x_RD, "gate", "up")
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF
+    # zero for other devices' rows, so that the weights' gradient does not see what is not defined there
+    weights_R1 = _take_rows(weights_TC.reshape(-1, 1), order_R, rows)
+    (y_RD,) = project_rows(hidden_RF * weights_R1, "down")
+    return combine(y_RD, token_R, place_TC, rows)
+
+
+@jax.custom_vjp
+def dispatch(x_TD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    """Each row's token. The first `rows` rows count; the rest are other devices'."""
+    return x_TD[token_R]
+
+
+@jax.custom_vjp
+def combine(y_RD: jax.Array, token_R: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    """The sum of each token's rows: the transpose of `dispatch`, as it is its gradient."""
+    return _sum_rows(y_RD, place_TC, rows)
+
+
+def _sum_rows(y_RD: jax.Array, place_TC: jax.Array, rows: jax.Array) -> jax.Array:
+    picked = (jnp.where((place < rows)[:, None], y_RD[place], 0) for place in place_TC.T)
+    return functools.reduce(jnp.add, picked)
+
+
+def _take_rows(y_TD: jax.Array, token_R: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where((jnp.arange(token_R.shape[0]) < rows)[:, None], y_TD[token_R], 0)
+
+
+dispatch.defvjp(
+    lambda x_TD, token_R, place_TC, rows: (x_TD[token_R], (place_TC, rows)),
+    lambda residuals, dx_RD: (_sum_rows(dx_RD, *residuals), None, None, None),
+)
+combine.defvjp(
+    lambda y_RD, token_R, place_TC, rows: (_sum_rows(y_RD, place_TC, rows), (token_R, rows)),
+    lambda residuals, dy_TD: (_take_rows(dy_TD, *residuals), None, None, None),
+)

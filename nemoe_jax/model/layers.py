@@ -1,0 +1,101 @@
+"""What every module is made of: parameters declared by the schema, one way to multiply with them, RMSNorm, RoPE.
+
+A module built from stacked specs holds stacked arrays; the transformer scans over their first axis and calls the
+module on one layer's slice.
+
+B batch, T sequence, D embed, N heads, H head_dim, R rank.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nemoe_jax.adapters.lora import Adapter, dropped
+from nemoe_jax.adapters.multi_lora import own_ranks
+from nemoe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, precision_of
+from nemoe_jax.model.decode_weights import LayerOf
+from nemoe_jax.spec.schema import ParamSpec, Tree
+
+Adapters = Mapping[str, Any]  # the adapter tree's part that belongs to a module; empty without adapters
+NO_ADAPTERS: Adapters = {}
+
+
+class SpecModule(nnx.Module):
+    """Holds one `nnx.Param` for each ParamSpec among `specs`; nested dicts belong to the subclass's own modules."""
+
+    def __init__(self, specs: Tree):
+        own = {name: spec for name, spec in specs.items() if isinstance(spec, ParamSpec)}
+        for name, spec in own.items():
+            setattr(self, name, nnx.Param(jnp.zeros(spec.shape)))
+        self.inputs = tuple((name, len(spec.contracted)) for name, spec in own.items())
+
+    def weight(self, name: str) -> Any:
+        """The array of that name, or the LayerOf that stands for it."""
+        return getattr(self, name).get_value()
+
+    def project(
+        self, name: str, x: jax.Array, adapters: Adapters = NO_ADAPTERS, group_sizes: jax.Array | None = None
+    ) -> jax.Array:
+        """`x @ W` plus the adapter's low-rank path `scale · (x @ A) @ B`: every weight multiplication of the model.
+
+        Contracts x's last axes with the weight's contracted axes. With `group_sizes`, rows of x are sorted by expert
+        and each meets its own expert's weight (and adapter).
+        """
+        return project(x, self.weight(name), dict(self.inputs)[name], adapters.get(name), group_sizes)
+
+
+def project(
+    x: jax.Array,
+    weight: jax.Array | LayerOf,
+    inputs: int,
+    adapter: Adapter | None,
+    group_sizes: jax.Array | None = None,
+) -> jax.Array:
+    """`SpecModule.project` on a bare array whose first `inputs` axes (after that of the experts) are contracted."""
+    y = _contract(x, weight, inputs, group_sizes)
+    if adapter is None:
+        return y
+    low_rank = own_ranks(_contract(dropped(x, adapter), adapter.a, inputs, group_sizes), adapter)
+    return y + adapter.scale * _contract(low_rank, adapter.b, 1, group_sizes)
+
+
+def _contract(x: jax.Array, w: jax.Array | LayerOf, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
+    if isinstance(w, LayerOf):
+        return w.multiply(x, inputs)
+    if group_sizes is not None:
+        return grouped_matmul(x, w.astype(x.dtype), group_sizes)
+    assert w.dtype != jnp.uint16, "bits are no numbers"
+    # one matrix product: on CPU the gradients of products over several axes are several times slower
+    rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
+    x = x.reshape(-1, math.prod(w.shape[:inputs]))
+    w = w.astype(x.dtype).reshape(x.shape[1], -1)
+    return jnp.matmul(x, w, precision=precision_of(x.dtype)).reshape(*rows, *outputs)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) · weight over the last axis; the mean of squares in float32 (Zhang and Sennrich, 2019)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 (B, T, H/2), of the angles position · theta^(-2i/H) (Su et al., 2021).
+
+    Made once for all layers: on CPU XLA computes them anew for every head wherever they are fused with what they turn.
+    """
+    half = head_dim // 2
+    frequencies_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
+    return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
+
+
+def rope(x_BTNH: jax.Array, turned: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates each head's halves, in Hugging Face's order, by what `rotation` gave."""
+    cos, sin = (part_BTH[:, :, None] for part_BTH in turned)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,295 @@
+"""The decoder-only transformer: embedding, runs of stacked blocks that are scanned over, final norm, logits.
+
+    logits_BTV = forward(config, params, tokens_BT).logits
+
+or in two parts, so that a loss can go through the vocabulary in chunks of tokens:
+
+    x_BTD = hidden(config, params, tokens_BT).x_BTD
+    logits_BTV = logits(config, params, x_BTD)
+
+B batch, T sequence, D embed, V vocabulary, L layers, S cache slots, E experts, R rank.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from nemoe_jax.adapters.lora import Adapter, factors
+from nemoe_jax.adapters.multi_lora import own_ranks
+from nemoe_jax.kernels.backend import platform
+from nemoe_jax.model.attention import Attention, Context
+from nemoe_jax.model.decode_weights import LayerOf, reads_in_place
+from nemoe_jax.model.embedding import look_up
+from nemoe_jax.model.ffn import SwiGLU
+from nemoe_jax.model.kv_cache import Cache, LayerCache
+from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm, rotation
+from nemoe_jax.model.moe import MoE, Routing
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, map_with_path
+from nemoe_jax.spec.sharding import constrain_tokens, gathered, partition_spec, used_spec
+
+
+class Hidden(NamedTuple):
+    """What the blocks give: all of a forward pass but the head."""
+
+    x_BTD: jax.Array  # after the final norm
+    cache: Cache | None
+    routing: Routing | None  # load (L, E), losses and entropy averaged over the MoE layers; None for a dense model
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: jax.Array  # (B, T, V) float32
+    cache: Cache | None
+    routing: Routing | None  # as in Hidden
+
+
+class Block(SpecModule):
+    def __init__(self, config: ModelConfig, specs: Tree):
+        super().__init__(specs)
+        self.eps = config.norm_eps
+        self.attn = Attention(config, specs["attn"])
+        self.ffn = MoE(config, specs["ffn"]) if "router" in specs["ffn"] else SwiGLU(specs["ffn"])
+
+    def attend(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
+    ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
+        """The stream after attention, its normalised copy that the FFN reads (both (B, T, D)), and the cache."""
+        normed = rms_norm(x_BTD, self.weight("attn_norm"), self.eps)
+        y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
+        x_BTD = constrain_tokens(x_BTD + y_BTD)
+        return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache
+
+    def feed_forward(
+        self, normed_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """What the FFN adds to the stream, and its routing where it is a mixture."""
+        if isinstance(self.ffn, MoE):
+            return self.ffn(normed_BTD, adapters, segments_BT)
+        return self.ffn(normed_BTD, adapters), None
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
+    ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+        """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
+        x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
+        y_BTD, routing = self.feed_forward(normed, adapters.get("ffn", NO_ADAPTERS), context.segments_BT)
+        return constrain_tokens(x_BTD + y_BTD), cache, routing
+
+
+class Transformer(SpecModule):
+    """Its state is the schema's tree: any nested dict of arrays with those paths can be merged into it."""
+
+    def __init__(self, config: ModelConfig):
+        specs = declare(config)
+        super().__init__(specs)
+        self.config, self.eps = config, config.norm_eps
+        self.blocks = nnx.Dict({kind: Block(config, block) for kind, block in specs["blocks"].items()})
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        adapters: Adapters = NO_ADAPTERS,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
+        counts_B: jax.Array | None = None,
+        remat: bool = False,
+    ) -> Hidden:
+        if positions is None:
+            positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.length_B[:, None])
+            positions = jnp.broadcast_to(positions, tokens_BT.shape)
+        turned = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        context = Context(positions, segments, turned)
+        spec = declare(self.config)["embed"]
+        x_BTD = look_up(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
+        held = None
+        if cache is not None:
+            held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(0), counts_B)
+        routings = []
+        for kind, block in self.blocks.items():
+            run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
+            x_BTD, held, routing = _scan_run(
+                block, declare(self.config)["blocks"][kind], x_BTD, context, held, run_adapters, remat
+            )
+            if routing is not None:
+                routings.append(routing)
+        x_BTD = rms_norm(x_BTD, self.weight("norm"), self.eps)
+        if cache is not None and held is not None:
+            more = tokens_BT.shape[1] if counts_B is None else counts_B
+            cache = Cache(held.k, held.v, cache.table_BM, cache.length_B + more)
+        routing = None
+        if routings:
+            routing = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings)
+            routing = Routing(routing.load_E, *(statistic.mean() for statistic in routing[1:]))
+        return Hidden(x_BTD, cache, routing)
+
+
+def _scan_run(
+    block: Block,
+    specs: Tree,
+    x_BTD: jax.Array,
+    context: Context,
+    cache: LayerCache | None,
+    adapters: Adapters,
+    remat: bool,
+) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+    """A run of stacked layers, one after another: compiled once whatever their number.
+
+    The cache of all layers goes along, and each layer writes its own part where it lies.
+    """
+    graph, state = nnx.split(block)
+    stacked = nnx.to_pure_dict(state)
+    in_place = cache is not None and reads_in_place(x_BTD[..., 0].size, stacked["attn"]["q"].dtype)
+    of_experts = _expert_adapters(specs, adapters, x_BTD.dtype) if in_place else {}
+
+    def layer(carry, slice_of_run):
+        (x_BTD, cache), (sliced, layer_adapters) = carry, slice_of_run
+        if in_place:
+            weights = _layer_in_place(specs, stacked, sliced)
+            layer_adapters = _adapters_in_place(of_experts, layer_adapters, sliced)
+        else:
+            weights, layer_adapters = _gathered_layer(specs, sliced, layer_adapters, x_BTD.dtype)
+        x_BTD, cache, routing = nnx.merge(graph, weights)(x_BTD, context, cache, layer_adapters)
+        if cache is not None:
+            cache = cache._replace(layer=cache.layer + 1)
+        return (x_BTD, cache), routing
+
+    if remat:
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    slices = jnp.arange(len(stacked["attn_norm"])) if in_place else stacked
+    (x_BTD, cache), routing = jax.lax.scan(layer, (x_BTD, cache), (slices, dict(adapters)))
+    return x_BTD, cache, routing
+
+
+def _layer_in_place(specs: Tree, stacked: Tree, number: jax.Array) -> Tree:
+    """One layer's weights: the matrices not yet read."""
+    of_path = leaves(specs)
+    return map_with_path(
+        lambda path, stack: LayerOf(stack, number) if of_path[path].contracted else stack[number], stacked
+    )
+
+
+def _expert_adapters(specs: Tree, adapters: Adapters, dtype: Any) -> dict[str, Adapter]:
+    """Those of the experts of all layers, in a dtype that kernels read in place."""
+    of_path = leaves(specs)
+    read = jnp.float32 if platform() == "cpu" else dtype
+    return {
+        path: dataclasses.replace(adapter, a=adapter.a.astype(read), b=adapter.b.astype(read))
+        for path, adapter in leaves(dict(adapters)).items()
+        if "experts" in of_path[path].stacked
+    }
+
+
+def _adapters_in_place(of_experts: dict[str, Adapter], layer_adapters: Tree, number: jax.Array) -> Tree:
+    """One layer's adapters: the experts' not yet read. The others are small: with several rows copies are faster."""
+
+    def replace(path: str, adapter: Adapter) -> Adapter:
+        if path not in of_experts:
+            return adapter
+        a, b = (LayerOf(stack, number) for stack in (of_experts[path].a, of_experts[path].b))
+        return dataclasses.replace(adapter, a=a, b=b)
+
+    return map_with_path(replace, layer_adapters)
+
+
+def _gathered_layer(specs: Tree, weights: Tree, adapters: Tree, dtype: Any) -> tuple[Tree, Tree]:
+    """One layer's weights and adapters as they are used, but for the experts', which moe.py gathers.
+
+    Adapters are cast first: half of the bytes of the float32 that is trained go over the wires.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    of_path = leaves(specs)
+
+    def gather(spec: ParamSpec, array: jax.Array) -> jax.Array:
+        if mesh.empty or mesh.size == 1 or "experts" in spec.stacked or not spec.contracted:
+            return array
+        stored = partition_spec(spec, mesh.shape)
+        return gathered(array, PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:]))
+
+    def gather_adapter(path: str, adapter: Adapter) -> Adapter:
+        spec = of_path[path]
+        spec_a, spec_b = factors(spec, adapter.a.shape[-1])
+        cast = jnp.float32 if path == "ffn/router" else dtype
+        a, b = gather(spec_a, adapter.a.astype(cast)), gather(spec_b, adapter.b.astype(cast))
+        return dataclasses.replace(adapter, a=a, b=b)
+
+    return (
+        map_with_path(lambda path, array: gather(of_path[path], array), weights),
+        map_with_path(gather_adapter, adapters),
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def graph_of(config: ModelConfig) -> Any:
+    """The NNX graph definition of a model; merge it with a nested dict of arrays to get a callable."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config)))[0]
+
+
+def hidden(
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: jax.Array,
+    *,
+    adapters: Tree | None = None,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    cache: Cache | None = None,
+    counts_B: jax.Array | None = None,
+    remat: bool = False,
+) -> Hidden:
+    """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
+
+    Args:
+        params: the schema's tree; computation is in the dtype of `params["embed"]`.
+        adapters: LoRA adapters (lora.py).
+        positions: (B, T) positions for RoPE; by default 0, 1, … after what the cache holds.
+        segments: (B, T) document numbers of packed sequences, from 1; 0 is padding, which no statistic of the routing
+            counts. Not together with a cache.
+        cache: keys and values so far; the new ones are written behind them. The caller sees that they fit.
+        counts_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+    model = nnx.merge(graph_of(config), params)
+    return model(
+        tokens_BT,
+        adapters=adapters or NO_ADAPTERS,
+        positions=positions,
+        segments=segments,
+        cache=cache,
+        counts_B=counts_B,
+        remat=remat,
+    )
+
+
+def logits(
+    config: ModelConfig, params: Tree, x_BTD: jax.Array, adapters: Tree | None = None, decoding: bool = False
+) -> jax.Array:
+    """Float32 logits (B, T, V) of hidden states; of the trees it reads "head" alone, or "embed" where that is tied."""
+    adapters = adapters or {}
+    if not config.tied:
+        head: Any = params["head"]
+        if decoding and reads_in_place(x_BTD[..., 0].size, head.dtype):
+            head = LayerOf(head[None], 0)
+        return project(x_BTD, head, 1, adapters.get("head")).astype(jnp.float32)
+    logits_BTV = x_BTD @ params["embed"].T.astype(x_BTD.dtype)
+    adapter = adapters.get("embed")
+    if adapter is not None:
+        a_RV, b_DR = adapter.a.T.astype(x_BTD.dtype), adapter.b.T.astype(x_BTD.dtype)
+        logits_BTV += adapter.scale * own_ranks(x_BTD @ b_DR, adapter) @ a_RV
+    return logits_BTV.astype(jnp.float32)
+
+
+def forward(
+    config: ModelConfig, params: Tree, tokens_BT: jax.Array, *, adapters: Tree | None = None, **options: Any
+) -> Output:
+    """`hidden`, whose options it takes, then `logits`."""
+    x_BTD, cache, routing = hidden(config, params, tokens_BT, adapters=adapters, **options)
+    return Output(logits(config, params, x_BTD, adapters, decoding=cache is not None), cache, routing)

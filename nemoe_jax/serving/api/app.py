@@ -1,0 +1,88 @@
+"""A model behind the OpenAI API: its routes, as one ASGI application."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import PlainTextResponse, Response
+
+from nemoe_jax.serving.api.chat import chat
+from nemoe_jax.serving.api.completions import complete
+from nemoe_jax.serving.api.errors import add_error_handlers
+from nemoe_jax.serving.api.middleware import Guard
+from nemoe_jax.serving.api.openapi import ERRORS, describe, streamed
+from nemoe_jax.serving.api.requests import ChatRequest, CompletionRequest
+from nemoe_jax.serving.api.responses import ChatChunk, ChatCompletion, Completion, Health, ModelCard, ModelList
+from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.streaming import as_json
+from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
+
+
+def create_app(
+    served: Served,
+    *,
+    api_key: str | None = None,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
+    log_requests: bool = False,
+    closing: Callable[[], bool] = lambda: False,
+) -> FastAPI:
+    """The application; no other origin's pages may read its answers (no CORS).
+
+    Args:
+        api_key: what clients must send as bearer token; None: anybody may ask.
+        max_request_bytes: a longer body is refused.
+        log_requests: a line on standard error for each request.
+        closing: says whether the server is about to end; requests are then refused.
+    """
+    # documentation pages would load scripts from elsewhere
+    app = FastAPI(title="nemoe serve", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.openapi = lambda: describe(app, served, api_key is not None)  # type: ignore[method-assign]
+    add_error_handlers(app)
+
+    @app.get("/health", summary="Whether requests are taken", response_model=Health, responses=ERRORS["always"])
+    async def health() -> Response:
+        return as_json(Health())
+
+    @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse, responses=ERRORS["always"])
+    async def metrics() -> Response:
+        return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models", summary="The model and its adapters", response_model=ModelList, responses=ERRORS["/v1"])
+    async def models() -> Response:
+        return as_json(ModelList(data=[card(served, name) for name in (served.name, *served.adapters)]))
+
+    @app.get(
+        "/v1/models/{model:path}", summary="One of them", response_model=ModelCard, responses=ERRORS["/v1/models/"]
+    )
+    async def model(model: str) -> Response:
+        served.adapter(model)
+        return as_json(card(served, model))
+
+    @app.post(
+        "/v1/completions",
+        summary="Texts or token ids, continued",
+        response_model=Completion,
+        responses=ERRORS["POST"] | streamed(Completion),
+    )
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        return await complete(served, asked, request)
+
+    @app.post(
+        "/v1/chat/completions",
+        summary="The next message of a chat",
+        response_model=ChatCompletion,
+        responses=ERRORS["POST"] | streamed(ChatChunk),
+    )
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        return await chat(served, asked, request)
+
+    options: dict[str, Any] = {"metrics": served.metrics, "api_key": api_key, "max_bytes": max_request_bytes}
+    paths = {route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path}
+    app.add_middleware(Guard, paths=paths, log=log_requests, closing=closing, **options)
+    return app
+
+
+def card(served: Served, name: str) -> ModelCard:
+    """What /v1/models says of a model."""
+    parent = None if name == served.name else served.name
+    return ModelCard(id=name, created=served.created, parent=parent, max_model_len=served.context)

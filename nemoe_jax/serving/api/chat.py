@@ -1,0 +1,204 @@
+"""POST /v1/chat/completions: the next message of a chat, or calls of tools."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.serving.api.engine_streams import Answers
+from nemoe_jax.serving.api.errors import ApiError
+from nemoe_jax.serving.api.logprobs import chat_logprobs
+from nemoe_jax.serving.api.middleware import leave_note
+from nemoe_jax.serving.api.requests import ChatRequest, ChosenTool, JsonObjectFormat, JsonSchemaFormat
+from nemoe_jax.serving.api.responses import (
+    Answer,
+    Call,
+    CallDelta,
+    CalledFunction,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Delta,
+    Finish,
+    Usage,
+)
+from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.streaming import EventStream, as_json, event, new_id, unless_gone
+from nemoe_jax.serving.engine import request as engine_request
+from nemoe_jax.serving.engine.request import Constraint, ScoredToken
+from nemoe_jax.serving.structured.grammar import tool_calls
+from nemoe_jax.text.chat.render import render_chat
+from nemoe_jax.text.chat.tool_parser import AnswerStream, ParsedAnswer
+
+Plain = dict[str, Any]
+
+
+async def chat(served: Served, asked: ChatRequest, request: Request) -> Response:
+    """The answer to one HTTP request. Raises ApiError, UserError or Busy."""
+    tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []] or None
+    wanted = await run_in_threadpool(read, served, asked, tools)
+    answers = Answers(served.engine, wanted, served.metrics)
+    writer = Writer(served, asked, tools if asked.tool_choice != "none" else None, len(wanted[0].prompt))
+    if asked.stream:
+        return EventStream(writer.events(answers, request), answers)
+    return as_json(await unless_gone(request, writer.whole(answers, request), answers))
+
+
+def read(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> list[engine_request.Request]:
+    """The engine's requests, n of them."""
+    served.adapter(asked.model)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError(400, "top_logprobs: wants logprobs: true", "top_logprobs")
+    if asked.max_tokens is not None and asked.max_completion_tokens is not None:
+        raise ApiError(400, "max_tokens: wanted one of max_tokens and max_completion_tokens", "max_tokens")
+    param = "max_completion_tokens" if asked.max_tokens is None else "max_tokens"
+    prompt = read_prompt(served, asked, tools)
+    room = served.room(prompt, getattr(asked, param), None, param)
+    make = constraint_maker(served, asked, tools)
+    constraints = [make() for _ in range(asked.n or 1)]
+    top = asked.top_logprobs or 0 if asked.logprobs else None
+    return served.requests(asked, prompt, room, top, constraints)
+
+
+def read_prompt(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> list[int]:
+    """The chat's token ids."""
+    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+    for message in messages:
+        if message["role"] == "developer" and served.tokenizer.chat_template is None:
+            message["role"] = "system"  # its newer name in OpenAI's API
+    going_on = bool(asked.continue_final_message)
+    if messages[-1]["role"] == "assistant" and not going_on and served.tokenizer.chat_template is None:
+        last = f"messages[{len(messages) - 1}]"
+        raise ApiError(400, f"{last}: the last one is an answer; continue_final_message: true goes on with it", last)
+    opening = not going_on
+    return render_chat(served.tokenizer, messages, tools=tools, continue_answer=going_on, generation_prompt=opening)
+
+
+def constraint_maker(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> Callable[[], Constraint | None]:
+    """What makes the constraint of one answer, by its tools and `response_format`."""
+    choice = asked.tool_choice.model_dump() if isinstance(asked.tool_choice, ChosenTool) else asked.tool_choice
+    schema: Plain | None = None
+    if isinstance(asked.response_format, JsonSchemaFormat):
+        schema = asked.response_format.json_schema.schema_ or {}
+    elif isinstance(asked.response_format, JsonObjectFormat):
+        schema = {"type": "object"}
+
+    def constraint() -> Constraint | None:
+        try:
+            parallel = asked.parallel_tool_calls is not False
+            return tool_calls(served.vocabulary, served.tokenizer, tools, choice, parallel, schema)
+        except UserError as error:
+            if str(error).startswith("schema: "):
+                raise ApiError(400, f"response_format: {error}", "response_format") from error
+            raise
+
+    return constraint
+
+
+class Writer:
+    """Puts pieces into the API's shape."""
+
+    def __init__(self, served: Served, asked: ChatRequest, tools: list[Plain] | None, prompt_tokens: int):
+        self.served, self.asked = served, asked
+        count = asked.n or 1
+        self.readers = [AnswerStream(served.tokenizer, tools, served.ends) for _ in range(count)]
+        self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
+        self.id, self.created = new_id("chatcmpl"), int(time.time())
+
+    async def whole(self, answers: Answers, request: Request) -> ChatCompletion:
+        """All of it at once."""
+        texts, reasons = [""] * len(self.readers), [""] * len(self.readers)
+        tokens: list[list[ScoredToken]] = [[] for _ in self.readers]
+        async for index, piece in answers:
+            texts[index] += self.readers[index].push(piece)
+            tokens[index] += piece.tokens
+            reasons[index] = piece.finish or ""
+        choices = []
+        for index, reader in enumerate(self.readers):
+            rest = reader.finish()
+            text, calls = texts[index] + rest.text, [call_of(call) for call in rest.calls]
+            choices.append(
+                ChatChoice(
+                    index=index,
+                    message=Answer(content=text if text or not calls else None, tool_calls=calls or None),
+                    logprobs=self.logprobs(tokens[index]),
+                    finish_reason=finish_of(reasons[index], rest),
+                    warnings=list(rest.warnings) or None,
+                )
+            )
+        self.answer_tokens = sum(map(len, tokens))
+        usage = self.usage(request)
+        return ChatCompletion(id=self.id, created=self.created, model=self.asked.model, choices=choices, usage=usage)
+
+    async def events(self, answers: Answers, request: Request) -> AsyncIterator[str]:
+        """The role, a chunk for each piece, the calls, the reason why it ended."""
+        for index in range(len(self.readers)):
+            yield self.event(index, Delta(role="assistant", content=""))
+        async for index, piece in answers:
+            self.answer_tokens += len(piece.tokens)
+            text = self.readers[index].push(piece)
+            if text or (piece.tokens and self.asked.logprobs):
+                yield self.event(index, Delta(content=text), logprobs=self.logprobs(piece.tokens))
+            if piece.finish is None:
+                continue
+            rest = self.readers[index].finish()
+            if rest.text:
+                yield self.event(index, Delta(content=rest.text))
+            for at, call in enumerate(rest.calls):
+                yield self.event(index, Delta(tool_calls=[CallDelta(index=at, **call_of(call).model_dump())]))
+            warnings = {"warnings": list(rest.warnings)} if rest.warnings else {}
+            yield self.event(index, Delta(), finish_reason=finish_of(piece.finish, rest), **warnings)
+        usage = self.usage(request)
+        if self.counted:
+            yield event(self.chunk([], usage=usage))
+
+    @property
+    def counted(self) -> bool:
+        """Whether the client wants the numbers of tokens behind a stream."""
+        return bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+
+    def event(self, index: int, delta: Delta, **fields: Any) -> str:
+        """One answer's part of a chunk; only what is said is in it."""
+        choice = ChatChunkChoice(index=index, delta=delta, **{"logprobs": None, "finish_reason": None, **fields})
+        usage: Plain = {"usage": None} if self.counted else {}
+        return event(self.chunk([choice], **usage), exclude_unset=True)
+
+    def chunk(self, choices: list[ChatChunkChoice], **usage: Any) -> ChatChunk:
+        """Choices with what stands around them."""
+        return ChatChunk(
+            id=self.id,
+            object="chat.completion.chunk",
+            created=self.created,
+            model=self.asked.model,
+            choices=choices,
+            **usage,
+        )
+
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
+        """Those of the tokens that are text."""
+        if not self.asked.logprobs:
+            return None
+        return chat_logprobs(self.served, (scored for scored in tokens if scored.token not in self.served.ends))
+
+    def usage(self, request: Request) -> Usage:
+        """The tokens in all, also for the log."""
+        leave_note(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
+        return Usage.of(self.prompt_tokens, self.answer_tokens)
+
+
+def call_of(call: Any) -> Call:
+    """A parsed call in the API's shape."""
+    return Call(id=call.id, function=CalledFunction(name=call.name, arguments=call.arguments))
+
+
+def finish_of(reason: str, rest: ParsedAnswer) -> Finish:
+    """Why an answer ended."""
+    if reason == "length":
+        return "length"
+    return "tool_calls" if rest.calls else "stop"

@@ -1,0 +1,115 @@
+"""POST /v1/completions: texts or token ids, continued."""
+
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from nemoe_jax.serving.api.engine_streams import Answers
+from nemoe_jax.serving.api.errors import ApiError
+from nemoe_jax.serving.api.logprobs import completion_logprobs, completion_text
+from nemoe_jax.serving.api.middleware import leave_note
+from nemoe_jax.serving.api.requests import CompletionRequest
+from nemoe_jax.serving.api.responses import Completion, CompletionChoice, Usage
+from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.streaming import EventStream, as_json, event, new_id, unless_gone
+from nemoe_jax.serving.engine import request as engine_request
+from nemoe_jax.serving.engine.request import Piece
+
+DEFAULT_TOKENS = 16  # as in OpenAI's API
+
+
+async def complete(served: Served, asked: CompletionRequest, request: Request) -> Response:
+    """The answer to one HTTP request. Raises ApiError, UserError or Busy."""
+    wanted, echoes = await run_in_threadpool(read, served, asked)
+    answers = Answers(served.engine, wanted, served.metrics)
+    writer = Writer(served, asked, echoes, sum(len(one.prompt) for one in wanted[:: asked.n or 1]))
+    if asked.stream:
+        return EventStream(writer.events(answers, request), answers)
+    return as_json(await unless_gone(request, writer.whole(answers, request), answers))
+
+
+def read(served: Served, asked: CompletionRequest) -> tuple[list[engine_request.Request], list[str]]:
+    """The engine's requests, n for each prompt, and what each answer's text begins with."""
+    count = asked.n or 1
+    served.adapter(asked.model)
+    if asked.best_of not in (None, count):
+        raise ApiError(400, f"best_of: wanted n ({count}) or nothing, got {asked.best_of}", "best_of")
+    if asked.echo and asked.logprobs is not None:
+        raise ApiError(400, "logprobs: not given for echoed prompts; ask for one of echo and logprobs", "logprobs")
+    prompts = prompt_ids(served, asked)
+    if len(prompts) * count > served.max_answers:
+        most = served.max_answers
+        raise ApiError(400, f"prompt: wanted at most {most} answers, got {len(prompts)} times n = {count}", "prompt")
+    requests, echoes = [], []
+    for given, ids in prompts:
+        room = served.room(ids, asked.max_tokens, DEFAULT_TOKENS, "max_tokens")
+        requests += served.requests(asked, ids, room, asked.logprobs, [None] * count)
+        echoes += [(given or served.tokenizer.decode(ids)) if asked.echo else ""] * count
+    return requests, echoes
+
+
+def prompt_ids(served: Served, asked: CompletionRequest) -> list[tuple[str, list[int]]]:
+    """The prompts: text (empty where ids were given) and token ids."""
+    prompt = asked.prompt
+    several = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    return [
+        (one, served.tokenizer.encode(one, bos=True)) if isinstance(one, str) else ("", list(one)) for one in several
+    ]
+
+
+class Writer:
+    """Puts pieces into the API's shape."""
+
+    def __init__(self, served: Served, asked: CompletionRequest, echoes: list[str], prompt_tokens: int):
+        self.served, self.asked = served, asked
+        self.echoes = echoes  # what is still to be said before an answer's own text
+        self.offsets = [0] * len(echoes)
+        self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
+        self.id, self.created = new_id("cmpl"), int(time.time())
+
+    async def whole(self, answers: Answers, request: Request) -> Completion:
+        """All of it at once."""
+        pieces = [Piece("", ()) for _ in self.echoes]
+        async for index, piece in answers:
+            before = pieces[index]
+            pieces[index] = Piece(before.text + piece.text, before.tokens + piece.tokens, piece.finish)
+        choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
+        return self.chunk(choices, self.usage(request))
+
+    async def events(self, answers: Answers, request: Request) -> AsyncIterator[str]:
+        """A chunk for each piece."""
+        counted = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+        leave_out = None if counted else {"usage"}
+        async for index, piece in answers:
+            yield event(self.chunk([self.choice(index, piece)]), exclude=leave_out)
+        usage = self.usage(request)
+        if counted:
+            yield event(self.chunk([], usage))
+
+    def choice(self, index: int, piece: Piece) -> CompletionChoice:
+        """What a piece says of its answer."""
+        self.answer_tokens += len(piece.tokens)
+        echo, self.echoes[index] = self.echoes[index], ""
+        logprobs = None
+        if self.asked.logprobs is not None:
+            tokens = [scored for scored in piece.tokens if scored.token not in self.served.ends]
+            logprobs = completion_logprobs(self.served, tokens, self.offsets[index])
+            self.offsets[index] += sum(len(completion_text(self.served, scored.token)) for scored in tokens)
+        return CompletionChoice(
+            index=index,
+            text=echo + piece.text,
+            logprobs=logprobs,
+            finish_reason=piece.finish,  # type: ignore[arg-type]  # the others were raised
+        )
+
+    def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        """Choices with what stands around them."""
+        return Completion(id=self.id, created=self.created, model=self.asked.model, choices=choices, usage=usage)
+
+    def usage(self, request: Request) -> Usage:
+        """The tokens in all, also for the log."""
+        leave_note(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
+        return Usage.of(self.prompt_tokens, self.answer_tokens)

@@ -1,0 +1,149 @@
+"""A model that is being served, and how a request's common wishes become the engine's terms."""
+
+import dataclasses
+import functools
+import secrets
+import time
+from collections.abc import Sequence
+
+from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.serving.api.errors import ApiError
+from nemoe_jax.serving.api.metrics import Metrics
+from nemoe_jax.serving.api.requests import Generation
+from nemoe_jax.serving.engine.completion import end_tokens
+from nemoe_jax.serving.engine.engine import Engine
+from nemoe_jax.serving.engine.request import Constraint, Request
+from nemoe_jax.serving.structured.grammar import Vocabulary
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.text.tokenizers.base import Tokenizer
+
+SEEDS = 2**63
+LEAST_SHARE = 256  # tokens of an answer whose prompt is longer than its share of the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model behind its engine.
+
+    name: what `model` must say; adapters are asked for by names of their own.
+    sampling: what holds where a request says nothing.
+    max_tokens: of an answer, whatever a request says.
+    max_answers: what one request may ask for at a time: more never finds room.
+    """
+
+    engine: Engine
+    config: ModelConfig
+    tokenizer: Tokenizer
+    name: str
+    adapters: tuple[str, ...] = ()
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    max_answers: int = 64
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @functools.cached_property
+    def metrics(self) -> Metrics:
+        """Figures of this server."""
+        return Metrics(self.engine.statistics)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens' bytes, for grammars and log-probabilities."""
+        return Vocabulary(self.tokenizer, self.config.vocab, self.ends)
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return tuple(sorted(end_tokens(self.config, self.tokenizer)))
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together that there is room for."""
+        return self.engine.context
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a request's `model` means; None: the model itself.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if model == self.name:
+            return None
+        if model not in self.adapters:
+            known = ", ".join([self.name, *self.adapters])
+            raise ApiError(404, f"model: no model {model!r:.80} here; there are: {known}", "model", "model_not_found")
+        return model
+
+    def requests(
+        self,
+        asked: Generation,
+        prompt: Sequence[int],
+        max_tokens: int,
+        top_logprobs: int | None,
+        constraints: Sequence[Constraint | None],
+    ) -> list[Request]:
+        """The engine's requests for the answers to one prompt, one for each constraint.
+
+        Raises:
+            ApiError: a value that does not fit this model.
+            UserError: as `Sampling` does.
+        """
+        vocab = self.config.vocab
+        stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        for param, tokens in {"prompt": prompt, "stop_token_ids": asked.stop_token_ids or ()}.items():
+            wrong = next((token for token in tokens if token >= vocab), None)
+            if wrong is not None:
+                message = f"{param}: wanted token ids from 0 to {vocab - 1}, got {wrong}"
+                raise ApiError(400, message, param, "invalid_value")
+        sampling = self._sampling(asked)
+        sampling.check(vocab)
+        seed = secrets.randbits(31) if asked.seed is None else asked.seed
+        return [
+            Request(
+                tuple(prompt),
+                max_tokens,
+                dataclasses.replace(sampling, seed=(seed + at) % SEEDS),
+                tuple(stop),
+                tuple(asked.stop_token_ids or ()),
+                top_logprobs,
+                self.adapter(asked.model),
+                constraint,
+            )
+            for at, constraint in enumerate(constraints)
+        ]
+
+    def _sampling(self, asked: Generation) -> Sampling:
+        wishes = {
+            field.name: value
+            for field in dataclasses.fields(Sampling)
+            if field.name not in ("seed", "logit_bias") and (value := getattr(asked, field.name)) is not None
+        }
+        if wishes.get("top_k") == -1:
+            wishes["top_k"] = 0
+        biases = tuple((int(token), float(bias)) for token, bias in (asked.logit_bias or {}).items())
+        return dataclasses.replace(self.sampling, **wishes, logit_bias=biases)
+
+    def room(self, prompt: Sequence[int], wanted: int | None, default: int | None, param: str) -> int:
+        """How many tokens an answer may have.
+
+        Args:
+            wanted: what the request says; `default` where it says nothing; None: what is left of a row's share of the
+                cache, which is set aside for the answer while it is made.
+
+        Raises:
+            ApiError: the prompt leaves no room for so many, or the server allows fewer.
+        """
+        limit = self.max_tokens
+        if wanted is not None and limit is not None and wanted > limit:
+            raise ApiError(400, f"{param}: wanted at most {limit}, the limit here, got {wanted}", param)
+        room = self.context - len(prompt)
+        if room < max(1, wanted or 0):
+            length = f"{len(prompt)} tokens" + (f" and {wanted} of answer" if wanted else "")
+            message = f"prompt: {length} exceed the context of {self.context}"
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
+        if wanted is not None:
+            return wanted
+        if default is None:
+            statistics = self.engine.statistics()
+            default = max(LEAST_SHARE, statistics.tokens // statistics.rows - len(prompt))
+        return min(room, default, limit or default)

@@ -1,0 +1,1 @@
+"""Continuous batching: requests, slots, pages of the KV cache, the scheduler and the model runner."""

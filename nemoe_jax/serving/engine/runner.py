@@ -1,0 +1,178 @@
+"""What the engine runs on the device, and what stays there: the pools of keys and values, the counts, the parameters.
+
+Every program has few shapes: the rows of the batch are always as many, and a prompt's chunks have a few widths. So what
+a row gives depends on its own request alone, to the last bit, whatever the other rows do.
+
+B rows, T tokens of a chunk, M pages of a row, E stop tokens, V vocabulary, W words of 32 bits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from nemoe_jax.adapters.multi_lora import with_rows
+from nemoe_jax.inference.decode import Block, State, decode, read_only
+from nemoe_jax.inference.sampler import Controls, Counts
+from nemoe_jax.model.decode_weights import for_decoding
+from nemoe_jax.model.kv_cache import Cache, Pages, division, shared_cache, wipe
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import Tree
+from nemoe_jax.spec.sharding import constrain_tokens
+
+CHUNK = 512  # tokens of a prompt that are read at a time
+_NARROWEST = 32
+MOST_ENDS = 16  # tokens that end a row on the device; more are found by the host, some steps later
+
+
+class Held(NamedTuple):
+    """What stays on the device."""
+
+    k: Pages
+    v: Pages
+    counts: Counts
+
+
+class Batch(NamedTuple):
+    """The rows as the host wants them to be; all NumPy's int32 until a program has them."""
+
+    table_BM: Any
+    length_B: Any  # tokens that each row holds in the cache
+    next_B: Any  # the tokens that are read next
+    step_B: Any  # tokens chosen so far
+    left_B: Any  # tokens that each row may still have; 0: it rests
+    stop_BE: Any  # tokens that end the row; -1 for none
+    adapter_B: Any  # the number of each row's adapter; -1 for none
+
+
+class Programs:
+    """A model with its cache, on its devices, under the ambient mesh.
+
+    Args:
+        pages: of each device's pool, with page 0.
+        slots: tokens of a row at most.
+        bank: all adapters (adapter_bank.py), or None. Where there are some, rows without one pass through them as well.
+    """
+
+    def __init__(
+        self, config: ModelConfig, params: Tree, rows: int, slots: int, pages: int, dtype: Any, bank: Tree | None = None
+    ):
+        self.config, self.params, self.rows, self.bank = config, params, rows, bank
+        self.decode_params = for_decoding(params, rows)
+        self.parts, self.cuts = division(config, rows)
+        self._shape = (slots, pages, dtype)
+        self.forget_everything()
+
+    def forget_everything(self) -> None:
+        """An empty cache, as at the start."""
+        cache, counts = _start(self.config, self.rows, *self._shape)
+        self.width = cache.table_BM.shape[1]
+        self.held = Held(cache.k, cache.v, counts)
+        if jax.sharding.get_abstract_mesh().empty:  # where the parameters are: once for all, or it would compile twice
+            self.held = jax.device_put(self.held, self.params["embed"].sharding)
+
+    def read(self, row: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> None:
+        """A chunk of a prompt, at most `CHUNK` tokens, from that position on; `adapter` is a number, or -1."""
+        part = self._part(row)
+        width = max(_NARROWEST, 1 << (len(tokens) - 1).bit_length())
+        tokens_BT, table_BM = np.zeros((self.parts, width), np.int32), np.zeros((self.parts, self.width), np.int32)
+        tokens_BT[part, : len(tokens)], table_BM[part] = tokens, table_M
+        here_B = np.arange(self.parts, dtype=np.int32) == part
+        self.held = _read(
+            self.config,
+            self.params,
+            tokens_BT,
+            np.where(here_B, np.int32(len(tokens)), np.int32(0)),
+            self.held,
+            table_BM,
+            np.where(here_B, np.int32(position), np.int32(0)),
+            self.bank,
+            np.full(self.parts, adapter, np.int32),
+        )
+
+    def count_prompt(self, row: int, prompt: np.ndarray) -> None:
+        """The row's counts are those of a new prompt."""
+        here_B = np.arange(self.rows) == row
+        for first in range(0, len(prompt), CHUNK):
+            chunk = prompt[first : first + CHUNK]
+            tokens_BT = np.zeros((self.rows, CHUNK), np.int32)
+            tokens_BT[row, : len(chunk)] = chunk
+            counts_B = np.where(here_B, np.int32(len(chunk)), np.int32(0))
+            self.held = _count(self.held, here_B & (first == 0), tokens_BT, counts_B)
+
+    def decode(
+        self, batch: Batch, steps: int, controls: Controls, allowed_BW: np.ndarray | None, top: int | None
+    ) -> Block:
+        """Up to so many steps of all rows; what they gave, on the host."""
+        self.held, block = _decode(
+            self.config, self.decode_params, self.held, batch, steps, controls, allowed_BW, self.bank, top=top
+        )
+        return jax.device_get(block)
+
+    def wipe(self, row: int, pages: list[int]) -> None:
+        """Zeros in a row's pages: what is no number in them would harm the next row even where it is hidden from it."""
+        pages_M = np.full(self.width, np.iinfo(np.int32).max, np.int32)
+        pages_M[: len(pages)] = pages
+        self.held = _wipe(self.held, pages_M, np.arange(self.parts) == self._part(row))
+
+    def _part(self, row: int) -> int:
+        """Which of the equal parts of the rows has this one."""
+        return row // (self.rows // self.parts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _start(config: ModelConfig, rows: int, slots: int, pages: int, dtype: Any) -> tuple[Cache, Counts]:
+    return shared_cache(config, rows, slots, pages, dtype), _laid(Counts.empty(rows, config.vocab))
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="held")
+def _read(
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: Any,
+    counts_B: Any,
+    held: Held,
+    table_BM: Any,
+    length_B: Any,
+    bank: Tree | None,
+    adapter_B: Any,
+) -> Held:
+    adapters = with_rows(bank, adapter_B) if bank else None
+    _, cache = read_only(config, params, tokens_BT, counts_B, Cache(held.k, held.v, table_BM, length_B), adapters)
+    return Held(cache.k, cache.v, held.counts)
+
+
+@functools.partial(jax.jit, donate_argnames="held")
+def _count(held: Held, forgotten_B: Any, tokens_BT: Any, counts_B: Any) -> Held:
+    return held._replace(counts=_laid(held.counts.forget(forgotten_B).add_prompt(tokens_BT, counts_B)))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="held")
+def _decode(
+    config: ModelConfig,
+    params: Tree,
+    held: Held,
+    batch: Batch,
+    steps: Any,
+    controls: Controls,
+    allowed_BW: Any | None,
+    bank: Tree | None,
+    top: int | None,
+) -> tuple[Held, Block]:
+    cache = Cache(held.k, held.v, batch.table_BM, batch.length_B)
+    state = State(cache, held.counts, batch.next_B, batch.step_B, batch.left_B, batch.stop_BE)
+    adapters = with_rows(bank, batch.adapter_B) if bank else None
+    state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
+    assert state.counts is not None
+    return Held(state.cache.k, state.cache.v, _laid(state.counts)), block
+
+
+@functools.partial(jax.jit, donate_argnames="held")
+def _wipe(held: Held, pages_M: Any, here_B: Any) -> Held:
+    k, v = wipe((held.k, held.v), pages_M, here_B)
+    return held._replace(k=k, v=v)
+
+
+def _laid(counts: Counts) -> Counts:
+    return Counts(*map(constrain_tokens, counts))

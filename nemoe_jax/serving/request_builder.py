@@ -1,0 +1,70 @@
+"""What people ask, a text or a chat, as requests that the engine can answer.
+
+All that can be wrong with one is found here, before any weights are loaded.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.serving.engine.completion import end_tokens
+from nemoe_jax.serving.engine.request import MOST_TOP, Request
+from nemoe_jax.serving.engine.stop_strings import StopTexts
+from nemoe_jax.serving.structured.grammar import Vocabulary, tool_calls
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.text.chat import render
+from nemoe_jax.text.chat.tool_formats import call_form
+from nemoe_jax.text.chat.tool_parser import AnswerStream
+from nemoe_jax.text.tokenizers.base import Tokenizer
+
+Tools = Sequence[Mapping[str, Any]] | None
+
+
+class RequestMaker:
+    """Makes requests for one model.
+
+    ends: its end tokens.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.ends = end_tokens(config, tokenizer)
+
+    def of_text(self, wishes: Request, text: str, schema: Any = None) -> Request:
+        """The continuation of a text, as JSON by a schema if there is one. Raises UserError."""
+        return self._checked(wishes, self.tokenizer.encode(text, bos=True), schema=schema)
+
+    def of_chat(
+        self, wishes: Request, messages: Any, tools: Tools = None, tool_choice: Any = None, schema: Any = None
+    ) -> Request:
+        """The answer to a chat; it calls tools as `tool_choice` wants, or else is JSON by a schema, if there is one.
+
+        tool_choice: as in OpenAI's API; by default the model is free to call, in whatever form its template has.
+        Raises UserError.
+        """
+        prompt = render.render_chat(self.tokenizer, messages, tools=tools)
+        return self._checked(wishes, prompt, tools, tool_choice, schema)
+
+    def reader(self, tools: Tools) -> AnswerStream:
+        """Reads an answer, with its calls of tools, piece by piece."""
+        return AnswerStream(self.tokenizer, tools, sorted(self.ends))
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.config.vocab, sorted(self.ends))
+
+    def _checked(
+        self, wishes: Request, prompt: Sequence[int], tools: Tools = None, tool_choice: Any = None, schema: Any = None
+    ) -> Request:
+        if wishes.top_logprobs is not None and wishes.top_logprobs > MOST_TOP:
+            raise UserError(f"logprobs: wanted 0 to {MOST_TOP}, got {wishes.top_logprobs}")
+        request = dataclasses.replace(wishes, prompt=tuple(prompt))
+        request.check(self.config.vocab, self.config.context)
+        StopTexts(wishes.stop)  # refuses what can never be found
+        constraint = None
+        if schema is not None or tool_choice is not None or call_form(self.tokenizer) is not None:
+            constraint = tool_calls(self._vocabulary, self.tokenizer, tools, tool_choice, schema=schema)
+        return dataclasses.replace(request, constraint=constraint)

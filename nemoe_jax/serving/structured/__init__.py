@@ -1,0 +1,1 @@
+"""Structured output: grammars over tokens, for JSON schemas and tool calls."""

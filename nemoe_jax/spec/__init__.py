@@ -1,0 +1,1 @@
+"""What a model is: its configuration, every array that it owns, and how they lie on a mesh."""

@@ -1,0 +1,1 @@
+"""Chats: templates, tools, and tool calls read back."""

@@ -1,0 +1,1 @@
+"""Tekken, SentencePiece and Hugging Face tokenizers behind one class."""

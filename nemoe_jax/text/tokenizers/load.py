@@ -1,0 +1,51 @@
+"""Loads the tokenizer of a model, whatever its kind.
+
+    tokenizer = load_tokenizer("models/nemo")       # or …/tekken.json, …/tokenizer.model.v3, …/tokenizer.json
+    ids = tokenizer.encode("Hello", bos=True)
+    tokenizer.decode(ids)
+
+Text is read as text: control tokens that it spells out stay characters. Chats are rendered by `nemoe_jax.chat`.
+"""
+
+from pathlib import Path
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.text.tokenizers.base import StreamDecoder, Tokenizer, read_json, text_from_bytes
+from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson
+from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import VERSION, SentencePiece
+from nemoe_jax.text.tokenizers.tekken import Tekken, cut_tekken
+
+__all__ = ["StreamDecoder", "Tokenizer", "cut_tekken", "load_tokenizer", "text_from_bytes"]
+
+# What a model directory may hold, most faithful first.
+FILES = ("tekken.json", "tekken*.json", "tokenizer.json", "tokenizer.model*", "*.model", "*.model.v*")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory, or of one file: Tekken's JSON, `tokenizer.json` or a SentencePiece model.
+
+    A directory's `tekken.json` goes before its `tokenizer.json`, and that before `tokenizer.model`. Beside a
+    `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` are read as well. Raises UserError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = find_file(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file or directory")
+    if VERSION.search(path.name):
+        return SentencePiece(path)
+    if path.suffix != ".json":
+        raise UserError(f"{path}: unknown kind of tokenizer (wanted tekken.json, tokenizer.json or tokenizer.model)")
+    spec = read_json(path)
+    if path.name.startswith("tekken") or "config" in spec:
+        return Tekken(path, spec)
+    return TokenizerJson(path, spec)
+
+
+def find_file(directory: Path) -> Path:
+    """The tokenizer file of a model directory; of several by one pattern, the last by name, which is the newest."""
+    for pattern in FILES:
+        found = sorted(file for file in directory.glob(pattern) if file.suffix == ".json" or VERSION.search(file.name))
+        if found:
+            return found[-1]
+    raise UserError(f"{directory}: no tokenizer (wanted tekken.json, tokenizer.json or tokenizer.model)")

@@ -1,0 +1,1 @@
+"""What commands of all packages share: flags, progress bars, files."""

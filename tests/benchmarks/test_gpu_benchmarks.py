@@ -1,0 +1,44 @@
+"""Dry runs on CPU of the benchmarks that need a GPU: every line of them but the kernels that no CPU has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(name, *arguments):
+    command = [sys.executable, BENCHMARKS / name, *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+
+
+def test_the_models_dry_run_prints_every_row():
+    pytest.importorskip("transformers")
+    printed = run("gpu.py", "--tiny")
+    assert printed.count("(limit 2.0)") == 3 and printed.count("(limit 0.5)") == 2
+    assert "ours: forward" in printed and "peer: forward" in printed
+
+
+def test_the_kernels_dry_run_times_what_a_cpu_can_interpret():
+    printed = run("gpu_kernels.py", "--tiny")
+    kernels = [line for line in printed.splitlines() if line.startswith("  ")]
+    assert sum("Triton" in line and " us" in line for line in kernels) == 2 * 5 + 2  # three kinds, two of one token
+    assert sum("Pallas" in line and " us" in line for line in kernels) == 6
+    reasons = [line for line in kernels if " us" not in line]
+    assert all("Hopper" in line or "cuDNN" in line or "tokamax" in line for line in reasons), reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpu.py", "JAX finds no GPU"),
+        ("gpu_kernels.py", "JAX finds no GPU"),
+        ("gpu_compile.py", "jax-cuda12-plugin is not installed"),
+    ],
+)
+def test_what_is_missing_is_said(name, reason):
+    assert run(name) == f"skipped: {reason}\n"

@@ -1,0 +1,246 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert import cli, streaming
+from convert.carve.carve import CarveOptions, carve, data_free_scale
+from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.errors import UserError
+from nemoe_jax.model.transformer import forward
+from tests.support.configs import write_tokenizer
+
+EXPERTS, TOP_K = 4, 2
+OPTIONS = CarveOptions(experts=EXPERTS, top_k=TOP_K, svd="exact")
+
+
+def tensors_of(directory):
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def ffn_of(tensors, layer, name):
+    keys = [f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.weight" for expert in range(EXPERTS)]
+    return [tensors[key] for key in keys]
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_the_experts_are_the_dense_neurons_bit_for_bit(dense_directory, tmp_path, svd):
+    carve(dense_directory, tmp_path / "moe", CarveOptions(experts=EXPERTS, top_k=TOP_K, svd=svd))
+    dense, moe = tensors_of(dense_directory), tensors_of(tmp_path / "moe")
+    scale = data_free_scale(OPTIONS)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp."
+        gate = np.concatenate(ffn_of(moe, layer, "w1"))
+        rows = {row.tobytes(): number for number, row in enumerate(dense[prefix + "gate_proj.weight"])}
+        order = np.array([rows[row.tobytes()] for row in gate])  # which dense neuron each row is
+        assert sorted(order) == list(range(48))
+        up, down = np.concatenate(ffn_of(moe, layer, "w3")), np.concatenate(ffn_of(moe, layer, "w2"), axis=1)
+        np.testing.assert_array_equal(up, dense[prefix + "up_proj.weight"][order])
+        unscaled = (down.astype(np.float32) / scale).astype(down.dtype)
+        np.testing.assert_array_equal(unscaled, dense[prefix + "down_proj.weight"][:, order])
+        assert {len(expert) for expert in ffn_of(moe, layer, "w1")} == {48 // EXPERTS}
+    for key in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.o_proj.weight"):
+        np.testing.assert_array_equal(moe[key], dense[key])
+
+
+def test_the_router_is_orthogonal(dense_directory, tmp_path):
+    manifest = carve(dense_directory, tmp_path / "moe", OPTIONS)
+    moe = tensors_of(tmp_path / "moe")
+    for layer, figures in enumerate(manifest["layers"]):
+        router = moe[f"model.layers.{layer}.block_sparse_moe.gate.weight"].astype(np.float32)
+        square = figures["router_temperature"] ** 2
+        np.testing.assert_allclose(router @ router.T, square * np.eye(EXPERTS), atol=square * 2**-6)  # bf16 on disk
+        assert figures["router_orthogonality_error"] < 1e-5
+
+
+def test_all_experts_with_a_zero_router_are_the_dense_model(dense_directory, tmp_path):
+    carve(dense_directory, tmp_path / "moe", CarveOptions(experts=EXPERTS, top_k=EXPERTS, output_scale=EXPERTS))
+    config, params = pretrained.load(tmp_path / "moe", dtype=jnp.float32)
+    ffn = params["blocks"]["moe"]["ffn"]
+    ffn["router"] = jnp.zeros_like(ffn["router"])
+    dense_config, dense = pretrained.load(dense_directory, dtype=jnp.float32)
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
+    wanted = forward(dense_config, dense, tokens).logits
+    np.testing.assert_allclose(forward(config, params, tokens).logits, wanted, atol=2e-6 * float(jnp.abs(wanted).max()))
+
+
+def test_transformers_opens_the_result(dense_directory, tmp_path):
+    pytest.importorskip("torch")
+    carve(dense_directory, tmp_path / "moe", OPTIONS)
+    assert cli.main(["verify", str(tmp_path / "moe")]) == 0
+
+
+@pytest.mark.parametrize(("top_k", "experts", "scale"), [(4, 16, 8), (2, 16, 4), (16, 16, 16), (4, 32, 8), (4, 64, 16)])
+def test_the_data_free_scale_lies_between_k_and_e(top_k, experts, scale):
+    assert data_free_scale(CarveOptions(experts=experts, top_k=top_k)) == scale
+    assert top_k <= scale <= experts
+
+
+def interrupted(*, after_layers, monkeypatch):
+    """Carving stops with Ctrl-C in that layer."""
+    from convert.carve import carve as module
+
+    original, seen = module.choose, []
+
+    def choose(*arguments):
+        if len(seen) == after_layers:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "choose", choose)
+    return seen
+
+
+def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_path, monkeypatch):
+    wanted = carve(dense_directory, tmp_path / "whole", OPTIONS, streaming.Run(shard_bytes=1))
+    with monkeypatch.context() as patched:
+        interrupted(after_layers=2, monkeypatch=patched)
+        with pytest.raises(KeyboardInterrupt):
+            carve(dense_directory, tmp_path / "moe", OPTIONS, streaming.Run(shard_bytes=1))
+    assert not (tmp_path / "moe").exists()
+    with monkeypatch.context() as patched:
+        seen = interrupted(after_layers=99, monkeypatch=patched)
+        got = carve(dense_directory, tmp_path / "moe", OPTIONS, streaming.Run(shard_bytes=1))
+    assert len(seen) == 1  # two of three layers were there
+    assert got == wanted
+    whole, resumed = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "moe")
+    assert whole.keys() == resumed.keys()
+    for key in whole:
+        np.testing.assert_array_equal(resumed[key], whole[key])
+    names = {path.name for path in (tmp_path / "moe").iterdir()} - {
+        path.name for path in (tmp_path / "moe").glob("model-*")
+    }
+    assert names == {"config.json", reader.INDEX, streaming.MANIFEST, streaming.REPORT}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experts", "5"], "48 FFN neurons do not divide into --experts 5"),
+        (["--experts", "4", "--top-k", "5"], "--top-k: wanted 1 to --experts 4, got 5"),
+        (["--experts", "4", "--output-scale", "-1"], "--output-scale: wanted a positive number"),
+        (["--experts", "4", "--shard-gb", "0"], "--shard-gb: wanted a positive number"),
+        (["--experts", "4", "--rank", "0"], "svd rank: wanted 1 to 24"),
+        (["--experts", "4", "--keep-dense", "1"], "Mixtral's layout cannot express them"),
+        (["--experts", "4", "--layout", "shared", "--keep-dense", "3"], "--keep-dense: wanted 0 to 2, got 3"),
+        (["--experts", "5", "--layout", "shared"], "39 of the 48 FFN neurons do not divide into --experts 5"),
+        (["--experts", "4", "--router", "distilled"], "--router distilled: wants --calibration text"),
+        (["--experts", "4", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_status_2(dense_directory, tmp_path, capsys, flags, message):
+    flags = ["--top-k", "2", *flags]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and message in printed.err and printed.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("9", "--calibration-tokens: wanted more than 768, for two batches, one of them held out"),
+        ("131072", "wanted more than 131,328 tokens (--calibration-tokens 131072, in batches of 768), got 2,001"),
+        ("0", "--calibration-tokens: wanted a positive number, got 0"),
+    ],
+)
+def test_text_that_is_too_short_for_the_fits(dense_directory, tmp_path, capsys, tokens, message):
+    write_tokenizer(dense_directory)
+    (tmp_path / "text.txt").write_text("word7 " * 2000)
+    flags = ["--experts", "4", "--top-k", "2", "--calibration-tokens", tokens, "--calibration"]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), *flags, str(tmp_path / "text.txt")]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "text.txt"]
+
+
+def test_a_mixture_is_not_carved_again_and_nothing_is_overwritten(dense_directory, tmp_path, capsys):
+    carve(dense_directory, tmp_path / "moe", OPTIONS)
+    with pytest.raises(UserError, match="has 4 experts already"):
+        carve(tmp_path / "moe", tmp_path / "again", OPTIONS)
+    before = (tmp_path / "moe" / "config.json").read_bytes()
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), "--experts", "4", "--top-k", "2"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "moe" / "config.json").read_bytes() == before
+
+
+def test_weights_that_are_not_numbers_are_refused(dense_directory, tmp_path):
+    tensors = load_file(dense_directory / reader.SINGLE)
+    tensors["model.layers.1.mlp.gate_proj.weight"][3, 5] = jnp.nan
+    save_file(tensors, dense_directory / reader.SINGLE)
+    with pytest.raises(UserError, match=r"dense: model\.layers\.1\.mlp\.gate_proj\.weight: not finite"):
+        carve(dense_directory, tmp_path / "moe", OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_the_report_of_the_command(dense_directory, tmp_path, capsys):
+    flags = ["--experts", "4", "--top-k", "2", "--shard-gb", "1e-9", "--json"]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "moe"), *flags]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["experts"], figures["top_k"], figures["expert_ffn"], figures["layers"]) == (4, 2, 12, 3)
+    assert len(list((tmp_path / "moe").glob("*.safetensors"))) == 3 + 2  # a file for each layer, and for the ends
+
+
+SHARED = CarveOptions(experts=4, top_k=2, svd="exact", layout="shared", keep_dense=1, shared_ffn=8, output_scale=4)
+
+
+def test_a_shared_expert_and_dense_layers_sum_to_the_dense_model(dense_directory, tmp_path):
+    """With all experts chosen by a zero router, whatever went to the shared expert."""
+    options = dataclasses.replace(SHARED, top_k=4)
+    carve(dense_directory, tmp_path / "moe", options)
+    config, params = pretrained.load(tmp_path / "moe", dtype=jnp.float32)
+    assert (config.family, config.dense_layers, config.shared_ffn, config.expert_ffn) == ("nekomind", 1, 8, 10)
+    params["blocks"]["moe"]["ffn"]["router"] *= 0
+    dense_config, dense = pretrained.load(dense_directory, dtype=jnp.float32)
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
+    wanted = forward(dense_config, dense, tokens).logits
+    np.testing.assert_allclose(forward(config, params, tokens).logits, wanted, atol=2e-6 * float(jnp.abs(wanted).max()))
+
+
+def test_the_shared_expert_has_the_neurons_with_the_largest_weights(dense_directory, tmp_path):
+    carve(dense_directory, tmp_path / "moe", SHARED)
+    dense, moe = tensors_of(dense_directory), tensors_of(tmp_path / "moe")
+    up, down = (dense[f"model.layers.1.mlp.{name}_proj.weight"].astype(np.float32) for name in ("up", "down"))
+    largest = np.sort(np.argsort(-np.linalg.norm(up, axis=1) * np.linalg.norm(down, axis=0))[:8])
+    shared = moe["model.layers.1.mlp.shared_expert.up_proj.weight"]
+    np.testing.assert_array_equal(shared.astype(np.float32), up[largest])
+    assert not moe["model.layers.1.mlp.shared_expert_gate.weight"].any()
+    np.testing.assert_array_equal(moe["model.layers.0.mlp.up_proj.weight"], dense["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_torch_agrees_on_the_shared_layout(dense_directory, tmp_path):
+    pytest.importorskip("torch")
+    carve(dense_directory, tmp_path / "moe", SHARED)
+    assert cli.main(["verify", str(tmp_path / "moe")]) == 0
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "shared"])
+def test_an_interrupted_calibrated_carve_gives_the_same_bytes(dense_directory, tmp_path, monkeypatch, layout):
+    write_tokenizer(dense_directory)
+    words = np.random.default_rng(0).integers(0, 69, 2000)
+    (tmp_path / "text.txt").write_text(" ".join(f"word{number}" for number in words))
+    more = {"shared_ffn": 8, "keep_dense": 1} if layout == "shared" else {}
+    calibration = {"calibration": (str(tmp_path / "text.txt"),), "calibration_tokens": 1500}
+    options = dataclasses.replace(OPTIONS, layout=layout, **more, **calibration)
+    wanted = carve(dense_directory, tmp_path / "whole", options)
+    last = wanted["layers"][-1]
+    assert 0 < last["reconstruction_error"] < 1 and last["recall"] > 0.3 and last["load_max_over_mean"] < 1.9
+    assert wanted["held_out_loss_carved"] == pytest.approx(wanted["held_out_loss_dense"], abs=0.2)
+    with monkeypatch.context() as patched:
+        interrupted(after_layers=1, monkeypatch=patched)
+        with pytest.raises(KeyboardInterrupt):
+            carve(dense_directory, tmp_path / "moe", options)
+    with monkeypatch.context() as patched:
+        seen = interrupted(after_layers=99, monkeypatch=patched)
+        carve(dense_directory, tmp_path / "moe", options)
+    assert len(seen) == 2 - len(more) // 2  # the first carved layer was there
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes(), path.name

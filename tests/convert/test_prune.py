@@ -1,0 +1,257 @@
+"""Pruned mixtures against loops over tokens in NumPy, and against the source with the dropped experts' logits at −∞."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert import cli
+from convert.experts import prune
+from convert.experts.outputs import expert_products
+from convert.experts.prune import PruneOptions, choose_experts, subset_errors, use_of_experts
+from convert.streaming import MANIFEST, Run, Writer
+from nemoe_jax.checkpoints import pretrained
+from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.errors import UserError
+from nemoe_jax.model.moe import MoE
+from nemoe_jax.model.transformer import forward
+from nemoe_jax.spec import schema
+from tests.support.configs import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
+
+MIXTURES = {
+    "mixtral": MIXTRAL,
+    "nekomind": NEKOMIND,
+    "nekomind, softmax over all": NEKOMIND.replace(normalise_top_k=False),
+}
+KEPT = {16: 14, 8: 5}  # experts -> how many are kept
+
+
+@pytest.fixture(params=MIXTURES.values(), ids=MIXTURES.keys())
+def mixture(request):
+    return request.param
+
+
+def save(directory, config):
+    """A model directory of random weights with a tokenizer of whole words."""
+    pretrained.save(directory, config, schema.initialise(config, jax.random.key(3)))
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(tmp_path, mixture):
+    return save(tmp_path / "source", mixture)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(f"word{number}" for number in np.random.default_rng(0).integers(0, 69, 97 * 8)))
+    return path
+
+
+@pytest.fixture
+def layer(mixture):
+    """One layer's FFN and its input (B, T, D), with what a loop over tokens makes of it."""
+    random = np.random.default_rng(5)
+    specs = schema.declare(mixture)["blocks"]["moe"]["ffn"]
+    names = ("router", "gate", "up", "down")
+    ffn = {name: random.normal(size=specs[name].shape[1:]).astype(np.float32) for name in names}
+    return ffn, random.normal(size=(8, 7, mixture.hidden)).astype(np.float32)
+
+
+def loop(config, ffn, x_BTD, members):
+    """The experts' summed output (tokens, D) with only the members there, routing weight × norm and choices (E,)."""
+    summed, use, choices = [], np.zeros(config.experts), np.zeros(config.experts)
+    for x in x_BTD.reshape(-1, config.hidden).astype(np.float64):
+        logits = x @ ffn["router"]
+        share = {expert: np.exp(logits[expert] - logits.max()) for expert in members}
+        chosen = sorted(members, key=lambda expert: -logits[expert])[: config.top_k]
+        total = sum(share[expert] for expert in (chosen if config.normalise_top_k else members))
+        y = np.zeros(config.hidden)
+        for expert in chosen:
+            gate, up = x @ ffn["gate"][expert], x @ ffn["up"][expert]
+            output = share[expert] / total * ((gate / (1 + np.exp(-gate)) * up) @ ffn["down"][expert])
+            y += output
+            use[expert] += np.linalg.norm(output)
+            choices[expert] += 1
+        summed.append(y)
+    return np.array(summed), use, choices
+
+
+def test_scores_and_errors_are_those_of_a_loop_over_tokens(mixture, layer):
+    ffn, x_BTD = layer
+    logits_TE, gram_TEE = expert_products(ffn, x_BTD)
+    whole, use, choices = loop(mixture, ffn, x_BTD, range(mixture.experts))
+    got_use, got_choices = use_of_experts(mixture, logits_TE, gram_TEE)
+    np.testing.assert_allclose(got_use, use, rtol=1e-4)
+    np.testing.assert_array_equal(got_choices, choices)
+    subsets = np.array([*itertools.combinations(range(mixture.experts), KEPT[mixture.experts])])
+    errors = subset_errors(mixture, logits_TE, gram_TEE, subsets)
+    some = np.unique(np.append(np.arange(0, len(subsets), 7), errors.argmin()))
+    wanted = [np.sum((loop(mixture, ffn, x_BTD, members)[0] - whole) ** 2) for members in subsets[some]]
+    np.testing.assert_allclose(errors[some], np.array(wanted) / np.sum(whole**2), rtol=1e-3, atol=1e-5)
+
+
+def test_of_equal_logits_the_first_experts_are_chosen_as_the_model_does():
+    config = MIXTRAL
+    logits_TE = jnp.array([[0.0] * 16, [1.0, 0.0] * 8])
+    chosen = prune.routing(config, logits_TE)[1]
+    wanted = jax.lax.top_k(logits_TE, config.top_k)[1]
+    assert [np.flatnonzero(row).tolist() for row in chosen] == np.sort(wanted).tolist() == [[0, 1, 2, 3], [0, 2, 4, 6]]
+
+
+@pytest.mark.parametrize("method", ["reap", "exhaustive", "frequency"])
+def test_the_choice_of_each_method(tmp_path, method):
+    source = Checkpoint(save(tmp_path / "source", MIXTRAL))
+    batches = list(np.random.default_rng(2).integers(0, 72, (2, 8, 9)))
+    choices = choose_experts(source, batches, 14, method)
+    assert list(choices) == [0, 1, 2]
+    exact = choose_experts(source, batches, 14, "exhaustive")
+    for number, figures in choices.items():
+        scores, kept = np.array(figures["scores"]), figures["kept"]
+        assert kept == sorted(set(kept)) and len(kept) == 14
+        dropped = np.delete(scores, kept)
+        np.testing.assert_allclose(figures["dropped_share"], dropped.sum() / scores.sum(), rtol=1e-5)
+        if method != "exhaustive":
+            assert dropped.max() <= scores[kept].min()
+        assert 0 < exact[number]["layer_error"] <= figures["layer_error"] * (1 + 1e-6) < 1
+    if method == "frequency":
+        assert abs(sum(figures["scores"]) - 1) < 1e-6
+
+
+def test_an_expert_that_no_token_chose_scores_nothing(tmp_path):
+    directory = save(tmp_path / "source", MIXTRAL)
+    config, params = pretrained.load(directory)
+    router = params["blocks"]["moe"]["ffn"]["router"]
+    params["blocks"]["moe"]["ffn"]["router"] = router.at[:, :, 4:].set(0).at[:, :, :4].multiply(0)  # ties: 0, 1, 2, 3
+    pretrained.save(tmp_path / "idle", config, params)
+    batches = list(np.random.default_rng(2).integers(0, 72, (2, 8, 9)))
+    figures = choose_experts(Checkpoint(tmp_path / "idle"), batches, 4)[1]
+    assert figures["kept"] == [0, 1, 2, 3]
+    assert figures["scores"][4:] == [0] * 12 and figures["dropped_share"] == figures["layer_error"] == 0
+
+
+def test_the_result_is_the_source_with_the_dropped_experts_masked(directory, mixture, text, tmp_path, monkeypatch):
+    kept = KEPT[mixture.experts]
+    command = ["prune-experts", str(directory), str(tmp_path / "pruned"), "--calibration-tokens", "700"]
+    assert cli.main([*command, "--experts", str(kept), "--calibration", str(text)]) == 0
+    config, params = pretrained.load(tmp_path / "pruned")
+    assert config == mixture.replace(experts=kept)
+    tokens = np.random.default_rng(1).integers(0, 72, (2, 9))
+    got = forward(config, params, tokens).logits
+
+    manifest = json.loads((tmp_path / "pruned" / MANIFEST).read_text())
+    rows = [figures for figures in manifest["layers"] if "kept" in figures]
+    assert [row["layer"] for row in rows] == list(range(mixture.dense_layers, mixture.layers))
+    _, source = pretrained.load(directory)
+    router_LDE = np.array(source["blocks"]["moe"]["ffn"]["router"])
+    for router_DE, row in zip(router_LDE, rows, strict=True):
+        router_DE[:, np.setdiff1d(np.arange(mixture.experts), row["kept"])] = np.nan
+    source["blocks"]["moe"]["ffn"]["router"] = jnp.asarray(router_LDE)
+    project = MoE.project
+
+    def masked(self, name, *arguments):
+        y = project(self, name, *arguments)
+        return jnp.where(jnp.isnan(y), -jnp.inf, y) if name == "router" else y
+
+    monkeypatch.setattr(MoE, "project", masked)
+    wanted = forward(mixture, source, tokens).logits
+    np.testing.assert_allclose(got, wanted, atol=1e-5 * float(jnp.std(wanted)))
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, NEKOMIND], ids=["mixtral", "nekomind"])
+def test_transformers_opens_the_result(config, text, tmp_path):
+    pytest.importorskip("torch")
+    options = PruneOptions(KEPT[config.experts], (str(text),), calibration_tokens=700)
+    prune.prune(save(tmp_path / "source", config), tmp_path / "pruned", options)
+    assert cli.main(["verify", str(tmp_path / "pruned"), "--tokens", "9"]) == 0
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text, tmp_path, monkeypatch):
+    directory = save(tmp_path / "source", MIXTRAL)
+    options = PruneOptions(14, (str(text),), calibration_tokens=700)
+    wanted = prune.prune(directory, tmp_path / "whole", options, Run(shard_bytes=1))
+    written = []
+
+    def write(self, unit, *rest):
+        if unit == 2 and not written.count(2):
+            written.append(unit)
+            raise KeyboardInterrupt
+        written.append(unit)
+        return original(self, unit, *rest)
+
+    original = Writer.write
+    monkeypatch.setattr(Writer, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        prune.prune(directory, tmp_path / "pruned", options, Run(shard_bytes=1))
+    assert not (tmp_path / "pruned").exists()
+    first = len(written)
+    assert prune.prune(directory, tmp_path / "pruned", options, Run(shard_bytes=1)) == wanted
+    assert 2 in written[first:] and len(written) == 6  # nothing was written twice
+    files = sorted((tmp_path / "whole").glob("*.safetensors"))
+    assert len(files) == 5
+    for path in files:
+        assert (tmp_path / "pruned" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_dry_run_writes_nothing(text, tmp_path, capsys):
+    directory = save(tmp_path / "source", MIXTRAL)
+    command = ["prune-experts", str(directory), str(tmp_path / "pruned"), "--calibration-tokens", "700", "--json"]
+    assert cli.main([*command, "--dry-run", "--experts", "8", "--calibration", str(text)]) == 0
+    assert json.loads(capsys.readouterr().out)["would_write"] == str(tmp_path / "pruned")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experts", "3"], "--experts: wanted 4 (top-k) to 15 of the 16 experts of "),
+        (["--experts", "16"], "--experts: wanted 4 (top-k) to 15 of the 16 experts of "),
+        (["--experts", "8", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
+        (["--experts", "8", "--calibration-tokens", "1000000"], "wanted more than 1,000,"),
+        (["--experts", "8", "--calibration-tokens", "0"], "--calibration-tokens: wanted a positive number, got 0"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_status_2(text, tmp_path, capsys, flags, message):
+    directory = save(tmp_path / "source", MIXTRAL)
+    command = ["prune-experts", str(directory), str(tmp_path / "pruned"), "--calibration", str(text)]
+    assert cli.main([*command, *flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and message in printed.err and printed.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_too_many_subsets_and_dense_models_are_refused():
+    options = PruneOptions(32, ("text.txt",), "exhaustive")
+    with pytest.raises(UserError, match=r"64 experts have 1,832,624,140,942,590,534 subsets of 32.*use --method reap"):
+        prune.pruned_config(MIXTRAL.replace(experts=64), options, "model")
+    assert prune.pruned_config(MIXTRAL, PruneOptions(8, ("text.txt",), "exhaustive"), "model").experts == 8
+    with pytest.raises(UserError, match="model: a dense model; prune-experts wants a mixture"):
+        prune.pruned_config(DENSE, options, "model")
+
+
+def test_scores_of_an_earlier_run_are_taken_instead_of_text(tmp_path):
+    pretrained.save(tmp_path / "model", MIXTRAL, schema.initialise(MIXTRAL, jax.random.key(0)))
+    scores = np.random.default_rng(0).random((3, 16)).round(3)
+    rows = [{"layer": layer, "scores": row.tolist()} for layer, row in enumerate(scores)]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"layers": rows}))
+    manifest = prune.prune(tmp_path / "model", tmp_path / "pruned", PruneOptions(8, choices=str(earlier)))
+    assert [row["kept"] for row in manifest["layers"]] == [sorted(np.argsort(-row)[:8].tolist()) for row in scores]
+    rows[1]["kept"] = [0, 2, 3, 5, 7, 11, 13, 15]  # as another method chose
+    earlier.write_text(json.dumps({"layers": rows}))
+    for experts, wanted in ((8, rows[1]["kept"]), (7, sorted(np.argsort(-scores[1])[:7].tolist()))):
+        manifest = prune.prune(tmp_path / "model", tmp_path / str(experts), PruneOptions(experts, choices=str(earlier)))
+        assert manifest["layers"][1]["kept"] == wanted
+    for bad, message in (({}, "layer 0's experts, got None"), ({"layers": [{"layer": 0, "scores": [1]}]}, "got 1")):
+        earlier.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=message):
+            prune.prune(tmp_path / "model", tmp_path / "again", PruneOptions(8, choices=str(earlier)))
+    with pytest.raises(UserError, match="either --calibration text or --choices"):
+        prune.prune(tmp_path / "model", tmp_path / "again", PruneOptions(8))
+    assert not (tmp_path / "again").exists()

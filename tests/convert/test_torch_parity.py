@@ -1,0 +1,136 @@
+"""Our logits against transformers' own models, in torch, on weights that transformers itself saved; and back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from convert import cli
+from convert.verify.logits import compare
+from convert.verify.nekomind_torch import build_nekomind, load_nekomind
+from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.checkpoints.writer import Writer
+from nemoe_jax.model.transformer import forward
+from nemoe_jax.spec import schema
+from tests.support.configs import NEKOMIND, TORCH_SIZES
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+
+def mistral():
+    return transformers.MistralForCausalLM(transformers.MistralConfig(intermediate_size=48, **TORCH_SIZES))
+
+
+def llama():
+    sizes = {key: value for key, value in TORCH_SIZES.items() if key != "sliding_window"}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=48, **sizes))
+
+
+def mixtral(top_k):
+    config = transformers.MixtralConfig(
+        intermediate_size=16, num_local_experts=16, num_experts_per_tok=top_k, **TORCH_SIZES
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+MODELS = {"mistral": mistral, "llama": llama, "mixtral top-2": lambda: mixtral(2), "mixtral top-4": lambda: mixtral(4)}
+
+
+def lively(model):
+    """Weights large enough for logits of unit scale, and norms that are not all ones."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.3 * noise if parameter.ndim == 1 else noise * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def torch_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.from_numpy(ids)).logits.float().numpy()
+
+
+def our_logits(directory, ids):
+    config, params = pretrained.load(directory)
+    return np.asarray(jax.jit(lambda params, ids: forward(config, params, ids).logits)(params, ids))
+
+
+IDS = np.random.default_rng(0).integers(0, 72, (3, 29))
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_logits_agree_in_float32(make, tmp_path):
+    model = lively(make())
+    model.save_pretrained(tmp_path / "model", max_shard_size="30KB")
+    wanted = torch_logits(model, IDS)
+    assert 0.5 < wanted.std() < 2
+    np.testing.assert_allclose(our_logits(tmp_path / "model", IDS), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_logits_agree_in_bfloat16(make, tmp_path):
+    lively(make()).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    result = compare(torch_logits(model, IDS), our_logits(tmp_path / "model", IDS), 1)
+    assert result.kl_divergence < 2e-3
+    assert result.argmax_agreement > 0.9
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_what_we_save_opens_in_transformers(make, tmp_path):
+    model = lively(make())
+    model.save_pretrained(tmp_path / "theirs")
+    config, params = pretrained.load(tmp_path / "theirs")
+    pretrained.save(tmp_path / "ours", config, params, shard_bytes=30_000)
+    again, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    np.testing.assert_allclose(torch_logits(again, IDS), torch_logits(model, IDS), atol=1e-6)
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [type(model).__name__]
+
+
+def test_nekomind_equals_its_torch_reference(tmp_path):
+    reference = lively(build_nekomind(NEKOMIND))
+    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
+    for layer in range(NEKOMIND.dense_layers, NEKOMIND.layers):  # fused in memory, one by one on disk
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate_up, down = tensors.pop(prefix + "gate_up_proj"), tensors.pop(prefix + "down_proj")
+        for expert in range(NEKOMIND.experts):
+            gate, up = np.split(gate_up[expert], 2)
+            for name, tensor in (("gate", gate), ("up", up), ("down", down[expert])):
+                tensors[f"{prefix}{expert}.{name}_proj.weight"] = tensor
+    with Writer(tmp_path / "model", NEKOMIND) as writer:
+        for unit in range(NEKOMIND.layers + 2):
+            writer.write(unit, tensors)
+        writer.finish()
+    np.testing.assert_allclose(our_logits(tmp_path / "model", IDS), torch_logits(reference, IDS), atol=1e-5)
+
+
+def test_a_saved_nekomind_opens_in_the_torch_reference(tmp_path):
+    params = schema.initialise(NEKOMIND, jax.random.key(0))
+    pretrained.save(tmp_path / "model", NEKOMIND, params)
+    wanted = np.asarray(forward(NEKOMIND, params, IDS).logits)
+    np.testing.assert_allclose(torch_logits(load_nekomind(tmp_path / "model"), IDS), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "nekomind"])
+def test_the_verify_command_agrees_and_disagrees(family, tmp_path, capsys, monkeypatch):
+    if family == "mixtral":
+        lively(mixtral(2)).save_pretrained(tmp_path / "model")
+    else:
+        pretrained.save(tmp_path / "model", NEKOMIND, schema.initialise(NEKOMIND, jax.random.key(0)))
+    assert cli.main(["verify", str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agrees"] is True
+
+    # one expert's rows in another order: a mistake that only logits show
+    def shuffled(self, key):
+        tensor = self.files[key].view(key)
+        return tensor[::-1] if ".experts.3." in key else tensor
+
+    monkeypatch.setattr(reader.Checkpoint, "view", shuffled)
+    assert cli.main(["verify", str(tmp_path / "model"), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["agrees"] is False

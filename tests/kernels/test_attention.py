@@ -1,0 +1,99 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+from nemoe_jax.kernels.attention.cpu import stepped_attention
+from nemoe_jax.kernels.attention.dispatch import CornerMask, splash_attention
+from nemoe_jax.kernels.attention.xla import chunked_attention
+
+
+def inputs(length, heads=4, kv_heads=2, head_dim=6, batch=2):
+    shapes = [(batch, length, number, head_dim) for number in (heads, kv_heads, kv_heads)]
+    q, k, v = (jax.random.normal(jax.random.key(number), shape) for number, shape in enumerate(shapes))
+    ends = jax.random.bernoulli(jax.random.key(3), 0.1, (batch, length))
+    return q, k, v, 1 + jnp.cumsum(ends, axis=1, dtype=jnp.int32)
+
+
+def plain(q, k, v, segments):
+    """Every score, in the plainest way."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    seen = np.tril(np.ones((q.shape[1],) * 2, bool))
+    if segments is not None:
+        seen = seen & (segments[:, :, None] == segments[:, None])[:, None]
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
+
+
+def value_and_gradients(attention, q, k, v, segments):
+    def loss(q, k, v):
+        y = attention(q, k, v, segments).astype(jnp.float32)
+        return jnp.sum(jnp.sin(y) * jnp.cos(jnp.arange(y.shape[-1]))), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return y, *gradients
+
+
+def check(attention, *arrays):
+    for got, wanted in zip(
+        jax.tree.leaves(value_and_gradients(attention, *arrays)),
+        jax.tree.leaves(value_and_gradients(plain, *arrays)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, wanted, atol=3e-6 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
+def test_chunks_equal_the_full_square(packed):
+    """45 tokens in chunks of 16: the last chunk is not full, and documents end anywhere."""
+    q, k, v, segments = inputs(45)
+    check(lambda *arrays: chunked_attention(*arrays, 16), q, k, v, segments if packed else None)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
+def test_steps_equal_the_full_square(packed):
+    q, k, v, segments = inputs(45)
+    check(lambda *arrays: stepped_attention(*arrays, 16), q, k, v, segments if packed else None)
+
+
+def test_a_step_keeps_no_scores_for_the_gradient():
+    q, k, v, segments = inputs(256)
+    kept = jax.eval_shape(lambda *arrays: jax.vjp(stepped_attention, *arrays)[1], q, k, v, segments)
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= q.size
+
+
+def test_chunks_of_keys_after_their_queries_are_not_visited():
+    q, k, v, segments = inputs(48)
+    k, v = (x.at[:, 32:].set(jnp.nan) for x in (k, v))  # zero times NaN would show
+    y = chunked_attention(q, k, v, segments, 16)
+    assert bool(jnp.isfinite(y[:, :32]).all())
+    dq = jax.grad(lambda q: jnp.sum(chunked_attention(q, k, v, segments, 16)[:, :32]))(q)
+    assert bool(jnp.isfinite(dq[:, :32]).all())
+
+
+@pytest.mark.usefixtures("optimised")
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    def bytes_at(length):
+        q, k, v, segments = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length, 2, 1, 8, 1))
+        gradient = jax.grad(lambda *arrays: jnp.sum(chunked_attention(*arrays)), (0, 1, 2))
+        return jax.jit(gradient).lower(q, k, v, segments).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_at(65536) < 4.5 * bytes_at(16384) < 16384**2
+
+
+def test_the_tpu_kernel_equals_the_full_square():
+    q, k, v, segments = inputs(256, 4, 2, 128, 1)
+    check(lambda *arrays: splash_attention(*arrays, interpret=True), q, k, v, segments)
+
+
+def test_the_corners_of_the_mask_tell_the_tpu_kernel_all():
+    def infos(mask, process):
+        masks = splash_attention_mask.MultiHeadMask([mask((1024, 1024))] * 4)
+        return process(masks, (128, 128), head_shards=1, q_seq_shards=1)[0]
+
+    for process in (mask_info.process_mask, mask_info.process_mask_dkv):
+        jax.tree.map(
+            np.testing.assert_array_equal, infos(CornerMask, process), infos(splash_attention_mask.CausalMask, process)
+        )

@@ -1,0 +1,610 @@
+"""The HTTP API as its official client sees it, over a small model of random weights."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+pytest.importorskip("mistral_common")
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+
+from nemoe_jax.checkpoints import pretrained
+from nemoe_jax.cli import main, model_flags
+from nemoe_jax.inference import sampling
+from nemoe_jax.model.transformer import forward
+from nemoe_jax.serving.api.requests import CompletionRequest
+from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.engine.engine import Busy
+from nemoe_jax.serving.engine.request import Piece, ScoredToken
+from nemoe_jax.text.chat.render import render_chat
+from tests.support.served_models import CONFIG, ROWS, WAITING, adapter, serve, started, tekken, weights
+
+PROMPT = "The weather in Graz is"
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it cold?"}]
+COLOURS = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": name, "description": name, "parameters": COLOURS | {"additionalProperties": False}},
+    }
+    for name in ("paint", "wash")
+]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": TOOLS[0]["function"]["parameters"]}}
+ADAPTERS = ("red", "blue")
+NO_END = {"2": -100}  # so that an answer goes on as long as it may
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return tekken(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    with started(tokenizer, {name: adapter(seed) for seed, name in enumerate(ADAPTERS, 5)}) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def address(engine, tokenizer):
+    with serve(engine, tokenizer, ADAPTERS) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai_client(address) as client:
+        yield client
+
+
+def openai_client(address, key="none"):
+    # no proxy of the environment between us and ourselves
+    return openai.OpenAI(
+        base_url=f"{address}/v1", api_key=key, max_retries=0, http_client=openai.DefaultHttpxClient(trust_env=False)
+    )
+
+
+def complete(client, prompt=PROMPT, **wishes):
+    return client.completions.create(**{"model": "nano", "prompt": prompt, "max_tokens": 8, "temperature": 0, **wishes})
+
+
+def ask(client, messages=CHAT, **wishes):
+    wishes = {"model": "nano", "max_tokens": 8, "temperature": 0, **wishes}
+    return client.chat.completions.create(messages=messages, **wishes)
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def greedy(prompt, count):
+    """The likeliest tokens and their log-probabilities, by whole forward passes."""
+    params, tokens = weights(), list(prompt)
+    run = jax.jit(lambda params, tokens: forward(CONFIG, params, tokens).logits[0])
+    for _ in range(count):
+        padded = jnp.asarray([tokens + [0] * (len(prompt) + count - len(tokens))])
+        tokens.append(int(np.asarray(run(params, padded))[len(tokens) - 1].argmax()))
+    log_p = jax.nn.log_softmax(run(params, jnp.asarray([tokens])))
+    made = tokens[len(prompt) :]
+    return made, np.asarray(log_p)[np.arange(len(prompt) - 1, len(tokens) - 1), made]
+
+
+def test_models_are_the_model_and_its_adapters(client):
+    assert [(model.id, model.parent) for model in client.models.list()] == [
+        ("nano", None),
+        ("red", "nano"),
+        ("blue", "nano"),
+    ]
+    assert client.models.retrieve("blue").max_model_len == CONFIG.context
+
+
+def test_a_completion_is_the_model_s(client, tokenizer):
+    ids = tokenizer.encode(PROMPT, bos=True)
+    made, log_p = greedy(ids, 8)
+    answer = complete(client, logprobs=2)
+    (choice,) = answer.choices
+    assert choice.text == tokenizer.decode(made)
+    assert choice.finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        len(ids),
+        8,
+        len(ids) + 8,
+    )
+    np.testing.assert_allclose(choice.logprobs.token_logprobs, log_p, atol=1e-4)
+    for token, likely in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True):
+        assert next(iter(likely)) == token and len(likely) == 2
+    lengths = [len(token) for token in choice.logprobs.tokens]
+    assert choice.logprobs.text_offset == [sum(lengths[:at]) for at in range(8)]
+    several = complete(client, prompt=[ids, ids])
+    assert [one.text for one in several.choices] == [choice.text] * 2
+    assert [one.text for one in complete(client, prompt=[PROMPT]).choices] == [choice.text]
+    assert complete(client, prompt=ids, echo=True).choices[0].text == tokenizer.decode(ids) + choice.text
+    assert complete(client, echo=True).choices[0].text == PROMPT + choice.text
+
+
+def test_a_chat_is_the_rendered_prompt_continued(client, tokenizer):
+    ids = render_chat(tokenizer, CHAT)
+    answer = ask(client, logprobs=True, top_logprobs=3)
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == complete(client, prompt=ids).choices[0].text
+    assert answer.usage.prompt_tokens == len(ids)
+    data = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
+    assert data.decode("utf-8", "replace") == choice.message.content
+    for token in choice.logprobs.content:
+        assert token.top_logprobs[0].logprob == token.logprob and len(token.top_logprobs) == 3
+    begun = [*CHAT, {"role": "assistant", "content": "It"}]
+    going_on = ask(client, begun, extra_body={"continue_final_message": True})
+    assert going_on.usage.prompt_tokens == len(render_chat(tokenizer, begun, continue_answer=True))
+
+
+@pytest.mark.parametrize("wishes", [{}, {"n": 3, "temperature": 1, "seed": 3, "logprobs": 1}])
+def test_a_streamed_completion_joins_to_the_whole(client, wishes):
+    whole = complete(client, **wishes)
+    texts, tokens, reasons, usage = {}, {}, {}, None
+    for chunk in complete(client, stream=True, stream_options={"include_usage": True}, **wishes):
+        assert usage is None
+        usage = chunk.usage
+        for choice in chunk.choices:
+            assert choice.index not in reasons
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            tokens.setdefault(choice.index, []).extend(choice.logprobs.tokens if choice.logprobs else [])
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert usage == whole.usage
+    assert texts == {choice.index: choice.text for choice in whole.choices}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert tokens == {choice.index: choice.logprobs.tokens if choice.logprobs else [] for choice in whole.choices}
+
+
+def test_a_streamed_chat_joins_to_the_whole(client):
+    whole = ask(client, n=2, logprobs=True)
+    chunks = list(ask(client, n=2, logprobs=True, stream=True))
+    assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[0].id != whole.id
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert all(chunk.usage is None for chunk in chunks)
+    for choice in whole.choices:
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == choice.index]
+        assert "".join(one.delta.content or "" for one in own) == choice.message.content
+        tokens = [token for one in own if one.logprobs for token in one.logprobs.content]
+        assert tokens == choice.logprobs.content
+        assert [one.finish_reason for one in own][-1] == choice.finish_reason
+
+
+def test_several_answers_have_seeds_of_their_own(client):
+    several = complete(client, n=3, seed=5, temperature=1)
+    alone = [complete(client, seed=seed, temperature=1).choices[0].text for seed in (5, 6, 7)]
+    assert [choice.text for choice in several.choices] == alone and len(set(alone)) == 3
+    free = {complete(client, temperature=1, max_tokens=8).choices[0].text for _ in range(4)}
+    assert len(free) > 1  # without a seed, each is another
+
+
+def test_stop_texts_and_tokens_end_an_answer(client, tokenizer):
+    whole = complete(client, logprobs=0).choices[0]
+    stop = whole.text[len(whole.text) // 2 :][:2]
+    cut = complete(client, stop=["never that", stop]).choices[0]
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert complete(client, stop=stop).choices[0].text == cut.text
+    made, _ = greedy(tokenizer.encode(PROMPT, bos=True), 4)
+    ended = complete(client, extra_body={"stop_token_ids": [made[3]]}).choices[0]
+    assert (ended.text, ended.finish_reason) == (tokenizer.decode(made[: made.index(made[3])]), "stop")
+
+
+def test_wishes_reach_the_choice_of_tokens(client, tokenizer):
+    first = complete(client, max_tokens=1, logprobs=5).choices[0]
+    hot = {"temperature": 2, "max_tokens": 1}
+    for wishes in ({"top_p": 0}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1}}):
+        assert complete(client, **hot, **wishes).choices[0].text == first.text, wishes
+    made, _ = greedy(tokenizer.encode(PROMPT, bos=True), 1)
+    assert complete(client, max_tokens=1, logit_bias={str(made[0]): -100}).choices[0].text != first.text
+
+
+def test_answers_of_a_form(client):
+    for stream in (False, True):
+        answer = ask(client, response_format=SCHEMA, max_tokens=40, stream=stream)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in answer) if stream else None
+        text = text if stream else answer.choices[0].message.content
+        assert json.loads(text)["colour"] in ("red", "blue")
+    started = ask(client, response_format={"type": "json_object"}).choices[0].message.content
+    assert started.lstrip().startswith("{")
+
+
+def test_tools_are_called_and_answered(client):
+    answer = ask(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=120)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert re.fullmatch("[a-zA-Z0-9]{9}", call.id) and call.function.name in ("paint", "wash")
+    assert json.loads(call.function.arguments)["colour"] in ("red", "blue")
+    told = [*CHAT, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "done"}]
+    assert ask(client, told, tools=TOOLS).choices[0].finish_reason == "length"
+
+    chosen = {"type": "function", "function": {"name": "wash"}}
+    chunks = [chunk.choices[0] for chunk in ask(client, tools=TOOLS, tool_choice=chosen, max_tokens=120, stream=True)]
+    assert not any(chunk.delta.content for chunk in chunks) and chunks[-1].finish_reason == "tool_calls"
+    (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert streamed.function.name == "wash" and streamed.index == 0
+    assert json.loads(streamed.function.arguments)["colour"] in ("red", "blue")
+
+    free = ask(client, tools=TOOLS, tool_choice="none").choices[0]
+    assert free.message.tool_calls is None and free.message.content
+
+
+def test_adapters_are_chosen_by_model_within_a_batch(client, engine):
+    names = ("nano", *ADAPTERS)
+    wishes = {"max_tokens": 24, "logit_bias": NO_END}
+    alone = {name: complete(client, model=name, **wishes).choices[0].text for name in names}
+    assert len(set(alone.values())) == 3
+    together, most = {}, 0
+
+    def run(name):
+        together[name] = complete(client, model=name, **wishes).choices[0].text
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        most = max(most, engine.statistics().running)
+        time.sleep(0.001)
+    assert together == alone and most > 1
+
+
+def test_a_client_that_goes_away_frees_its_row(address, client, engine):
+    wait_for(lambda: engine.statistics().running == 0)
+    free = engine.statistics().free_tokens
+    endless = {"max_tokens": 450, "logit_bias": NO_END}
+    stream = complete(client, stream=True, **endless)
+    next(iter(stream))
+    stream.close()
+    wait_for(lambda: engine.statistics().running == 0)
+    host = urllib.parse.urlsplit(address)
+    for chat in (False, True):
+        connection = http.client.HTTPConnection(host.hostname, host.port)
+        body = {"model": "nano", **endless, **({"messages": CHAT} if chat else {"prompt": PROMPT})}
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        wait_for(lambda: engine.statistics().running == 1)
+        connection.close()
+        wait_for(lambda: engine.statistics().running == 0)
+    assert engine.statistics().free_tokens == free
+    assert engine.statistics().finished["cancelled"] >= 3
+
+
+BAD = {
+    "not JSON": ("completions", "{", 400, None, "invalid_json"),
+    "not an object": ("completions", "[1]", 400, None, None),
+    "nothing": ("chat/completions", "", 400, None, None),
+    "too deep": ("chat/completions", '{"a":' * 9000, 400, None, None),
+    "too long a number": ("completions", '{"model": ' + "1" * 5000 + "}", 400, None, None),
+    "no model": ("completions", {"model": None}, 400, "model", "invalid_value"),
+    "another model": ("chat/completions", {"model": "gpt"}, 404, "model", "model_not_found"),
+    "misspelt": ("completions", {"temprature": 1}, 400, "temprature", "unknown_parameter"),
+    "no messages": ("chat/completions", {"messages": []}, 400, "messages", "invalid_value"),
+    "no role": (
+        "chat/completions",
+        {"messages": [{"content": "x"}]},
+        400,
+        "messages[0].role",
+        "missing_required_parameter",
+    ),
+    "unknown role": ("chat/completions", {"messages": [{"role": "x"}]}, 400, "messages[0].role", "invalid_value"),
+    "roles out of order": (
+        "chat/completions",
+        {"messages": [*CHAT, {"role": "tool", "tool_call_id": "a1b2c3d4e", "content": "x"}]},
+        400,
+        "messages[2].role",
+        None,
+    ),
+    "an answer last": (
+        "chat/completions",
+        {"messages": [*CHAT, {"role": "assistant", "content": "x"}]},
+        400,
+        "messages[2]",
+        None,
+    ),
+    "an image": (
+        "chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400,
+        "messages[0].content[0].type",
+        "invalid_value",
+    ),
+    "a bad call id": (
+        "chat/completions",
+        {
+            "messages": [
+                *CHAT,
+                {"role": "assistant", "tool_calls": [{"id": "call_1", "function": {"name": "f", "arguments": "{}"}}]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "x"},
+            ]
+        },
+        400,
+        "messages[2].tool_calls[0].id",
+        None,
+    ),
+    "too many tools": ("chat/completions", {"tools": TOOLS[:1] * 129}, 400, "tools", "invalid_value"),
+    "no such tool": (
+        "chat/completions",
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        400,
+        "tool_choice.function.name",
+        None,
+    ),
+    "a choice without tools": ("chat/completions", {"tool_choice": "required"}, 400, "tool_choice", None),
+    "a bad schema": (
+        "chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "x"}}}},
+        400,
+        "response_format",
+        None,
+    ),
+    "top_logprobs alone": ("chat/completions", {"top_logprobs": 3}, 400, "top_logprobs", None),
+    "too cold": ("chat/completions", {"temperature": -1}, 400, "temperature", "invalid_value"),
+    "a text for a number": ("completions", {"temperature": "0"}, 400, "temperature", "invalid_value"),
+    "not a number": ("completions", '{"model": "nano", "prompt": "x", "top_p": NaN}', 400, "top_p", "invalid_value"),
+    "too many answers": ("completions", {"n": 9}, 400, "n", "invalid_value"),
+    "too many prompts": ("completions", {"prompt": ["x"] * 20}, 400, "prompt", None),
+    "too many stops": ("completions", {"stop": ["x"] * 5}, 400, "stop", "invalid_value"),
+    "an empty stop": ("completions", {"stop": ""}, 400, "stop", "invalid_value"),
+    "a bad bias": ("completions", {"logit_bias": {"x": 1}}, 400, "logit_bias.x", "invalid_value"),
+    "a bias beyond": ("completions", {"logit_bias": {"1300": 1}}, 400, "logit_bias", None),
+    "ids beyond": ("completions", {"prompt": [1300]}, 400, "prompt", "invalid_value"),
+    "negative ids": ("completions", {"prompt": [1, -1]}, 400, None, "invalid_value"),
+    "no prompt": ("completions", {"prompt": []}, 400, "prompt", "invalid_value"),
+    "a suffix": ("completions", {"suffix": "x"}, 400, "suffix", "invalid_value"),
+    "too long a prompt": ("completions", {"prompt": [5] * 512}, 400, "prompt", "context_length_exceeded"),
+    "too long an answer": ("completions", {"max_tokens": 512}, 400, "prompt", "context_length_exceeded"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_requests_are_answered_in_the_api_s_shape(address, name):
+    path, body, status, param, code = BAD[name]
+    if isinstance(body, dict):
+        body = json.dumps(
+            {
+                "model": "nano",
+                "max_tokens": 3,
+                **({"prompt": "x"} if path == "completions" else {"messages": CHAT}),
+                **body,
+            }
+        )
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{address}/v1/{path}", content=body, headers=headers, trust_env=False)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and error["message"] and "\n" not in error["message"]
+    if param is not None:
+        assert error["param"] == param and error["message"].startswith(param.partition("[")[0].partition(".")[0]), error
+    if code is not None:
+        assert error["code"] == code
+
+
+def test_paths_methods_and_sizes(engine, tokenizer, address):
+    with httpx.Client(base_url=address, trust_env=False) as plain:
+        for method, path, status in [("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)]:
+            response = plain.request(method, path)
+            assert response.status_code == status and response.json()["error"]["message"]
+        assert plain.get("/health").json() == {"status": "ok"}
+        assert "access-control-allow-origin" not in plain.get("/health", headers={"Origin": "http://x"}).headers
+    with serve(engine, tokenizer, max_request_bytes=1000) as small, httpx.Client(trust_env=False) as plain:
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps({"model": "nano", "prompt": "x" * 2000}).encode()
+        for content in (body, iter([body[:700], body[700:]])):  # of a known length, and in chunks
+            response = plain.post(f"{small}/v1/completions", content=content, headers=headers)
+            assert response.status_code == 413, response.text
+            assert response.json()["error"]["code"] == "request_too_large"
+
+
+def test_the_api_key_is_wanted(engine, tokenizer):
+    with serve(engine, tokenizer, api_key="söcret") as address:
+        with openai_client(address) as client, pytest.raises(openai.AuthenticationError) as caught:
+            client.models.list()
+        assert caught.value.body["code"] == "invalid_api_key"
+        key = {"Authorization": "Bearer söcret".encode()}
+        assert httpx.get(f"{address}/v1/models", headers=key, trust_env=False).status_code == 200
+        assert httpx.get(f"{address}/health", trust_env=False).status_code == 200
+
+
+class Scripted:
+    """An engine that does as a test says."""
+
+    context = CONFIG.context
+
+    def __init__(self, *pieces, full=False):
+        self.pieces, self.full, self.cancelled = pieces, full, 0
+
+    def statistics(self):
+        raise AssertionError("nobody asked")
+
+    def submit(self, request, on_piece):
+        if self.full:
+            raise Busy(2.6)
+        for piece in self.pieces:
+            on_piece(piece)
+        self.on_piece = on_piece
+        return self
+
+    def close(self, drain):
+        self.on_piece(Piece("", (), "cancelled"))
+
+    def cancel(self):
+        self.cancelled += 1
+
+
+def test_a_full_queue_says_when_to_come_again(tokenizer):
+    with serve(Scripted(full=True), tokenizer) as address, openai_client(address) as client:
+        with pytest.raises(openai.RateLimitError) as caught:
+            complete(client)
+        assert caught.value.response.headers["retry-after"] == "3"
+        assert caught.value.body["code"] == "rate_limit_exceeded"
+
+
+def test_a_full_queue_of_the_engine(client, engine):
+    endless = {"max_tokens": 450, "logit_bias": NO_END, "stream": True}
+    streams = [complete(client, prompt=[PROMPT] * 6, **endless) for _ in range((ROWS + WAITING) // 6)]
+    with pytest.raises(openai.RateLimitError):
+        complete(client, prompt=[PROMPT] * 12)
+    for stream in streams:
+        stream.close()
+    wait_for(lambda: engine.statistics().running + engine.statistics().waiting == 0)
+    assert complete(client).choices[0].text
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_engine_that_fails_is_an_error_and_the_server_goes_on(tokenizer, chat):
+    pieces = Piece("Hi", (ScoredToken(5),)), Piece("", (), "error", "NaN in the logits")
+    engine = Scripted(*pieces)
+    with serve(engine, tokenizer) as address, openai_client(address) as client:
+        call = ask if chat else complete
+        with pytest.raises(openai.InternalServerError, match="NaN in the logits") as caught:
+            call(client)
+        assert caught.value.body["type"] == "server_error"
+        with pytest.raises(openai.APIError, match="NaN in the logits"):
+            list(call(client, stream=True))
+        assert client.models.list() and engine.cancelled == 2
+
+
+def test_malformed_calls_come_back_as_text_with_a_warning(tokenizer):
+    tokens = [tokenizer.control_id("[TOOL_CALLS]"), *tokenizer.encode('[{"name": ')]
+    engine = Scripted(Piece('[{"name": ', tuple(ScoredToken(token) for token in tokens), "length"))
+    with serve(engine, tokenizer) as address, openai_client(address) as client:
+        (choice,) = ask(client, tools=TOOLS).choices
+        assert choice.message.tool_calls is None and '[{"name": ' in choice.message.content
+        assert len(choice.warnings) == 1
+
+
+def test_figures_for_prometheus(engine, tokenizer):
+    with serve(engine, tokenizer) as address, openai_client(address) as client:
+        for _ in range(2):
+            complete(client, logit_bias=NO_END, max_tokens=40)
+        with pytest.raises(openai.BadRequestError):
+            complete(client, n=9)
+        text = httpx.get(f"{address}/metrics", trust_env=False).text
+    values = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    prompt = len(tokenizer.encode(PROMPT, bos=True))
+    wanted = {
+        ("nemoe_requests_total", "POST", "/v1/completions", "200"): 2,
+        ("nemoe_requests_total", "POST", "/v1/completions", "400"): 1,
+        ("nemoe_answers_total", "length"): 2,
+        ("nemoe_prompt_tokens_total",): 2 * prompt,
+        ("nemoe_answer_tokens_total",): 80,
+        ("nemoe_running",): 0,
+        ("nemoe_waiting",): 0,
+        ("nemoe_free_tokens",): engine.statistics().free_tokens,
+        ("nemoe_first_token_seconds_count",): 2,
+        ("nemoe_token_seconds_count",): 2,
+    }
+    assert {name: values.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_answer_that_ends_too_late_is_an_error(tokenizer, chat):
+    with contextlib.ExitStack() as stack:
+        with serve(Scripted(Piece("Hi", (ScoredToken(5),))), tokenizer, drain_seconds=0) as address:
+            stream = (ask if chat else complete)(stack.enter_context(openai_client(address)), stream=True)
+            assert next(iter(stream)).choices
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+
+
+def test_a_server_that_ends_refuses(tokenizer):
+    with serve(Scripted(), tokenizer, closing=lambda: True) as address:
+        response = httpx.get(f"{address}/health", trust_env=False)
+        assert response.status_code == 503 and response.json()["error"]["code"] == "shutting_down"
+
+
+BAD_FLAGS = {
+    "no model": (["{tmp}/none"], "no such file or directory"),
+    "no rows": (["{tmp}", "--rows", "0"], "--rows: wanted a positive number"),
+    "no adapter": (["{tmp}", "--adapter", "red"], "--adapter: wanted NAME=DIR"),
+    "two adapters of a name": (["{tmp}", "--adapter", "a=x", "--adapter", "a=y"], "the name a is taken"),
+    "a port too many": (["{tmp}", "--port", "65536"], "--port: wanted 0 to 65535"),
+    "another's port": (["{tmp}", "--port", "{port}"], "Address already in use"),
+    "another's address": (["{tmp}", "--host", "192.0.2.1"], "--host 192.0.2.1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_are_one_clear_line_and_exit_status_2(capsys, tmp_path, name):
+    arguments, message = BAD_FLAGS[name]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        places = {"tmp": tmp_path, "port": taken.getsockname()[1]}
+        assert main.main(["serve", *(argument.format(**places) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_command_serves_until_it_is_told_to_end(tmp_path):
+    tekken(tmp_path)
+    pretrained.save(tmp_path / "nano", CONFIG, weights(), tokenizer_from=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "nemoe_jax.cli.main",
+        "serve",
+        str(tmp_path / "nano"),
+        "--port",
+        "0",
+        "--log-requests",
+    ]
+    environment = {**os.environ, "NEMOE_API_KEY": "key"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        lines = []
+        while not lines or "ready" not in lines[-1]:
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+        address = re.search(r"ready: nano at (http://127\.0\.0\.1:\d+)/v1", lines[-1])[1]
+        with openai_client(address, "key") as client:
+            stream = ask(client, stream=True, max_tokens=60, logit_bias=NO_END)
+            next(iter(stream))
+            process.send_signal(signal.SIGTERM)
+            chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"  # what ran has ended well
+        assert process.wait(20) == 0
+        rest = process.stderr.read()
+        assert "POST /v1/chat/completions 200" in rest and "+ 60 tokens" in rest and "Traceback" not in rest
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_a_model_is_called_as_its_directory_or_its_link(tmp_path, monkeypatch):
+    (tmp_path / "step-300").mkdir()
+    (tmp_path / "nemo").symlink_to(tmp_path / "step-300")
+    monkeypatch.chdir(tmp_path / "nemo")
+    names = [model_flags.name_of(path) for path in (f"{tmp_path}/nemo/", "../nemo", "../step-300", ".")]
+    assert names == ["nemo", "nemo", "step-300", "step-300"]
+
+
+def test_a_server_s_preset_holds_where_a_request_says_nothing(tokenizer):
+    served = Served(Scripted(), CONFIG, tokenizer, "nano", sampling=sampling.PRESETS["factual"])
+    asked = CompletionRequest(model="nano", prompt="x", top_k=-1, temperature=0.9)
+    (request,) = served.requests(asked, [1], 4, None, [None])
+    wanted = sampling.PRESETS["factual"]
+    assert (request.sampling.temperature, request.sampling.top_k) == (0.9, 0)
+    assert request.sampling.repetition_penalty == wanted.repetition_penalty and request.sampling.min_p == wanted.min_p

@@ -1,0 +1,98 @@
+"""Text files → documents → stream → windows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.text import corpus as text_module
+from nemoe_jax.text.corpus import find_files, read_documents, spaced_batches, tokenize
+
+
+class Characters:
+    """A tokenizer whose ids are code points; EOS is 0."""
+
+    def __init__(self, vocab_size=300):
+        self.vocab_size = vocab_size
+
+    def encode(self, text, bos=False, eos=False):
+        return [ord(character) for character in text] + [0] * eos
+
+
+def test_documents_of_text_and_jsonl(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\r\nü".encode())
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": " "}\n{"text": "three", "id": 3}\n')
+    (tmp_path / "empty.txt").write_text(" \n")
+    found = find_files([str(tmp_path)])
+    assert [path.name for path in found] == ["a.txt", "b.jsonl", "empty.txt"]
+    assert [list(read_documents(path)) for path in found] == [["one\r\nü"], ["two", "three"], []]
+
+
+def test_globs_directories_and_held_out_files(tmp_path):
+    for name in ("a.py", "deep/b.py", "deep/c.txt", "d.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = lambda files: [file.name for file in files]  # noqa: E731
+    assert names(find_files([f"{tmp_path}/**/*.py"])) == ["a.py", "b.py"]
+    assert names(find_files([str(tmp_path), str(tmp_path / "d.bin")])) == ["d.bin", "c.txt"]
+    held_out = find_files([f"{tmp_path}/deep/*.py"])
+    assert names(find_files([f"{tmp_path}/**/*.py"], exclude=held_out)) == ["a.py"]
+    with pytest.raises(UserError, match="every file there is held out"):
+        find_files([f"{tmp_path}/deep/*.py"], exclude=held_out)
+
+
+@pytest.mark.parametrize(
+    "name, content, wanted",
+    [
+        ("a.txt", b"ab\xff", r"a\.txt: wanted UTF-8 text, got byte 0xff at 2"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r'a\.jsonl:2: wanted a JSON object with a "text"'),
+        ("a.jsonl", b"{broken\n", r"a\.jsonl:1: wanted a JSON object"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl:1: wanted a JSON object"),
+        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: wanted a JSON object"),
+        ("a.jsonl", b'{"text": 3}\n', r'a\.jsonl:1: "text": wanted a string, got int'),
+        ("a.txt", b" \n", r"a\.txt: empty text"),
+    ],
+)
+def test_bad_text(tmp_path, name, content, wanted):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=wanted):
+        tokenize(find_files([str(tmp_path)]), Characters())
+
+
+@pytest.mark.parametrize("pattern", ["missing.txt", "*.nothing", "a**b"])
+def test_patterns_that_match_nothing(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=pattern.replace("*", r"\*")):
+        find_files([pattern])
+
+
+@pytest.mark.parametrize("characters", [1, 7, 10**6])
+def test_stream_keeps_the_order_and_closes_documents(tmp_path, monkeypatch, characters):
+    monkeypatch.setattr(text_module, "CHARACTERS_IN_FLIGHT", characters)
+    documents = [f"document {number}" for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents[:5]))
+    for number, document in enumerate(documents[5:]):
+        (tmp_path / f"b{number}.txt").write_text(document)
+    stream = tokenize(find_files([str(tmp_path)]), Characters())
+    assert stream.dtype == np.uint16
+    assert "".join(map(chr, stream)) == "".join(f"{text}\0" for text in documents)
+    assert tokenize(find_files([str(tmp_path)]), Characters(1 << 17)).dtype == np.uint32
+
+
+def test_held_out_windows_are_evenly_spaced_and_short_text_is_padded_by_weight():
+    stream = np.arange(1001, dtype=np.uint16)
+    batches = spaced_batches(stream, sequence_length=10, batch_size=4, batches=2)
+    starts = np.concatenate([tokens[:, 0] for tokens, _ in batches])
+    assert (starts[0], starts[-1]) == (0, 990) and np.ptp(np.diff(starts)) <= 1 and len(starts) == 8
+    assert all(weights.tolist() == [1, 1, 1, 1] for _, weights in batches)
+
+    batches = spaced_batches(stream[:61], sequence_length=10, batch_size=4, batches=9)
+    assert [tokens.shape for tokens, _ in batches] == [(4, 11)] * 2
+    rows = np.concatenate([tokens[weights > 0] for tokens, weights in batches])
+    np.testing.assert_array_equal(rows[:, 1:].ravel(), np.arange(1, 61))
+
+
+def test_too_little_text():
+    with pytest.raises(UserError, match=r"data\.held_out: wanted at least .* = 11 tokens, got 10"):
+        spaced_batches(np.zeros(10, np.uint16), 10, 1, 1, "data.held_out")

@@ -1,0 +1,143 @@
+"""Losses against torch, the optimizer against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from train.recipe import Optimizer
+from train.step.loss import chunked_sums, cross_entropy, forward_kl, masked_sum
+from train.step.optimizer import learning_rate_schedule, make_optimizer, router_scale
+
+torch = pytest.importorskip("torch")
+RNG = np.random.default_rng(0)
+STUDENT, TEACHER = RNG.normal(size=(2, 3, 5, 11)).astype(np.float32) * 3
+TARGETS = RNG.integers(0, 11, (3, 5))
+MASK = RNG.integers(0, 2, (3, 5))
+
+
+def test_cross_entropy_equals_torch():
+    student, targets = torch.tensor(STUDENT).flatten(0, 1), torch.tensor(TARGETS).flatten()
+    wanted = torch.nn.functional.cross_entropy(student, targets, reduction="none")
+    np.testing.assert_allclose(cross_entropy(STUDENT, TARGETS).ravel(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_forward_kl_equals_torch():
+    logs = [torch.log_softmax(torch.tensor(logits), -1) for logits in (STUDENT, TEACHER)]
+    wanted = torch.nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1)
+    np.testing.assert_allclose(forward_kl(STUDENT, TEACHER), wanted, rtol=1e-4)
+    assert abs(forward_kl(TEACHER, TEACHER)).max() < 1e-6
+    assert abs(forward_kl(STUDENT, TEACHER) - forward_kl(TEACHER, STUDENT)).max() > 1e-2  # forward, not reverse
+
+
+def test_losses_are_computed_in_float32():
+    huge = jnp.asarray(STUDENT * 100, jnp.bfloat16)
+    for loss in (cross_entropy(huge, TARGETS), forward_kl(huge, jnp.asarray(TEACHER, jnp.bfloat16))):
+        assert loss.dtype == jnp.float32 and jnp.isfinite(loss).all()
+
+
+def test_masked_tokens_leave_no_trace():
+    values = np.where(MASK, STUDENT[..., 0], np.inf)
+    value, gradient = jax.value_and_grad(masked_sum)(jnp.asarray(values), jnp.asarray(MASK, jnp.float32))
+    np.testing.assert_allclose(value, STUDENT[..., 0][MASK == 1].sum(), rtol=1e-5)
+    np.testing.assert_array_equal(gradient, MASK)
+
+
+def _of_chunk(trained, chunk, rest):
+    logits = chunk["hidden"] @ trained["head"] + rest["bias"]
+    entropy = masked_sum(cross_entropy(logits, chunk["targets"]), chunk["mask"])
+    return 0.5 * entropy, {"entropy": entropy, "tokens": chunk["mask"].sum()}
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 15, 100])
+def test_chunks_give_the_sums_and_gradients_of_the_whole(chunk):
+    """Against plain differentiation over all tokens at once; 5 tokens a row divide by none of the chunks but 15."""
+    hidden, head = jnp.asarray(STUDENT[..., :6]), {"head": jnp.asarray(RNG.normal(size=(6, 11)), jnp.float32)}
+    tokens = {"targets": jnp.asarray(TARGETS), "mask": jnp.asarray(MASK, jnp.float32)}
+    rest = {"bias": jnp.arange(11.0)}
+
+    def chunked(head, hidden):
+        total, sums = chunked_sums(_of_chunk, head, hidden, tokens, rest, chunk)
+        return 3 * total, sums
+
+    def plain(head, hidden):
+        total, sums = _of_chunk(head, {"hidden": hidden} | tokens, rest)
+        return 3 * total, sums
+
+    (value, sums), gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(head, hidden)
+    (wanted, wanted_sums), wanted_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(head, hidden)
+    for got, want in zip(
+        jax.tree.leaves((value, sums, gradients)), jax.tree.leaves((wanted, wanted_sums, wanted_gradients)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(chunked)(head, hidden)[0], wanted, rtol=1e-6)  # without a gradient as well
+
+
+def test_no_logits_of_all_tokens_are_held(optimised):
+    """Compiled memory of value and gradient: a few chunks' logits, far below those of all tokens."""
+    batch, length, width, vocabulary, chunk = 2, 512, 16, 8192, 64
+    head = {"head": jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)}
+    tokens = {name: jax.ShapeDtypeStruct((batch, length), kind) for name, kind in (("targets", "i4"), ("mask", "f4"))}
+    rest = {"bias": jax.ShapeDtypeStruct((vocabulary,), jnp.float32)}
+
+    def value(hidden, head, tokens, rest, chunk):
+        return chunked_sums(_of_chunk, {"head": jax.lax.stop_gradient(head["head"])}, hidden, tokens, rest, chunk)[0]
+
+    def memory(chunk):
+        hidden = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
+        program = jax.jit(jax.grad(value), static_argnums=4).lower(hidden, head, tokens, rest, chunk).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * batch * length * vocabulary
+    assert memory(batch * length) > logits
+    assert memory(chunk) < 0.3 * logits
+
+
+@pytest.mark.parametrize(
+    "schedule, middle, last",
+    [("cosine", 0.1 + 0.9 * 0.5, 0.1), ("linear", 0.1 + 0.9 * 0.5, 0.1), ("constant", 1.0, 1.0)],
+)
+def test_schedule(schedule, middle, last):
+    options = Optimizer(learning_rate=0.2, warmup_steps=4, schedule=schedule, final_fraction=0.1)
+    rate = learning_rate_schedule(options, steps=24)
+    np.testing.assert_allclose([rate(step) for step in range(5)], [0.05, 0.1, 0.15, 0.2, 0.2], rtol=1e-6)
+    np.testing.assert_allclose([rate(14), rate(24)], [0.2 * middle, 0.2 * last], rtol=1e-5)
+    no_warmup = learning_rate_schedule(options.model_copy(update={"warmup_steps": 0}), steps=24)
+    np.testing.assert_allclose([no_warmup(0), no_warmup(24)], [0.2, 0.2 * last], rtol=1e-6)
+
+
+def test_first_step_is_adamw_without_decay_on_norms_and_with_small_steps_for_small_routers():
+    options = Optimizer(learning_rate=0.1, weight_decay=0.5, schedule="constant", router_learning_rate_scale=0.5)
+    rng = np.random.default_rng(1)
+    router_LDE = rng.normal(size=(2, 64, 3)) * np.array([1e-4, 10.0])[:, None, None]
+    params = {
+        "blocks/moe/attn_norm": rng.normal(size=(2, 4)),
+        "blocks/moe/attn/q_norm": rng.normal(size=(2, 4)),
+        "norm": rng.normal(size=4),
+        "head": rng.normal(size=(4, 7)),
+        "blocks/moe/ffn/router": router_LDE,
+    }
+    params = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+    gradient = jax.tree.map(lambda array: jnp.asarray(rng.choice([-0.1, 0.1], array.shape), jnp.float32), params)
+    scale_L11 = router_scale(params["blocks/moe/ffn/router"], options.router_learning_rate_scale)
+    rms = np.sqrt((np.asarray(params["blocks/moe/ffn/router"])[0] ** 2).mean())
+    np.testing.assert_allclose(scale_L11.ravel(), [0.5 * rms * 8, 0.5], rtol=1e-5)
+
+    optimizer = make_optimizer(options, 10, scale_L11)
+    trees = {"params": params}, {"params": gradient}
+    updates, _ = optimizer.update(trees[1], optimizer.init(trees[0]), trees[0])
+    for name, update in updates["params"].items():
+        decay = 0.0 if name.endswith("norm") else 0.5 * np.asarray(params[name])
+        step = -0.1 * (np.sign(gradient[name]) + decay)  # Adam's first step is the gradient's sign
+        step = step * np.asarray(scale_L11) if name.endswith("router") else step
+        np.testing.assert_allclose(update, step, rtol=1e-4, atol=1e-6 * np.abs(step).max(), err_msg=name)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    options = Optimizer(learning_rate=1.0, schedule="constant", clip_norm=0.5, beta1=0.0, beta2=0.0)
+    params = {"params": {"a": jnp.zeros(3), "b": jnp.zeros(4)}}
+    gradient = {"params": {"a": jnp.full(3, 2.0), "b": jnp.full(4, -2.0)}}
+    clip_alone = make_optimizer(options, 10)
+    _, (_, adam, *_) = clip_alone.update(gradient, clip_alone.init(params), params)
+    np.testing.assert_allclose(optax.global_norm(adam.mu), 0.5, rtol=1e-6)

@@ -1,0 +1,1 @@
+"""Rows of text and chats, from files to batches of packed tokens."""

@@ -1,0 +1,183 @@
+"""Where rows come from: files of text, JSON Lines, JSON and Parquet, or a data set of Hugging Face.
+
+Everything is streamed: a line, an element of a JSON list, or a batch of a Parquet row group at a time. Each row comes
+with its place, for errors; a row that cannot even be read is a `BadRow` in its stead.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.text.corpus import find_files
+from train.data.formats import COLUMNS, BadRow
+from train.recipe import Source
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+MISSING = "wanted the package {0} for {1} (pip install 'nemoe-jax[datasets]')"
+BATCH_ROWS = 1024
+CHUNK = 1 << 20  # characters of a JSON list read at once
+LARGEST_ROW = 1 << 28  # characters after which a list's element is taken to have no end
+
+PlacedRow = tuple[str, Any]  # where it stands, and an object, a text or a BadRow
+
+
+class Rows(NamedTuple):
+    """A source that was found, not yet read."""
+
+    name: str
+    identity: list[Any]  # what changes when its rows do, for JSON
+    read: Callable[[], Iterator[PlacedRow]]
+
+
+def find_rows(source: Source, exclude: Iterable[Path] = ()) -> Rows:
+    """Finds a source's files (but for the excluded ones) or its data set.
+
+    Raises:
+        UserError: nothing there, or a package is missing.
+    """
+    if source.dataset is not None:
+        return _find_dataset(source.dataset, source.subset, source.split)
+    files = find_files(source.files, exclude, SUFFIXES)
+    stats = [(str(file), file.stat()) for file in files]
+    identity = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return Rows(", ".join(source.files), identity, lambda: (row for file in files for row in read_file(file)))
+
+
+def read_file(path: Path) -> Iterator[PlacedRow]:
+    """The rows of a file; any suffix but .jsonl, .json and .parquet means one text.
+
+    Raises:
+        UserError: the file cannot be read, or what follows a damaged row cannot be found.
+    """
+    readers = {".jsonl": read_lines, ".json": read_list, ".parquet": read_parquet}
+    try:
+        yield from readers.get(path.suffix, read_text)(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+def read_text(path: Path) -> Iterator[PlacedRow]:
+    """A text file as one row, line ends as they are."""
+    try:
+        yield str(path), path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield str(path), BadRow(f"wanted UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}")
+
+
+def read_lines(path: Path) -> Iterator[PlacedRow]:
+    """The rows of a JSON Lines file; blank lines are no rows."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line)
+
+
+def _parsed(line: bytes | str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return BadRow(f"wanted a JSON object, got {line.strip()[:60]!r}")
+
+
+def read_list(path: Path) -> Iterator[PlacedRow]:
+    """The rows of a JSON file that holds a list; JSON Lines under the name .json are read as well."""
+    decode = json.JSONDecoder().raw_decode
+    blank, between = re.compile(r"\s*"), re.compile(r"[\s,]*")
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            text = file.read(CHUNK)
+            start = _end(blank, text, 0)
+            line, newline, _ = text[start:].partition("\n")
+            if line.startswith("{") and not (newline and isinstance(_parsed(line), BadRow)):
+                yield from read_lines(path)
+                return
+            if text[start : start + 1] != "[":
+                raise UserError(f"{path}: wanted a list of rows, or one row a line, got {text[start : start + 40]!r}")
+            at, number, more = start + 1, 1, CHUNK
+            while True:
+                at = _end(between, text, at)
+                if text[at : at + 1] == "]":
+                    return
+                try:
+                    value, end = decode(text, at)
+                except (ValueError, RecursionError) as error:
+                    rest = file.read(more) if len(text) - at < LARGEST_ROW else ""
+                    if not rest:
+                        shown = text[at : at + 60]
+                        raise UserError(f"{path}: row {number}: not JSON, or cut short: {shown!r}") from error
+                    text, at, more = text[at:] + rest, 0, 2 * more
+                    continue
+                yield f"{path}: row {number}", value
+                at, number, more = end, number + 1, CHUNK
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: wanted UTF-8, got byte 0x{error.object[error.start]:02x}") from error
+
+
+def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    match = pattern.match(text, at)
+    return match.end() if match else at
+
+
+def read_parquet(path: Path) -> Iterator[PlacedRow]:
+    """The rows of a Parquet file, its row groups read one after another."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{path}: {MISSING.format('pyarrow', 'Parquet files')}") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = _known(file.schema_arrow.names)
+            yield from _placed(
+                str(path), (batch.to_pylist() for batch in file.iter_batches(BATCH_ROWS, columns=columns))
+            )
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8
+        raise UserError(f"{path}: not a Parquet file, or damaged ({' '.join(str(error).split())})") from error
+
+
+def _find_dataset(name: str, subset: str | None, split: str) -> Rows:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"dataset {name}: {MISSING.format('datasets', 'data sets of Hugging Face')}") from error
+    path = Path(name).expanduser()
+    saved = [path / file for file in ("dataset_dict.json", "state.json") if (path / file).is_file()]
+    try:
+        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the library and the hub's client raise errors of many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"dataset {name}: cannot be loaded: {reason}") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(f"dataset {name}: split: wanted one of {', '.join(data)}, got {split!r}")
+        data = data[split]
+    columns = _known(data.column_names)
+    label = f"{name} ({split})"
+
+    def read() -> Iterator[PlacedRow]:
+        tables = (data.select_columns(columns) if columns else data).with_format("arrow").iter(BATCH_ROWS)
+        return _placed(label, (table.to_pylist() for table in tables))
+
+    return Rows(label, ["dataset", str(path.resolve()) if saved else name, subset, split, data._fingerprint], read)
+
+
+def _known(columns: Sequence[str]) -> list[str] | None:
+    """The columns that are read; all of them where none is known, so that errors can name them."""
+    return [name for name in columns if name in COLUMNS] or None
+
+
+def _placed(name: str, batches: Iterable[list[Any]]) -> Iterator[PlacedRow]:
+    rows = (row for batch in batches for row in batch)
+    return ((f"{name}: row {number}", without_nulls(row)) for number, row in enumerate(rows, 1))
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys that are null: Arrow gives every object of a column the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,172 @@
+"""A source's rows as tokens on disk: read, brought into one form, rendered and encoded by threads, or found there.
+
+Malformed rows are left out and counted, or end the run, as the recipe says. Rows are encoded out of order but kept in
+order: the number of threads changes nothing.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from nemoe_jax.errors import UserError
+from nemoe_jax.text.tokenizers.load import Tokenizer
+from nemoe_jax.utils.command import progress_bar
+from train.data.formats import BadRow, to_document
+from train.data.render import Rendered, render
+from train.data.sources import PlacedRow, Rows, find_rows
+from train.data.token_cache import VERSION, Tokens, Writer, default_cache, open_entry
+from train.recipe import Data, Source
+
+ROWS_AT_ONCE = 64
+CHARACTERS_AT_ONCE = 1 << 20  # of texts given to a thread together
+SHOWN = 3  # bad rows that an error quotes
+
+Outcome = Rendered | str  # a document, or the place and reason of a bad row
+
+
+def tokenise(
+    source: Source,
+    data: Data,
+    tokenizer: Tokenizer,
+    vocab: int,
+    name: str,
+    exclude: Iterable[Path] = (),
+    threads: int | None = None,
+) -> Tokens:
+    """The documents of a source as tokens, from the cache where they are there.
+
+    Args:
+        vocab: rows of the embedding that the tokens are for.
+        name: the recipe's key of the source, for errors.
+        exclude: files that are left out.
+        threads: that encode; by default as many as processors.
+
+    Raises:
+        UserError: nothing found, no document in it, too many bad rows, a token beyond the vocabulary.
+    """
+    rows = find_rows(source, exclude)
+    path = (data.cache or default_cache()) / "tokens" / _key(rows, source, tokenizer)
+    tokens = open_entry(path)
+    if tokens is None:
+        _write(path, rows, source, data, tokenizer, vocab, name, threads or os.cpu_count() or 1)
+        tokens = open_entry(path)
+        if tokens is None:
+            raise UserError(f"data.cache: {path}: damaged while it was written")
+    _check_vocab(tokens.figures["largest"], tokenizer, vocab)
+    _check_rows(tokens.figures["rows"], tokens.figures["bad_rows"], tokens.figures["bad"], data, name)
+    return tokens
+
+
+def _key(rows: Rows, source: Source, tokenizer: Tokenizer) -> str:
+    """A hash of all that the tokens depend on."""
+    with tokenizer.path.open("rb") as file:
+        tokenizer_sum = hashlib.file_digest(file, "sha256").hexdigest()
+    depends = [
+        VERSION,
+        rows.identity,
+        source.format,
+        source.limit,
+        tokenizer_sum,
+        [tokenizer.version, tokenizer.bos_id, tokenizer.eos_id, dict(tokenizer.control)],
+        [tokenizer.chat_template, dict(tokenizer.template_variables)],
+    ]
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write(
+    path: Path, rows: Rows, source: Source, data: Data, tokenizer: Tokenizer, vocab: int, name: str, threads: int
+) -> None:
+    """Tokenises the source into a new entry of the cache."""
+    documents, seen, bad, largest = 0, 0, 0, 0
+    first_bad: list[str] = []
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    with Writer(path, dtype) as writer, progress_bar() as bar, ThreadPoolExecutor(threads) as pool:
+        task = bar.add_task(f"tokenise {name}", total=source.limit)
+        for outcomes in _encoded(rows.read(), tokenizer, source.format, pool, 2 * threads):
+            good = []
+            for outcome in outcomes:
+                if documents == source.limit:
+                    break
+                seen += 1
+                if isinstance(outcome, str):
+                    bad += 1
+                    first_bad += [outcome] if bad <= SHOWN else []
+                    if data.bad_rows == "stop":
+                        _check_rows(seen, bad, first_bad, data, name)
+                else:
+                    documents += 1
+                    good.append(outcome)
+            largest = max([largest, *(int(document.ids_N.max()) for document in good)])
+            _check_vocab(largest, tokenizer, vocab)
+            writer.add(good)
+            bar.update(task, completed=documents)
+            if documents == source.limit:
+                break
+        if not documents:
+            _check_rows(seen, bad, first_bad, data, name)
+            raise UserError(f"{name}: {rows.name}: no document in it {_quoted(first_bad)}".rstrip())
+        writer.finish({"documents": documents, "rows": seen, "bad_rows": bad, "bad": first_bad, "largest": largest})
+
+
+def _encoded(
+    rows: Iterable[PlacedRow], tokenizer: Tokenizer, form: str, pool: ThreadPoolExecutor, in_flight: int
+) -> Iterator[list[Outcome]]:
+    """The outcomes of all rows in order, some rows at a time; not much is read ahead."""
+    waiting: deque[Future[list[Outcome]]] = deque()
+    for group in _groups(rows):
+        waiting.append(pool.submit(_encode, group, tokenizer, form))  # encoders release the interpreter's lock
+        if len(waiting) >= in_flight:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _groups(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
+    """The rows in lists for a thread each."""
+    group: list[PlacedRow] = []
+    characters = 0
+    for place, row in rows:
+        group.append((place, row))
+        characters += len(row) if isinstance(row, str) else 0
+        if len(group) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _encode(group: list[PlacedRow], tokenizer: Tokenizer, form: str) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for place, row in group:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            outcomes.append(render(tokenizer, to_document(row, form)))
+        except BadRow as error:
+            outcomes.append(f"{place}: {error}")
+    return outcomes
+
+
+def _check_vocab(largest: int, tokenizer: Tokenizer, vocab: int) -> None:
+    if largest >= vocab:
+        raise UserError(f"{tokenizer.path}: gives token {largest}; the model's embedding has {vocab} rows")
+
+
+def _check_rows(seen: int, bad: int, first: list[str], data: Data, name: str) -> None:
+    """Raises UserError where there are more bad rows than the recipe allows."""
+    if bad and data.bad_rows == "stop":
+        raise UserError(f"{name}: {first[0]} (data.bad_rows: skip leaves such rows out)")
+    if bad > data.max_bad_share * seen:
+        raise UserError(
+            f"{name}: {bad} of {seen} rows are bad, and data.max_bad_share is {data.max_bad_share:g} {_quoted(first)}"
+        )
+
+
+def _quoted(bad: list[str]) -> str:
+    return f"({'; '.join(bad)})" if bad else ""

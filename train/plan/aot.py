@@ -1,0 +1,287 @@
+"""Ahead of time: a recipe's training step, compiled for a TPU slice that is not there.
+
+libtpu's compiler needs no TPU: it takes a topology such as v5e:4x4, the shapes of all arrays and where they lie, and
+gives the very program that would run, or says that it does not fit. No weight is read and no array is made.
+
+    step = build_step(recipe, topology_devices("v5e:4x4"))
+    compiled, seconds = compile_step(step)
+    figures = measure(step, compiled)
+
+What is read off: bytes per device by kind, transfers between devices, FLOPs of the model and of the program. What is
+not: how fast it runs. The time is a lower bound, the program's matrix products at the chip's peak.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from nemoe_jax.adapters import lora
+from nemoe_jax.checkpoints import reader
+from nemoe_jax.errors import UserError
+from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.config import PRESETS, ModelConfig
+from nemoe_jax.text.tokenizers.load import load_tokenizer
+from train.data.loader import Batch
+from train.plan import hlo
+from train.recipe import Phase, Recipe
+from train.run import prepare
+from train.step import model_flops
+from train.step.batch_sharding import batch_sharding
+from train.step.optimizer import learning_rate_schedule, make_optimizer
+from train.step.step import Objective, make_update, state_shape
+
+EXAMPLES = "v5e:4x4, v5e:2x4, v5p:2x2x4, v4:2x2x4, v6e:4x4"
+KINDS = ("frozen weights", "trained weights", "optimizer state", "teacher", "batch")
+
+
+class OutOfMemory(Exception):
+    """The compiler says that the program does not fit."""
+
+    def __init__(self, wanted: int, available: int):
+        super().__init__(f"wants {wanted} bytes on a device that has {available}")
+        self.wanted, self.available = wanted, available
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is compiled: a phase of a recipe on a mesh of devices, as shapes."""
+
+    recipe: Recipe
+    phase: Phase
+    config: ModelConfig
+    teacher_config: ModelConfig | None
+    targets: list[lora.Target]
+    mesh: jax.sharding.Mesh
+    arguments: tuple[Any, ...]  # (state, frozen, teacher, batch) of `step.make_update`, as ShapeDtypeStructs
+    update: Any
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of the arguments on one device, without the padding that the compiler may add."""
+        state, frozen, teacher, batch = self.arguments
+        optimizer_state = (state.optimizer_state, state.step, state.skipped, state.key)
+        kinds = (frozen, state.trainable, optimizer_state, teacher, batch)
+        return dict(zip(KINDS, map(_bytes_on_a_device, kinds), strict=True))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step, over all devices."""
+        return self.phase.data.batch_size * self.phase.data.sequence_length
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """The devices of a TPU slice that need not be there.
+
+    Raises:
+        UserError: libtpu is not installed, or it knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("plan: wanted libtpu, the TPU compiler, which is not installed: pip install 'nemoe-jax[tpu]'")
+    # JAX sees the two cores of a v4 chip as one device, the topology only when told so
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
+    except Exception as error:  # whatever libtpu makes of a name that it does not know
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--topology: {topology}: wanted one such as {EXAMPLES}; libtpu says: {reason}") from error
+
+
+def model_config(name: Path | str, key: str) -> ModelConfig:
+    """The config of a model directory, or of a preset where there is no such directory.
+
+    Raises:
+        UserError: neither, or a bad config.json.
+    """
+    if Path(name).is_dir() or str(name) not in PRESETS:
+        if not Path(name).is_dir():
+            raise UserError(f"{key}: {name}: neither a directory nor a preset; the presets are {', '.join(PRESETS)}")
+        return reader.read_config(name)
+    return PRESETS[str(name)]
+
+
+def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = None) -> Step:
+    """The step of a phase, counted from 0 (by default that which trains most), as shapes on a mesh of the devices.
+
+    Raises:
+        UserError: what does not fit together; see `prepare.check_fit`.
+    """
+    if recipe.mesh is None:
+        recipe = recipe.model_copy(update={"mesh": "auto"})
+    if recipe.model:
+        config = model_config(recipe.model, "model")
+    else:
+        config = recipe.scratch_config(load_tokenizer(recipe.tokenizer or ""))
+    targets = [prepare.targets_of(phase, config) for phase in recipe.phases]
+    if phase_number is None:
+        sizes = [_trained_elements(recipe, phase, config, targets[n]) for n, phase in enumerate(recipe.phases)]
+        phase_number = sizes.index(max(sizes))
+    phase, targets_of_phase = recipe.phases[phase_number], targets[phase_number]
+    teacher_config = model_config(phase.distill.teacher, "distill.teacher") if phase.distill else None
+    mesh = prepare.make_mesh(recipe, config, devices)
+    assert mesh is not None
+    sizes_of_mesh = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    prepare.check_fit(recipe.model_copy(update={"mesh": sizes_of_mesh}), phase, config, teacher_config)
+
+    scale = np.ones((config.layers - config.dense_layers, 1, 1), np.float32) if config.experts else None
+    optimizer = make_optimizer(phase.optimizer, phase.steps, scale)
+    trainable, frozen = prepare.abstract(recipe, phase, config, targets_of_phase, mesh)
+    state = state_shape(trainable, optimizer)
+    teacher = _abstract_model(teacher_config, recipe.dtype, mesh) if teacher_config else None
+    shape = (phase.data.batch_size, phase.data.sequence_length)
+    place = batch_sharding(shape[0], phase.data.accumulation, mesh)
+    dtypes = {"mask": jnp.float32}
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=place) for name in Batch._fields))
+    update = make_update(
+        Objective(recipe, phase, config, teacher_config),
+        optimizer,
+        learning_rate_schedule(phase.optimizer, phase.steps),
+        state,
+    )
+    arguments = (state, frozen, teacher, batch)
+    return Step(recipe, phase, config, teacher_config, targets_of_phase, mesh, arguments, update)
+
+
+def compile_step(step: Step) -> tuple[Any, float]:
+    """The compiled program, and the seconds that it took.
+
+    Raises:
+        OutOfMemory: it does not fit.
+    """
+    started = time.monotonic()
+    with jax.set_mesh(step.mesh):
+        lowered = step.update.lower(*step.arguments)
+        try:
+            return lowered.compile(), time.monotonic() - started
+        except jax.errors.JaxRuntimeError as error:
+            raise read_out_of_memory(str(error)) or error from None
+
+
+_SIZE = r"([\d.]+)([KMGT]?)i?B?"
+_OUT_OF_MEMORY = (
+    re.compile(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"),
+    re.compile(rf"Used {_SIZE} of {_SIZE} hbm"),
+)
+
+
+def read_out_of_memory(message: str) -> OutOfMemory | None:
+    """What the compiler's message says of memory, if that is what it complains of."""
+    for pattern in _OUT_OF_MEMORY:
+        if found := pattern.search(message):
+            wanted, available = (
+                int(float(number) * 1024 ** (" KMGT".index(unit or " ")))
+                for number, unit in (found.groups()[:2], found.groups()[2:])
+            )
+            return OutOfMemory(wanted, available)
+    return None
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes of a device that a program can use, by what the compiler says of one that wants far too many."""
+    enormous = jax.ShapeDtypeStruct((1 << 40,), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1).lower(enormous).compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = read_out_of_memory(str(error))
+        return found.available if found else None
+    return None
+
+
+def _trained_elements(recipe: Recipe, phase: Phase, config: ModelConfig, targets: list[lora.Target]) -> int:
+    specs = schema.leaves(schema.declare(config))
+    weights = sum(math.prod(spec.shape) for path, spec in specs.items() if prepare.trains(phase, path))
+    return weights + sum(array.size for array in jax.tree.leaves(lora.abstract(config, targets)))
+
+
+def _abstract_model(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) -> schema.Tree:
+    return jax.tree.map(
+        lambda spec, place: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=place),
+        schema.declare(config),
+        sharding.shardings(config, mesh),
+    )
+
+
+def _bytes_on_a_device(tree: Any) -> int:
+    def size(array: Any) -> int:
+        return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def measure(step: Step, compiled: Any) -> dict[str, Any]:
+    """What the compiled program takes and does: `memory` (bytes per device), `collectives` and `flops` (per step).
+
+    The program's text is not to be had everywhere; without it `collectives` and the executed FLOPs are None.
+    """
+    analysis = compiled.memory_analysis()  # before the text, which libtpu may refuse
+    arguments = step.bytes_by_kind()
+    memory = {
+        **arguments,
+        "padding": analysis.argument_size_in_bytes - sum(arguments.values()),
+        "temporaries": analysis.temp_size_in_bytes,
+        "output - aliased": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+    }
+    memory["total"] = sum(memory.values())
+    text = text_of(compiled)
+    program = hlo.parse(text) if text else None
+    return {
+        "memory": memory,
+        "collectives": _collectives(program) if program else None,
+        "flops": _all_flops(step, program) if program else step_flops(step),
+    }
+
+
+def text_of(compiled: Any) -> str | None:
+    """The program's text; None where libtpu refuses it, as it does for some programs of large chips."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _collectives(program: hlo.Program) -> dict[str, dict[str, int]]:
+    """{kind: {count, asynchronous, bytes that one device sends}} of one step."""
+    table: dict[str, dict[str, int]] = {}
+    for one in program.collectives:
+        row = table.setdefault(one.kind, {"count": 0, "asynchronous": 0, "bytes": 0})
+        row["count"] += one.times
+        row["asynchronous"] += one.times * one.asynchronous
+        row["bytes"] += one.times * one.bytes
+    return dict(sorted(table.items()))
+
+
+def step_flops(step: Step) -> dict[str, float | None]:
+    """FLOPs of the mathematics, and the time that they take at the chip's peak."""
+    per_token = model_flops.of_phase(step.phase, step.config, step.targets, step.teacher_config)
+    model = per_token * step.tokens
+    return {
+        "model_per_token": per_token,
+        "model_per_step": model,
+        "executed_per_step": None,
+        "executed_over_model": None,
+        "seconds_at_peak": _seconds(step, model),
+    }
+
+
+def _all_flops(step: Step, program: hlo.Program) -> dict[str, float | None]:
+    of_model = step_flops(step)
+    executed = model_flops.executed_flops(program, model_flops.attention_kernel_flops) * step.mesh.size
+    return of_model | {
+        "executed_per_step": executed,
+        "executed_over_model": executed / (of_model["model_per_step"] or math.inf),
+        "seconds_at_peak": _seconds(step, executed),
+    }
+
+
+def _seconds(step: Step, amount: float) -> float | None:
+    peak = model_flops.peak_flops(step.mesh.devices.flat[0].device_kind)
+    return amount / step.mesh.size / peak if peak else None

@@ -1,0 +1,1 @@
+"""A whole run: phases, checkpoints, metrics, reports."""

@@ -1,0 +1,136 @@
+"""Checkpoints of a running phase, by Orbax: asynchronous, atomic, the newest and the best kept.
+
+A checkpoint holds the training state (what is trained, the optimizer, the counts, the RNG key) and beside it, as JSON,
+the state of the data iterator and a checksum of every array. Checksums do not depend on the mesh: a checkpoint is
+restored onto any, and one whose arrays were damaged on the disk is found out, left aside with a warning, and the one
+before it taken.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from nemoe_jax.errors import UserError, listed
+from train import recipe
+from train.step.step import TrainState
+
+METRIC = "held_out_loss"
+
+
+class Checkpoints:
+    """The checkpoints of one phase; use it as a context, which waits for what is still being written."""
+
+    def __init__(self, directory: Path, options: recipe.Checkpoints):
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        self.every, self.directory = options.every, directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy([LatestN(options.keep), best]), cleanup_tmp_directories=True
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, iterator: Any, held_out_loss: float | None = None, wait: bool = False) -> None:
+        """Starts to write a checkpoint of the state's step, unless there is one; returns as soon as arrays are copied.
+
+        Args:
+            iterator: the data iterator's state, which JSON can hold.
+            held_out_loss: measured at this step; the checkpoint of the lowest is kept.
+            wait: return only when it is written.
+        """
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            arrays = _flat(state)
+            beside = {"iterator": iterator, "checksums": {name: int(sum_) for name, sum_ in _checksums(arrays).items()}}
+            metrics = None if held_out_loss is None else {METRIC: held_out_loss}
+            items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), beside=ocp.args.JsonSave(beside))
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+        if wait:
+            self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
+        """(state, the data iterator's state) of the newest checkpoint that is whole; None where there is none.
+
+        Args:
+            like: a state of the same shapes, each array where the restored one is to lie.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read.
+        """
+        wanted = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in _flat(like).items()
+        }
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), beside=ocp.args.JsonRestore())
+            try:
+                restored = self._manager.restore(step, args=items)
+                arrays, beside = restored["state"], restored["beside"]
+                changed = [name for name, sum_ in _checksums(arrays).items() if int(sum_) != beside["checksums"][name]]
+                problem = f"{changed[0]} is not what was saved" if changed else ""
+            except Exception as error:  # whatever a damaged file makes Orbax raise
+                problem = (str(error) or type(error).__name__).partition("\n")[0]
+            if not problem:
+                for other, what in damaged.items():
+                    print(f"warning: {self.directory / str(other)}: damaged checkpoint: {what}", file=sys.stderr)
+                    self._forget(other)
+                return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), beside[
+                    "iterator"
+                ]
+            damaged[step] = problem
+        if damaged:
+            problems = listed([f"{step}: {problem}" for step, problem in damaged.items()])
+            raise UserError(f"{self.directory}: no checkpoint can be read ({problems}); --restart begins anew")
+        return None
+
+    def _forget(self, step: int) -> None:
+        """Puts a damaged checkpoint aside, so that its step can be saved again."""
+        if jax.process_index() == 0:
+            aside = self.directory.with_name(f"{self.directory.name}.damaged")
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            aside.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside / str(step))
+        ocp.multihost.sync_global_processes("forget")
+        self._manager.reload()
+
+
+def _flat(state: TrainState) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(state)}
+
+
+@jax.jit
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def bits(array: jax.Array) -> jax.Array:
+        kind = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        return jnp.sum(jax.lax.bitcast_convert_type(array, kind).astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jax.tree.map(bits, arrays)
+
+
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """The sum modulo 2^32 of each array's bits: whatever the order and the mesh, the same."""
+    return jax.device_get(_sums(arrays))

@@ -1,0 +1,157 @@
+"""From a recipe to what the loop needs: everything checked first, then the weights, laid out on the devices."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nemoe_jax.adapters import lora, peft_load
+from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.errors import UserError
+from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import Tree, leaves
+from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
+from train.recipe import Phase, Recipe
+from train.step.optimizer import router_scale
+from train.step.step import Flat, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, found and read as far as that costs nothing."""
+
+    config: ModelConfig
+    teachers: list[ModelConfig | None]  # of each phase
+    targets: list[list[lora.Target]]  # likewise
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+
+
+def check(recipe: Recipe) -> Inputs:
+    """Finds what the recipe names, and what is wrong with it, as far as can be known without devices and weights.
+
+    Raises:
+        UserError: naming the recipe's key, what was wanted and what came.
+    """
+    if recipe.output.exists():
+        raise UserError(f"output: {recipe.output} already exists")
+    tokenizer_path = recipe.tokenizer or recipe.model
+    if tokenizer_path is None:
+        raise UserError("tokenizer: missing")
+    tokenizer = load_tokenizer(tokenizer_path)
+    config = reader.read_config(recipe.model) if recipe.model else recipe.scratch_config(tokenizer)
+    if tokenizer.vocab_size > config.vocab:
+        raise UserError(f"tokenizer: wanted at most the model's {config.vocab} tokens, got {tokenizer.vocab_size}")
+    teachers = [reader.read_config(phase.distill.teacher) if phase.distill else None for phase in recipe.phases]
+    for phase, teacher in zip(recipe.phases, teachers, strict=True):
+        check_fit(recipe, phase, config, teacher)
+    targets = [targets_of(phase, config) for phase in recipe.phases]
+    return Inputs(config, teachers, targets, tokenizer, tokenizer_path)
+
+
+def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelConfig | None) -> None:
+    """Whether a phase, the model, its teacher and the mesh fit together; raises UserError."""
+    if teacher and phase.distill and teacher.vocab != config.vocab:
+        raise UserError(
+            f"distill.teacher: {phase.distill.teacher}: wanted the model's vocabulary of {config.vocab}, "
+            f"got {teacher.vocab}"
+        )
+    for name, model in (("model", config), ("teacher", teacher)):
+        if model and phase.data.sequence_length > model.context:
+            raise UserError(
+                f"data.sequence_length: wanted at most the {name}'s context of {model.context} tokens, "
+                f"got {phase.data.sequence_length}"
+            )
+    for key, wanted in (("train_router", phase.train_router), ("trainable: router", phase.trainable == "router")):
+        if wanted and not config.experts:
+            raise UserError(f"{key}: wanted a mixture of experts, got the dense {recipe.model}")
+    if recipe.mesh and recipe.mesh != "auto":
+        sizes = sharding.parse_mesh(recipe.mesh)
+        for model in filter(None, (config, teacher)):
+            sharding.check(model, sizes, phase.data.batch_size // phase.data.accumulation, phase.data.sequence_length)
+
+
+def targets_of(phase: Phase, config: ModelConfig) -> list[lora.Target]:
+    """The LoRA targets of a phase, found to match the model; a PEFT adapter brings its own."""
+    if phase.adapter:
+        return peft_load.read_targets(phase.adapter, config)
+    targets = [lora.Target(**target.model_dump()) for target in phase.lora]
+    lora.match(config, targets)
+    return targets
+
+
+def make_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mesh | None:
+    """The recipe's mesh over the devices (all of them by default); None for the first device alone."""
+    if recipe.mesh is None:
+        if jax.process_count() > 1:
+            raise UserError("mesh: wanted over several processes; for example mesh=auto")
+        return None
+    devices = jax.devices() if devices is None else devices
+    if recipe.mesh != "auto":
+        return sharding.make_mesh(sharding.parse_mesh(recipe.mesh), devices)
+    data = [phase.data for phase in recipe.phases]
+    rows = int(np.gcd.reduce([part.batch_size // part.accumulation for part in data]))
+    from train.run.auto_mesh import auto
+
+    return sharding.make_mesh(auto(config, len(devices), rows, max(part.sequence_length for part in data)), devices)
+
+
+def trains(phase: Phase, path: str) -> bool:
+    """Whether the weight of that path itself learns, beside adapters."""
+    routers = phase.train_router or phase.trainable == "router"
+    return phase.trainable == "all" or (routers and path.endswith("/router"))
+
+
+def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
+    """The model's parameters, each array on its devices; float32 where a phase trains every weight."""
+    if recipe.model is None:
+        key = jax.random.key(recipe.phases[0].seed)
+        return schema.initialise(config, key, jnp.float32, sharding.shardings(config, mesh))
+    whole = any(phase.trainable == "all" for phase in recipe.phases)
+    return pretrained.load(recipe.model, mesh=mesh, dtype="float32" if whole else recipe.dtype, progress=True)[1]
+
+
+def trainable_of(
+    recipe: Recipe, phase: Phase, config: ModelConfig, targets: list[lora.Target], params: Tree, mesh: Mesh | None
+) -> tuple[Tree, Flat]:
+    """What a phase trains, {"params": …, "adapters": …}, and the frozen rest of the model."""
+    spent = phase.trainable == "all" and phase.tolerance is None  # nobody asks for the weights before the phase again
+    trained, frozen = split(params, lambda path: trains(phase, path), recipe.dtype, copy=not spent)
+    if phase.adapter:
+        adapters = peft_load.load_adapters(phase.adapter, config, mesh)[1]
+    else:
+        adapters = lora.initialise(config, targets, jax.random.key(phase.seed), lora.shardings(config, targets, mesh))
+    return {"params": trained, "adapters": adapters}, frozen
+
+
+def abstract(
+    recipe: Recipe, phase: Phase, config: ModelConfig, targets: list[lora.Target], mesh: Mesh | None
+) -> tuple[Tree, Flat]:
+    """The shapes and shardings of `trainable_of`, with no array made."""
+    trained: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
+    places = leaves(sharding.shardings(config, mesh))
+    for path, spec in leaves(schema.declare(config)).items():
+        into, dtype = (trained, "float32") if trains(phase, path) else (frozen, recipe.dtype)
+        into[path] = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=places[path])
+    adapters = jax.tree.map(
+        lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
+        lora.abstract(config, targets),
+        lora.shardings(config, targets, mesh),
+    )
+    return {"params": trained, "adapters": adapters}, frozen
+
+
+def routers_scale(phase: Phase, params: Tree, mesh: Mesh | None) -> np.ndarray | None:
+    """The learning-rate factor of each layer's router; a model has at most one run of mixtures."""
+    for path, router_LDE in leaves(params).items():
+        if path.endswith("/router"):
+            everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
+            factor = phase.optimizer.router_learning_rate_scale
+            return np.asarray(jax.jit(router_scale, static_argnums=1, out_shardings=everywhere)(router_LDE, factor))
+    return None

@@ -1,0 +1,1 @@
+"""One training step: what learns, the loss, the optimizer, the FLOPs."""

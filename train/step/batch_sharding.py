@@ -1,0 +1,55 @@
+"""Batches on the devices that compute them.
+
+The rows of a batch are cut over the data, fsdp and expert axes, the tokens of a row over the sequence axis. A process
+reads no other rows than its own devices need.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nemoe_jax.spec.sharding import batch_axes
+from train.data.loader import Batch
+from train.recipe import Data
+
+
+def batch_sharding(rows: int, parts: int, mesh: Mesh) -> NamedSharding:
+    """Where the arrays (rows, T) of a batch lie that is computed in `parts` parts."""
+    axes = batch_axes(mesh.shape, rows // parts)
+    return NamedSharding(mesh, PartitionSpec(axes or None, "sequence" if mesh.shape.get("sequence", 1) > 1 else None))
+
+
+def local_rows(data: Data, mesh: Mesh | None) -> list[int]:
+    """The rows of a step's batch that this process's devices hold parts of."""
+    if mesh is None:
+        return list(range(data.batch_size))
+    shape = (data.batch_size, data.sequence_length)
+    held = batch_sharding(data.batch_size, data.accumulation, mesh).addressable_devices_indices_map(shape)
+    return sorted({row for index in held.values() if index for row in range(*index[0].indices(data.batch_size))})
+
+
+def place(batch: Batch, rows: Sequence[int], data: Data, mesh: Mesh | None) -> Batch:
+    """A step's batch, of which the rows `rows` are at hand, on the devices."""
+    return _place(batch, rows, data.batch_size, data.accumulation, mesh)
+
+
+def place_whole(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch that every process has at hand, on the devices."""
+    return _place(batch, range(len(batch.inputs)), len(batch.inputs), 1, mesh)
+
+
+def _place(batch: Batch, rows: Sequence[int], total: int, parts: int, mesh: Mesh | None) -> Batch:
+    if mesh is None:
+        return Batch(*map(jax.device_put, batch))
+    sharding, at = batch_sharding(total, parts, mesh), {row: number for number, row in enumerate(rows)}
+
+    def put(array: np.ndarray) -> jax.Array:
+        def piece(index: Any) -> np.ndarray:
+            return array[[at[row] for row in range(*index[0].indices(total))]][:, *index[1:]]
+
+        return jax.make_array_from_callback((total, *array.shape[1:]), sharding, piece)
+
+    return Batch(*map(put, batch))

@@ -1,0 +1,216 @@
+"""Floating-point operations: of the mathematics, of a compiled program, and what a chip can do at most.
+
+Model FLOPs are what the mathematics needs, whatever the program does (PaLM, arXiv 2204.02311, appendix B). A matmul
+with a weight of P elements costs each token
+
+    2·P forward,   2·P for the gradient of its input,   2·P for the gradient of the weight, if that is trained.
+
+Experts count by top-k / experts; the embedding's look-up is free; the output layer counts, tied or not. An adapter of
+rank R on a weight of D inputs and F outputs adds R·(D + F) trained elements. Attention of N heads of size H over T
+tokens costs a token 2·2·N·H·(T + 1)/2 forward (scores and sums over itself and what came before), and twice that
+backward.
+
+Executed FLOPs are what a compiled program multiplies, recomputation included. XLA's own cost analysis counts the body
+of a loop once, and a TPU kernel (`tpu_custom_call`) not at all; here loops count by their trip counts, and kernels by
+the estimate that they carry or by what the caller knows of them.
+
+D inputs, F outputs, R rank, N heads, H head_dim, T sequence.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from nemoe_jax.adapters import lora
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import ParamSpec, declare, leaves
+from train.plan import hlo
+from train.recipe import Phase
+
+Trained = Literal["lora", "router", "all"]
+
+
+def matmul_elements(config: ModelConfig) -> dict[str, float]:
+    """{path: elements of the weight that one token is multiplied with}, of every linear map; "head" is always there."""
+    specs = leaves(declare(config))
+    elements = {path: _active(spec, config) for path, spec in specs.items() if spec.contracted and not spec.lookup}
+    return elements | {"head": float(config.vocab * config.hidden)}
+
+
+def attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs per token of all layers' scores and sums in a forward pass, each token seeing half the row on average."""
+    return config.layers * 2 * 2 * config.heads * config.head_dim * (sequence_length + 1) / 2
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs per token of a forward pass without adapters: a teacher's, or those of an evaluation."""
+    return 2 * sum(matmul_elements(config).values()) + attention_flops(config, sequence_length)
+
+
+def model_flops_per_token(
+    config: ModelConfig,
+    sequence_length: int,
+    trained: Trained = "all",
+    *,
+    targets: Sequence[lora.Target] = (),
+    train_router: bool = False,
+    teacher: ModelConfig | None = None,
+) -> float:
+    """FLOPs per token of one update: forward, gradients of the activations, gradients of what is trained.
+
+    Args:
+        trained: every weight, the routers alone, or adapters alone.
+        targets: the weights that have adapters, for "lora".
+        train_router: with "lora", whether the routers learn as well.
+        teacher: a model that runs forward on the same tokens, for distillation.
+    Raises:
+        UserError: a target that fits no weight.
+    """
+    elements = matmul_elements(config)
+    routers = trained == "router" or (trained == "lora" and train_router)
+    weights = sum(
+        size * (3 if trained == "all" or (routers and path.endswith("/router")) else 2)
+        for path, size in elements.items()
+    )
+    adapters = 3 * sum(_adapter_elements(config, targets)) if trained == "lora" else 0
+    total = 2 * (weights + adapters) + 3 * attention_flops(config, sequence_length)
+    return total + (forward_flops_per_token(teacher, sequence_length) if teacher else 0)
+
+
+def of_phase(phase: Phase, config: ModelConfig, targets: Sequence[lora.Target], teacher: ModelConfig | None) -> float:
+    """`model_flops_per_token` of a recipe's phase."""
+    return model_flops_per_token(
+        config,
+        phase.data.sequence_length,
+        phase.trainable,
+        targets=targets,
+        train_router=phase.train_router,
+        teacher=teacher,
+    )
+
+
+def _active(spec: ParamSpec, config: ModelConfig) -> float:
+    share = config.top_k / config.experts if "experts" in spec.stacked else 1
+    return math.prod(spec.shape) * share
+
+
+def _adapter_elements(config: ModelConfig, targets: Sequence[lora.Target]) -> Iterator[float]:
+    if not targets:
+        return
+    for spec, target in lora.match(config, targets).values():
+        for factor in lora.factors(spec, target.rank):
+            yield 0 if spec.lookup and "rank" in factor.produced else _active(factor, config)
+
+
+KernelFlops = Callable[[hlo.Instruction, hlo.Computation], float]
+
+
+def executed_flops(program: hlo.Program, of_kernel: KernelFlops = lambda kernel, computation: 0.0) -> float:
+    """FLOPs of the matrix products and kernels that one device runs; what goes element by element is left out.
+
+    Args:
+        of_kernel: FLOPs of a `tpu_custom_call` that carries no estimate, given it and its computation.
+    """
+    return sum(program.times[name] * _flops(one, program.computations[name], of_kernel) for name, one in program)
+
+
+def attention_kernel_flops(kernel: hlo.Instruction, computation: hlo.Computation) -> float:
+    """FLOPs of a call of splash attention's kernels, which carry no estimate; 0 for other kernels.
+
+    Forward multiplies two pairs of matrices, the gradients of keys and values four, that of queries three. Its blocks
+    above the diagonal are left out: of n · n, n · (n + 1) / 2 are computed.
+    """
+    found = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", kernel.name)
+    if found is None:
+        return 0.0
+    blocks, queries, keys = (computation[kernel.operands[number]].result[0].shape for number in (0, 2, 3))
+    share = (blocks[-2] + 1) / (2 * blocks[-2])
+    return {"fwd": 2, "dkv": 4, "dq": 3}[found[1]] * 2.0 * math.prod(queries) * keys[-2] * share
+
+
+def _flops(instruction: hlo.Instruction, computation: hlo.Computation, of_kernel: KernelFlops) -> float:
+    if instruction.opcode == "dot":
+        shape = computation[instruction.operands[0]].result[0].shape
+        contracted = [int(axis) for axis in (instruction.attribute("lhs_contracting_dims") or "").split(",") if axis]
+        return 2.0 * instruction.result[0].size * math.prod(shape[axis] for axis in contracted)
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction, computation)
+    if instruction.opcode == "custom-call" and 'target="tpu_custom_call"' in instruction.attributes:
+        estimate = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.attributes)
+        return float(estimate[1]) if estimate else of_kernel(instruction, computation)
+    return 0.0
+
+
+def _convolution_flops(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
+    """Products with padding do not count: TPUs write a batched matmul as a window that slides over padding."""
+    left, kernel = (computation[name].result[0].shape for name in instruction.operands[:2])
+    output = instruction.result[0].shape
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        return 0.0
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", instruction.attribute("window") or ""))
+
+    def of_axis(key: str, axis: int, otherwise: int) -> int:
+        return int(window[key].split("x")[axis].split("_")[0]) if key in window else otherwise
+
+    total = 2.0 * output[labels[3].index("b")] * output[labels[3].index("f")] * kernel[labels[2].index("i")]
+    for axis in range(len(labels[1]) - 2):
+        sizes = [
+            shape[names.index(str(axis))] for shape, names in zip((left, kernel, output), labels.groups(), strict=True)
+        ]
+        total *= _pairs(
+            *sizes,
+            stride=of_axis("stride", axis, 1),
+            low=of_axis("pad", axis, 0),
+            left_dilation=of_axis("lhs_dilate", axis, 1),
+            kernel_dilation=of_axis("rhs_dilate", axis, 1),
+        )
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def _pairs(
+    left: int, kernel: int, output: int, *, stride: int, low: int, left_dilation: int, kernel_dilation: int
+) -> int:
+    """(place in the output, place in the kernel) pairs that meet an element of the left side."""
+    count = 0
+    for place in range(kernel):
+        at = np.arange(output) * stride + place * kernel_dilation - low
+        count += int(np.sum((at >= 0) & (at % left_dilation == 0) & (at // left_dilation < left)))
+    return count
+
+
+# Dense bfloat16 with float32 accumulation, as JAX counts devices (a TPU chip; v4 and v5p with their two cores as one).
+# The first pattern that the device kind contains decides.
+# TPU: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e. NVIDIA: the data sheets and architecture white papers; where they
+# give figures with 2:4 sparsity, half of those.
+_PEAKS: tuple[tuple[str, float], ...] = (
+    (r"TPU v4 lite|TPU v4i", 138e12),
+    (r"TPU v4", 275e12),
+    (r"TPU v5 ?lite|TPU v5e", 197e12),
+    (r"TPU v5", 459e12),
+    (r"TPU v6 ?lite|TPU v6e", 918e12),
+    (r"GB200|B200", 2250e12),
+    (r"H200 NVL|H100 NVL", 835e12),
+    (r"H100 PCIe", 756e12),
+    (r"GH200|H200|H100|H800", 989e12),
+    (r"A100|A800", 312e12),
+    (r"A10G", 70e12),
+    (r"A10\b", 125e12),
+    (r"L40S", 362e12),
+    (r"L40\b", 181e12),
+    (r"L4\b", 121e12),
+    (r"RTX 5090\b", 209.5e12),
+    (r"RTX 4090\b", 165.2e12),
+    (r"RTX 4080\b", 97.5e12),
+    (r"RTX 3090\b", 71e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The most dense bfloat16 FLOPs per second of a `jax.Device.device_kind`; None where it is not known (a CPU)."""
+    return next((peak for pattern, peak in _PEAKS if re.search(pattern, device_kind, re.IGNORECASE)), None)

@@ -1,0 +1,268 @@
+"""One update and one evaluation, compiled.
+
+What is trained is one tree, {"params": {path: float32 master weight}, "adapters": …}, and everything else of the model
+is frozen, {path: weight}. Only the first is differentiated, so that no gradient of a frozen weight is ever computed.
+
+Letters: B batch, T sequence, D embed, L layers, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nemoe_jax.adapters import lora
+from nemoe_jax.model import transformer
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import Tree, declare, leaves, unflatten
+from nemoe_jax.spec.sharding import compiler_options
+from train.data.loader import Batch
+from train.recipe import Phase, Recipe
+from train.step.loss import Sums, chunked_sums, cross_entropy, forward_kl, masked_sum
+from train.step.optimizer import is_router
+
+Flat = dict[str, Array]  # {path: array}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What an update replaces, and a checkpoint holds."""
+
+    step: Any  # steps done, int32
+    skipped: Any  # of them, those whose loss or gradient was not finite, int32
+    key: Any  # of dropout; the step's number is folded in
+    trainable: Tree
+    optimizer_state: Any
+
+
+def split(params: Tree, trains: Callable[[str], bool], dtype: Any, copy: bool = True) -> tuple[Flat, Flat]:
+    """The model's parameters as (trained: in float32, frozen: in `dtype`), by path.
+
+    Args:
+        copy: whether the trained weights are copies; updates use the memory of what they are given again.
+    """
+    flat = leaves(params)
+    trained = {path: jnp.array(array, jnp.float32, copy=copy) for path, array in flat.items() if trains(path)}
+    return trained, {path: array.astype(dtype) for path, array in flat.items() if path not in trained}
+
+
+def combine(trained: Flat, frozen: Flat) -> Tree:
+    """The model's parameters again; the inverse of `split`."""
+    return unflatten(frozen | trained)
+
+
+def state_shape(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state's shapes, dtypes and shardings, from those of what is trained (arrays, or shapes with shardings).
+
+    The optimizer's averages lie where their weights do, all else on every device.
+    """
+    example = jax.tree.leaves(trainable)[0].sharding
+    everywhere = NamedSharding(example.mesh, PartitionSpec()) if isinstance(example, NamedSharding) else example
+
+    def shape(array: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+    optimizer_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda array, like: shape(array, like.sharding),
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda array: shape(array, everywhere),
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    key = shape(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), everywhere)
+    return TrainState(count, count, key, jax.tree.map(lambda a: shape(a, a.sharding), trainable), optimizer_state)
+
+
+def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first update, each array where `state_shape` says."""
+    shape = state_shape(trainable, optimizer)
+    key = jax.random.key_data(jax.random.key(seed))
+    step, skipped, key = jax.device_put((np.int32(0), np.int32(0), np.asarray(key)), shape.step.sharding)
+    places = jax.tree.map(lambda array: array.sharding, shape.optimizer_state)
+    return TrainState(step, skipped, key, trainable, jax.jit(optimizer.init, out_shardings=places)(trainable))
+
+
+def load_max_over_mean(load_LE: Array) -> Array:
+    """Busiest expert's share over the mean share, averaged over the layers: 1 is perfect balance."""
+    return jnp.mean(jnp.max(load_LE, axis=-1) * load_LE.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A phase's loss as a function of arrays."""
+
+    recipe: Recipe
+    phase: Phase
+    config: ModelConfig
+    teacher_config: ModelConfig | None
+
+    def loss(self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[Array, Sums]:
+        """(the loss, its parts): the weighted sum that the recipe asks for, in nats per target that counts."""
+        phase, tokens = self.phase, jnp.maximum(batch.mask.sum(), 1.0)
+        hidden, (loss, sums) = self._through(trainable, frozen, teacher, batch)
+        total, parts = loss / tokens, {name: value / tokens for name, value in sums.items()}
+        if hidden.routing is not None:
+            routing = hidden.routing
+            parts |= {
+                "balance_loss": routing.balance_loss,
+                "z_loss": routing.z_loss,
+                "router_entropy": routing.entropy,
+                "load_max_over_mean": load_max_over_mean(routing.load_E),
+                "dead_experts": jnp.sum(routing.load_E == 0).astype(jnp.float32),
+            }
+            total += phase.balance_loss_weight * routing.balance_loss + phase.z_loss_weight * routing.z_loss
+        return total, parts
+
+    def held_out(self, trainable: Tree, frozen: Flat, batch: Batch) -> Sums:
+        """Sums over the targets that count: "loss" (nats), "tokens"; and "load" (L, E) of a mixture, times tokens."""
+        hidden, (_, sums) = self._through(trainable, frozen, None, batch)
+        tokens = batch.mask.sum()
+        load = {} if hidden.routing is None else {"load": hidden.routing.load_E * tokens}
+        return {"loss": sums["cross_entropy"], "tokens": tokens} | load
+
+    def _through(
+        self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Batch
+    ) -> tuple[transformer.Hidden, tuple[Array, Sums]]:
+        """Both models' hidden states, and the sums of the token losses over their heads, chunk by chunk."""
+        params = combine(self._rounded(trainable["params"]), frozen)
+        hidden = self._hidden(self.config, params, batch, trainable["adapters"] or None, self.recipe.remat)
+        arrays = {"targets": batch.targets, "mask": batch.mask}
+        name = _head_of(self.config)
+        head = {name: _gathered(self.config, params[name])}
+        trained: Tree = {"params": {}, "adapters": {}}
+        rest: Tree = {"head": {}}
+        (trained["params"] if name in trainable["params"] else rest["head"]).update(head)
+        if adapter := trainable["adapters"].get(name):
+            trained["adapters"][name] = dataclasses.replace(adapter, key=None)  # nothing differentiates a key
+            if adapter.key is not None:
+                rest["key"] = adapter.key
+                arrays["number"] = jnp.arange(batch.targets.size).reshape(batch.targets.shape)
+        if teacher is not None and self.teacher_config:
+            arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
+            name = _head_of(self.teacher_config)
+            rest["teacher"] = {name: _gathered(self.teacher_config, teacher[name])}
+        return hidden, chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, self.recipe.logits_chunk)
+
+    def _token_losses(self, trained: Tree, chunk: dict[str, Array], rest: Tree) -> tuple[Array, Sums]:
+        """(sum to differentiate, its parts) of a chunk of tokens."""
+        head, distill = trained["params"] | rest["head"], self.phase.distill
+        adapters = trained["adapters"]
+        if "key" in rest:  # each chunk drops other elements
+            key = jax.random.fold_in(rest["key"], chunk["number"][0, 0])
+            adapters = {name: dataclasses.replace(adapter, key=key) for name, adapter in adapters.items()}
+        logits = transformer.logits(self.config, head, chunk["hidden"], adapters)
+        total = entropy = masked_sum(cross_entropy(logits, chunk["targets"]), chunk["mask"])
+        sums = {"cross_entropy": entropy}
+        if distill and self.teacher_config and "teacher" in chunk:
+            of_teacher = transformer.logits(self.teacher_config, rest["teacher"], chunk["teacher"], {})
+            sums["kl"] = masked_sum(forward_kl(logits, of_teacher), chunk["mask"])
+            total = distill.kl_weight * sums["kl"] + distill.ce_weight * entropy
+        return total, sums
+
+    def _hidden(
+        self, config: ModelConfig, params: Tree, batch: Batch, adapters: Tree | None = None, remat: bool = False
+    ) -> transformer.Hidden:
+        return transformer.hidden(
+            config,
+            params,
+            batch.inputs,
+            adapters=adapters,
+            positions=batch.positions,
+            segments=batch.segments,
+            remat=remat,
+        )
+
+    def _rounded(self, params: Flat) -> Flat:
+        """Master weights in the dtype of computation, routers excepted: bfloat16 ties would change the experts."""
+        dtype = jnp.dtype(self.recipe.dtype)
+
+        def rounded(path: tuple[Any, ...], array: Array) -> Array:
+            return array if is_router(path) else array.astype(dtype)
+
+        return jax.tree_util.tree_map_with_path(rounded, params)
+
+
+def _head_of(config: ModelConfig) -> str:
+    return "embed" if config.tied else "head"
+
+
+def _gathered(config: ModelConfig, weight: Array) -> Array:
+    """The head as its chunks use it: gathered once, before them, but for what the tensor axis cuts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return weight
+    cut = "tensor" if mesh.shape.get("tensor", 1) > 1 else None
+    axes = declare(config)[_head_of(config)].axes
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(*(cut if axis == "vocab" else None for axis in axes)))
+
+
+def make_update(
+    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState
+) -> Callable[[TrainState, Flat, Tree | None, Batch], tuple[TrainState, Sums]]:
+    """Compiles (state, frozen, teacher, batch) → (next state, figures); the state's memory is used again.
+
+    A step whose loss or gradient is not finite changes nothing but the counts of steps.
+
+    Args:
+        state: an example (arrays or their shapes with shardings), whose shardings the next states keep.
+    """
+    parts = objective.phase.data.accumulation
+
+    def gradient_of(state: TrainState, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[Tree, Sums]:
+        """The gradient of the whole batch's loss, and the loss with its parts; computed part by part."""
+        tokens = batch.mask.sum()
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def of_part(part: Batch, number: Array | int) -> tuple[Tree, Sums]:
+            share = part.mask.sum() / jnp.maximum(tokens, 1.0)  # a part's loss times its share adds up to the batch's
+
+            def loss(trainable: Tree) -> tuple[Array, Sums]:
+                adapters = lora.with_dropout(trainable["adapters"], jax.random.fold_in(key, number))
+                total, figures = objective.loss(trainable | {"adapters": adapters}, frozen, teacher, part)
+                return total * share, {"loss": total * share} | {name: value * share for name, value in figures.items()}
+
+            gradient, figures = jax.grad(loss, has_aux=True)(state.trainable)
+            return gradient, figures
+
+        if parts == 1:
+            return of_part(batch, 0)
+
+        def cut(rows: Array) -> Array:  # so that every device's own rows are spread over all parts
+            return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
+
+        def step(total: Any, numbered: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, of_part(*numbered)), None
+
+        numbered = jax.tree.map(cut, batch), jnp.arange(parts)
+        shape = jax.eval_shape(of_part, jax.tree.map(lambda rows: rows[0], numbered[0]), 0)
+        return jax.lax.scan(step, jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shape), numbered)[0]
+
+    def update(state: TrainState, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[TrainState, Sums]:
+        gradient, figures = gradient_of(state, frozen, teacher, batch)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(figures["loss"])
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
+        after = optax.apply_updates(state.trainable, updates), optimizer_state
+        before = state.trainable, state.optimizer_state
+        trainable, optimizer_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        figures |= {
+            "gradient_norm": norm,
+            "learning_rate": schedule(state.step - state.skipped),
+            "tokens": batch.mask.sum(),
+            "skipped": ~finite,
+        }
+        skipped = state.skipped + ~finite
+        return TrainState(state.step + 1, skipped, state.key, trainable, optimizer_state), figures
+
+    shardings = jax.tree.map(lambda array: array.sharding, state)
+    platform = next(iter(shardings.step.device_set)).platform
+    options = compiler_options(platform)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
