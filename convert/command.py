@@ -10,7 +10,8 @@ from typing import Any
 from convert.streaming import MANIFEST, REPORT, Report, Run
 from nemoe_jax.checkpoints.writer import SHARD_BYTES
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import Command, add_distributed_flag, join_distributed, report
+from nemoe_jax.utils.command import Command, report
+from nemoe_jax.utils.distributed import add_distributed_flag, join_distributed
 
 
 def option(default: Any, help: str, metavar: str | None = None, *, positional: bool = False) -> Any:

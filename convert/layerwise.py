@@ -27,8 +27,8 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.model.attention import Context
 from nemoe_jax.model.layers import NO_ADAPTERS, project, rms_norm
 from nemoe_jax.model.transformer import Block
-from nemoe_jax.spec import sharding
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
 from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
 from nemoe_jax.text.tokenizers.load import load_tokenizer
@@ -89,7 +89,7 @@ class LayerStream:
         self.source, self.config = source, source.config
         devices = jax.local_devices()
         devices = devices if BATCH % len(devices) == 0 else devices[:1]
-        self.mesh = sharding.make_mesh({"data": len(devices)}, devices)
+        self.mesh = make_mesh({"data": len(devices)}, devices)
         self.cut, self.whole = (NamedSharding(self.mesh, place) for place in (PartitionSpec("data"), PartitionSpec()))
 
     def embed(self, tokens_BT: np.ndarray) -> jax.Array:

@@ -12,7 +12,8 @@ from typing import Literal
 
 from convert.command import Conversion, option
 from convert.streaming import Figures, Report, Run, stream
-from nemoe_jax.checkpoints.reader import HUGGING_FACE, MISTRAL, Checkpoint
+from nemoe_jax.checkpoints.layout import HUGGING_FACE, MISTRAL
+from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 
 _LAYOUTS = {"huggingface": HUGGING_FACE, "mistral": MISTRAL}

@@ -13,7 +13,7 @@ from convert.streaming import Figures, Report, Run, Tensors, stream
 from nemoe_jax.adapters.peft_config import CONFIG
 from nemoe_jax.adapters.peft_format import WEIGHTS, PeftAdapter
 from nemoe_jax.checkpoints.reader import Checkpoint, units
-from nemoe_jax.checkpoints.writer import refuse_existing
+from nemoe_jax.utils.output_path import refuse_existing
 
 
 @dataclasses.dataclass(frozen=True)

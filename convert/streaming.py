@@ -26,11 +26,13 @@ import jax
 import numpy as np
 
 from convert.report import page
-from nemoe_jax.checkpoints.reader import HUGGING_FACE, Checkpoint, Layout, TensorRef, units
-from nemoe_jax.checkpoints.writer import KEPT, SHARD_BYTES, Writer, check_room, free_bytes, plan, refuse_existing
+from nemoe_jax.checkpoints.layout import HUGGING_FACE, Layout
+from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
+from nemoe_jax.checkpoints.writer import KEPT, SHARD_BYTES, Writer, plan
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.output_path import check_room, free_bytes, refuse_existing
+from nemoe_jax.utils.progress import progress_bar
 
 MANIFEST = "conversion.json"
 REPORT = "conversion.html"

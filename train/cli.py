@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from nemoe_jax.utils.command import Command, add_distributed_flag, join_distributed, report
+from nemoe_jax.utils.command import Command, report
+from nemoe_jax.utils.distributed import add_distributed_flag, join_distributed
 from train import recipe as recipes
 from train.plan import plan
 

@@ -29,10 +29,10 @@ from jax import lax
 
 from benchmarks.hardware.gpu import rates
 from benchmarks.lib.results import keep, machine
-from nemoe_jax.kernels.attention.gpu import gpu_attention, gpu_paged_attention, packed_attention
+from nemoe_jax.kernels.attention.gpu import gpu_attention, packed_attention
+from nemoe_jax.kernels.attention.paged import PAGE, gpu_paged_attention
 from nemoe_jax.kernels.attention.xla import chunked_attention
 from nemoe_jax.kernels.grouped_matmul.gpu import Blocks, gpu_few_rows, gpu_matmul, gpu_outer, outer_blocks, row_blocks
-from nemoe_jax.model.kv_cache import PAGE
 from nemoe_jax.spec.config import preset
 
 MANY = [

@@ -69,7 +69,7 @@ def main() -> None:
 
     os.environ.update(ENVIRONMENT)
     if only and options.mesh:
-        from nemoe_jax.spec.sharding import parse_mesh
+        from nemoe_jax.spec.mesh import parse_mesh
 
         sys.exit(not all(list(show({only: measure(*CASES[only], parse_mesh(options.mesh))}))))
     results: dict[str, Any] = json.loads(RESULT_FILE.read_text("utf-8")) if RESULT_FILE.exists() else {}
@@ -88,7 +88,7 @@ def measure(chip: str, model: str, work: Work, sizes: dict[str, int] | None = No
     import jax
 
     from nemoe_jax.spec.config import preset
-    from nemoe_jax.spec.sharding import make_mesh
+    from nemoe_jax.spec.mesh import make_mesh
     from train.plan import aot, hlo
     from train.step import model_flops
 

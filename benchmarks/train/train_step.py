@@ -184,7 +184,7 @@ def executed_flops(program: Any, config: Any, tokens: int, filled: float | None 
         filled: rows of all tiles; by default as if every expert's last one were half full.
     """
     from nemoe_jax.kernels.grouped_matmul.cpu import tile_rows
-    from train.step.model_flops import executed_flops
+    from train.plan.hlo_flops import executed_flops
 
     # Each loop over an expert's tiles is there twice, for large and for small ones. Their bodies are counted once each,
     # and are proportional to their rows.

@@ -41,10 +41,10 @@ from convert.carve.calibration import (
 from convert.command import Conversion, option
 from convert.streaming import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoints.reader import Checkpoint
-from nemoe_jax.checkpoints.writer import refuse_existing
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import declare
+from nemoe_jax.utils.output_path import refuse_existing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,12 +34,12 @@ from convert.experts.outputs import einsum, expert_products, moe_layers, routing
 from convert.layerwise import LayerStream, calibration_batches
 from convert.streaming import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoints.reader import Checkpoint
-from nemoe_jax.checkpoints.writer import refuse_existing
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import declare
-from nemoe_jax.text.tokenizers.base import read_json
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.json_file import read_json
+from nemoe_jax.utils.output_path import refuse_existing
+from nemoe_jax.utils.progress import progress_bar
 
 ERROR_TOKENS = 2048  # evenly spaced ones on which subsets are compared
 MOST_SUBSETS = 200_000

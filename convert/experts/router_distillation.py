@@ -36,13 +36,13 @@ from convert.layerwise import calibration_batches, fitted_batches
 from convert.streaming import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
-from nemoe_jax.checkpoints.writer import refuse_existing
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
-from nemoe_jax.spec import sharding
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.spec.schema import Tree, declare
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.output_path import refuse_existing
+from nemoe_jax.utils.progress import progress_bar
 
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of a change, tried in this order
 
@@ -137,7 +137,7 @@ def recalibrate(
         batches: tokens (B, T + 1), int32; the last tenth is held out.
     """
     fitted = fitted_batches(batches)
-    mesh = sharding.make_mesh(sharding.parse_mesh(options.mesh)) if options.mesh else None
+    mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
     models = [
         pretrained.load(model.directory, mesh=mesh, dtype=options.dtype, progress=True) for model in (student, teacher)
     ]

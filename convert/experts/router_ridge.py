@@ -24,7 +24,7 @@ from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.model.layers import rms_norm
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 ROUNDS = 3  # linearisations
 ITERATIONS = 30  # of conjugate gradients in each

@@ -39,10 +39,10 @@ from convert.command import Conversion, option
 from convert.streaming import Figures, Report, Run, Tensors, stream
 from convert.verify.routing import compare, windows
 from nemoe_jax.checkpoints.reader import Checkpoint
-from nemoe_jax.checkpoints.writer import refuse_existing
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import declare
+from nemoe_jax.utils.output_path import refuse_existing
 
 SHIFT = {"float32": 1024.0, "bfloat16": 16.0, "float16": 16.0}  # spreads, by the dtype on disk
 CHECK_TOKENS = 2048

@@ -29,12 +29,11 @@ from convert.streaming import MOST_THREADS, Figures, Report, Run
 from nemoe_jax.checkpoints.mistral_format import to_mistral_rows
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
 from nemoe_jax.checkpoints.safetensors_file import is_finite
-from nemoe_jax.checkpoints.writer import check_room, refuse_existing
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.utils.command import progress_bar
 from nemoe_jax.utils.file_copy import is_mapped_whole, write_at
-from nemoe_jax.utils.output_path import growing
+from nemoe_jax.utils.output_path import check_room, growing, refuse_existing
+from nemoe_jax.utils.progress import progress_bar
 
 Kind = gguf.GGMLQuantizationType
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}

@@ -23,11 +23,12 @@ from sentencepiece import sentencepiece_model_pb2
 from convert.gguf.chat_template import mistral_template
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.text.tokenizers.base import Tokenizer, read_json
+from nemoe_jax.text.tokenizers.base import Tokenizer
 from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson, read_side_files, read_template
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import SPACE, VERSION
 from nemoe_jax.text.tokenizers.tekken import control_names, mergeable_ranks
+from nemoe_jax.utils.json_file import read_json
 
 # {what cuts a text into words, as Hugging Face and Tekken files spell it: llama.cpp's name for it}
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

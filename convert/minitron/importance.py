@@ -22,7 +22,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.model.layers import project, rms_norm
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, declare
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 
 @dataclasses.dataclass

@@ -28,10 +28,10 @@ from convert.layerwise import calibration_batches, kind_of
 from convert.minitron.importance import Scorer, Scores
 from convert.streaming import Figures, Report, Run, Tensors, stream
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef
-from nemoe_jax.checkpoints.writer import refuse_existing
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import count, declare
+from nemoe_jax.utils.output_path import refuse_existing
 
 NEURON_AXES = ("ffn", "expert_ffn", "shared_ffn")  # as ModelConfig and the schema call them
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.checkpoints.layout import MISTRAL, layout_of
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
@@ -129,7 +130,7 @@ def torch_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
     Raises:
         UserError: torch or transformers is missing, or a directory that transformers does not read.
     """
-    if reader.layout_of(directory) is reader.MISTRAL:
+    if layout_of(directory) is MISTRAL:
         raise UserError(
             f"{directory}: transformers does not read Mistral's layout; verify what `nemoe-convert layout {directory} "
             "DST --to huggingface` makes of it"

@@ -24,7 +24,7 @@ from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, declare
 from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
 from nemoe_jax.text.tokenizers.load import load_tokenizer
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from nemoe_jax.checkpoints.safetensors_file import TensorFile, is_finite
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"

@@ -29,7 +29,7 @@ from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, Tree, leaves, map_with_path
 from nemoe_jax.spec.sharding import RULES, Rules
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 __all__ = ["load_adapters", "read_targets", "save_adapters"]
 

@@ -27,14 +27,14 @@ from nemoe_jax.adapters.peft_config import CONFIG
 from nemoe_jax.adapters.peft_export import Experts, Part, adapter_parts, module_of
 from nemoe_jax.adapters.peft_format import WEIGHTS
 from nemoe_jax.checkpoints.safetensors_file import header_of, is_finite
-from nemoe_jax.checkpoints.writer import barrier, check_room, refuse_existing
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, leaves, unflatten
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.file_copy import write_at
-from nemoe_jax.utils.output_path import partial_of
+from nemoe_jax.utils.output_path import check_room, partial_of, refuse_existing
+from nemoe_jax.utils.progress import progress_bar
 
 _PREFIX = "base_model.model."
 

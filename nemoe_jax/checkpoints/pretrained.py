@@ -18,7 +18,7 @@ from nemoe_jax.checkpoints.writer import SHARD_BYTES, Writer
 from nemoe_jax.spec import sharding
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 
 def load(

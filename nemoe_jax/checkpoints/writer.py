@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nemoe_jax.checkpoints.reader import HUGGING_FACE, Layout, units
+from nemoe_jax.checkpoints.layout import HUGGING_FACE, Layout
+from nemoe_jax.checkpoints.reader import units
 from nemoe_jax.checkpoints.safetensors_file import TensorFile, header_of, is_finite
 from nemoe_jax.errors import ResumableError, UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.file_copy import write_at
-from nemoe_jax.utils.output_path import partial_of
+from nemoe_jax.utils.output_path import check_room, partial_of, refuse_existing
 
 SHARD_BYTES = 2_000_000_000
 TOKENIZER_FILES = (
@@ -43,12 +45,6 @@ _STATE = "state.json"
 _FINISHED = "finished-{}.jsonl"  # one for each process
 KEPT = "what is finished is kept; the same command goes on from there"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def refuse_existing(directory: str | Path) -> None:
-    """Raises UserError where something has that name: nothing is ever overwritten."""
-    if Path(directory).exists():
-        raise UserError(f"{directory}: exists already; choose another name or remove it")
 
 
 def carry_tokenizer(source: str | Path, directory: Path) -> None:
@@ -252,27 +248,6 @@ class Writer:
         for parent in self._parents:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
-
-
-def check_room(target: Path, needed: int) -> None:
-    """Raises UserError where the disk of `target` has fewer than `needed` bytes free."""
-    free = free_bytes(target)
-    if needed > free:
-        raise UserError(f"{target}: wants {needed / 1e9:,.1f} GB of disk, {free / 1e9:,.1f} GB are free there")
-
-
-def free_bytes(target: Path) -> int:
-    """Bytes that can be written to the disk where `target` is or would be."""
-    existing = next(parent for parent in target.absolute().parents if parent.exists())
-    return shutil.disk_usage(existing).free
-
-
-def barrier(name: str) -> None:
-    """Waits until every process of a `jax.distributed` job is here; nothing for a single process."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def _bytes_in(directory: Path) -> int:

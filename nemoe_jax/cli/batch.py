@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from nemoe_jax.cli import sampling_flags, starting
+from nemoe_jax.cli.model_flags import engine_from_args
 from nemoe_jax.errors import UserError
+from nemoe_jax.inference import sampling_fields
 from nemoe_jax.serving.engine.completion import collect
 from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.serving.request_builder import RequestMaker
-from nemoe_jax.utils.command import progress_bar, read_text
+from nemoe_jax.utils.command import read_text
+from nemoe_jax.utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from nemoe_jax.serving.engine.engine import Engine
@@ -36,7 +38,7 @@ FIELDS = {
     "max_new_tokens",
     "stop",
     "logprobs",
-    *sampling_flags.WISHES,
+    *sampling_fields.WISHES,
 }
 
 
@@ -68,7 +70,7 @@ def run(arguments: argparse.Namespace, maker: RequestMaker, wishes: Request) -> 
         rows = min(arguments.rows, len(asked) - done)
         todo = jobs(lines[done:], source, maker, wishes)
         with (
-            starting.start(
+            engine_from_args(
                 arguments, maker.tokenizer, rows=rows, tokens=rows * longest, waiting=AHEAD * rows
             ) as engine,
             _opened(target) as out,
@@ -110,7 +112,7 @@ def _request(fields: Mapping[str, Any], maker: RequestMaker, wishes: Request) ->
     wishes = dataclasses.replace(
         wishes,
         max_new_tokens=_whole(fields, "max_new_tokens", 1, wishes.max_new_tokens),
-        sampling=sampling_flags.from_fields(wishes.sampling, fields),
+        sampling=sampling_fields.from_fields(wishes.sampling, fields),
         stop=tuple(stop),
         top_logprobs=_whole(fields, "logprobs", 0, wishes.top_logprobs),
     )

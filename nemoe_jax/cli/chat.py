@@ -5,7 +5,8 @@ import random
 import sys
 from pathlib import Path
 
-from nemoe_jax.cli import model_flags, sampling_flags, starting
+from nemoe_jax.cli import model_flags, sampling_flags
+from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.utils.command import Command
@@ -35,7 +36,7 @@ def add(command: Command) -> None:
         "--stop", metavar="TEXT", action="append", default=[], help="text that ends an answer; may be repeated"
     )
     sampling_flags.add_flags(parser, default="nemo")
-    starting.add_flags(parser)
+    add_engine_flags(parser)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
@@ -75,7 +76,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     if arguments.system is not None:
         conversation.system = arguments.system
 
-    with starting.start(arguments, tokenizer, rows=1, tokens=context) as engine:
+    with engine_from_args(arguments, tokenizer, rows=1, tokens=context) as engine:
         session = Session(conversation, engine, wishes, arguments.preset, end_tokens(config, tokenizer))
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             session.run(Pipe())

@@ -89,8 +89,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
         _needle(arguments)
         return
     from nemoe_jax.checkpoints import reader
-    from nemoe_jax.evaluation.held_out import evaluate
-    from nemoe_jax.evaluation.perplexity import check_window, sliding_loss
+    from nemoe_jax.evaluation.perplexity import check_window, evaluate, sliding_loss
     from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemoe_jax.cli import sampling_flags, starting
+from nemoe_jax.cli import sampling_flags
+from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.completion import collect, shown
 from nemoe_jax.serving.engine.request import Request
@@ -50,7 +51,7 @@ def add(command: Command) -> None:
     )
     parser.add_argument("--schema", metavar="FILE.json", help="a JSON schema: the answer is JSON that it describes")
     sampling_flags.add_flags(parser)
-    starting.add_flags(parser)
+    add_engine_flags(parser)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -106,7 +107,7 @@ def _answer(arguments: argparse.Namespace, maker: "RequestMaker", wishes: Reques
     prompt_tokens = len(request.prompt)
     show = (lambda text: None) if arguments.json else shown
     tool_reader = maker.reader(tools) if tools else None
-    with starting.start(arguments, maker.tokenizer, rows=1, tokens=prompt_tokens + wishes.max_new_tokens) as engine:
+    with engine_from_args(arguments, maker.tokenizer, rows=1, tokens=prompt_tokens + wishes.max_new_tokens) as engine:
         answer = collect(engine.submit(request), maker.ends, show, tool_reader)
     if arguments.json:
         figures = answer.figures(maker.tokenizer, prompt_tokens, wishes.top_logprobs is not None)
@@ -129,6 +130,6 @@ def _tool_choice(words: str | None) -> Any:
 
 
 def _schema(arguments: argparse.Namespace) -> Any:
-    from nemoe_jax.text.tokenizers.base import read_json
+    from nemoe_jax.utils.json_file import read_json
 
     return None if arguments.schema is None else read_json(Path(arguments.schema))

@@ -26,9 +26,9 @@ from nemoe_jax.evaluation.scoring import Ending, score
 from nemoe_jax.inference.generate import cache_dtype_of
 from nemoe_jax.inference.sampling import Sampling
 from nemoe_jax.serving.engine.request import Request
-from nemoe_jax.spec import sharding
+from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.text.tokenizers.load import load_tokenizer
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 DEFAULT_NEW_TOKENS = 256  # of a task that does not say how many, as with the harness's own models
 CONTEXTS_KEPT = 64  # the options of a question have their context in common
@@ -67,7 +67,7 @@ class Nemoe(TemplateLM):
         super().__init__()
         self.tokenizer = load_tokenizer(pretrained)
         self.text = HarnessText(self.tokenizer)
-        self.mesh = sharding.make_mesh(sharding.parse_mesh(mesh)) if mesh else None
+        self.mesh = make_mesh(parse_mesh(mesh)) if mesh else None
         self.model_config, self.params = load(pretrained, mesh=self.mesh, dtype=dtype, progress=True)
         self.max_length = self.model_config.context if max_length is None else int(max_length)
         if not 1 <= self.max_length <= self.model_config.context:

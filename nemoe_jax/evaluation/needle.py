@@ -25,12 +25,13 @@ from rich.table import Table
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.scoring import of_targets
 from nemoe_jax.inference.generate import cache_dtype_of
-from nemoe_jax.model.kv_cache import PAGE, Cache, empty_cache
+from nemoe_jax.kernels.attention.paged import PAGE
+from nemoe_jax.model.kv_cache import Cache, empty_cache
 from nemoe_jax.model.transformer import hidden, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.load import Tokenizer
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 LINE = "\nThe magic number of Graz is"
 CHUNK = 2048  # tokens that are read at a time

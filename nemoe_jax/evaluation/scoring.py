@@ -22,7 +22,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import hidden, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 CHUNK = 256  # positions whose logits are held at once: 134 MB at a vocabulary of 131072
 SHORTEST = 32

@@ -23,7 +23,7 @@ from typing import Any
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.corpus import TEXT_SUFFIXES, read_documents
 from nemoe_jax.text.tokenizers.load import Tokenizer
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 PIECE_CHARACTERS = 1 << 18
 PIECES_IN_FLIGHT = 16

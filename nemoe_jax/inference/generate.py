@@ -19,9 +19,10 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, Block, State, decode, has_penalty, no_steps, read, take
 from nemoe_jax.inference.sampler import Controls, Counts, controls
 from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.kernels.backend import platform
 from nemoe_jax.model.decode_weights import for_decoding
-from nemoe_jax.model.kv_cache import PAGE, empty_cache
+from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 

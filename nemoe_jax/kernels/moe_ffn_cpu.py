@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from nemoe_jax.adapters.lora import Adapter
-from nemoe_jax.adapters.multi_lora import Joined
 from nemoe_jax.kernels.grouped_matmul.cpu import dot, for_each_tile, pick
 from nemoe_jax.spec.schema import Tree
 
@@ -47,16 +46,6 @@ class Sorted(NamedTuple):
         """The sum of each token's rows, (T, D)."""
         pairs = zip(self.place_TC.T, self.held_TC.T, strict=True)
         return functools.reduce(jnp.add, (jnp.where(held[:, None], y_RD[place], 0) for place, held in pairs))
-
-
-def pays(x_TD: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: int) -> bool:
-    """Whether `tiled_ffn` is as exact as the grouped matmuls one by one, and takes no more products than they do."""
-    many, width, narrow = experts["gate"].shape
-    few = bool(adapters) and rows * (width + narrow) < many * width * narrow  # adding adapters would cost more
-    exact = x_TD.dtype == experts["gate"].dtype == jnp.float32
-    # to each expert's weights the adapter of one row alone could be added
-    alike = all(adapter.key is None and not isinstance(adapter, Joined) for adapter in adapters.values())
-    return exact and not few and alike
 
 
 @jax.custom_vjp

@@ -16,8 +16,8 @@ from nemoe_jax.kernels.attention.dispatch import causal_attention
 from nemoe_jax.model.kv_cache import LayerCache, extend
 from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope, rotation
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import Tree
-from nemoe_jax.spec.sharding import batch_axes, sequence_axes
 
 
 class Context(NamedTuple):

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec
 
 from nemoe_jax.adapters.lora import Adapter, factors
 from nemoe_jax.adapters.multi_lora import Joined, own_ranks
+from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import ParamSpec
-from nemoe_jax.spec.sharding import axes_of, batch_axes, partition_spec, sequence_axes
+from nemoe_jax.spec.sharding import axes_of, partition_spec
 
 
 def look_up(spec: ParamSpec, table_VD: jax.Array, tokens_BT: jax.Array, adapter: Adapter | None) -> jax.Array:

@@ -7,14 +7,16 @@ B batch, T tokens, D embed, E experts, C top-k, R = T·C rows, F expert_ffn.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.adapters.multi_lora import Joined, with_index
 from nemoe_jax.kernels.backend import platform
 from nemoe_jax.kernels.grouped_matmul.dispatch import Adapted, grouped_lora
-from nemoe_jax.kernels.moe_ffn_cpu import Sorted, pays, tiled_ffn
+from nemoe_jax.kernels.moe_ffn_cpu import Sorted, tiled_ffn
 from nemoe_jax.model.layers import Adapters, project
 from nemoe_jax.model.token_chunks import in_parts, number_of_parts
 from nemoe_jax.spec.schema import Tree
@@ -117,3 +119,13 @@ combine.defvjp(
     lambda y_RD, token_R, place_TC, rows: (_sum_rows(y_RD, place_TC, rows), (token_R, rows)),
     lambda residuals, dy_TD: (_take_rows(dy_TD, *residuals), None, None, None),
 )
+
+
+def pays(x_TD: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: int) -> bool:
+    """Whether `tiled_ffn` is as exact as the grouped matmuls one by one, and takes no more products than they do."""
+    many, width, narrow = experts["gate"].shape
+    few = bool(adapters) and rows * (width + narrow) < many * width * narrow  # adding adapters would cost more
+    exact = x_TD.dtype == experts["gate"].dtype == jnp.float32
+    # to each expert's weights the adapter of one row alone could be added
+    alike = all(adapter.key is None and not isinstance(adapter, Joined) for adapter in adapters.values())
+    return exact and not few and alike

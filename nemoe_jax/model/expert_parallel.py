@@ -31,8 +31,9 @@ from nemoe_jax.model import expert_ffn
 from nemoe_jax.model.expert_ffn import run_experts
 from nemoe_jax.model.layers import Adapters
 from nemoe_jax.model.token_chunks import in_parts, number_of_parts
+from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import ParamSpec, Tree
-from nemoe_jax.spec.sharding import axes_of, batch_axes, partition_spec, sequence_axes, used_spec
+from nemoe_jax.spec.sharding import axes_of, partition_spec, used_spec
 
 Exchange = Literal["gather", "all-to-all"]
 

@@ -13,7 +13,6 @@ S slots of a page, M pages of a row at most, Q queries and C keys of a step.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,27 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.sharding import PartitionSpec
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.kernels.attention.gpu import gpu_paged_attention
+from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, Pages, _attend, _ways_to_decode
 from nemoe_jax.kernels.backend import platform
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.sharding import batch_axes
-
-PAGE = 128  # tokens: as many as a TPU's lanes, or it would copy all scales of an int8 cache in every layer
-KEYS = 512  # keys of a step: how many scores a query has at a time; tables have whole steps
-KEYS_ON_TPU = 8192  # of a step with one query, without the kernel: a step costs as much as some thousand keys
-QUERIES = 512  # queries of a step
-_HIDDEN = -1e30  # finite, so that a row that sees nothing yet gives no NaN
-
-
-class Pages(NamedTuple):
-    """Keys or values of all layers."""
-
-    pool: jax.Array  # (K, L, P, S, H)
-    scale: jax.Array | None  # float32 (K, L, P, S), for int8
+from nemoe_jax.spec.mesh import axes_size, batch_axes
 
 
 class Cache(NamedTuple):
@@ -106,7 +91,7 @@ def division(config: ModelConfig, batch: int) -> tuple[int, int]:
     the same number.
     """
     rows, sequence, _ = _mesh_axes(batch, config.kv_heads)
-    return _size(rows), _size(sequence)
+    return axes_size(rows), axes_size(sequence)
 
 
 def _table_width(slots: int, cuts: int) -> int:
@@ -118,7 +103,7 @@ def _table_width(slots: int, cuts: int) -> int:
 def _cache(config: ModelConfig, table_BM: np.ndarray, pages: int, dtype: Any) -> Cache:
     batch = len(table_BM)
     rows, sequence, tensor = _mesh_axes(batch, config.kv_heads)
-    shape = (config.kv_heads, config.layers, pages * _size(rows) * _size(sequence), PAGE, config.head_dim)
+    shape = (config.kv_heads, config.layers, pages * axes_size(rows) * axes_size(sequence), PAGE, config.head_dim)
 
     def pool() -> Pages:
         scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
@@ -197,10 +182,6 @@ def _mesh_axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, .
     return batch_axes(mesh.shape, batch), ("sequence",) if cuts("sequence") else (), tensor
 
 
-def _size(axes: tuple[str, ...]) -> int:
-    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes)
-
-
 def _pool_place(rows: tuple[str, ...], sequence: tuple[str, ...], tensor: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(tensor or None, None, (*rows, *sequence) or None)
 
@@ -213,7 +194,7 @@ def _placed(place: PartitionSpec) -> Any:
 
 def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
     """`extend` on one device, with its heads, rows and pages."""
-    cuts = _size(sequence)
+    cuts = axes_size(sequence)
     part = lax.axis_index(sequence) if sequence else 0
     table_BM = cache.table_BM.reshape(len(cache.table_BM), -1, cuts)[:, :, part]
     counts_B1 = counts_B[:, None]
@@ -266,101 +247,3 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / 127
     return jnp.round(x / jnp.maximum(scale, 1e-30)[..., None]).astype(jnp.int8), scale
-
-
-def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, pages=1, part=0, sequence=()):
-    """Attention of some queries over their rows' pages, so many a step, with a running maximum and sum."""
-    batch, queries, heads, width = q_BQNH.shape
-    kv_heads, cuts, dtype = k.pool.shape[0], _size(sequence), q_BQNH.dtype
-    q = (q_BQNH.astype(jnp.float32) * width**-0.5).astype(dtype)
-    q = q.reshape(batch, queries, kv_heads, -1, width).transpose(2, 0, 3, 1, 4).reshape(kv_heads, batch, -1, width)
-    slots_C = (jnp.arange(pages)[:, None] * cuts * PAGE + jnp.arange(PAGE)).reshape(-1)
-    last_KBGQ = jnp.broadcast_to(positions_BQ[:, None], (batch, heads // kv_heads, queries)).reshape(1, batch, -1, 1)
-
-    def read(array, page_BP):
-        if page_BP.size == 1:  # on CPU a slice is read several times as fast as what is gathered
-            start = (0, layer, page_BP[0, 0], *[0] * (array.ndim - 3))
-            return lax.dynamic_slice(array, start, (kv_heads, 1, 1, *array.shape[3:]))
-        return array[:, layer, page_BP]
-
-    def of_step(held: Pages, page_BP):
-        array = read(held.pool, page_BP).reshape(kv_heads, batch, -1, width)
-        scale = None if held.scale is None else read(held.scale, page_BP).reshape(kv_heads, batch, 1, -1)
-        return array.astype(dtype), scale
-
-    def step(number, carry):
-        largest, total, y = carry
-        page_BP = lax.dynamic_slice_in_dim(table_BM, number * pages, pages, 1)
-        (keys, k_scale), (values, v_scale) = of_step(k, page_BP), of_step(v, page_BP)
-        scores = jnp.einsum("kbqh,kbch->kbqc", q, keys, preferred_element_type=jnp.float32)
-        if k_scale is not None:
-            scores *= k_scale
-        position_C = slots_C + (number * pages * cuts + part) * PAGE
-        scores = jnp.where(position_C <= last_KBGQ, scores, _HIDDEN)
-        new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
-        kept, weights = jnp.exp(largest - new_largest), jnp.exp(scores - new_largest)
-        total = total * kept + weights.sum(-1, keepdims=True)
-        if v_scale is not None:
-            weights *= v_scale
-        part_y = jnp.einsum("kbqc,kbch->kbqh", weights.astype(dtype), values, preferred_element_type=jnp.float32)
-        return new_largest, total, y * kept + part_y
-
-    steps = jnp.max(positions_BQ) // (pages * PAGE * cuts) + 1
-    nothing = jnp.full((*q.shape[:3], 1), _HIDDEN), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape)
-    largest, total, y = lax.fori_loop(0, steps, step, nothing)
-    if sequence:
-        share = jnp.exp(largest - lax.pmax(largest, sequence))
-        total, y = (lax.psum(x * share, sequence) for x in (total, y))
-    y = (y / total).astype(dtype).reshape(kv_heads, batch, -1, queries, width)
-    return y.transpose(1, 3, 0, 2, 4).reshape(q_BQNH.shape)
-
-
-def _ways_to_decode(q_B1NH: jax.Array, k: Pages) -> dict[str, Any]:
-    """By platform, what attends for one query a row better than `_attend` for all rows: `_attend`'s arguments."""
-    ways: dict[str, Any] = {"cpu": _row_by_row, "tpu": _in_long_steps}
-    width, dtypes = q_B1NH.shape[3], {q_B1NH.dtype, k.pool.dtype}
-    if k.scale is None and width % 128 == 0 and jnp.dtype(jnp.float16) not in dtypes:
-        ways["tpu"] = _kernel_for_tpus
-    # it takes a power of two, and adds up in q's dtype, which would overflow in float16
-    if q_B1NH.dtype == jnp.bfloat16 and k.pool.dtype in (jnp.bfloat16, jnp.int8) and width & (width - 1) == 0:
-        ways["cuda"] = _kernel_for_gpus
-    return ways
-
-
-def _row_by_row(q_B1NH, positions_B1, k, v, table_BM, layer):
-    """Each row goes over its own pages alone, one at a time."""
-
-    def attend(row):
-        q, positions, table = (x[None] for x in row)
-        return _attend(q, positions, k, v, table, layer)[0]
-
-    return lax.map(attend, (q_B1NH, positions_B1, table_BM))
-
-
-def _in_long_steps(q_B1NH, positions_B1, k, v, table_BM, layer):
-    """As many of `KEYS_ON_TPU` as divide the rows' room."""
-    return _attend(q_B1NH, positions_B1, k, v, table_BM, layer, math.gcd(table_BM.shape[1], KEYS_ON_TPU // PAGE))
-
-
-def _kernel_for_tpus(q_B1NH, positions_B1, k, v, table_BM, layer):
-    """JAX's Pallas kernel for TPUs, which reads the pages where they lie."""
-    q_BNH = (q_B1NH[:, 0].astype(jnp.float32) * q_B1NH.shape[3] ** -0.5).astype(q_B1NH.dtype)
-    pages = table_BM + layer * k.pool.shape[2]
-    lengths_B = positions_B1[:, 0] + 1
-    y_BNH = paged_attention(
-        q_BNH, _all_pages(k.pool), _all_pages(v.pool), lengths_B, pages, pages_per_compute_block=KEYS // PAGE
-    )
-    return y_BNH[:, None].astype(q_B1NH.dtype)
-
-
-def _kernel_for_gpus(q_B1NH, positions_B1, k, v, table_BM, layer):
-    """JAX's Pallas kernel for NVIDIA GPUs."""
-    pages = table_BM + layer * k.pool.shape[2]
-    pools = _all_pages(k.pool), _all_pages(v.pool)
-    scales = () if k.scale is None else (_all_pages(k.scale), _all_pages(v.scale))
-    return gpu_paged_attention(q_B1NH[:, 0], *pools, positions_B1[:, 0] + 1, pages, *scales)[:, None]
-
-
-def _all_pages(array: jax.Array) -> jax.Array:
-    """(K, L, P, S, …) -> (K, L·P, S, …)."""
-    return array.reshape(array.shape[0], -1, *array.shape[3:])

@@ -16,7 +16,7 @@ import numpy as np
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.tokenizers.load import Tokenizer
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 CHARACTERS_IN_FLIGHT = 8_000_000  # bounds the text held in memory while tokenising

@@ -12,9 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from nemoe_jax.errors import UserError
 
 EXIT_DISAGREES = 1  # a comparison came out negative
@@ -97,37 +94,6 @@ def _missing_backend() -> str:
     return ""
 
 
-def add_distributed_flag(parser: argparse.ArgumentParser, what: str) -> None:
-    """Gives a sub-command `--distributed`, for `join_distributed`; `what` says what each process does."""
-    parser.add_argument(
-        "--distributed",
-        nargs="*",
-        metavar="ARG",
-        help=f"this is one of several processes with a shared file system, {what}; nothing more to say on a TPU pod or "
-        "under Slurm, elsewhere: COORDINATOR_HOST:PORT PROCESSES PROCESS_NUMBER",
-    )
-
-
-def join_distributed(words: list[str] | None) -> None:
-    """Becomes a process of a `jax.distributed` job, where `--distributed` was given.
-
-    Raises:
-        UserError: words that jax.distributed cannot use, or nobody there to meet.
-    """
-    if words is None:
-        return
-    import jax  # not every command needs it
-
-    try:
-        if words:
-            coordinator, processes, number = words
-            jax.distributed.initialize(coordinator, int(processes), int(number))
-        else:
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed {' '.join(words)}: {error}") from error
-
-
 def report(figures: dict[str, Any], as_json: bool) -> None:
     """Prints figures as `name  value` lines, or as one JSON object."""
     if as_json:
@@ -145,18 +111,3 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     return data.decode("utf-8", "replace")
-
-
-def progress_bar(*extra_columns: str, visible: bool = True) -> Progress:
-    """A progress bar on standard error (nothing where that is no terminal); extra columns are task-field names."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *(TextColumn(f"{{task.fields[{name}]}}") for name in extra_columns),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (visible and console.is_terminal),
-    )

@@ -1,6 +1,7 @@
 """Where a file or a directory grows, until it is whole and takes its name."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,3 +38,22 @@ def growing(target: Path, parents: bool = False) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise UserError(f"{target}: {error.strerror}") from error
         raise
+
+
+def refuse_existing(directory: str | Path) -> None:
+    """Raises UserError where something has that name: nothing is ever overwritten."""
+    if Path(directory).exists():
+        raise UserError(f"{directory}: exists already; choose another name or remove it")
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raises UserError where the disk of `target` has fewer than `needed` bytes free."""
+    free = free_bytes(target)
+    if needed > free:
+        raise UserError(f"{target}: wants {needed / 1e9:,.1f} GB of disk, {free / 1e9:,.1f} GB are free there")
+
+
+def free_bytes(target: Path) -> int:
+    """Bytes that can be written to the disk where `target` is or would be."""
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    return shutil.disk_usage(existing).free

@@ -12,6 +12,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.model.layers import project
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.mesh import make_mesh
 from tests.support.configs import DENSE, MIXTRAL
 
 
@@ -114,7 +115,7 @@ MESH = {"fsdp": 2, "expert": 2, "tensor": 2}
 
 def test_adapters_are_made_where_they_live_and_are_the_same_there():
     targets = [Target("*", 4, 8.0)]
-    mesh = sharding.make_mesh(MESH)
+    mesh = make_mesh(MESH)
     places = lora.shardings(MIXTRAL, targets, mesh)
     placed = lora.initialise(MIXTRAL, targets, jax.random.key(0), places)
     alone = lora.initialise(MIXTRAL, [Target("*/[gq]*", 4, 8.0)], jax.random.key(0))  # others do not matter either
@@ -164,7 +165,7 @@ def test_dropout_is_the_same_when_blocks_are_recomputed():
 
 
 def test_devices_drop_independently_where_they_hold_other_tokens_or_experts():
-    mesh = sharding.make_mesh({"data": 2, "expert": 4})
+    mesh = make_mesh({"data": 2, "expert": 4})
     adapter = Adapter(jnp.ones((24, 3)), jnp.ones((3, 12)), 1.0, 0.5, jax.random.key(0))
 
     def masks(axes):
@@ -183,7 +184,7 @@ def test_devices_drop_independently_where_they_hold_other_tokens_or_experts():
 def test_dropout_over_a_mesh():
     params = schema.initialise(MIXTRAL, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (8, 11), 0, MIXTRAL.vocab)
-    mesh = sharding.make_mesh(MESH)
+    mesh = make_mesh(MESH)
 
     @jax.jit
     def logits(adapters, key):

@@ -14,6 +14,7 @@ from nemoe_jax.model import decode_weights, expert_parallel
 from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.mesh import make_mesh
 from tests.support import peft_models
 from tests.support.configs import DENSE
 
@@ -95,7 +96,7 @@ def test_over_a_mesh(config, way, monkeypatch):
         pytest.skip("a dense model has nothing to exchange")
     monkeypatch.setattr(expert_parallel, "exchange_of", lambda *_: way)
     params, tokens, wanted = case(config)
-    mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     placed = jax.device_put(params, sharding.shardings(config, mesh))
     places = {name: lora.shardings(config, own, mesh) for name, own in targets_of(config).items()}
     joined = bank(config, jax.device_put(several(config), places))

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nemoe_jax.spec.mesh import make_mesh
+
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -28,7 +30,7 @@ from nemoe_jax.adapters.peft_load import load_adapters, read_targets, save_adapt
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
-from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec import schema
 from tests.adapters.test_lora import every_weight, trained
 from tests.convert.test_merge import CASES, linear, older
 from tests.support.configs import MIXTRAL, NEKOMIND
@@ -214,7 +216,7 @@ def test_a_router_that_was_trained_whole(bases, tmp_path):
 def test_a_mesh_holds_the_same_adapters(bases, tmp_path):
     _, config, _ = bases(mixtral)
     targets = [Target("blocks/moe/*/[qdr]*", 3, 6.0, dropout=0.25)]
-    mesh = sharding.make_mesh({"fsdp": 2, "expert": 4})
+    mesh = make_mesh({"fsdp": 2, "expert": 4})
     placed = lora.initialise(config, targets, jax.random.key(1), lora.shardings(config, targets, mesh))
     save_adapters(tmp_path / "adapter", config, placed, base_model="base")
     found, loaded = load_adapters(tmp_path / "adapter", config, mesh)
@@ -232,7 +234,7 @@ from nemoe_jax import sharding
 from nemoe_jax.config import ModelConfig
 from nemoe_jax.peft import load_adapters, save_adapters
 config = ModelConfig(**json.loads(sys.argv[3]))
-_, adapters = load_adapters("adapter", config, sharding.make_mesh({"fsdp": 2}))
+_, adapters = load_adapters("adapter", config, make_mesh({"fsdp": 2}))
 assert not jax.tree.leaves(adapters)[0].is_fully_addressable
 save_adapters("copy", config, adapters, base_model="base")
 """

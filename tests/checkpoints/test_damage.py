@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from convert import cli
 from convert.layout import LayoutOptions, change_layout
 from nemoe_jax.checkpoints import pretrained
-from nemoe_jax.checkpoints.reader import CONFIG, CONSOLIDATED, INDEX, PARAMS, SINGLE, Checkpoint, read_config
+from nemoe_jax.checkpoints.layout import CONFIG, CONSOLIDATED, INDEX, PARAMS, SINGLE
+from nemoe_jax.checkpoints.reader import Checkpoint, read_config
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from tests.support.configs import DENSE, MIXTRAL, NEKOMIND

@@ -11,17 +11,8 @@ from safetensors.numpy import load_file, save_file
 from convert.layout import LAYOUT, LayoutOptions, change_layout
 from convert.verify.logits import torch_logits
 from nemoe_jax.checkpoints import mistral_format, pretrained
-from nemoe_jax.checkpoints.reader import (
-    CONSOLIDATED,
-    HUGGING_FACE,
-    MISTRAL,
-    PARAMS,
-    SINGLE,
-    Checkpoint,
-    layout_of,
-    read_config,
-    units,
-)
+from nemoe_jax.checkpoints.layout import CONSOLIDATED, HUGGING_FACE, MISTRAL, PARAMS, SINGLE, layout_of
+from nemoe_jax.checkpoints.reader import Checkpoint, read_config, units
 from nemoe_jax.checkpoints.writer import Writer
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.layers import rope, rotation

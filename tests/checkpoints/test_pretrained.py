@@ -8,8 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.checkpoints.layout import INDEX, SINGLE
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.mesh import make_mesh
 from tests.support.configs import DENSE, MIXTRAL
 
 
@@ -30,7 +32,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(config, tmp_path, dtype):
 def test_each_devices_shard_is_filled(config, tmp_path, sizes):
     params = schema.initialise(config, jax.random.key(0))
     pretrained.save(tmp_path / "model", config, params, shard_bytes=20_000)
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     _, loaded = pretrained.load(tmp_path / "model", mesh=mesh)
     assert_equal(jax.device_get(loaded), params)
     wanted = schema.leaves(sharding.shardings(config, mesh))
@@ -44,7 +46,7 @@ def test_shards_hold_whole_layers_and_the_index_names_every_tensor(tmp_path):
     pretrained.save(tmp_path / "model", MIXTRAL, params, shard_bytes=1)
     modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert len(modes) == 1  # weights can be read by whoever can read config.json
-    index = json.loads((tmp_path / "model" / reader.INDEX).read_text())
+    index = json.loads((tmp_path / "model" / INDEX).read_text())
     keys = {ref.key for unit in reader.units(MIXTRAL) for ref in unit}
     assert set(index["weight_map"]) == keys
     assert index["metadata"]["total_size"] == 4 * schema.count(MIXTRAL)[0]
@@ -81,9 +83,9 @@ def model(tmp_path):
 
 
 def rewrite(directory, change):
-    tensors = load_file(directory / reader.SINGLE)
+    tensors = load_file(directory / SINGLE)
     change(tensors)
-    save_file(tensors, directory / reader.SINGLE)
+    save_file(tensors, directory / SINGLE)
 
 
 def test_every_bad_tensor_is_listed_in_one_error(model):
@@ -116,7 +118,7 @@ def test_what_transformers_ignores_is_ignored(tmp_path):
 
 
 def test_a_truncated_file_is_named(model):
-    path = model / reader.SINGLE
+    path = model / SINGLE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: truncated: tensor \S+ ends at byte"):
         pretrained.load(model)
@@ -162,10 +164,10 @@ def test_an_integer_tensor_is_refused(model):
 
 def test_nothing_is_overwritten_and_nothing_left_behind(model, tmp_path):
     params = schema.initialise(DENSE, jax.random.key(1))
-    before = load_file(model / reader.SINGLE)
+    before = load_file(model / SINGLE)
     with pytest.raises(UserError, match="exists already"):
         pretrained.save(model, DENSE, params)
-    assert_equal(load_file(model / reader.SINGLE), before)
+    assert_equal(load_file(model / SINGLE), before)
     with pytest.raises(KeyError):
         pretrained.save(tmp_path / "other", DENSE, {"embed": params["embed"]}, shard_bytes=1)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -174,5 +176,5 @@ def test_nothing_is_overwritten_and_nothing_left_behind(model, tmp_path):
 def test_weights_are_cast_on_the_way(model):
     _, params = pretrained.load(model, dtype=jnp.bfloat16)
     assert params["norm"].dtype == jnp.bfloat16
-    wanted = load_file(model / reader.SINGLE)["lm_head.weight"].astype(ml_dtypes.bfloat16)
+    wanted = load_file(model / SINGLE)["lm_head.weight"].astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(np.asarray(params["head"]), wanted.T)

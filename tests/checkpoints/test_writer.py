@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from nemoe_jax.checkpoints import pretrained, reader, writer
+from nemoe_jax.checkpoints.layout import INDEX
 from nemoe_jax.checkpoints.safetensors_file import header_of, is_finite
 from nemoe_jax.checkpoints.writer import Writer
 from nemoe_jax.errors import UserError
@@ -111,7 +112,7 @@ def test_the_files_are_what_safetensors_reads(source, tmp_path):
         read |= load_file(path)
     for key in source.files:
         np.testing.assert_array_equal(read[key], source.view(key).astype(jnp.bfloat16))
-    index = json.loads((tmp_path / "copy" / reader.INDEX).read_text())
+    index = json.loads((tmp_path / "copy" / INDEX).read_text())
     assert index["weight_map"].keys() == read.keys()
 
 

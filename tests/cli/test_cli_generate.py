@@ -10,6 +10,7 @@ import pytest
 
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.cli import main, sampling_flags
+from nemoe_jax.inference import sampling_fields
 from nemoe_jax.inference.sampling import PRESETS, Sampling
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.text.chat import render
@@ -149,14 +150,14 @@ def test_every_wish_has_a_flag_a_setting_and_a_field(flag):
     text, wanted = FLAGS[flag]
     name = flag.removeprefix("--").replace("-", "_")
     wanted = Sampling(**wanted)
-    assert wishes(f"{flag}={text}") == sampling_flags.from_text(Sampling(), name, text) == wanted
+    assert wishes(f"{flag}={text}") == sampling_fields.from_text(Sampling(), name, text) == wanted
     value = {"5": -100} if flag == "--logit-bias" else getattr(wanted, name)
-    assert sampling_flags.from_fields(Sampling(), {name: value}) == wanted
+    assert sampling_fields.from_fields(Sampling(), {name: value}) == wanted
 
 
 def test_there_are_no_other_wishes():
     assert [flag.removeprefix("--").replace("-", "_") for flag in FLAGS] == list(vars(Sampling()))
-    assert list(sampling_flags.WISHES) == list(vars(Sampling()))
+    assert list(sampling_fields.WISHES) == list(vars(Sampling()))
 
 
 def test_explicit_flags_win_over_a_preset():
@@ -165,7 +166,7 @@ def test_explicit_flags_win_over_a_preset():
     assert wishes(default="nemo") == PRESETS["nemo"]
     chosen = wishes("--temperature", "0", "--preset", "creative", "--seed", "4")
     assert chosen == Sampling(min_p=creative.min_p, repetition_penalty=creative.repetition_penalty, seed=4)
-    assert sampling_flags.from_fields(Sampling(seed=5), {"preset": "nemo"}) == Sampling(temperature=0.3, seed=5)
+    assert sampling_fields.from_fields(Sampling(seed=5), {"preset": "nemo"}) == Sampling(temperature=0.3, seed=5)
 
 
 BATCH = [

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from convert import cli, streaming
 from convert.carve.carve import CarveOptions, carve, data_free_scale
-from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.checkpoints import pretrained
+from nemoe_jax.checkpoints.layout import INDEX, SINGLE
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
 from tests.support.configs import write_tokenizer
@@ -118,7 +119,7 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
     names = {path.name for path in (tmp_path / "moe").iterdir()} - {
         path.name for path in (tmp_path / "moe").glob("model-*")
     }
-    assert names == {"config.json", reader.INDEX, streaming.MANIFEST, streaming.REPORT}
+    assert names == {"config.json", INDEX, streaming.MANIFEST, streaming.REPORT}
 
 
 @pytest.mark.parametrize(
@@ -173,9 +174,9 @@ def test_a_mixture_is_not_carved_again_and_nothing_is_overwritten(dense_director
 
 
 def test_weights_that_are_not_numbers_are_refused(dense_directory, tmp_path):
-    tensors = load_file(dense_directory / reader.SINGLE)
+    tensors = load_file(dense_directory / SINGLE)
     tensors["model.layers.1.mlp.gate_proj.weight"][3, 5] = jnp.nan
-    save_file(tensors, dense_directory / reader.SINGLE)
+    save_file(tensors, dense_directory / SINGLE)
     with pytest.raises(UserError, match=r"dense: model\.layers\.1\.mlp\.gate_proj\.weight: not finite"):
         carve(dense_directory, tmp_path / "moe", OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -180,6 +180,6 @@ def test_a_full_disk_leaves_nothing(moe, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         to_gguf(moe, tmp_path / "new" / "model.gguf", GgufOptions())
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("nemoe_jax.checkpoints.writer.free_bytes", lambda target: 1000)
+    monkeypatch.setattr("nemoe_jax.utils.output_path.free_bytes", lambda target: 1000)
     with pytest.raises(UserError, match="GB of disk"):
         to_gguf(moe, tmp_path / "model.gguf", GgufOptions())

@@ -14,6 +14,7 @@ import pytest
 from convert import cli
 from convert.streaming import MANIFEST, REPORT
 from nemoe_jax.checkpoints import reader
+from nemoe_jax.checkpoints.layout import INDEX
 from nemoe_jax.errors import UserError
 
 FLAGS = ["--experts", "4", "--top-k", "2", "--shard-gb", "1e-5"]
@@ -46,7 +47,7 @@ def wanted(dense_directory, tmp_path):
     """What a single process with one device makes without interruption."""
     assert start("-m", "convert.cli", "carve", str(dense_directory), str(tmp_path / "wanted"), *FLAGS).wait() == 0
     files = files_of(tmp_path / "wanted")
-    assert {"model-00001-of-00005.safetensors", reader.INDEX, MANIFEST, REPORT} <= files.keys()
+    assert {"model-00001-of-00005.safetensors", INDEX, MANIFEST, REPORT} <= files.keys()
     return files
 
 

@@ -11,7 +11,7 @@ from convert import cli
 from convert.carve.carve import CarveOptions, carve
 from convert.verify.logits import compare, our_logits
 from nemoe_jax.checkpoints import pretrained
-from nemoe_jax.evaluation.held_out import evaluate
+from nemoe_jax.evaluation.perplexity import evaluate
 from nemoe_jax.spec import schema
 from nemoe_jax.text.corpus import spaced_batches, tokenize
 from nemoe_jax.text.tokenizers.load import load_tokenizer

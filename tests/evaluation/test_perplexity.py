@@ -15,7 +15,7 @@ from nemoe_jax.evaluation.perplexity import sliding_windows
 from nemoe_jax.evaluation.scoring import Ending, score
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
-from nemoe_jax.spec.sharding import make_mesh
+from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.configs import DENSE, MIXTRAL, write_tokenizer
 

@@ -10,6 +10,7 @@ from nemoe_jax.inference.generate import generate
 from nemoe_jax.inference.sampling import Sampling
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.mesh import make_mesh
 from tests.support.configs import DENSE
 
 
@@ -30,7 +31,7 @@ def test_greedy_equals_full_passes_for_prompts_of_different_lengths(config):
 
 def test_generation_on_a_mesh_equals_that_on_one_device(config):
     params = schema.initialise(config, jax.random.key(0))
-    mesh = sharding.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     placed = jax.device_put(params, sharding.shardings(config, mesh))
     alone = np.stack(list(generate(config, params, [[5, 9, 31]], 5)))
     np.testing.assert_array_equal(np.stack(list(generate(config, placed, [[5, 9, 31]], 5, mesh=mesh))), alone)
@@ -48,7 +49,7 @@ def test_many_rows_of_bfloat16(optimised):
 
 def test_the_callers_mesh_stays_as_it_is():
     params = schema.initialise(DENSE, jax.random.key(0))
-    mesh = sharding.make_mesh({"fsdp": 8})
+    mesh = make_mesh({"fsdp": 8})
     placed = jax.device_put(params, sharding.shardings(DENSE, mesh))
     over_mesh, alone = (
         generate(DENSE, *given) for given in ((placed, [[5]], 3, Sampling(), (), mesh), (params, [[5]], 3))

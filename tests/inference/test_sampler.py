@@ -12,7 +12,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.inference import sampler
 from nemoe_jax.inference.sampler import Counts, choose, controls, scores
 from nemoe_jax.inference.sampling import PRESETS, Sampling
-from nemoe_jax.spec import sharding
+from nemoe_jax.spec.mesh import make_mesh
 
 VOCAB, PROMPT, ANSWER = 1201, 40, 25  # three blocks of the draw, the last of them not full
 WISHES = [
@@ -209,7 +209,7 @@ def test_nothing_is_sorted(given, counts):
 
 
 def test_over_a_mesh_as_on_one_device(given, counts):
-    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
     logits_BV = given[0][:, : VOCAB // 4 * 4]
     fewer = Counts(*(array_BV[:, : VOCAB // 4 * 4] for array_BV in counts))
     wishes = controls(WISHES, VOCAB // 4 * 4)

@@ -6,7 +6,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
 from nemoe_jax.kernels.attention.cpu import stepped_attention
-from nemoe_jax.kernels.attention.dispatch import CornerMask, splash_attention
+from nemoe_jax.kernels.attention.tpu import CornerMask, splash_attention
 from nemoe_jax.kernels.attention.xla import chunked_attention
 
 

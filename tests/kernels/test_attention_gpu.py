@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from nemoe_jax.kernels.attention.gpu import gpu_attention, gpu_paged_attention, packed_attention
+from nemoe_jax.kernels.attention.gpu import gpu_attention, packed_attention
+from nemoe_jax.kernels.attention.paged import gpu_paged_attention
 from tests.kernels.test_attention import plain, value_and_gradients
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.kernels import moe_ffn_cpu
-from nemoe_jax.kernels.moe_ffn_cpu import pays
 from nemoe_jax.model import expert_ffn
+from nemoe_jax.model.expert_ffn import pays
 
 TOKENS, WIDTH, NARROW, MANY, TOP_K = 60, 24, 12, 5, 3
 CHOICES = {

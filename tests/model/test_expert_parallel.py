@@ -15,7 +15,7 @@ from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.kernels.ragged_all_to_all import exchange
 from nemoe_jax.model import expert_ffn, expert_parallel
 from nemoe_jax.model.expert_parallel import exchange_of, run_over_mesh
-from nemoe_jax.spec import sharding
+from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.spec.schema import declare
 from tests.support.configs import MIXTRAL
 from train.plan import hlo
@@ -113,7 +113,7 @@ def test_equals_one_device(sizes, top_k, at_once, monkeypatch):
     monkeypatch.setattr(expert_parallel, "exchange_of", lambda *_: "all-to-all")
     monkeypatch.setattr(expert_ffn, "AT_ONCE", at_once)
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     run = gradients(lambda *arrays: run_over_mesh(*arrays, SPECS, mesh.abstract_mesh))
     for load in LOADS:
         with jax.set_mesh(mesh):
@@ -133,7 +133,7 @@ def test_rows_go_where_they_should_and_their_gradients_come_back():
     for to in range(4):
         parts = [rows[device, ends[device, to] - sizes[device, to] : ends[device, to]] for device in range(4)]
         wanted[to, : sizes[:, to].sum()] = np.concatenate(parts)
-    mesh = sharding.make_mesh({"x": 4}, jax.devices()[:4])
+    mesh = make_mesh({"x": 4}, jax.devices()[:4])
     send = jax.jit(
         jax.shard_map(
             lambda rows: exchange(rows[0], jnp.asarray(sizes), room, "x")[None],
@@ -155,7 +155,7 @@ def test_rows_go_where_they_should_and_their_gradients_come_back():
 @pytest.mark.usefixtures("optimised")
 def test_bytes_of_gather_and_scatter():
     """On CPU the tokens are gathered, and the sums scattered: T · (P - 1) rows each."""
-    mesh, top_k = sharding.make_mesh({"expert": 8}), 2
+    mesh, top_k = make_mesh({"expert": 8}), 2
     x, weights, experts, adapters = arguments(top_k)
     run = jax.jit(lambda *arrays: run_over_mesh(*arrays, SPECS, mesh.abstract_mesh))
     with jax.set_mesh(mesh):

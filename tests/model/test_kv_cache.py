@@ -9,10 +9,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.kernels.attention.paged import KEYS, PAGE, _attend, _ways_to_decode
 from nemoe_jax.model import kv_cache as module
-from nemoe_jax.model.kv_cache import PAGE, LayerCache, division, empty_cache, extend, quantise, shared_cache, wipe
+from nemoe_jax.model.kv_cache import LayerCache, division, empty_cache, extend, quantise, shared_cache, wipe
 from nemoe_jax.model.transformer import forward, hidden
-from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec import schema
+from nemoe_jax.spec.mesh import make_mesh
 from tests.kernels.test_attention import plain
 from tests.support.configs import DENSE
 
@@ -95,7 +97,7 @@ def test_a_mesh_gives_what_one_device_gives(sizes):
     """Tensor 8 does not divide two heads: then each device holds both."""
     q, k, v = inputs(4, 300)
     slots = [300, 301, 640, 1300]
-    with jax.set_mesh(sharding.make_mesh(sizes)):
+    with jax.set_mesh(make_mesh(sizes)):
         y, held = attend(q, k, v, [257, 1, 42], slots=slots)
         parts = {shard.data.shape for shard in held.k.pool.addressable_shards}
     np.testing.assert_allclose(y, plain(q, k, v, None), atol=2e-5)
@@ -109,7 +111,7 @@ def test_a_mesh_gives_what_one_device_gives(sizes):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 def test_pages_of_one_part_are_wiped_and_nothing_else(sizes, dtype):
     batch, pages = 4, 6
-    with jax.set_mesh(sharding.make_mesh(sizes)) if sizes else contextlib.nullcontext():
+    with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
         parts, cuts = division(LONG, batch)
         cache = jax.jit(lambda: shared_cache(LONG, batch, 4 * PAGE, pages, dtype))()
         full = jax.tree.map(lambda array: array + jnp.ones((), array.dtype), (cache.k, cache.v))
@@ -150,9 +152,9 @@ def test_other_ways_to_decode_equal_the_plain_steps(way):
     q, k, v = inputs(3, 600, config)
     _, held = attend(q, k, v, [600], config=config)
     given = q[:, :1], jnp.asarray([[599], [0], [70]]), held.k, held.v, held.table_BM, held.layer
-    alike = module._attend(*given, pages=module.KEYS // PAGE)
+    alike = _attend(*given, pages=KEYS // PAGE)
     with pltpu.force_tpu_interpret_mode() if way == "tpu" else contextlib.nullcontext():
-        y = module._ways_to_decode(q[:, :1], held.k)[way](*given)
+        y = _ways_to_decode(q[:, :1], held.k)[way](*given)
     np.testing.assert_allclose(y, alike, atol=2e-2 if way == "tpu" else 1e-5)  # the kernel multiplies in bfloat16
 
 
@@ -161,9 +163,9 @@ def test_the_kernel_for_gpus_equals_the_plain_steps(dtype, monkeypatch):
     q, k, v = (x.astype(jnp.bfloat16) for x in inputs(3, 200, dataclasses.replace(LONG, head_dim=16)))
     _, held = attend(q, k, v, [200], dtype, config=dataclasses.replace(LONG, head_dim=16))
     given = q[:, :1], jnp.asarray([[199], [0], [70]]), held.k, held.v, held.table_BM, held.layer
-    alike = module._attend(*given, pages=module.KEYS // PAGE)
+    alike = _attend(*given, pages=KEYS // PAGE)
     monkeypatch.setattr(module, "gpu_paged_attention", functools.partial(module.gpu_paged_attention, interpret=True))
-    y = module._ways_to_decode(q[:, :1], held.k)["cuda"](*given)
+    y = _ways_to_decode(q[:, :1], held.k)["cuda"](*given)
     np.testing.assert_allclose(y.astype(jnp.float32), alike.astype(jnp.float32), atol=3e-2)
 
 

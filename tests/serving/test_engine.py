@@ -12,13 +12,14 @@ from nemoe_jax.adapters import lora
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
 from nemoe_jax.inference.sampling import Sampling
-from nemoe_jax.model.kv_cache import PAGE
+from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.serving.engine import runner, scheduler
 from nemoe_jax.serving.engine.engine import Busy, Closed, Engine
 from nemoe_jax.serving.engine.page_allocator import FreePages
 from nemoe_jax.serving.engine.request import Request, ScoredToken
 from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.configs import MIXTRAL, write_tokenizer
 
@@ -375,7 +376,7 @@ def test_rows_with_adapters_of_their_own(params, tokenizer):
 
 def test_over_a_mesh(engine, params, tokenizer):
     """Rows in two parts with a pool each, every row's pages on two devices, heads on two."""
-    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
+    mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     placed = jax.device_put(params, sharding.shardings(CONFIG, mesh))
     requests = [Request(prompt(seed, length), 8) for seed, length in enumerate((1, 20, 300, 150, 31))]
     requests.append(Request(prompt(5, 9), 8, Sampling(temperature=1, repetition_penalty=1.2, seed=4)))

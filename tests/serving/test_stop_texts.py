@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.stop_strings import StopTexts
-from nemoe_jax.text.tokenizers.base import StreamDecoder
+from nemoe_jax.text.tokenizers.streaming import StreamDecoder
 
 LETTERS = st.sampled_from("aab\n")  # few, so that stop texts overlap each other and themselves
 TEXTS = st.text(LETTERS, min_size=1, max_size=5)

@@ -7,6 +7,7 @@ from flax import nnx
 from nemoe_jax.model.transformer import Transformer
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import preset
+from nemoe_jax.spec.mesh import make_mesh
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_checkpoint_layout_is_the_transpose_of_a_linear_map():
 def test_first_values_do_not_depend_on_the_mesh(config):
     key = jax.random.key(7)
     alone = schema.initialise(config, key)
-    mesh = sharding.make_mesh({"fsdp": 2, "expert": 4})
+    mesh = make_mesh({"fsdp": 2, "expert": 4})
     spread = schema.initialise(config, key, shardings=sharding.shardings(config, mesh))
     jax.tree.map(np.testing.assert_array_equal, alone, jax.device_get(spread))
 

@@ -18,6 +18,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import preset
+from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from tests.support.configs import MIXTRAL, NEKOMIND
 from train.plan.plan import ENVIRONMENT
 
@@ -43,12 +44,12 @@ CASES = [
 )
 def test_bad_meshes(text, message):
     with pytest.raises(UserError, match=message):
-        sharding.parse_mesh(text)
+        parse_mesh(text)
 
 
 def test_a_mesh_must_use_all_devices():
     with pytest.raises(UserError, match="wants 6 devices; there are 8"):
-        sharding.make_mesh({"fsdp": 6})
+        make_mesh({"fsdp": 6})
 
 
 def spec_of(path):
@@ -152,7 +153,7 @@ def case(config):
 )
 def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
     run, targets, (params, adapters, tokens, segments), ((loss, logits), gradients) = case(config)
-    mesh = sharding.make_mesh(sizes)
+    mesh = make_mesh(sizes)
     placed = jax.device_put(params, sharding.shardings(config, mesh))
     placed_adapters = jax.device_put(adapters, lora.shardings(config, targets, mesh))
     with jax.set_mesh(mesh):
@@ -171,7 +172,7 @@ def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
 
 def test_rows_and_tokens_that_no_mesh_axis_divides():
     _, _, (params, _, tokens, _), _ = case(FOUR_HEADS)
-    mesh = sharding.make_mesh({"fsdp": 4, "sequence": 2})
+    mesh = make_mesh({"fsdp": 4, "sequence": 2})
     placed = jax.device_put(params, sharding.shardings(FOUR_HEADS, mesh))
     run = jax.jit(lambda params, tokens: forward(FOUR_HEADS, params, tokens).logits)
     with jax.set_mesh(mesh):
@@ -184,7 +185,7 @@ def test_what_goes_between_devices():
     """Sequence parallelism exchanges heads for tokens; weights are gathered, and no activation is summed for them."""
     config = FOUR_HEADS
     run, targets, (params, adapters, _, _), _ = case(config)
-    mesh = sharding.make_mesh({"fsdp": 2, "sequence": 4})
+    mesh = make_mesh({"fsdp": 2, "sequence": 4})
     params = jax.device_put(params, sharding.shardings(config, mesh))
     adapters = jax.device_put(adapters, lora.shardings(config, targets, mesh))
     tokens = jnp.ones((8, 96), jnp.int32)  # so many that activations are larger than the weights

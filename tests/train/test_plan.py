@@ -14,9 +14,8 @@ from nemoe_jax.spec.config import preset
 from tests.support.configs import DENSE, MIXTRAL
 from train import cli
 from train import recipe as recipes
-from train.plan import aot, hlo, plan
+from train.plan import aot, hlo, hlo_flops, plan
 from train.run.auto_mesh import auto
-from train.step import model_flops
 
 NEMOE = preset("nemoe-12b-16e")
 SNIPPET = """\
@@ -88,7 +87,7 @@ def test_snippet_of_a_tpu_program():
     assert gather == hlo.Collective("all-gather", bytes=4 * 8 * 2 * 3, times=5, asynchronous=True)
     assert permute == hlo.Collective("collective-permute", bytes=4 * 8 * 2, times=5, asynchronous=False)
     assert scatter == hlo.Collective("reduce-scatter", bytes=6 * 3 * 4 // 2, times=5, asynchronous=False)
-    assert model_flops.executed_flops(program) == 5 * (2 * 6 * 10 * 3 + 1000)
+    assert hlo_flops.executed_flops(program) == 5 * (2 * 6 * 10 * 3 + 1000)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_transfers_of_a_real_program(mesh8, optimised):
         "collective-permute": (2 * D * 4, 1),
         "all-reduce": (2 * 2 * D * 4 * 7 // 8, 1),
     }
-    assert model_flops.executed_flops(program) == LAYERS * 2 * 2 * D * D
+    assert hlo_flops.executed_flops(program) == LAYERS * 2 * 2 * D * D
 
 
 def test_executed_flops_of_a_scan_are_those_unrolled(optimised):
@@ -154,7 +153,7 @@ def test_executed_flops_of_a_scan_are_those_unrolled(optimised):
     )
     counted = unrolled.cost_analysis()["flops"]
     assert scanned.cost_analysis()["flops"] < 0.5 * counted
-    assert model_flops.executed_flops(hlo.parse(scanned.as_text())) == pytest.approx(counted, rel=0.03)
+    assert hlo_flops.executed_flops(hlo.parse(scanned.as_text())) == pytest.approx(counted, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,7 @@ def test_executed_flops_of_a_scan_are_those_unrolled(optimised):
 def test_convolutions_count_what_xla_counts(options, optimised):
     left, kernel = jnp.ones((3, 5, 17)), jnp.ones((7, 5, 4))
     compiled = jax.jit(lambda a, b: jax.lax.conv_general_dilated(a, b, **options)).lower(left, kernel).compile()
-    assert model_flops.executed_flops(hlo.parse(compiled.as_text())) == compiled.cost_analysis()["flops"]
+    assert hlo_flops.executed_flops(hlo.parse(compiled.as_text())) == compiled.cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.tokenizers.load import Tokenizer
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 from train.data.formats import BadRow, to_document
 from train.data.render import Rendered, render
 from train.data.sources import PlacedRow, Rows, find_rows

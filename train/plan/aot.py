@@ -32,7 +32,7 @@ from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import PRESETS, ModelConfig
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from train.data.loader import Batch
-from train.plan import hlo
+from train.plan import hlo, hlo_flops
 from train.recipe import Phase, Recipe
 from train.run import prepare
 from train.step import model_flops
@@ -126,7 +126,7 @@ def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = No
         phase_number = sizes.index(max(sizes))
     phase, targets_of_phase = recipe.phases[phase_number], targets[phase_number]
     teacher_config = model_config(phase.distill.teacher, "distill.teacher") if phase.distill else None
-    mesh = prepare.make_mesh(recipe, config, devices)
+    mesh = prepare.recipe_mesh(recipe, config, devices)
     assert mesh is not None
     sizes_of_mesh = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     prepare.check_fit(recipe.model_copy(update={"mesh": sizes_of_mesh}), phase, config, teacher_config)
@@ -274,7 +274,7 @@ def step_flops(step: Step) -> dict[str, float | None]:
 
 def _all_flops(step: Step, program: hlo.Program) -> dict[str, float | None]:
     of_model = step_flops(step)
-    executed = model_flops.executed_flops(program, model_flops.attention_kernel_flops) * step.mesh.size
+    executed = hlo_flops.executed_flops(program, hlo_flops.attention_kernel_flops) * step.mesh.size
     return of_model | {
         "executed_per_step": executed,
         "executed_over_model": executed / (of_model["model_per_step"] or math.inf),

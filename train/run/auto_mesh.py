@@ -18,7 +18,8 @@ from collections.abc import Mapping
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.sharding import MESH_AXES, check
+from nemoe_jax.spec.mesh import MESH_AXES
+from nemoe_jax.spec.sharding import check
 
 COSTLY = ("tensor", "expert", "sequence", "data")
 

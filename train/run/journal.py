@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import progress_bar
+from nemoe_jax.utils.progress import progress_bar
 from train.recipe import Recipe
 
 LOG = "train_log.jsonl"

@@ -13,15 +13,15 @@ from typing import Any
 import jax
 
 from nemoe_jax.checkpoints import pretrained
-from nemoe_jax.checkpoints.writer import barrier
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.schema import Tree
+from nemoe_jax.utils.distributed import barrier
 from train.data.loader import Batch, Corpus, open_corpus, source_files
 from train.recipe import Phase, Recipe, to_yaml
 from train.run.journal import LOG, TENSORBOARD, Journal
 from train.run.phase import ADAPTERS, PhaseRun
-from train.run.prepare import Inputs, check, load, make_mesh
+from train.run.prepare import Inputs, check, load, recipe_mesh
 from train.run.report import write_report
 from train.run.run_directory import Signals, working_directory
 
@@ -44,7 +44,7 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
     # 1. find and check everything; turn the text into rows
     inputs = check(recipe)
     corpora = [_corpora(phase, inputs) for phase in recipe.phases]
-    mesh = make_mesh(recipe, inputs.config)
+    mesh = recipe_mesh(recipe, inputs.config)
     with working_directory(recipe, restart) as directory, Signals() as signals:
         with Journal(directory, recipe) as journal, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             # 2. train, each phase on the merged result of the last accepted one

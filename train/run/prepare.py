@@ -14,6 +14,7 @@ from nemoe_jax.checkpoints import pretrained, reader
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.spec.schema import Tree, leaves
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
 from train.recipe import Phase, Recipe
@@ -71,7 +72,7 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
         if wanted and not config.experts:
             raise UserError(f"{key}: wanted a mixture of experts, got the dense {recipe.model}")
     if recipe.mesh and recipe.mesh != "auto":
-        sizes = sharding.parse_mesh(recipe.mesh)
+        sizes = parse_mesh(recipe.mesh)
         for model in filter(None, (config, teacher)):
             sharding.check(model, sizes, phase.data.batch_size // phase.data.accumulation, phase.data.sequence_length)
 
@@ -85,7 +86,7 @@ def targets_of(phase: Phase, config: ModelConfig) -> list[lora.Target]:
     return targets
 
 
-def make_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mesh | None:
+def recipe_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mesh | None:
     """The recipe's mesh over the devices (all of them by default); None for the first device alone."""
     if recipe.mesh is None:
         if jax.process_count() > 1:
@@ -93,12 +94,12 @@ def make_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mesh 
         return None
     devices = jax.devices() if devices is None else devices
     if recipe.mesh != "auto":
-        return sharding.make_mesh(sharding.parse_mesh(recipe.mesh), devices)
+        return make_mesh(parse_mesh(recipe.mesh), devices)
     data = [phase.data for phase in recipe.phases]
     rows = int(np.gcd.reduce([part.batch_size // part.accumulation for part in data]))
     from train.run.auto_mesh import auto
 
-    return sharding.make_mesh(auto(config, len(devices), rows, max(part.sequence_length for part in data)), devices)
+    return make_mesh(auto(config, len(devices), rows, max(part.sequence_length for part in data)), devices)
 
 
 def trains(phase: Phase, path: str) -> bool:

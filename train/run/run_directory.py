@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from nemoe_jax.checkpoints.writer import barrier
 from nemoe_jax.errors import UserError
+from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.output_path import partial_of
 from train.recipe import Recipe
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nemoe_jax.spec.sharding import batch_axes
+from nemoe_jax.spec.mesh import batch_axes
 from train.data.loader import Batch
 from train.recipe import Data
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from nemoe_jax.spec.sharding import batch_axes
+from nemoe_jax.spec.mesh import batch_axes
 
 Sums = dict[str, Array]
 # (trained part of the head, {name: (B, C, …)} of a chunk, everything else) -> (sum to differentiate, sums to report)

@@ -21,8 +21,6 @@ from nemoe_jax.kernels.attention.xla import chunked_attention
 
 _WIDEST = 128  # head_dim that cuDNN takes on every card since Ampere
 _BLOCK = 128  # queries and keys of a program of the Pallas kernel; half of it in the gradient
-_PAGES = 2  # pages that a program reads at a time
-_SPLITS = 32  # programs at most that share a row's keys
 
 
 def gpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -39,7 +37,7 @@ def packed_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array, interpret: bool = False
 ) -> jax.Array:
     """`gpu_attention` by the Pallas kernel; `interpret` runs it on any platform, slowly."""
-    kernel = _kernel("attention")
+    kernel = pallas_kernel("attention")
     length, group = q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2]
     more = -length % _BLOCK
     q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -59,42 +57,7 @@ def packed_attention(
     return y[:, :length]
 
 
-def gpu_paged_attention(
-    q_BNH: jax.Array,
-    k_KPSH: jax.Array,
-    v_KPSH: jax.Array,
-    length_B: jax.Array,
-    table_BM: jax.Array,
-    k_scale_KPS: jax.Array | None = None,
-    v_scale_KPS: jax.Array | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Attention of one query a row over its row's first `length_B` tokens, (B, N, H) in q's dtype; scaled by H^-1/2.
-
-    Args:
-        length_B: int32, one at least.
-        table_BM: int32: the page that holds a row's m-th page.
-        k_scale_KPS: of int8 keys; with `v_scale_KPS`.
-        interpret: runs it on any platform, slowly.
-    """
-    splits = min(table_BM.shape[1] & -table_BM.shape[1], _SPLITS)
-    of_program = table_BM.shape[1] // splits
-    return _kernel("paged_attention").paged_attention(
-        (q_BNH.astype(jnp.float32) * q_BNH.shape[-1] ** -0.5).astype(q_BNH.dtype),
-        k_KPSH,
-        v_KPSH,
-        table_BM,
-        length_B,
-        k_scale_KPS,
-        v_scale_KPS,
-        k_splits=splits,
-        pages_per_compute_block=min(of_program & -of_program, _PAGES),
-        num_warps=4,
-        interpret=interpret,
-    )
-
-
-def _kernel(name: str) -> Any:
+def pallas_kernel(name: str) -> Any:
     """JAX's module. Newer versions point to tokamax on import, which brings five packages that nothing else needs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions: the next message of a chat, or calls of tools."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -9,9 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.api.engine_streams import Answers
 from nemoe_jax.serving.api.errors import ApiError
-from nemoe_jax.serving.api.logprobs import chat_logprobs
 from nemoe_jax.serving.api.middleware import leave_note
 from nemoe_jax.serving.api.requests import ChatRequest, ChosenTool, JsonObjectFormat, JsonSchemaFormat
 from nemoe_jax.serving.api.responses import (
@@ -26,10 +24,13 @@ from nemoe_jax.serving.api.responses import (
     ChatLogprobs,
     Delta,
     Finish,
+    LikelyToken,
+    TokenLogprob,
     Usage,
+    finite,
 )
 from nemoe_jax.serving.api.served_model import Served
-from nemoe_jax.serving.api.streaming import EventStream, as_json, event, new_id, unless_gone
+from nemoe_jax.serving.api.streaming import Answers, EventStream, as_json, event, new_id, unless_gone
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import Constraint, ScoredToken
 from nemoe_jax.serving.structured.grammar import tool_calls
@@ -202,3 +203,21 @@ def finish_of(reason: str, rest: ParsedAnswer) -> Finish:
     if reason == "length":
         return "length"
     return "tool_calls" if rest.calls else "stop"
+
+
+def chat_logprobs(served: Served, tokens: Iterable[ScoredToken]) -> ChatLogprobs:
+    """Those of a chat's answer; a token that is a part of a character shows as U+FFFD beside its bytes."""
+
+    def likely(token: int, logprob: float | None) -> LikelyToken:
+        data = served.vocabulary.token_bytes(token)
+        text = data.decode("utf-8", "replace") if data else served.tokenizer.piece(token)
+        return LikelyToken(token=text, logprob=finite(logprob), bytes=list(data))
+
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(
+                **likely(scored.token, scored.logprob).model_dump(), top_logprobs=[likely(*one) for one in scored.top]
+            )
+            for scored in tokens
+        ]
+    )

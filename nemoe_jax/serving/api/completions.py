@@ -1,22 +1,20 @@
 """POST /v1/completions: texts or token ids, continued."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from nemoe_jax.serving.api.engine_streams import Answers
 from nemoe_jax.serving.api.errors import ApiError
-from nemoe_jax.serving.api.logprobs import completion_logprobs, completion_text
 from nemoe_jax.serving.api.middleware import leave_note
 from nemoe_jax.serving.api.requests import CompletionRequest
-from nemoe_jax.serving.api.responses import Completion, CompletionChoice, Usage
+from nemoe_jax.serving.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, finite
 from nemoe_jax.serving.api.served_model import Served
-from nemoe_jax.serving.api.streaming import EventStream, as_json, event, new_id, unless_gone
+from nemoe_jax.serving.api.streaming import Answers, EventStream, as_json, event, new_id, unless_gone
 from nemoe_jax.serving.engine import request as engine_request
-from nemoe_jax.serving.engine.request import Piece
+from nemoe_jax.serving.engine.request import Piece, ScoredToken
 
 DEFAULT_TOKENS = 16  # as in OpenAI's API
 
@@ -113,3 +111,30 @@ class Writer:
         """The tokens in all, also for the log."""
         leave_note(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
         return Usage.of(self.prompt_tokens, self.answer_tokens)
+
+
+def completion_logprobs(served: Served, tokens: Sequence[ScoredToken], offset: int) -> CompletionLogprobs:
+    """Those of a completion whose tokens begin `offset` characters into its text.
+
+    A token that is a part of a character shows as `bytes:\\xe2`, as in OpenAI's API.
+    """
+    texts = [completion_text(served, scored.token) for scored in tokens]
+    offsets = [offset]
+    for text in texts:
+        offsets.append(offsets[-1] + len(text))
+    top = [{completion_text(served, token): finite(logprob) for token, logprob in scored.top} for scored in tokens]
+    return CompletionLogprobs(
+        tokens=texts,
+        token_logprobs=[finite(scored.logprob) for scored in tokens],
+        top_logprobs=top,
+        text_offset=offsets[:-1],
+    )
+
+
+def completion_text(served: Served, token: int) -> str:
+    """A token as completions name it."""
+    data = served.vocabulary.token_bytes(token)
+    try:
+        return data.decode() or served.tokenizer.piece(token)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,5 +1,6 @@
 """What the server answers, in the shapes of the OpenAI API."""
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -186,3 +187,11 @@ class ErrorAnswer(BaseModel):
     """Answer to a request that failed."""
 
     error: ErrorDetail
+
+
+LOWEST = -9999.0  # JSON has no infinity; OpenAI's API says this
+
+
+def finite(logprob: float | None) -> float:
+    """A log-probability as JSON can hold it."""
+    return LOWEST if logprob is None or not math.isfinite(logprob) else max(LOWEST, float(logprob))

@@ -1,8 +1,11 @@
 """How answers go out: whole, or as server-sent events; and that a client which goes away frees what it asked for."""
 
 import asyncio
+import contextlib
+import functools
+import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -10,11 +13,71 @@ from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from nemoe_jax.serving.api.engine_streams import Answers
-from nemoe_jax.serving.api.errors import ApiError
+from nemoe_jax.serving.api.errors import ApiError, shutting_down
+from nemoe_jax.serving.api.metrics import Metrics
+from nemoe_jax.serving.engine.engine import Engine
+from nemoe_jax.serving.engine.request import Piece
+from nemoe_jax.serving.engine.request import Request as EngineRequest
 
 DONE = "data: [DONE]\n\n"
 T = TypeVar("T")
+
+
+class Answers:
+    """Answers of the engine to several requests: all are taken, or none.
+
+    Whoever makes one sees to it that `cancel` is called in the end; that costs nothing where all are finished.
+
+    Raises:
+        UserError: a request that the engine cannot answer.
+        Busy: its queue is full.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[EngineRequest], metrics: Metrics):
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._times = [_Times(metrics) for _ in requests]
+        self._answers = []
+        try:
+            for index, request in enumerate(requests):
+                self._answers.append(engine.submit(request, functools.partial(self._take, index)))
+        except BaseException:
+            self.cancel()
+            raise
+        metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
+
+    def cancel(self) -> None:
+        """Frees what the engine still holds for them."""
+        for answer in self._answers:
+            answer.cancel()
+
+    def _take(self, index: int, piece: Piece) -> None:
+        """In the engine's thread."""
+        self._times[index].note(piece)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Pieces with the number of their answer, until all are finished; what has piled up comes as one piece.
+
+        Raises:
+            ApiError: the engine gave up on one of them.
+        """
+        left = len(self._answers)
+        while left:
+            come = [await self._queue.get()]
+            while not self._queue.empty():
+                come.append(self._queue.get_nowait())
+            joined: dict[int, Piece] = {}
+            for index, piece in come:
+                joined[index] = _join(joined[index], piece) if index in joined else piece
+            for index, piece in joined.items():
+                if piece.finish == "error":
+                    raise ApiError(500, piece.error or "the engine failed", code="engine_error")
+                if piece.finish == "cancelled":
+                    raise shutting_down()
+                left -= piece.finish is not None
+                yield index, piece
 
 
 def new_id(kind: str) -> str:
@@ -77,3 +140,30 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T], answers: A
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _join(first: Piece, second: Piece) -> Piece:
+    return Piece(first.text + second.text, first.tokens + second.tokens, second.finish, second.error)
+
+
+class _Times:
+    """When the tokens of one answer came."""
+
+    def __init__(self, metrics: Metrics):
+        self.metrics = metrics
+        self.asked = time.monotonic()
+        self.first: float | None = None
+        self.tokens = 0
+
+    def note(self, piece: Piece) -> None:
+        now = time.monotonic()
+        if piece.tokens and self.first is None:
+            self.first = now
+            self.metrics.first_token.observe(now - self.asked)
+            self.tokens = -len(piece.tokens)  # those of the first piece took no time of their own
+        self.tokens += len(piece.tokens)
+        self.metrics.answer_tokens.inc(len(piece.tokens))
+        if piece.finish is not None:
+            self.metrics.answers.labels(piece.finish).inc()
+            if self.first is not None and self.tokens:
+                self.metrics.token.observe((now - self.first) / self.tokens)

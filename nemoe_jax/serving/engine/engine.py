@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 from nemoe_jax.adapters.multi_lora import bank
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import cache_dtype_of
+from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.kernels.backend import platform
-from nemoe_jax.model.kv_cache import PAGE, division
+from nemoe_jax.model.kv_cache import division
 from nemoe_jax.serving.engine.completion import end_tokens
 from nemoe_jax.serving.engine.page_allocator import FreePages
 from nemoe_jax.serving.engine.request import Piece, Request

@@ -1,6 +1,6 @@
 """Which pages of the cache are free: the host's side of cache.py's pools, one for each part of the batch's rows."""
 
-from nemoe_jax.model.kv_cache import PAGE
+from nemoe_jax.kernels.attention.paged import PAGE
 
 
 class FreePages:

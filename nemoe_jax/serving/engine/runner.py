@@ -15,8 +15,9 @@ import numpy as np
 from nemoe_jax.adapters.multi_lora import with_rows
 from nemoe_jax.inference.decode import Block, State, decode, read_only
 from nemoe_jax.inference.sampler import Controls, Counts
+from nemoe_jax.kernels.attention.paged import Pages
 from nemoe_jax.model.decode_weights import for_decoding
-from nemoe_jax.model.kv_cache import Cache, Pages, division, shared_cache, wipe
+from nemoe_jax.model.kv_cache import Cache, division, shared_cache, wipe
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.spec.sharding import constrain_tokens

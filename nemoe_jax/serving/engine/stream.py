@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from nemoe_jax.serving.engine.request import Piece, Request, ScoredToken
 from nemoe_jax.serving.engine.stop_strings import StopTexts
-from nemoe_jax.text.tokenizers.base import StreamDecoder, Tokenizer
+from nemoe_jax.text.tokenizers.base import Tokenizer
+from nemoe_jax.text.tokenizers.streaming import StreamDecoder
 
 _log = logging.getLogger(__name__)
 

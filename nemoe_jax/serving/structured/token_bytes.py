@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.tokenizers.base import Tokenizer, read_json
+from nemoe_jax.text.tokenizers.base import Tokenizer
 from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson
 from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import SentencePiece
 from nemoe_jax.text.tokenizers.tekken import Tekken
+from nemoe_jax.utils.json_file import read_json
 
 if TYPE_CHECKING:
     import llguidance

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from rich.table import Table
 
-from nemoe_jax.cli import sampling_flags
 from nemoe_jax.errors import UserError
+from nemoe_jax.inference import sampling_fields
 from nemoe_jax.inference.sampling import PRESETS
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _system(session: "Session", text: str) -> None:
 
 def _preset(session: "Session", name: str) -> None:
     if name:
-        sampling = dataclasses.replace(sampling_flags.preset(name), seed=session.wishes.sampling.seed)
+        sampling = dataclasses.replace(sampling_fields.preset(name), seed=session.wishes.sampling.seed)
         session.wishes = dataclasses.replace(session.wishes, sampling=sampling)
         session.preset = name
     session.terminal.note(f"preset: {session.preset or 'none'} (of {', '.join(PRESETS)})")
@@ -71,10 +71,10 @@ def _set(session: "Session", setting: str) -> None:
             raise UserError(f"max_new_tokens: wanted a positive number, got {value!r:.80}")
         session.wishes = dataclasses.replace(wishes, max_new_tokens=int(value))
     elif name:
-        sampling = sampling_flags.from_text(wishes.sampling, name, value)
+        sampling = sampling_fields.from_text(wishes.sampling, name, value)
         sampling.check(session.engine.config.vocab)
         session.wishes = dataclasses.replace(wishes, sampling=sampling)
-    values = sampling_flags.as_fields(session.wishes.sampling) | {"max_new_tokens": session.wishes.max_new_tokens}
+    values = sampling_fields.as_fields(session.wishes.sampling) | {"max_new_tokens": session.wishes.max_new_tokens}
     chosen = [name] if name else list(values)
     session.terminal.note("\n".join(f"{name} {values[name]}" for name in chosen))
 

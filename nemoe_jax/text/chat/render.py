@@ -29,7 +29,8 @@ from nemoe_jax.text.chat.tools import (
     result_parts,
     tool_parts,
 )
-from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer, read_json
+from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer
+from nemoe_jax.utils.json_file import read_json
 
 Message = Mapping[str, Any]
 Tool = Mapping[str, Any]

@@ -5,12 +5,11 @@ Text and control tokens never mix: `encode` reads everything in a text as text, 
 through the `bos` and `eos` flags.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 from nemoe_jax.errors import UserError
 
@@ -81,57 +80,6 @@ class Tokenizer(ABC):
         return checked
 
 
-class StreamDecoder:
-    """Turns ids into text one by one, holding back the bytes of an unfinished character.
-
-    The pieces that `push` and `flush` return join to `tokenizer.decode(all ids)`. An id's text depends on its
-    neighbours (a leading space, half a character), so a short window of ids is decoded anew at each step, and only
-    what the window's text has gained is returned. An unfinished character has at most three bytes and shows as one to
-    three U+FFFD at the end, which are held back until something else follows or more ids came than it can have.
-    (Where a decoder replaces a whole run of bytes for one bad byte, what was returned before it stays.)
-    """
-
-    WINDOW = 8
-    UNFINISHED = 3  # bytes
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self.tokenizer = tokenizer
-        self.skip_special = skip_special
-        self._window: list[int] = []
-        self._shown = 0  # characters of the window's text already returned
-        self._held = 0  # ids since the text last ended in a whole character
-
-    def push(self, token: SupportsIndex) -> str:
-        """The text that this id completes; empty while a character is unfinished."""
-        self._window.append(token.__index__())
-        text = self._text(self._window)
-        broken = len(text) - len(text.rstrip("\ufffd"))
-        self._held = self._held + 1 if broken else 0
-        stable = len(text) - (broken if self._held <= self.UNFINISHED else min(broken, self.UNFINISHED))
-        gained = text[self._shown : stable]
-        self._shown = max(self._shown, stable)
-        if not broken and len(self._window) > 2 * self.WINDOW:
-            self._shorten(text)
-        return gained
-
-    def flush(self) -> str:
-        """What was held back; an unfinished character comes as U+FFFD. The decoder is then as new."""
-        rest = self._text(self._window)[self._shown :]
-        self._window, self._shown, self._held = [], 0, 0
-        return rest
-
-    def _shorten(self, text: str) -> None:
-        """Forgets old ids, cutting where no character is cut and some text remains for the next id to follow."""
-        for keep in range(self.WINDOW, self.WINDOW + self.UNFINISHED + 1):
-            tail = self._text(self._window[-keep:])
-            if tail and text.endswith(tail):
-                self._window, self._shown = self._window[-keep:], len(tail)
-                return
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, self.skip_special)
-
-
 def runs(ids: Sequence[int], control: set[int]) -> Iterable[tuple[bool, list[int]]]:
     """Splits ids into runs of control tokens (True) and of text (False)."""
     return ((is_control, list(run)) for is_control, run in groupby(ids, control.__contains__))
@@ -149,16 +97,3 @@ def mend_surrogates(text: str) -> str:
 def text_from_bytes(data: bytes) -> str:
     """Text of a file's bytes: line ends kept, each invalid UTF-8 sequence read as one U+FFFD."""
     return data.decode("utf-8", "replace")
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The JSON value of a file, a `kind`. Raises UserError on anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file, or cut short ({error})") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: wanted a JSON object, got a {type(value).__name__}")
-    return value

@@ -21,7 +21,8 @@ import jinja2
 import tokenizers
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer, mend_surrogates, read_json
+from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer, mend_surrogates
+from nemoe_jax.utils.json_file import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ALWAYS_CONTROL = ("bos_token", "eos_token", "unk_token")

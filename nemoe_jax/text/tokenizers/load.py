@@ -10,10 +10,12 @@ Text is read as text: control tokens that it spells out stay characters. Chats a
 from pathlib import Path
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.tokenizers.base import StreamDecoder, Tokenizer, read_json, text_from_bytes
+from nemoe_jax.text.tokenizers.base import Tokenizer, text_from_bytes
 from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson
 from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import VERSION, SentencePiece
+from nemoe_jax.text.tokenizers.streaming import StreamDecoder
 from nemoe_jax.text.tokenizers.tekken import Tekken, cut_tekken
+from nemoe_jax.utils.json_file import read_json
 
 __all__ = ["StreamDecoder", "Tokenizer", "cut_tekken", "load_tokenizer", "text_from_bytes"]
 

@@ -17,7 +17,8 @@ from typing import Any
 import tiktoken
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.tokenizers.base import Tokenizer, read_json, runs
+from nemoe_jax.text.tokenizers.base import Tokenizer, runs
+from nemoe_jax.utils.json_file import read_json
 
 # The control tokens of files that list none, which are those up to version 7.
 UNLISTED = (
