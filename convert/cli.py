@@ -13,7 +13,7 @@ from convert.gguf.export import GGUF
 from convert.layout import LAYOUT
 from convert.merge_lora import MERGE
 from convert.minitron.minitron import MINITRON
-from nemoe_jax.utils.command import EXIT_DISAGREES, Command, report
+from nemoe_jax.utils.command import EXIT_DISAGREES, Command, print_figures
 
 CONVERSIONS = (CARVE, UPCYCLE, PRUNE, RELAY, MINITRON, MERGE, LAYOUT, GGUF)
 
@@ -88,7 +88,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         tolerance=arguments.tolerance,
     )
     figures = dataclasses.asdict(result)
-    report({name: value for name, value in figures.items() if value is not None}, arguments.json)
+    print_figures({name: value for name, value in figures.items() if value is not None}, arguments.json)
     return 0 if result.agrees else EXIT_DISAGREES
 
 

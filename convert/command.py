@@ -7,10 +7,10 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
-from convert.streaming import MANIFEST, REPORT, Report, Run
+from convert.streaming import MANIFEST, REPORT, ConversionSettings, Manifest
 from nemoe_jax.checkpoints.writer import SHARD_BYTES
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import Command, report
+from nemoe_jax.utils.command import Command, print_figures
 from nemoe_jax.utils.distributed import add_distributed_flag, join_distributed
 
 
@@ -27,11 +27,11 @@ class Conversion:
     """A sub-command `NAME SRC DST [flags]` that makes a model directory (or file) from another."""
 
     name: str
-    convert: Callable[[str, str, Any, Run], Report]  # (source, destination, options, run) -> manifest
+    convert: Callable[[str, str, Any, ConversionSettings], Manifest]  # (source, destination, options, run) -> manifest
     options: type  # a dataclass made with `option`
     summary: str  # one line
     details: str  # the rest of --help
-    figures: Callable[[Report], dict[str, Any]]  # what is printed of the manifest
+    figures: Callable[[Manifest], dict[str, Any]]  # what is printed of the manifest
     streams: bool = True  # whether the flags of `Run` apply
     source_help: str = "model directory"
     destination_help: str = "directory to make; must not exist"
@@ -59,13 +59,13 @@ class Conversion:
         options = self.options(
             **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         )
-        run = _run_of(arguments) if self.streams else Run()
+        run = _run_of(arguments) if self.streams else ConversionSettings()
         manifest = self.convert(arguments.source, arguments.destination, options, run)
         if not run.dry_run:
-            report({"destination": arguments.destination, **self.figures(manifest)}, arguments.json)
+            print_figures({"destination": arguments.destination, **self.figures(manifest)}, arguments.json)
             return
         files = manifest["files"]
-        report(
+        print_figures(
             {
                 "would_write": arguments.destination,
                 "files": files if arguments.json else len(files),
@@ -111,8 +111,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_distributed_flag(parser, "each of which takes its own layers")
 
 
-def _run_of(arguments: argparse.Namespace) -> Run:
+def _run_of(arguments: argparse.Namespace) -> ConversionSettings:
     if not arguments.shard_gb > 0:
-        raise UserError(f"--shard-gb: wanted a positive number, got {arguments.shard_gb}")
+        raise UserError(f"--shard-gb: expected a positive number, got {arguments.shard_gb}")
     join_distributed(arguments.distributed)
-    return Run(int(arguments.shard_gb * 1e9), arguments.dry_run)
+    return ConversionSettings(int(arguments.shard_gb * 1e9), arguments.dry_run)

@@ -1,6 +1,6 @@
 """A model run layer by layer over calibration text, with one layer's weights in memory at a time.
 
-    stream = LayerStream(checkpoint)
+    stream = LayerwiseModel(checkpoint)
     weights = stream.weights(layer)                       # the schema's tree of one block, float32
     middle_BTD, normed_BTD = stream.attend(layer, weights, x_BTD)
     after_BTD = middle_BTD + stream.feed_forward(layer, weights, normed_BTD)
@@ -30,7 +30,7 @@ from nemoe_jax.model.transformer import Block
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
-from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
+from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 
 SEQUENCE_LENGTH = 256
@@ -47,14 +47,14 @@ def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -
         UserError: no text, less of it than that, or no tokenizer in the source.
     """
     if tokens < 1:
-        raise UserError(f"--calibration-tokens: wanted a positive number, got {tokens}")
+        raise UserError(f"--calibration-tokens: expected a positive number, got {tokens}")
     files, tokenizer = find_files(texts), load_tokenizer(source.directory)
-    stream = tokenize(files, tokenizer, "tokenising calibration text", source.config.vocab)
+    stream = tokenize_files(files, tokenizer, "tokenizing calibration text", source.config.vocab)
     length = min(SEQUENCE_LENGTH, source.config.context)
     batches = -(-tokens // (BATCH * length))
     if len(stream) <= batches * BATCH * length:
         raise UserError(
-            f"--calibration {' '.join(texts)}: wanted more than {batches * BATCH * length:,} tokens "
+            f"--calibration {' '.join(texts)}: expected more than {batches * BATCH * length:,} tokens "
             f"(--calibration-tokens {tokens}, in batches of {BATCH * length:,}), got {len(stream):,}"
         )
     return [tokens_BT for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
@@ -68,7 +68,7 @@ def fitted_batches(batches: Sequence[np.ndarray]) -> int:
     """
     if len(batches) < 2:
         raise UserError(
-            f"--calibration-tokens: wanted more than {batches[0][:, 1:].size:,}, for two batches, one of them held out"
+            f"--calibration-tokens: expected more than {batches[0][:, 1:].size:,}, for two batches, one held out"
         )
     return len(batches) - max(len(batches) // HELD_OUT, 1)
 
@@ -82,7 +82,7 @@ def in_turn(results: Iterable[Arrays]) -> Iterator[Arrays]:
     return map(jax.block_until_ready, results)
 
 
-class LayerStream:
+class LayerwiseModel:
     """The layers of a checkpoint as functions of residual streams, in float32."""
 
     def __init__(self, source: Checkpoint):
@@ -103,7 +103,7 @@ class LayerStream:
         return jax.device_put(block_weights(self.config, layer, self.source.view), self.whole)
 
     def attend(self, layer: int, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(the stream after attention, what the FFN reads: its normalised copy)."""
+        """(the stream after attention, what the FFN reads: its normalized copy)."""
         with jax.set_mesh(self.mesh):  # each device runs its own sequences: without it they would gather one another's
             return _attend(self.config, kind_of(self.config, layer), weights, x_BTD)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from convert.command import Conversion, option
-from convert.streaming import Figures, Report, Run, stream
+from convert.streaming import ConversionSettings, Figures, Manifest, convert_layers
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, MISTRAL
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
@@ -28,7 +28,9 @@ class LayoutOptions:
     )
 
 
-def change_layout(source: str | Path, destination: str | Path, options: LayoutOptions, run: Run = Run()) -> Report:
+def change_layout(
+    source: str | Path, destination: str | Path, options: LayoutOptions, run: ConversionSettings = ConversionSettings()
+) -> Manifest:
     """Writes a model directory in a layout; returns the manifest (see convert/streaming.py).
 
     Raises:
@@ -42,10 +44,12 @@ def change_layout(source: str | Path, destination: str | Path, options: LayoutOp
     if layout is MISTRAL:  # those who read it look for one file
         run = dataclasses.replace(run, shard_bytes=sys.maxsize)
     described = {"command": "layout", **dataclasses.asdict(options)}
-    return stream(checkpoint, destination, checkpoint.config, lambda layer: ({}, {}), described, run=run, layout=layout)
+    return convert_layers(
+        checkpoint, destination, checkpoint.config, lambda layer: ({}, {}), described, run=run, layout=layout
+    )
 
 
-def _figures(manifest: Report) -> Figures:
+def _figures(manifest: Manifest) -> Figures:
     return {"layout": manifest["options"]["to"], "layers": len(manifest["layers"])}
 
 

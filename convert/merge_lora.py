@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 from convert.command import Conversion, option
-from convert.streaming import Figures, Report, Run, Tensors, stream
+from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.adapters.peft_config import CONFIG
 from nemoe_jax.adapters.peft_format import WEIGHTS, PeftAdapter
 from nemoe_jax.checkpoints.reader import Checkpoint, units
@@ -23,7 +23,9 @@ class MergeOptions:
     adapter: str = option(dataclasses.MISSING, "PEFT adapter directory", "ADAPTER", positional=True)
 
 
-def merge(source: str | Path, destination: str | Path, options: MergeOptions, run: Run = Run()) -> Report:
+def merge(
+    source: str | Path, destination: str | Path, options: MergeOptions, run: ConversionSettings = ConversionSettings()
+) -> Manifest:
     """Merges an adapter into a model directory and writes another; returns the manifest (see convert/streaming.py).
 
     Raises:
@@ -46,7 +48,7 @@ def merge(source: str | Path, destination: str | Path, options: MergeOptions, ru
         "adapter": adapter.directory.resolve().name,
         "adapter_sha256": {name: _sha256(adapter.directory / name) for name in (CONFIG, WEIGHTS)},
     }
-    return stream(
+    return convert_layers(
         checkpoint,
         destination,
         checkpoint.config,
@@ -63,7 +65,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _figures(manifest: Report) -> Figures:
+def _figures(manifest: Manifest) -> Figures:
     return {name: manifest[name] for name in ("tensors_updated", "tensors_replaced")}
 
 
@@ -73,7 +75,7 @@ MERGE = Conversion(
     MergeOptions,
     "merge a LoRA adapter of Hugging Face PEFT into a model",
     "ADAPTER holds adapter_config.json and adapter_model.safetensors. Plain LoRA is merged: attention, dense FFNs,\n"
-    "experts (fused or one by one), routers, embedding and head, with rank and alpha patterns, rank-stabilised scales\n"
+    "experts (fused or one by one), routers, embedding and head, with rank and alpha patterns, rank-stabilized scales\n"
     "and whole tensors (modules_to_save). Any other kind (DoRA, biases, …) is refused.\n"
     "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole.",
     _figures,

@@ -4,8 +4,7 @@ import html
 import io
 from typing import Any
 
-from nemoe_jax.utils.html_page import page as html_page
-from nemoe_jax.utils.html_page import picture, table
+from nemoe_jax.utils.html_page import html_page, picture, table
 
 PLOT_SIZE = (4.4, 2.6)  # inches
 COLUMNS = 3

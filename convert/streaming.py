@@ -41,30 +41,30 @@ MOST_THREADS = 8
 Tensors = dict[str, np.ndarray]  # {checkpoint key: tensor in the checkpoint's layout}
 Figures = dict[str, Any]
 Layer = Callable[[int], tuple[Tensors, Figures]]  # layer number -> its new tensors, and figures for the manifest
-Report = dict[str, Any]
+Manifest = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ConversionSettings:
     """How a conversion runs, whatever it does."""
 
     shard_bytes: int = SHARD_BYTES  # whole layers up to this size share a weight file
     dry_run: bool = False  # plan, and time one layer; write nothing
 
 
-def stream(
+def convert_layers(
     source: Checkpoint,
     destination: str | Path,
     config: ModelConfig,
     layer: Layer,
     options: dict[str, Any],
     *,
-    run: Run = Run(),
+    run: ConversionSettings = ConversionSettings(),
     copy: Callable[[TensorRef], np.ndarray] | None = None,
     finished: Callable[[int, Tensors], None] | None = None,
     summary: Callable[[], Figures] | None = None,
     layout: Layout = HUGGING_FACE,
-) -> Report:
+) -> Manifest:
     """Writes the model directory `destination` of shape `config`; returns its manifest.
 
     The manifest (conversion.json beside the weights; conversion.html shows it) holds the options, versions, the
@@ -164,10 +164,10 @@ def _dry_run(
     config: ModelConfig,
     make: Callable[[int], Any],
     options: Figures,
-    run: Run,
+    run: ConversionSettings,
     layout: Layout,
     sequential: bool,
-) -> Report:
+) -> Manifest:
     """What would be written, whether it fits, and how long a layer takes; nothing stays behind."""
     refuse_existing(destination)
     files = plan(config, run.shard_bytes, layout)

@@ -6,7 +6,7 @@ _PROBLEMS_SHOWN = 20
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file, tensor or key, what was wanted and what came.
+    """Bad input. The message names the file, tensor or key, what was expected and what came.
 
     The commands print it as one `error:` line and exit with status 2; a traceback appears only under `--debug`.
     """

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-# Nearly all the time goes into compiling: compile fast rather than well (see the fixture `optimised`), and keep what
+# Nearly all the time goes into compiling: compile fast rather than well (see the fixture `optimized`), and keep what
 # was compiled; each worker for itself, as JAX writes a file of its cache while another process may be reading it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla" / os.environ.get("PYTEST_XDIST_WORKER", "main")
@@ -30,7 +30,7 @@ def forgotten_programs():
 
 
 @pytest.fixture
-def optimised():
+def optimized():
     """Compiles as users do, for tests that are about the compiled program."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
@@ -48,8 +48,8 @@ def config(request) -> ModelConfig:
 def dense_directory(tmp_path):
     """A model directory of random dense weights, in bfloat16, with no tokenizer."""
     config = DENSE.replace(dtype="bfloat16")
-    params = schema.initialise(config, jax.random.key(3))
+    params = schema.initialize(config, jax.random.key(3))
     # norm weights that are not all ones, so that forgetting one shows
     params["blocks"]["dense"]["ffn_norm"] += 0.3 * jax.random.normal(jax.random.key(4), (3, 24))
-    pretrained.save(tmp_path / "dense", config, params)
+    pretrained.save_pretrained(tmp_path / "dense", config, params)
     return tmp_path / "dense"

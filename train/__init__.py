@@ -2,7 +2,7 @@
 
 recipe       the YAML file: phases, keys, defaults, help texts, overrides, errors
 sources      files and datasets → rows; formats: rows → texts and chats; render: → token ids and what is learned of them
-tokenise     a source's tokens on disk (token_cache); packing: rows of T tokens; data: their order, by Grain
+tokenize     a source's tokens on disk (token_cache); packing: rows of T tokens; data: their order, by Grain
 prepare      from a recipe to weights on devices, everything checked before
 place        batches on devices; mesh: what `mesh: auto` chooses
 loss         cross-entropy and forward KL, the vocabulary's logits in chunks of tokens

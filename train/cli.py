@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from nemoe_jax.utils.command import Command, report
+from nemoe_jax.utils.command import Command, print_figures
 from nemoe_jax.utils.distributed import add_distributed_flag, join_distributed
 from train import recipe as recipes
 from train.plan import plan
@@ -20,7 +20,7 @@ teacher, in one phase or several.
   nemoe-train show nano-repair            a recipe with all its defaults
   nemoe-train keys                        every key with its meaning
   nemoe-train run my.yaml steps=500 optimizer.learning_rate=1e-3
-  nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (no TPU wanted)
+  nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (needs no TPU)
 """
 
 
@@ -66,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int | None:
         return stop.exit_status
     figures.pop("expert_load", None)  # tables, in report.json
     figures.pop("phases")
-    report(figures, arguments.json)
+    print_figures(figures, arguments.json)
     return None
 
 

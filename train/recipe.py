@@ -72,7 +72,7 @@ class LoraTarget(Section):
     pattern: str = Field(description="glob over the parameter paths, such as blocks/*/attn/*")
     rank: int = Field(16, gt=0, description="rank of the adapters")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
-    rslora: bool = Field(False, description="scale by alpha / √rank instead (rank-stabilised LoRA)")
+    rslora: bool = Field(False, description="scale by alpha / √rank instead (rank-stabilized LoRA)")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs that is dropped in training")
 
 
@@ -100,7 +100,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> "Source":
         if bool(self.files) == bool(self.dataset):
-            raise ValueError("wanted exactly one of files and dataset")
+            raise ValueError("expected exactly one of files and dataset")
         return self
 
 
@@ -122,7 +122,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _whole_parts(self) -> "Data":
         if self.batch_size % self.accumulation:
-            raise ValueError(f"accumulation: wanted a divisor of batch_size {self.batch_size}, got {self.accumulation}")
+            raise ValueError(
+                f"accumulation: expected a divisor of batch_size {self.batch_size}, got {self.accumulation}"
+            )
         return self
 
 
@@ -170,21 +172,21 @@ class Phase(Section):
     z_loss_weight: float = Field(0.0, ge=0, description="weight of the squared log-partition of the router's logits")
     eval_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only before and after")
     eval_batches: int = Field(16, gt=0, description="batches per held-out evaluation, evenly spaced over the text")
-    seed: int = Field(0, ge=0, description="seed of the initialisation, of the order of the text and of dropout")
+    seed: int = Field(0, ge=0, description="seed of the initialization, of the order of the text and of dropout")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Phase":
         wrong = None
         if self.trainable == "lora" and not (self.lora or self.adapter):
-            wrong = "lora: wanted at least one {pattern, rank, alpha} (or adapter: DIRECTORY) for trainable: lora"
+            wrong = "lora: expected at least one {pattern, rank, alpha} (or adapter: DIRECTORY) for trainable: lora"
         elif self.trainable != "lora" and (self.lora or self.adapter):
             wrong = f"{'lora' if self.lora else 'adapter'}: came with trainable: {self.trainable}, which wants none"
         elif self.lora and self.adapter:
             wrong = "adapter: brings its own targets, but lora came as well"
         elif self.optimizer.warmup_steps > self.steps:
-            wrong = f"optimizer.warmup_steps: wanted at most steps ({self.steps}), got {self.optimizer.warmup_steps}"
+            wrong = f"optimizer.warmup_steps: expected at most steps ({self.steps}), got {self.optimizer.warmup_steps}"
         elif self.tolerance is not None and not self.data.held_out:
-            wrong = "tolerance: wanted data.held_out to judge by"
+            wrong = "tolerance: expected data.held_out to judge by"
         if wrong:
             raise ValueError(wrong)
         return self
@@ -203,7 +205,7 @@ class Recipe(Section):
     output: FilePath = Field(description="directory to create: the trained model with its log, report and adapters")
     model: FilePath | None = Field(None, description="model directory to start from (or else: scratch)")
     scratch: Scratch | None = Field(  # type: ignore[valid-type]
-        None, description="shape of a new model to initialise (or else: model)"
+        None, description="shape of a new model to initialize (or else: model)"
     )
     tokenizer: FilePath | None = Field(None, description="tokenizer file or directory; default: the model's own")
     dtype: DType = Field("float32", description="dtype of computation and of frozen weights; what learns is float32")
@@ -222,13 +224,13 @@ class Recipe(Section):
         wrong = None
         names = [phase.name for phase in self.phases]
         if (self.model is None) == (self.scratch is None):
-            wrong = "wanted exactly one of model (a directory) and scratch (a shape)"
+            wrong = "expected exactly one of model (a directory) and scratch (a shape)"
         elif self.scratch and self.tokenizer is None:
-            wrong = "tokenizer: wanted with scratch, to give the vocabulary"
+            wrong = "tokenizer: expected with scratch, to give the vocabulary"
         elif self.scratch and self.phases[0].trainable != "all":
             wrong = f"trainable: {self.phases[0].trainable} needs a model; a scratch run wants trainable: all"
         elif len(set(names)) < len(names):
-            wrong = f"phases: wanted different names, got {', '.join(names)}"
+            wrong = f"phases: expected different names, got {', '.join(names)}"
         if wrong:
             raise ValueError(wrong)
         return self
@@ -282,7 +284,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise UserError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{name}: wanted a mapping of keys, got {type(tree).__name__}")
+        raise UserError(f"{name}: expected a mapping of keys, got {type(tree).__name__}")
     overridden = [_override(tree, override) for override in overrides]
     try:
         return Recipe.model_validate(_spread(tree))
@@ -349,7 +351,7 @@ def _override(tree: Tree, override: str) -> str:
     """Sets one `dotted.key=value` in the tree and returns the key; what it sets at the top holds for every phase."""
     key, equals, text = override.partition("=")
     if not (equals and key):
-        raise UserError(f"wanted key=value after the recipe, got {override!r}")
+        raise UserError(f"expected key=value after the recipe, got {override!r}")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
@@ -381,10 +383,10 @@ def _assign(node: Any, names: Sequence[str], value: Any, key: str) -> None:
     place: Any = name
     if isinstance(node, list):
         if not (name.isdecimal() and int(name) < len(node)):
-            raise UserError(f"{key}: wanted an index below {len(node)}, got {name!r}")
+            raise UserError(f"{key}: expected an index below {len(node)}, got {name!r}")
         place = int(name)
     elif not isinstance(node, dict):
-        raise UserError(f"{key}: wanted a mapping that holds {name}, got the value {node!r}")
+        raise UserError(f"{key}: expected a mapping that holds {name}, got the value {node!r}")
     elif rest and node.get(name) is None:
         node[name] = {}
     if rest:
@@ -394,7 +396,7 @@ def _assign(node: Any, names: Sequence[str], value: Any, key: str) -> None:
 
 
 def _explain(detail: Any, tree: Tree, overridden: Sequence[str]) -> str:
-    """One of pydantic's errors as `key: wanted …, got …`, the key as the file has it."""
+    """One of pydantic's errors as `key: expected …, got …`, the key as the file has it."""
     place = list(detail["loc"])
     inner = place[2:] if place[:1] == ["phases"] and len(place) > 1 else place
     if inner is not place and ("phases" not in tree or (inner and not _said(tree, place) and _said(tree, inner[:1]))):
@@ -405,11 +407,11 @@ def _explain(detail: Any, tree: Tree, overridden: Sequence[str]) -> str:
         return f"{key}: unknown key{origin}; the nearest known key is {_nearest(key)}"
     if detail["type"] == "missing":
         known = ".".join("N" if isinstance(part, int) else str(part) for part in inner)
-        return f"{key}: missing; wanted {dict(list_keys())[known].description}"
+        return f"{key}: missing; expected {dict(list_keys())[known].description}"
     message = detail["msg"].removeprefix("Value error, ")
     if message != detail["msg"]:  # one of the checks above, which name keys and values themselves
         return f"{key}.{message}" if key and re.match(r"[\w.]+: ", message) else f"{key}: {message}".removeprefix(": ")
-    wanted = message.replace("Input should be", "wanted").replace(", unable to parse string as a number", "")
+    wanted = message.replace("Input should be", "expected").replace(", unable to parse string as a number", "")
     wanted = wanted.replace(", unable to parse string as an integer", "")
     return f"{key}: {wanted}, got {detail['input']!r}{origin}"
 

@@ -81,7 +81,7 @@ def measure(output: Path, model: Path, held_out: str) -> dict[str, Any]:
 
 
 def print_table(losses: dict[str, dict[str, Any]]) -> bool:
-    """Whether every figure is at least what is wanted."""
+    """Whether every figure is at least what is expected."""
     dense = losses["dense"]["loss"]
     print(f"\ndense loss {dense:.4f}\n{'':48}{'gap':>8}{'R':>8}{'wanted':>8}{'load max/mean':>15}")
     good = True

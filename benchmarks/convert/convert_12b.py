@@ -73,7 +73,7 @@ def write_random(directory: Path, config: ModelConfig) -> None:
         for unit, refs in enumerate(units(config)):
             tensors = {}
             for ref in refs:
-                place = (place + 7_654_321) % POOL  # neighbouring tensors begin elsewhere
+                place = (place + 7_654_321) % POOL  # neighboring tensors begin elsewhere
                 scale = np.asarray(ref.spec.std or 0, pool.dtype)
                 numbers = np.resize(np.roll(pool, place), ref.spec.torch_size) * scale
                 tensors[ref.key] = (numbers if ref.spec.std else numbers + 1).reshape(ref.spec.torch_shape)
@@ -136,13 +136,13 @@ def compile_for_tpu() -> None:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from convert.carve.carve import CarveOptions, choose
+    from convert.carve.carve import CarveOptions, cluster_and_route
 
     device = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0])
     config, options = preset("mistral-nemo-12b"), CarveOptions()
 
     def program(gate_FD, norm_D, seed):
-        return choose(gate_FD, norm_D, options, jax.random.key(seed), np.empty(0, int))
+        return cluster_and_route(gate_FD, norm_D, options, jax.random.key(seed), np.empty(0, int))
 
     shapes = [((config.ffn, config.hidden), "bfloat16"), ((config.hidden,), "float32"), ((), "uint32")]
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=device) for shape, dtype in shapes]

@@ -25,7 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.lib.results import add_keep, keep, machine
-from nemoe_jax.evaluation.lm_eval_model import Nemoe
+from nemoe_jax.evaluation.lm_eval_model import NemoeLM
 from nemoe_jax.text.corpus import read_documents
 
 QUESTIONS, OPTIONS, DOCUMENTS, ANSWERS = 40, 4, 12, 24
@@ -59,7 +59,7 @@ def main() -> None:
     figures, missed = {}, False
     print(f"{'':32}{'requests':>9}{'difference':>12}{'of limit':>9}{'equal':>9}")
     for directory in arguments.models:
-        ours = Nemoe(directory, dtype="float32")
+        ours = NemoeLM(directory, dtype="float32")
         theirs = HFLM(directory, device="cpu", dtype="float32", batch_size=8, logits_cache=False)
         for kind, given in asked.items():
             instances = [Instance(kind, {}, one, number) for number, one in enumerate(given)]  # type: ignore[arg-type]

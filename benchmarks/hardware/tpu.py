@@ -1,4 +1,4 @@
-"""The forward pass and the decoding of a token on TPU slices, by the TPU compiler: libtpu is wanted, but no TPU.
+"""The forward pass and the decoding of a token on TPU slices, by the TPU compiler: libtpu is expected, but no TPU.
 
     python -m benchmarks.hardware.tpu                           (a minute or so for each case; goes on where it stopped)
     python -m benchmarks.hardware.tpu --case "v5e decode dense int8" (that one, anew)
@@ -61,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     only = options.case
     if options.mesh and not only:
-        parser.error("--mesh: wanted with --case")
+        parser.error("--mesh: expected with --case")
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")
         return
@@ -137,7 +137,7 @@ def lower(config: Any, mesh: Any, work: Work) -> tuple[Any, list[tuple[int, ...]
 
     from nemoe_jax.inference import generate
     from nemoe_jax.inference.sampler import controls
-    from nemoe_jax.inference.sampling import Sampling
+    from nemoe_jax.inference.sampling import SamplingParams
     from nemoe_jax.model.transformer import forward
     from nemoe_jax.spec import schema, sharding
 
@@ -156,7 +156,9 @@ def lower(config: Any, mesh: Any, work: Work) -> tuple[Any, list[tuple[int, ...]
     state, _ = jax.tree.map(shape, start.out_info, start.output_shardings)
     shares = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((state.cache.k, state.cache.v))]
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    wishes = jax.tree.map(lambda array: shape(array, everywhere), controls([Sampling()] * work.rows, config.vocab))
+    wishes = jax.tree.map(
+        lambda array: shape(array, everywhere), controls([SamplingParams()] * work.rows, config.vocab)
+    )
     return generate._decode.lower(config, params, state, steps, wishes), shares
 
 

@@ -95,7 +95,7 @@ def prepare(directory: Path) -> None:
 
     for name in ("moe", "dense"):
         config = model_config(name)
-        pretrained.save(directory / name, config, schema.initialise(config, jax.random.key(0), config.dtype))
+        pretrained.save_pretrained(directory / name, config, schema.initialize(config, jax.random.key(0), config.dtype))
         if find_spec("xllamacpp") and find_spec("mistral_common"):
             import mistral_common
 
@@ -112,7 +112,7 @@ def ours(directory: Path, name: str) -> Generate:
     from nemoe_jax.checkpoints import pretrained
     from nemoe_jax.inference.generate import generate
 
-    config, params = pretrained.load(directory / name)
+    config, params = pretrained.load_pretrained(directory / name)
 
     def run(prompts: list[list[int]]) -> Turn:
         started, times, steps = time.perf_counter(), [], []

@@ -39,7 +39,7 @@ def prepare(directory: Path, options: argparse.Namespace) -> None:
     from nemoe_jax.spec import schema
 
     config = model_config("cpu", options.vocab)
-    pretrained.save(directory / "model", config, schema.initialise(config, jax.random.key(0), config.dtype))
+    pretrained.save_pretrained(directory / "model", config, schema.initialize(config, jax.random.key(0), config.dtype))
     tokens = np.random.default_rng(0).integers(0, config.vocab, (options.rows, options.length))
     np.save(directory / "tokens.npy", tokens.astype(np.int32))
 
@@ -53,7 +53,7 @@ def ours(directory: Path) -> tuple[Step, Callable[[], dict[str, Any]]]:
     from nemoe_jax.checkpoints import pretrained
     from nemoe_jax.model import transformer
 
-    config, params = pretrained.load(directory / "model")
+    config, params = pretrained.load_pretrained(directory / "model")
     tokens = jnp.asarray(np.load(directory / "tokens.npy"))
     forward = jax.jit(lambda params, tokens: transformer.forward(config, params, tokens).logits)
 

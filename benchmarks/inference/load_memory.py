@@ -34,16 +34,17 @@ CHILD = """
 import sys
 from pathlib import Path
 import jax
-from nemoe_jax import hf, sharding
+from nemoe_jax.checkpoints.pretrained import load_pretrained
+from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-mesh = sharding.make_mesh(sharding.parse_mesh(sys.argv[2]))
+mesh = make_mesh(parse_mesh(sys.argv[2]))
 jax.block_until_ready(jax.device_put(jax.numpy.ones(8)))
 before = peak()
-config, params = hf.load(sys.argv[1], mesh=mesh)
+config, params = load_pretrained(sys.argv[1], mesh=mesh)
 jax.block_until_ready(params)
 print(peak() - before)
 """
@@ -60,7 +61,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory) / "model"
-        pretrained.save(model, CONFIG, schema.initialise(CONFIG, jax.random.key(0), CONFIG.dtype))
+        pretrained.save_pretrained(model, CONFIG, schema.initialize(CONFIG, jax.random.key(0), CONFIG.dtype))
         size = 2 * schema.count(CONFIG)[0]
         print(f"model: {size / 1e9:.3f} GB; limit: {LIMIT:.2f} × the model")
         worst = 0.0

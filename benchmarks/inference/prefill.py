@@ -2,7 +2,7 @@
 
     python -m benchmarks.inference.prefill                    (32,768 tokens, a model of two layers; half a minute)
 
-Named limit: the float32 scores of one layer, heads x T x T; wanted is a fiftieth of them. Ours is the resident set's
+Named limit: the float32 scores of one layer, heads x T x T; expected is a fiftieth of them. Ours is the resident set's
 peak (Linux) up to the first token after the prompt, less what the process with the loaded model held before: the
 key/value cache, the compiler and all else included.
 """
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of the prompt; default: 32768")
     add_keep(parser)
     options = parser.parse_args()
-    params = schema.initialise(CONFIG, jax.random.key(0))
+    params = schema.initialize(CONFIG, jax.random.key(0))
     jax.block_until_ready(params)
     prompt = np.random.default_rng(0).integers(0, CONFIG.vocab, options.tokens).tolist()
     before, started = resident("VmRSS"), time.perf_counter()

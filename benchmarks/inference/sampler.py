@@ -21,21 +21,21 @@ import torch
 from transformers.generation import logits_process
 
 from benchmarks.lib.results import add_keep, keep, machine
-from nemoe_jax.inference.sampler import Counts, choose, controls
-from nemoe_jax.inference.sampling import PRESETS, Sampling
+from nemoe_jax.inference.sampler import TokenCounts, controls, sample
+from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 
 VOCAB, ROWS, HISTORY = 131072, 8, 512
 CASES = {  # the wishes, and the share of the peer's time that they may take
-    "greedy": (Sampling(), 1.0),
-    "temperature": (Sampling(0.8), 0.5),
-    "temperature, min-p": (Sampling(0.8, min_p=0.1), 0.5),
-    "temperature, top-k 50": (Sampling(0.8, top_k=50), 0.5),
-    "temperature, top-p 0.9": (Sampling(0.8, top_p=0.9), 0.5),
+    "greedy": (SamplingParams(), 1.0),
+    "temperature": (SamplingParams(0.8), 0.5),
+    "temperature, min-p": (SamplingParams(0.8, min_p=0.1), 0.5),
+    "temperature, top-k 50": (SamplingParams(0.8, top_k=50), 0.5),
+    "temperature, top-p 0.9": (SamplingParams(0.8, top_p=0.9), 0.5),
     "preset creative": (PRESETS["creative"], 0.5),
 }
 
 
-def by_transformers(sampling: Sampling, logits_BV: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+def by_transformers(sampling: SamplingParams, logits_BV: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
     """The next tokens, (B, 1)."""
     if sampling.repetition_penalty != 1:
         logits_BV = logits_process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(tokens_BT, logits_BV)
@@ -72,8 +72,8 @@ def main() -> None:
     logits_BV = 2 * random.standard_normal((ROWS, VOCAB)).astype(np.float32)
     tokens_BT = random.integers(VOCAB, size=(ROWS, HISTORY))
     ours_BV, theirs_BV, history_BT = jnp.asarray(logits_BV), torch.tensor(logits_BV), torch.tensor(tokens_BT)
-    counts = Counts.empty(ROWS, VOCAB).add_prompt(jnp.asarray(tokens_BT), jnp.full(ROWS, HISTORY))
-    step_B, run = jnp.zeros(ROWS, jnp.int32), jax.jit(choose)
+    counts = TokenCounts.empty(ROWS, VOCAB).add_prompt(jnp.asarray(tokens_BT), jnp.full(ROWS, HISTORY))
+    step_B, run = jnp.zeros(ROWS, jnp.int32), jax.jit(sample)
     figures, missed = {}, False
     print(f"{'':24}{'ours':>10}{'transformers':>14}{'share':>8}{'limit':>8}")
     for name, (sampling, limit) in CASES.items():

@@ -53,7 +53,7 @@ def measure(directory: str, turns: int) -> dict[str, float]:
     from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    config, params = pretrained.load(directory)
+    config, params = pretrained.load_pretrained(directory)
     config, tokenizer = config.replace(eos_token_id=None), load_tokenizer(directory)
     tokenizer.eos_id = None  # every answer as long as the others
     prompts = np.random.default_rng(0).integers(3, config.vocab, (ROWS, PROMPT)).tolist()

@@ -43,15 +43,16 @@ PREPARE = """
 import sys
 from pathlib import Path
 import jax
-from nemoe_jax import hf, schema
-from nemoe_jax.config import ModelConfig
-from nemoe_jax.tokenizer import cut_tekken
+from nemoe_jax.checkpoints.pretrained import save_pretrained
+from nemoe_jax.spec import schema
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.text.tokenizers.load import cut_tekken
 config = ModelConfig(
     family="mixtral", hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, experts=8, top_k=2, expert_ffn=128,
     vocab=4096, context=1024, dtype="float32",
 )
 directory = Path(sys.argv[1])
-hf.save(directory, config, schema.initialise(config, jax.random.key(0), config.dtype))
+save_pretrained(directory, config, schema.initialize(config, jax.random.key(0), config.dtype))
 cut_tekken(sys.argv[2], directory / "tekken.json", config.vocab)
 """
 DEVICE = "import jax; print(jax.local_devices()[0].device_kind)"

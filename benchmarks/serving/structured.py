@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.lib.results import add_keep, keep, machine
 from nemoe_jax.serving.engine.request import Constraint
-from nemoe_jax.serving.structured.grammar import Vocabulary, json_object, json_schema, tool_calls
+from nemoe_jax.serving.structured.grammar import TokenBytes, json_object, json_schema, tool_calls
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240718.json"
@@ -44,7 +44,7 @@ def main() -> None:
     add_keep(parser)
     options = parser.parse_args()
     tokenizer = load_tokenizer(TEKKEN)
-    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
+    vocabulary = TokenBytes(tokenizer, tokenizer.vocab_size)
     print(f"vocabulary of {vocabulary.vocab_size}: {seconds(lambda: vocabulary.library):.2f} s, once")
     tools = [{"type": "function", "function": {"name": f"find_{at}", "parameters": ADDRESS}} for at in range(128)]
     kinds: dict[str, Callable[[], Constraint | None]] = {
@@ -78,7 +78,7 @@ def seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def drive(vocabulary: Vocabulary, constraint: Constraint | None, seed: int) -> np.ndarray:
+def drive(vocabulary: TokenBytes, constraint: Constraint | None, seed: int) -> np.ndarray:
     """Seconds of `allowed` and of `accept` for each token of an answer, (T, 2)."""
     assert constraint is not None
     rng, times = np.random.default_rng(seed), []

@@ -92,7 +92,7 @@ def write_datasets(place: Path) -> None:
     (place / "openhermes.json").write_text(json.dumps(hermes), "utf-8")
     parquet("finetome.parquet", [{"conversations": turns(n, a), "source": "x", "score": 4.5} for n, _, a in parts[1]])
     sums = [(rng.randrange(100), rng.randrange(100)) for _ in range(600)]
-    maths = [
+    math = [
         {
             "type": "GSM_Rephrased",
             "query": f"Ann has {a} books and gets {b} more. How many are there?",
@@ -101,7 +101,7 @@ def write_datasets(place: Path) -> None:
         }
         for a, b in sums
     ]
-    (place / "metamathqa.json").write_text(json.dumps(maths), "utf-8")
+    (place / "metamathqa.json").write_text(json.dumps(math), "utf-8")
     persona = "You are an old librarian. Stay in your role."
     lines(
         "stheno.jsonl", [{"id": n, "conversations": turns(n, f"*turns a page* {a}", persona)} for n, _, a in parts[2]]

@@ -1,4 +1,4 @@
-"""Memory and work of training steps on TPU slices, by the TPU compiler (no TPU wanted, but libtpu: pip install .[tpu]).
+"""Memory and work of training steps on TPU slices, by the TPU compiler (needs libtpu, no TPU: pip install .[tpu]).
 
     python -m benchmarks.train.plans                  (a few minutes for each case on 2 cores; goes on where it stopped)
     python -m benchmarks.train.plans --case v5e-8k    (that one, anew)

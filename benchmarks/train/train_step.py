@@ -85,8 +85,8 @@ def prepare(directory: Path, options: argparse.Namespace) -> None:
     from nemoe_jax.spec import schema
 
     config = model_config(options.device, options.vocab)
-    pretrained.save(directory / "model", config, schema.initialise(config, jax.random.key(0), config.dtype))
-    adapters = schema.leaves(lora.initialise(config, targets(), jax.random.key(1)))
+    pretrained.save_pretrained(directory / "model", config, schema.initialize(config, jax.random.key(0), config.dtype))
+    adapters = schema.leaves(lora.initialize(config, targets(), jax.random.key(1)))
     first = {path: np.asarray(adapter.a) for path, adapter in adapters.items()}
     first["blocks/moe/ffn/up"] = first["blocks/moe/ffn/gate"]  # PEFT has one for both
     np.savez(directory / "adapters.npz", **first)
@@ -112,7 +112,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     from train.step.optimizer import learning_rate_schedule, make_optimizer
     from train.step.step import Objective, initial_state, make_update, split
 
-    config, params = pretrained.load(directory / "model")
+    config, params = pretrained.load_pretrained(directory / "model")
     recipe = Recipe.model_validate(
         {
             "output": directory / "out",
@@ -133,7 +133,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     saved = np.load(directory / "adapters.npz")
     adapters = schema.map_with_path(
         lambda path, adapter: lora.Adapter(jnp.asarray(saved[path]), adapter.b, adapter.scale),
-        lora.initialise(config, targets(), jax.random.key(1)),
+        lora.initialize(config, targets(), jax.random.key(1)),
     )
     trained, frozen = split(params, lambda path: False, config.dtype)
     optimizer = make_optimizer(phase.optimizer, phase.steps)

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from convert.layerwise import (
-    LayerStream,
+    LayerwiseModel,
     block_weights,
     calibration_batches,
     feed_forward,
@@ -72,16 +72,16 @@ class LayerText:
         return hidden(self.ffn, self.inputs[number])
 
 
-class CarvedStream:
+class CalibrationStreams:
     """The dense model and what has been carved of it so far, over the same calibration text."""
 
     def __init__(self, source: Checkpoint, texts: Sequence[str], tokens: int):
-        """Reads and tokenises the text.
+        """Reads and tokenizes the text.
 
         Raises:
             UserError: no text, too little of it, or no tokenizer in the source.
         """
-        self.layers = LayerStream(source)
+        self.layers = LayerwiseModel(source)
         self.batches = calibration_batches(source, texts, tokens)
         self.fitted = fitted_batches(self.batches)
         self.dense = [self.layers.embed(tokens_BS[:, :-1]) for tokens_BS in self.batches]
@@ -158,7 +158,7 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: i
 def normal_equations(
     text: LayerText, label_F: jax.Array, router_ED: jax.Array, top_k: int
 ) -> tuple[jax.Array, jax.Array]:
-    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the wanted outputs, means over tokens."""
+    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the expected outputs, means over tokens."""
     neurons, width = text.ffn["down"].shape
     gram_FF, moment_FD = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, width))
     sums = in_turn(
@@ -174,7 +174,7 @@ def normal_equations(
 def output_scale(
     gram_FF: jax.Array, moment_FD: jax.Array, down_FD: jax.Array, label_F: jax.Array, groups: int
 ) -> jax.Array:
-    """The factor of each group's `down`, (groups,), with which the mixture comes nearest to the wanted output.
+    """The factor of each group's `down`, (groups,), with which the mixture comes nearest to the target output.
 
     Least squares on the normal equations of all of `down`, with a small ridge towards the common factor.
 

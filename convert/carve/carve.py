@@ -29,7 +29,7 @@ from convert.carve import clustering, router_init, svd
 from convert.carve.calibration import (
     RIDGE_TOKENS,
     SHARED_GATE,
-    CarvedStream,
+    CalibrationStreams,
     LayerText,
     activity,
     distilled_router,
@@ -39,7 +39,7 @@ from convert.carve.calibration import (
     ridge_solve,
 )
 from convert.command import Conversion, option
-from convert.streaming import Figures, Report, Run, Tensors, stream
+from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
@@ -61,11 +61,11 @@ class CarveOptions:
     shared_ffn: int = option(0, "shared: neurons of the shared expert; 0 takes FFN neurons / experts")
     keep_dense: int = option(0, "shared: how many first layers stay as they are")
     partition: Literal["gate-kmeans", "contiguous"] = option(
-        "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbours (a baseline)"
+        "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbors (a baseline)"
     )
     router: Literal["auto", "gate-mean", "distilled", "random"] = option(
         "auto",
-        "router rows: orthonormalised mean gate rows (auto without calibration), trained to find the experts with the "
+        "router rows: orthonormalized mean gate rows (auto without calibration), trained to find the experts with the "
         "largest outputs (auto with it), or random orthonormal ones (a baseline)",
     )
     svd: Literal["exact", "randomized", "gram"] = option(
@@ -87,7 +87,9 @@ class CarveOptions:
     seed: int = option(0, "seed of the k-means and of everything random")
 
 
-def carve(source: str | Path, destination: str | Path, options: CarveOptions, run: Run = Run()) -> Report:
+def carve(
+    source: str | Path, destination: str | Path, options: CarveOptions, run: ConversionSettings = ConversionSettings()
+) -> Manifest:
     """Carves a model directory into another; returns the manifest (see convert/streaming.py).
 
     Raises:
@@ -98,7 +100,7 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
     refuse_existing(destination)  # before the calibration text is read
     text = None
     if options.calibration:
-        text = CarvedStream(checkpoint, options.calibration, options.calibration_tokens)
+        text = CalibrationStreams(checkpoint, options.calibration, options.calibration_tokens)
 
     def layer(number: int) -> tuple[Tensors, Figures]:
         if number < config.dense_layers:
@@ -110,7 +112,7 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
         )
         texts = None if text is None else text.enter(number)
         shared_S = _most_active(dense, texts and texts[0], config.shared_ffn)
-        members_EF, router_ED = choose(jnp.asarray(dense["gate"]), norm_D, options, key, shared_S)
+        members_EF, router_ED = cluster_and_route(jnp.asarray(dense["gate"]), norm_D, options, key, shared_S)
         label_F = jnp.full(len(dense["gate"]), options.experts).at[members_EF].set(jnp.arange(options.experts)[:, None])
         if texts is None:
             scale_G = np.full(options.experts + 1, options.output_scale or data_free_scale(options), np.float32)
@@ -125,7 +127,7 @@ def carve(source: str | Path, destination: str | Path, options: CarveOptions, ru
         router = declare(config)["blocks"]["moe"]["ffn"]["router"].key_of(number)
         return {router: np.asarray(router_ED), **tensors}, figures
 
-    return stream(
+    return convert_layers(
         checkpoint,
         destination,
         config,
@@ -208,23 +210,23 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
         shared = options.shared_ffn or dense.ffn // max(options.experts, 1)
         if not 0 < shared < dense.ffn:
             raise UserError(
-                f"--shared-ffn: wanted 1 to {dense.ffn - 1} of {source}'s neurons, got {options.shared_ffn}"
+                f"--shared-ffn: expected 1 to {dense.ffn - 1} of {source}'s neurons, got {options.shared_ffn}"
             )
         if not 0 <= options.keep_dense < dense.layers:
-            raise UserError(f"--keep-dense: wanted 0 to {dense.layers - 1}, got {options.keep_dense}")
+            raise UserError(f"--keep-dense: expected 0 to {dense.layers - 1}, got {options.keep_dense}")
     if options.experts < 1 or (dense.ffn - shared) % options.experts:
         left = f"{dense.ffn - shared} of the {dense.ffn}" if shared else str(dense.ffn)
         raise UserError(f"{source}: {left} FFN neurons do not divide into --experts {options.experts}")
     if not 1 <= options.top_k <= options.experts:
-        raise UserError(f"--top-k: wanted 1 to --experts {options.experts}, got {options.top_k}")
+        raise UserError(f"--top-k: expected 1 to --experts {options.experts}, got {options.top_k}")
     if options.output_scale < 0:
-        raise UserError(f"--output-scale: wanted a positive number, or 0 to choose it, got {options.output_scale}")
+        raise UserError(f"--output-scale: expected a positive number, or 0 to choose it, got {options.output_scale}")
     if options.calibration and options.output_scale:
         raise UserError("--output-scale and --calibration both set the scale; give one of them")
     if options.router == "distilled" and not options.calibration:
         raise UserError("--router distilled: wants --calibration text")
     if not options.refit_ridge >= 0:
-        raise UserError(f"--refit-ridge: wanted a positive number, or 0 to choose it, got {options.refit_ridge}")
+        raise UserError(f"--refit-ridge: expected a positive number, or 0 to choose it, got {options.refit_ridge}")
     return dense.replace(
         family="nekomind" if shared else "mixtral",
         ffn=dense.ffn if options.keep_dense else 0,
@@ -241,7 +243,7 @@ def data_free_scale(options: CarveOptions) -> float:
     return 2.0 ** math.ceil(math.log2(options.top_k * options.experts) / 2 - 0.5)
 
 
-def choose(
+def cluster_and_route(
     gate_FD: jax.Array, norm_D: jax.Array, options: CarveOptions, key: jax.Array, shared_S: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     """Each expert's neurons, (E, (F - S)/E) int32, and the router, (E, D) float32, from the weights alone.
@@ -285,7 +287,7 @@ def _figures(router_ED: jax.Array, scale_E: np.ndarray) -> Figures:
     }
 
 
-def _summary(manifest: Report) -> Figures:
+def _summary(manifest: Manifest) -> Figures:
     layers = manifest["layers"]
     scales = [scale for layer in layers for scale in layer["output_scale"]]
     return {

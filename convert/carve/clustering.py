@@ -60,7 +60,7 @@ def balanced_kmeans(
 ) -> Array:
     """Balanced spherical k-means: (E, F/E) int32 neuron indices, ascending within each group.
 
-    It maximises Σ_i weight_i · feature_i · centroid_{group of i} over unit centroids and equal groups, from k-means++
+    It maximizes Σ_i weight_i · feature_i · centroid_{group of i} over unit centroids and equal groups, from k-means++
     seeds, until nothing changes or `iterations` rounds have passed. A row counts by its length times its weight (F,);
     unit rows and no weights are the textbook case. The same key gives the same partition.
     Raises UserError when the groups do not divide the neurons.

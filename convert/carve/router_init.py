@@ -1,6 +1,6 @@
 """Routers that need no data: one direction per expert, made orthonormal, times a small temperature.
 
-Which space? The FFN and the router both read h = γ⊙x̂, the normalised activation times the norm weight. A gate row g
+Which space? The FFN and the router both read h = γ⊙x̂, the normalized activation times the norm weight. A gate row g
 acts as g·h = (γ⊙g)·x̂, so two neurons fire together when their *folded* rows γ⊙g agree: that is the space to cluster
 in. A router row r is applied to h like a gate row is. Its logit is an expert's mean gate pre-activation exactly when r
 is the mean of the unfolded rows; a mean of folded rows would meet γ twice, (γ⊙g)·h = g·(γ²⊙x̂).
@@ -52,7 +52,7 @@ def polar_router(directions_ED: Array, temperature: float | Array, norm_D: Array
 def random_orthogonal_router(key: Array, experts: int, hidden: int, temperature: float | Array) -> Array:
     """temperature · a uniformly random matrix with orthonormal rows: (E, D) float32, the control for `polar_router`."""
     if experts > hidden:
-        raise UserError(f"orthonormal rows: wanted at most {hidden} rows of length {hidden}, got {experts}")
+        raise UserError(f"orthonormal rows: expected at most {hidden} rows of length {hidden}, got {experts}")
     return temperature * jax.random.orthogonal(key, experts, m=hidden, dtype=jnp.float32)
 
 
@@ -64,6 +64,6 @@ def default_temperature(norm_D: Array, logit_std: float = 0.02) -> Array:
     the choice itself, which no positive factor changes, is the same. Raises UserError unless logit_std is positive.
     """
     if not logit_std > 0:
-        raise UserError(f"router logit deviation: wanted a positive number, got {logit_std}")
+        raise UserError(f"router logit deviation: expected a positive number, got {logit_std}")
     rms = jnp.sqrt(jnp.mean(jnp.square(norm_D.astype(jnp.float32))))
     return logit_std / jnp.where(rms > 0, rms, 1)

@@ -35,10 +35,10 @@ def right_subspace(
     outside 1 … min(F, D).
     """
     if method not in METHODS:
-        raise UserError(f"svd method: wanted one of {', '.join(METHODS)}, got {method!r}")
+        raise UserError(f"svd method: expected one of {', '.join(METHODS)}, got {method!r}")
     limit = min(matrix_FD.shape)
     if not 1 <= rank <= limit:
-        raise UserError(f"svd rank: wanted 1 to {limit} for a {tuple(matrix_FD.shape)} matrix, got {rank}")
+        raise UserError(f"svd rank: expected 1 to {limit} for a {tuple(matrix_FD.shape)} matrix, got {rank}")
     if method == "exact":
         return _exact(matrix_FD, rank)
     if method == "gram":
@@ -54,7 +54,7 @@ def polar(matrix_ED: Array) -> Array:
     """
     rows, columns = matrix_ED.shape
     if rows > columns:
-        raise UserError(f"orthonormal rows: wanted at most {columns} rows of length {columns}, got {rows}")
+        raise UserError(f"orthonormal rows: expected at most {columns} rows of length {columns}, got {rows}")
     left_EE, _, right_ED = jnp.linalg.svd(matrix_ED.astype(jnp.float32), full_matrices=False)
     return jnp.matmul(left_EE, right_ED, precision=Precision.HIGHEST)
 

@@ -22,7 +22,7 @@ einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @jax.jit
 def expert_products(ffn: Tree, x_BTD: jax.Array, against_BTD: jax.Array | None = None) -> tuple[jax.Array, ...]:
-    """Of a layer on its normalised input: router logits (tokens, E), ⟨f_e, f_e'⟩ (tokens, E, E) for the experts'
+    """Of a layer on its normalized input: router logits (tokens, E), ⟨f_e, f_e'⟩ (tokens, E, E) for the experts'
     outputs f, all of them for every token, and ⟨f_e, against⟩ (tokens, E) where that is given.
     """
 
@@ -56,7 +56,7 @@ def routing_within(config: ModelConfig, logits_TE: jax.Array, member_ES: jax.Arr
     rank_TE = jnp.argsort(jnp.argsort(-logits_TE, stable=True))  # of equal logits the first expert's is higher
     before_TEE = (rank_TE[:, None, :] < rank_TE[:, :, None]).astype(jnp.float32)
     chosen_TES = member_ES & (jnp.einsum("TEG,GS->TES", before_TEE, member_ES.astype(jnp.float32)) < config.top_k - 0.5)
-    share_TES = jnp.where(chosen_TES if config.normalise_top_k else member_ES, logits_TE[..., None], -jnp.inf)
+    share_TES = jnp.where(chosen_TES if config.normalize_top_k else member_ES, logits_TE[..., None], -jnp.inf)
     return jnp.where(chosen_TES, jax.nn.softmax(share_TES, axis=1), 0), chosen_TES
 
 

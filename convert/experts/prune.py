@@ -1,6 +1,6 @@
 """Prune: every MoE layer keeps its most useful experts; the others are dropped with their router rows.
 
-Nothing else changes, and nothing has to be rescaled: a softmax over the chosen logits is normalised anew by itself, and
+Nothing else changes, and nothing has to be rescaled: a softmax over the chosen logits is normalized anew by itself, and
 so is one over all experts. The pruned model is the source with the dropped experts' logits at −∞.
 
 Which experts are useful shows on calibration text, in one pass of the unpruned model with one layer in memory:
@@ -31,8 +31,8 @@ import numpy as np
 
 from convert.command import Conversion, option
 from convert.experts.outputs import einsum, expert_products, moe_layers, routing, routing_within
-from convert.layerwise import LayerStream, calibration_batches
-from convert.streaming import Figures, Report, Run, Tensors, stream
+from convert.layerwise import LayerwiseModel, calibration_batches
+from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
@@ -66,7 +66,9 @@ class PruneOptions:
     )
 
 
-def prune(source: str | Path, destination: str | Path, options: PruneOptions, run: Run = Run()) -> Report:
+def prune(
+    source: str | Path, destination: str | Path, options: PruneOptions, run: ConversionSettings = ConversionSettings()
+) -> Manifest:
     """Prunes a mixture's directory into another; returns the manifest (see convert/streaming.py).
 
     A run that goes on after an interruption finds its choices again from the same text.
@@ -97,7 +99,7 @@ def prune(source: str | Path, destination: str | Path, options: PruneOptions, ru
             tensors[specs[name].key_of(number, new)] = checkpoint.view(specs[name].key_of(number, old))
         return tensors, choices[number]
 
-    return stream(
+    return convert_layers(
         checkpoint, destination, config, layer, {"command": "prune-experts", **dataclasses.asdict(options)}, run=run
     )
 
@@ -111,10 +113,10 @@ def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> Model
     if not old.experts:
         raise UserError(f"{source}: a dense model; prune-experts wants a mixture")
     if bool(options.choices) == bool(options.calibration):
-        raise UserError("prune-experts: wanted either --calibration text or --choices of an earlier run")
+        raise UserError("prune-experts: expected either --calibration text or --choices of an earlier run")
     if not old.top_k <= options.experts < old.experts:
         raise UserError(
-            f"--experts: wanted {old.top_k} (top-k) to {old.experts - 1} of the {old.experts} experts of {source}, "
+            f"--experts: expected {old.top_k} (top-k) to {old.experts - 1} of the {old.experts} experts of {source}, "
             f"got {options.experts}"
         )
     subsets = math.comb(old.experts, options.experts)
@@ -140,9 +142,9 @@ def earlier_choices(manifest: Path, source: ModelConfig, experts: int) -> dict[i
         row = rows.get(layer, {})
         scores = row.get("scores")
         if not isinstance(scores, list) or not all(isinstance(score, (int, float)) for score in scores):
-            raise UserError(f"{manifest}: wanted the scores of layer {layer}'s experts, got {scores!r:.60}")
+            raise UserError(f"{manifest}: expected the scores of layer {layer}'s experts, got {scores!r:.60}")
         if len(scores) != source.experts:
-            raise UserError(f"{manifest}: layer {layer}: wanted {source.experts} scores, got {len(scores)}")
+            raise UserError(f"{manifest}: layer {layer}: expected {source.experts} scores, got {len(scores)}")
         kept = [expert for expert in range(source.experts) if expert in (row.get("kept") or ())]
         if len(kept) != experts:
             kept = sorted(np.argsort(-np.array(scores), kind="stable")[:experts].tolist())
@@ -158,7 +160,7 @@ def choose_experts(
     Args:
         batches: tokens (B, T + 1), int32, as `calibration_batches` gives.
     """
-    layers = LayerStream(source)
+    layers = LayerwiseModel(source)
     config = source.config
     streams = [layers.embed(tokens_BS[:, :-1]) for tokens_BS in batches]
     choices = {}
@@ -247,7 +249,7 @@ def _subset_errors(config, logits_TE, gram_TEE, member_SE):
     return error_S / squared(whole_TE[..., None])
 
 
-def _summary(manifest: Report) -> Figures:
+def _summary(manifest: Manifest) -> Figures:
     layers = [figures for figures in manifest["layers"] if "kept" in figures]
 
     def mean(name: str) -> float:

@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from convert.command import Conversion, option
 from convert.experts.router_ridge import ridge_routers
 from convert.layerwise import calibration_batches, fitted_batches
-from convert.streaming import Figures, Report, Run, Tensors, stream
+from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
@@ -70,7 +70,9 @@ class RelayOptions:
     dtype: Literal["float32", "bfloat16"] = option("float32", "dtype to compute in; routers are float32 always")
 
 
-def relay(source: str | Path, destination: str | Path, options: RelayOptions, run: Run = Run()) -> Report:
+def relay(
+    source: str | Path, destination: str | Path, options: RelayOptions, run: ConversionSettings = ConversionSettings()
+) -> Manifest:
     """Writes the mixture `source` with recalibrated routers; returns the manifest (see convert/streaming.py).
 
     Raises:
@@ -100,14 +102,14 @@ def relay(source: str | Path, destination: str | Path, options: RelayOptions, ru
         # an interrupted run goes on only if it finds the same routers again
         "routers_sha256": hashlib.sha256(new_LDE.tobytes()).hexdigest(),
     }
-    return stream(student, destination, config, layer, state, run=run, summary=lambda: figures)
+    return convert_layers(student, destination, config, layer, state, run=run, summary=lambda: figures)
 
 
 def _refuse_misfits(student: ModelConfig, teacher: ModelConfig, options: RelayOptions, source: str) -> None:
     if not student.experts:
         raise UserError(f"{source}: a dense model; relay wants a mixture")
     if teacher.vocab != student.vocab:
-        raise UserError(f"{options.teacher}: wanted the vocabulary of {source}, {student.vocab}, got {teacher.vocab}")
+        raise UserError(f"{options.teacher}: expected the vocabulary of {source}, {student.vocab}, got {teacher.vocab}")
     if options.method != "distil":
         for name in ("layers", "hidden"):
             wanted, got = getattr(student, name), getattr(teacher, name)
@@ -119,7 +121,7 @@ def _refuse_misfits(student: ModelConfig, teacher: ModelConfig, options: RelayOp
     for name in ("steps", "learning_rate", "ridge"):
         if not getattr(options, name) > 0:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: wanted a positive number, got {getattr(options, name)}")
+            raise UserError(f"--{flag}: expected a positive number, got {getattr(options, name)}")
 
 
 def stored_routers(source: Checkpoint) -> np.ndarray:
@@ -139,7 +141,8 @@ def recalibrate(
     fitted = fitted_batches(batches)
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
     models = [
-        pretrained.load(model.directory, mesh=mesh, dtype=options.dtype, progress=True) for model in (student, teacher)
+        pretrained.load_pretrained(model.directory, mesh=mesh, dtype=options.dtype, progress=True)
+        for model in (student, teacher)
     ]
 
     def held_out_loss(model: tuple[ModelConfig, Tree]) -> float:
@@ -253,7 +256,7 @@ def _distil_step(config, params, teacher_config, teacher, old_LDE, deviation_L11
     return change_LDE - rate * updates, state
 
 
-def _summary(manifest: Report) -> Figures:
+def _summary(manifest: Manifest) -> Figures:
     figures = {name: value for name, value in manifest.items() if name.startswith("held_out")}
     return {**figures, "relay": f"kept {manifest['kept']} of {manifest['moe_layers']} layers"}
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.experts.outputs import einsum, expert_products, routing
-from convert.layerwise import LayerStream
+from convert.layerwise import LayerwiseModel
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.model.layers import rms_norm
 from nemoe_jax.spec.config import ModelConfig
@@ -40,7 +40,7 @@ def ridge_routers(
         batches: tokens (B, T + 1), int32.
         ridge: how strongly the old router is held to, in units of the mean curvature.
     """
-    layers, taught = LayerStream(student), LayerStream(teacher)
+    layers, taught = LayerwiseModel(student), LayerwiseModel(teacher)
     config, new_LDE = student.config, old_LDE.copy()
     streams = [layers.embed(tokens_BS[:, :-1]) for tokens_BS in batches]
     with progress_bar() as bar:
@@ -62,7 +62,11 @@ def ridge_routers(
 
 
 def _products(
-    layers: LayerStream, taught: LayerStream, layer: int, weights: Tree, entered: Sequence[tuple[jax.Array, jax.Array]]
+    layers: LayerwiseModel,
+    taught: LayerwiseModel,
+    layer: int,
+    weights: Tree,
+    entered: Sequence[tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, ...]:
     """The router's inputs (T, D), G (T, E, E) and b (T, E), where y is what the teacher's layer makes of the stream.
 

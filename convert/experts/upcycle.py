@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.command import Conversion, option
-from convert.streaming import Figures, Report, Run, Tensors, stream
+from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from convert.verify.routing import compare, windows
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
@@ -76,7 +76,9 @@ class UpcycleOptions:
     seed: int = option(0, "seed of the noise and of random tokens")
 
 
-def upcycle(source: str | Path, destination: str | Path, options: UpcycleOptions, run: Run = Run()) -> Report:
+def upcycle(
+    source: str | Path, destination: str | Path, options: UpcycleOptions, run: ConversionSettings = ConversionSettings()
+) -> Manifest:
     """Upcycles a model directory into another; returns the manifest (see convert/streaming.py).
 
     With `check` or `check_tokens` the report's "check" holds what `compare.compare` finds.
@@ -121,7 +123,7 @@ def upcycle(source: str | Path, destination: str | Path, options: UpcycleOptions
     recorded = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("check", "check_tokens")
     }
-    report = stream(checkpoint, destination, config, layer, {"command": "upcycle", **recorded}, run=run)
+    report = convert_layers(checkpoint, destination, config, layer, {"command": "upcycle", **recorded}, run=run)
     if batches and not run.dry_run:
         report["check"] = dataclasses.asdict(compare(checkpoint, Checkpoint(destination), batches))
     return report
@@ -137,12 +139,14 @@ def upcycled_config(old: ModelConfig, options: UpcycleOptions, source: str) -> M
         raise UserError(f"{source}: a dense model; upcycle wants a mixture (carve makes one)")
     groups = options.experts // old.experts
     if options.experts % old.experts or groups < 2:
-        raise UserError(f"--experts: wanted 2, 3, … times the {old.experts} experts of {source}, got {options.experts}")
+        raise UserError(
+            f"--experts: expected 2, 3, … times the {old.experts} experts of {source}, got {options.experts}"
+        )
     if options.mode == "split" and old.expert_ffn % groups:
         raise UserError(f"{source}: experts of {old.expert_ffn} neurons do not divide into {groups} parts")
     for name in ("shift", "noise", "check_tokens"):
         if not getattr(options, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')}: wanted 0 or more, got {getattr(options, name)}")
+            raise UserError(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(options, name)}")
     if options.mode == "copies":
         return old.replace(experts=options.experts)
     parts = groups if options.mode == "split" else 1
@@ -161,7 +165,7 @@ def shifted_rows(
     folded_ED = router_ED * norm_D
     distance_EE = np.linalg.norm(folded_ED[:, None] - folded_ED, axis=-1)
     spread = np.sort(distance_EE, axis=1)[:, min(max(config.top_k - 1, 1), config.experts - 1)].max()
-    if not config.normalise_top_k:
+    if not config.normalize_top_k:
         spread = max(spread, SATURATED)
     codes_GC = group_codes(groups)
     faint_D = np.abs(norm_D) < LEAST_NORM * np.median(np.abs(norm_D))
@@ -218,7 +222,7 @@ def with_noise(down: np.ndarray, copies: int, noise: float, generator: np.random
     return result
 
 
-def _summary(manifest: Report) -> dict[str, Any]:
+def _summary(manifest: Manifest) -> dict[str, Any]:
     result = manifest["result"]
     shown = {name: result[name] for name in ("experts", "top_k", "expert_ffn", "layers")}
     return shown | {f"check_{name}": value for name, value in manifest.get("check", {}).items()}

@@ -1,6 +1,6 @@
 """GGUF: a model directory as the one file that llama.cpp and what is built on it run.
 
-The tensors are the directory's own. llama.cpp turns neighbouring rows of a head by RoPE where Hugging Face turns rows
+The tensors are the directory's own. llama.cpp turns neighboring rows of a head by RoPE where Hugging Face turns rows
 half a head apart, so the rows of q and k change places; a layer's experts lie one after another in one tensor; norms
 and routers stay in float32. Mixtral and its dense relatives are all `llama` there.
 
@@ -25,14 +25,14 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from convert.command import Conversion, option
 from convert.gguf.tokenizer import Vocabulary, read_vocabulary
-from convert.streaming import MOST_THREADS, Figures, Report, Run
+from convert.streaming import MOST_THREADS, ConversionSettings, Figures, Manifest
 from nemoe_jax.checkpoints.mistral_format import to_mistral_rows
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
 from nemoe_jax.checkpoints.safetensors_file import is_finite
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.utils.file_copy import is_mapped_whole, write_at
-from nemoe_jax.utils.output_path import check_room, growing, refuse_existing
+from nemoe_jax.utils.output_path import atomic_write, check_room, refuse_existing
 from nemoe_jax.utils.progress import progress_bar
 
 Kind = gguf.GGMLQuantizationType
@@ -67,7 +67,9 @@ class Tensor(NamedTuple):
     size: int  # bytes
 
 
-def to_gguf(source: str | Path, destination: str | Path, options: GgufOptions, run: Run = Run()) -> Report:
+def to_gguf(
+    source: str | Path, destination: str | Path, options: GgufOptions, run: ConversionSettings = ConversionSettings()
+) -> Manifest:
     """Writes a model directory as one GGUF file; returns its figures.
 
     Raises:
@@ -94,7 +96,7 @@ def to_gguf(source: str | Path, destination: str | Path, options: GgufOptions, r
     }
     if not options.dry_run:
         writer = _header(checkpoint, config, vocabulary, kind, tensors)
-        with growing(target, parents=True) as partial:
+        with atomic_write(target, parents=True) as partial:
             _write(writer, partial, checkpoint, by_unit)
     return report
 
@@ -211,7 +213,7 @@ def _write_block(descriptor: int, alone: threading.Lock, at: int, block: np.ndar
         write_at(descriptor, at, data)
 
 
-def _figures(report: Report) -> Figures:
+def _figures(report: Manifest) -> Figures:
     figures = {name: value for name, value in report.items() if name != "bytes"}
     return {**figures, "gigabytes": report["bytes"] / 1e9}
 
@@ -222,7 +224,7 @@ GGUF = Conversion(
     GgufOptions,
     "write a model as one file for llama.cpp",
     "Dense Mistral- and Llama-shaped models and Mixtrals, with their tokenizer and chat template: Tekken,\n"
-    "SentencePiece, or a byte-level tokenizer.json. llama.cpp runs the file as it is, or quantises it further.",
+    "SentencePiece, or a byte-level tokenizer.json. llama.cpp runs the file as it is, or quantizes it further.",
     _figures,
     streams=False,
     destination_help="file to make; must not exist",

@@ -197,7 +197,7 @@ def _from_sentencepiece(tokenizer: Tokenizer, template: str | None) -> Vocabular
         raise UserError(f"{tokenizer.path}: gguf wants a SentencePiece model of type BPE with byte fallback")
     rules = model.normalizer_spec
     if rules.precompiled_charsmap or rules.remove_extra_whitespaces:
-        raise UserError(f"{tokenizer.path}: normalises text ({rules.name}), which llama.cpp's tokenizer cannot")
+        raise UserError(f"{tokenizer.path}: normalizes text ({rules.name}), which llama.cpp's tokenizer cannot")
     pieces = [  # SentencePiece numbers the types as GGUF does
         Piece(_searched(piece.piece) if piece.type == TokenType.USER_DEFINED else piece.piece, piece.type, piece.score)
         for piece in model.pieces

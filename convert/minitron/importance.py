@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.experts.outputs import routing
-from convert.layerwise import LayerStream, feed_forward, hidden, kind_of
+from convert.layerwise import LayerwiseModel, feed_forward, hidden, kind_of
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.layers import project, rms_norm
@@ -39,7 +39,7 @@ class Scorer:
 
     def __init__(self, source: Checkpoint, batches: list[np.ndarray]):
         """Batches are tokens (B, T + 1)."""
-        self.stream, self.config = LayerStream(source), source.config
+        self.stream, self.config = LayerwiseModel(source), source.config
         self._x = [self.stream.embed(tokens_BS[:, :-1]) for tokens_BS in batches]
 
     def blank(self) -> Scores:

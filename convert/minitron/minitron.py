@@ -26,7 +26,7 @@ import numpy as np
 from convert.command import Conversion, option
 from convert.layerwise import calibration_batches, kind_of
 from convert.minitron.importance import Scorer, Scores
-from convert.streaming import Figures, Report, Run, Tensors, stream
+from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
@@ -87,7 +87,12 @@ class Kept:
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def minitron(source: str | Path, destination: str | Path, options: MinitronOptions, run: Run = Run()) -> Report:
+def minitron(
+    source: str | Path,
+    destination: str | Path,
+    options: MinitronOptions,
+    run: ConversionSettings = ConversionSettings(),
+) -> Manifest:
     """Prunes a model directory into a narrower one; returns the manifest (see convert/streaming.py).
 
     Raises:
@@ -111,7 +116,7 @@ def minitron(source: str | Path, destination: str | Path, options: MinitronOptio
             scorer.layer(number)
         return {}, _figures(scores, kept, checkpoint.config, number)
 
-    return stream(
+    return convert_layers(
         checkpoint,
         destination,
         config,
@@ -146,7 +151,7 @@ def pruned_config(config: ModelConfig, options: MinitronOptions, source: str) ->
             raise UserError(f"{source}: {flag}: the model has none; it can be pruned by {', '.join(fields)}")
         present = getattr(config, fields[flag])
         if not 1 <= size <= present:
-            raise UserError(f"{source}: {flag}: wanted 1 to the source's {present}, got {size}")
+            raise UserError(f"{source}: {flag}: expected 1 to the source's {present}, got {size}")
         changes[fields[flag]] = size
     if not changes:
         raise UserError(f"{source}: nothing to prune; give {' or '.join(fields)}")
@@ -195,7 +200,7 @@ def _figures(scores: Scores, kept: Kept, config: ModelConfig, layer: int) -> Fig
     }
 
 
-def _summary(manifest: Report) -> Figures:
+def _summary(manifest: Manifest) -> Figures:
     result, layers = manifest["result"], manifest["layers"]
     total, active = count(ModelConfig(**result))
     figures: Figures = {"parameters": total, "active_parameters": active}

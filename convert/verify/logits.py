@@ -19,12 +19,12 @@ from nemoe_jax.checkpoints import pretrained, reader
 from nemoe_jax.checkpoints.layout import MISTRAL, layout_of
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
-from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
+from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Verification:
+class LogitComparison:
     """How far the float32 logits of A (torch's model, of a single directory) and B (ours) are apart."""
 
     agrees: bool
@@ -47,7 +47,7 @@ def verify(
     sequences: int = 2,
     seed: int = 0,
     tolerance: float = 1e-4,
-) -> Verification:
+) -> LogitComparison:
     """Runs the same tokens through two models and compares their logits.
 
     Args:
@@ -65,14 +65,14 @@ def verify(
     configs = [reader.Checkpoint(path).config for path in (directory, other) if path is not None]
     vocab, context = configs[0].vocab, min(config.context for config in configs)
     if configs[-1].vocab != vocab:
-        raise UserError(f"{other}: wanted the vocabulary of {directory}, {vocab} tokens, got {configs[-1].vocab}")
+        raise UserError(f"{other}: expected the vocabulary of {directory}, {vocab} tokens, got {configs[-1].vocab}")
     if not 1 <= tokens <= context:
-        raise UserError(f"--tokens: wanted 1 to the context of {context}, got {tokens}")
+        raise UserError(f"--tokens: expected 1 to the context of {context}, got {tokens}")
     if sequences < 1:
-        raise UserError(f"--sequences: wanted a positive number, got {sequences}")
+        raise UserError(f"--sequences: expected a positive number, got {sequences}")
     targets_BT = None
     if texts:
-        stream = tokenize(find_files(texts), load_tokenizer(directory), vocab=vocab)
+        stream = tokenize_files(find_files(texts), load_tokenizer(directory), vocab=vocab)
         windows = np.concatenate([window for window, _ in spaced_batches(stream, tokens, 1, sequences)])
         ids_BT, targets_BT = windows[:, :-1], windows[:, 1:]
     else:
@@ -85,7 +85,7 @@ def verify(
 @np.errstate(invalid="ignore")
 def compare(
     a_BTV: np.ndarray, b_BTV: np.ndarray, tolerance: float, targets_BT: np.ndarray | None = None
-) -> Verification:
+) -> LogitComparison:
     """The figures for two arrays of logits, and losses if there are target tokens; NaNs and infinities never agree."""
     std = float(a_BTV.std())
     difference_BT, kl_BT, *losses_BT = np.empty((4, *a_BTV.shape[:2]))
@@ -98,7 +98,7 @@ def compare(
                 loss_BT[row] = -np.take_along_axis(log_probabilities, targets_BT[row, :, None], axis=-1)[:, 0]
     loss_a, loss_b = (None, None) if targets_BT is None else (float(loss_BT.mean()) for loss_BT in losses_BT)
     difference = float(difference_BT.max())
-    return Verification(
+    return LogitComparison(
         agrees=bool(difference <= tolerance * max(std, 1.0)),  # False for NaN
         max_difference=difference,
         logit_std=std,
@@ -119,7 +119,7 @@ def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
 
 def our_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
     """Float32 logits (B, T, V) of our implementation; nothing of the model stays in memory."""
-    config, params = pretrained.load(directory, dtype=jnp.float32, progress=True)
+    config, params = pretrained.load_pretrained(directory, dtype=jnp.float32, progress=True)
     run = jax.jit(lambda params, ids: forward(config, params, ids).logits)
     return np.concatenate([np.asarray(run(params, ids_BT[row : row + 1])) for row in range(len(ids_BT))])
 

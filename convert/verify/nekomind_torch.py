@@ -38,7 +38,7 @@ def build_nekomind(config: ModelConfig) -> Qwen3ForCausalLM:
         num_experts_per_tok=config.top_k,
         moe_intermediate_size=config.expert_ffn,
         shared_expert_intermediate_size=config.shared_ffn,
-        norm_topk_prob=config.normalise_top_k,
+        norm_topk_prob=config.normalize_top_k,
     )
     moe._experts_implementation = "eager"  # the grouped kernels want rows of a multiple of 16 bytes
     if not config.qk_norm:

@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert.layerwise import BATCH, SEQUENCE_LENGTH, LayerStream
+from convert.layerwise import BATCH, SEQUENCE_LENGTH, LayerwiseModel
 from convert.verify.logits import compare as compare_logits
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.model.layers import rms_norm
 from nemoe_jax.model.moe import MoE
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, declare
-from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
+from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from nemoe_jax.utils.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class RoutingComparison:
     """What two mixtures make of the same tokens."""
 
     max_difference: float  # of two logits, relative to the standard deviation of the first model's
@@ -49,11 +49,11 @@ def windows(source: Checkpoint, texts: Sequence[str], tokens: int, seed: int) ->
     batches = -(-tokens // (BATCH * length))
     if not texts:
         return list(np.random.default_rng(seed).integers(0, source.config.vocab, (batches, BATCH, length), np.int32))
-    stream = tokenize(find_files(texts), load_tokenizer(source.directory), vocab=source.config.vocab)
+    stream = tokenize_files(find_files(texts), load_tokenizer(source.directory), vocab=source.config.vocab)
     return [tokens_BT[:, :-1] for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
 
 
-def compare(first: Checkpoint, second: Checkpoint, batches: Sequence[np.ndarray]) -> Comparison:
+def compare(first: Checkpoint, second: Checkpoint, batches: Sequence[np.ndarray]) -> RoutingComparison:
     """Runs two mixtures over batches of tokens, int32 (B, T), in float32."""
     experts = first.config.experts
     models = [_Model(checkpoint, batches) for checkpoint in (first, second)]
@@ -67,7 +67,7 @@ def compare(first: Checkpoint, second: Checkpoint, batches: Sequence[np.ndarray]
                 load_G = np.bincount(np.ravel(other) // experts, minlength=second.config.experts // experts)
                 groups.append(load_G.min() / load_G.sum())
     figures = compare_logits(models[0].logits(), models[1].logits(), tolerance=0.0)
-    return Comparison(
+    return RoutingComparison(
         max_difference=figures.max_difference / figures.logit_std,
         kl_divergence=figures.kl_divergence,
         argmax_agreement=figures.argmax_agreement,
@@ -82,7 +82,7 @@ class _Model:
 
     def __init__(self, checkpoint: Checkpoint, batches: Sequence[np.ndarray]):
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        self.layers = LayerStream(checkpoint)
+        self.layers = LayerwiseModel(checkpoint)
         self.streams = [self.layers.embed(tokens_BT) for tokens_BT in batches]
 
     def pass_layer(self, layer: int) -> np.ndarray | None:

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 STAGES = ("dense", "reference", "carved", "calibrated", "repaired")
-COLOURS = {
+COLORS = {
     "dense": "#3b6ea5",
     "reference": "#9a9a9a",
     "carved": "#c8553d",
@@ -47,7 +47,7 @@ def draw_losses(report: dict[str, Any]) -> plt.Figure:
         axis.plot(
             [row["step"] for row in steps],
             [row["cross_entropy"] for row in steps],
-            color=COLOURS[name],
+            color=COLORS[name],
             alpha=0.35,
             linewidth=1,
             label="training batches",
@@ -56,14 +56,14 @@ def draw_losses(report: dict[str, Any]) -> plt.Figure:
         axis.plot(
             [row["step"] for row in held_out],
             [row["held_out_loss"] for row in held_out],
-            color=COLOURS[name],
+            color=COLORS[name],
             marker="o",
             label="held-out text",
         )
         axis.set(title=title, xlabel="step", ylabel="cross-entropy, nats per token")
     for name in ("dense", "calibrated", "carved", "reference"):
         axes[1].axhline(
-            report[name]["loss"], color=COLOURS[name], linestyle="--", linewidth=1, label=f"{name}, held-out"
+            report[name]["loss"], color=COLORS[name], linestyle="--", linewidth=1, label=f"{name}, held-out"
         )
     for axis in axes:
         axis.legend(frameon=False)

@@ -5,7 +5,7 @@ every expert has its own, and adds `scale · (x @ A) @ B` to `x @ W` (layers.py 
 with the schema's paths; gradients over that tree leave the base alone.
 
     targets = [Target("blocks/*/attn/*", rank=16, alpha=32)]
-    initialise(config, targets, key)
+    initialize(config, targets, key)
     -> {"blocks": {"moe": {"attn": {"q": Adapter(a=(L, D, R), b=(L, R, N, H), scale=2.0), …}}}}
 
 `declare` gives the same tree of ParamSpecs; shapes (`abstract`) and places (`shardings`) derive from it, with no array
@@ -58,7 +58,7 @@ class Target:
 
     @property
     def scale(self) -> float:
-        """alpha / rank, or alpha / √rank where rank-stabilised (Kalajdzievski 2023, arXiv 2312.03732)."""
+        """alpha / rank, or alpha / √rank where rank-stabilized (Kalajdzievski 2023, arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -84,9 +84,9 @@ def match(config: ModelConfig, targets: Sequence[Target]) -> dict[str, tuple[Par
     chosen: dict[str, tuple[ParamSpec, Target]] = {}
     for target in targets:
         if target.rank < 1 or not 0 < target.alpha < math.inf:
-            raise UserError(f"LoRA target {target.pattern}: wanted a positive rank and alpha, got {target}")
+            raise UserError(f"LoRA target {target.pattern}: expected a positive rank and alpha, got {target}")
         if not 0 <= target.dropout < 1:
-            raise UserError(f"LoRA target {target.pattern}: dropout: wanted 0 to below 1, got {target.dropout}")
+            raise UserError(f"LoRA target {target.pattern}: dropout: expected 0 to below 1, got {target.dropout}")
         matching = fnmatch.filter(specs, target.pattern)
         if not matching:
             raise UserError(f"LoRA target {target.pattern} matches no weight; the weights are: {', '.join(specs)}")
@@ -136,7 +136,7 @@ def shardings(config: ModelConfig, targets: Sequence[Target], mesh: Mesh | None,
     return jax.tree.map(place, declare(config, targets))
 
 
-def initialise(config: ModelConfig, targets: Sequence[Target], key: jax.Array, placed: Tree | None = None) -> Tree:
+def initialize(config: ModelConfig, targets: Sequence[Target], key: jax.Array, placed: Tree | None = None) -> Tree:
     """Fresh adapters, float32: A normal with standard deviation in^-1/2, B zero, so that nothing changes at first.
 
     Each array is made where it lives (`placed`: from `shardings`); its values depend on the key and its path alone.

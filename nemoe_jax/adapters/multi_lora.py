@@ -6,7 +6,7 @@ the batch, and between them what other rows' adapters made of a row is zeroed:
     y = x @ W + own(x @ [A1 A2 …]) @ [s1 B1; s2 B2; …]
 
     joined = bank(config, {"sql": adapters, "poems": others})
-    forward(config, params, tokens_BT, adapters=with_rows(joined, index_B))       e.g. [1, 0, -1]; -1: no adapter
+    forward(config, params, tokens_BT, adapters=select_adapters(joined, index_B))       e.g. [1, 0, -1]; -1: no adapter
 
 So which rows use which adapter is data, for which nothing is compiled anew, and no weights are gathered. Punica (Chen
 et al. 2023, arXiv 2310.18547) and S-LoRA (Sheng et al. 2023, arXiv 2311.03285) gather them for each row instead: that
@@ -38,15 +38,17 @@ RANKS = 16  # K is a multiple: kernels of GPUs would copy all layers' factors to
     jax.tree_util.register_dataclass, data_fields=["a", "b", "key", "index"], meta_fields=["scale", "dropout", "ranks"]
 )
 @dataclasses.dataclass(frozen=True)
-class Joined(Adapter):
+class StackedAdapter(Adapter):
     """Adapters of one weight, of which each row uses its own."""
 
     ranks: tuple[int, ...] = ()  # of each adapter; 0 where it leaves the weight alone
     index: Any = None  # int32: the number of each row's adapter, (L, B) where the weight is stacked over layers
 
 
-def bank(config: ModelConfig, adapters: Mapping[str, Tree], dtype: jax.typing.DTypeLike = jnp.float32) -> Tree:
-    """The adapters as one tree, on their devices, from which `with_rows` chooses for each row of a batch.
+def stack_adapters(
+    config: ModelConfig, adapters: Mapping[str, Tree], dtype: jax.typing.DTypeLike = jnp.float32
+) -> Tree:
+    """The adapters as one tree, on their devices, from which `select_adapters` chooses for each row of a batch.
 
     Their targets and ranks may differ.
 
@@ -81,14 +83,16 @@ def _misfit(spec: ParamSpec | None, adapter: Any) -> str | None:
     """Why it cannot be joined with others."""
     if spec is None or not spec.contracted:
         return "the model has no such linear map"
-    if not isinstance(adapter, Adapter) or isinstance(adapter, Joined):
-        return f"wanted a low-rank update, got {type(adapter).__name__}; merge it into a model of its own"
+    if not isinstance(adapter, Adapter) or isinstance(adapter, StackedAdapter):
+        return f"expected a low-rank update, got {type(adapter).__name__}; merge it into a model of its own"
     wanted = tuple(factor.shape for factor in factors(spec, adapter.a.shape[-1]))
     got = adapter.a.shape, adapter.b.shape
-    return None if got == wanted else f"wanted A and B of shapes {wanted[0]} and {wanted[1]}, got {got[0]} and {got[1]}"
+    return (
+        None if got == wanted else f"expected A and B of shapes {wanted[0]} and {wanted[1]}, got {got[0]} and {got[1]}"
+    )
 
 
-def _join(stacked: int, own: Sequence[Adapter | None], dtype: jax.typing.DTypeLike) -> Joined:
+def _join(stacked: int, own: Sequence[Adapter | None], dtype: jax.typing.DTypeLike) -> StackedAdapter:
     ranks = [adapter.a.shape[-1] if adapter else 0 for adapter in own]
     ranks[-1] += -sum(ranks) % RANKS  # of zeros
     present = [adapter for adapter in own if adapter]
@@ -105,13 +109,13 @@ def _join(stacked: int, own: Sequence[Adapter | None], dtype: jax.typing.DTypeLi
 
     a = joined([adapter.a for adapter in present], present[0].a.ndim - 1)
     b = joined([np.float32(adapter.scale) * adapter.b for adapter in present], stacked)
-    return Joined(a, b, 1.0, ranks=tuple(ranks))
+    return StackedAdapter(a, b, 1.0, ranks=tuple(ranks))
 
 
-def with_rows(joined: Tree, index_B: jax.Array) -> Tree:
+def select_adapters(joined: Tree, index_B: jax.Array) -> Tree:
     """A `bank`'s adapters for a batch whose rows use those of these numbers, int32 (B,); -1 is the model alone."""
 
-    def choose(path: str, adapter: Joined) -> Joined:
+    def choose(path: str, adapter: StackedAdapter) -> StackedAdapter:
         stacked = path.startswith("blocks/")
         index = jnp.broadcast_to(index_B, (len(adapter.a), *index_B.shape)) if stacked else index_B
         return dataclasses.replace(adapter, index=index)
@@ -119,11 +123,11 @@ def with_rows(joined: Tree, index_B: jax.Array) -> Tree:
     return map_with_path(choose, joined)
 
 
-def own_ranks(low_rank: jax.Array, adapter: Adapter) -> jax.Array:
+def mask_ranks(low_rank: jax.Array, adapter: Adapter) -> jax.Array:
     """x @ A with zeros in the ranks of other adapters than the row's: (B, …, K), or with one index to each token."""
-    if not isinstance(adapter, Joined):
+    if not isinstance(adapter, StackedAdapter):
         return low_rank
-    assert adapter.index is not None, "a bank wants with_rows"
+    assert adapter.index is not None, "a bank wants select_adapters"
     owner_K = np.repeat(np.arange(len(adapter.ranks)), adapter.ranks)
     index = adapter.index.reshape(*adapter.index.shape, *[1] * (low_rank.ndim - adapter.index.ndim))
     return jnp.where(index == owner_K, low_rank, 0)
@@ -132,7 +136,7 @@ def own_ranks(low_rank: jax.Array, adapter: Adapter) -> jax.Array:
 def index_of_tokens(adapters: Mapping[str, Adapter], length: int) -> jax.Array | None:
     """The number of each token's adapter, (B, T); None where none of these is joined."""
     for adapter in adapters.values():
-        if isinstance(adapter, Joined):
+        if isinstance(adapter, StackedAdapter):
             return jnp.broadcast_to(adapter.index[:, None], (len(adapter.index), length))
     return None
 
@@ -140,6 +144,6 @@ def index_of_tokens(adapters: Mapping[str, Adapter], length: int) -> jax.Array |
 def with_index(adapters: Mapping[str, Adapter], index: jax.Array | None) -> dict[str, Adapter]:
     """The adapters, those that are joined with another index."""
     return {
-        name: dataclasses.replace(adapter, index=index) if isinstance(adapter, Joined) else adapter
+        name: dataclasses.replace(adapter, index=index) if isinstance(adapter, StackedAdapter) else adapter
         for name, adapter in adapters.items()
     }

@@ -76,10 +76,10 @@ def read_config(directory: Path) -> AdapterConfig:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a JSON object ({error})") from error
     if kind != "LORA":
-        raise UserError(f"{path}: peft_type: wanted LORA, got {kind}")
+        raise UserError(f"{path}: peft_type: expected LORA, got {kind}")
     problems = [f"{key} = {content[key]} is not supported" for key in _REFUSED if content.get(key)]
     if content.get("bias", "none") != "none":
-        problems.append(f"bias: wanted none, got {content['bias']}")
+        problems.append(f"bias: expected none, got {content['bias']}")
     if content.get("init_lora_weights") not in _PLAIN_INITS:
         problems.append(
             f"init_lora_weights = {content['init_lora_weights']} changed the base model's weights; "
@@ -87,9 +87,9 @@ def read_config(directory: Path) -> AdapterConfig:
         )
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(content.get(key) or {}, dict):
-            raise UserError(f"{path}: {key}: wanted an object, got {content[key]}")
+            raise UserError(f"{path}: {key}: expected an object, got {content[key]}")
     if not isinstance(content.get("target_parameters") or [], list):
-        raise UserError(f"{path}: target_parameters: wanted a list, got {content['target_parameters']}")
+        raise UserError(f"{path}: target_parameters: expected a list, got {content['target_parameters']}")
     config = AdapterConfig(
         rank=content.get("r", 8),
         alpha=content.get("lora_alpha", 8),
@@ -101,18 +101,18 @@ def read_config(directory: Path) -> AdapterConfig:
         dropout=content.get("lora_dropout") or 0.0,
     )
     if type(config.dropout) not in (int, float):
-        problems.append(f"lora_dropout: wanted a number, got {config.dropout}")
+        problems.append(f"lora_dropout: expected a number, got {config.dropout}")
     for rank in (config.rank, *config.rank_pattern.values()):
         if type(rank) is not int or rank < 1:
-            problems.append(f"r and rank_pattern: wanted positive whole numbers, got {rank}")
+            problems.append(f"r and rank_pattern: expected positive whole numbers, got {rank}")
     for alpha in (config.alpha, *config.alpha_pattern.values()):
         if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
-            problems.append(f"lora_alpha and alpha_pattern: wanted numbers, got {alpha}")
+            problems.append(f"lora_alpha and alpha_pattern: expected numbers, got {alpha}")
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
         try:
             re.compile(pattern)
         except re.error as error:
-            problems.append(f"rank_pattern and alpha_pattern: wanted regular expressions, got {pattern} ({error})")
+            problems.append(f"rank_pattern and alpha_pattern: expected regular expressions, got {pattern} ({error})")
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
     return config

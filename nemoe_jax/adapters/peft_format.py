@@ -24,7 +24,7 @@ import numpy as np
 
 from nemoe_jax.adapters.peft_config import read_config
 from nemoe_jax.checkpoints.reader import TensorRef, units
-from nemoe_jax.checkpoints.safetensors_file import TensorFile, is_finite
+from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec
@@ -52,15 +52,15 @@ class LowRank(NamedTuple):
     ranks_of_b: slice = _ALL
     outputs: slice = _ALL
 
-    def read_a(self, file: TensorFile) -> np.ndarray:
+    def read_a(self, file: SafetensorsFile) -> np.ndarray:
         """A, float32 (r, inputs)."""
         return np.asarray(file.view(self.a)[self.ranks_of_a], np.float32)
 
-    def read_b(self, file: TensorFile) -> np.ndarray:
+    def read_b(self, file: SafetensorsFile) -> np.ndarray:
         """B, float32 (outputs, r)."""
         return np.asarray(file.view(self.b)[self.outputs, self.ranks_of_b], np.float32)
 
-    def factors(self, file: TensorFile) -> tuple[np.ndarray, np.ndarray]:
+    def factors(self, file: SafetensorsFile) -> tuple[np.ndarray, np.ndarray]:
         """Float32 (rows, r) and (r, columns), whose product times `scale` is added to the weight."""
         a, b = self.read_a(file), self.read_b(file)
         return (a.T, b.T) if self.embedding else (b, a)
@@ -85,7 +85,7 @@ class PeftAdapter:
                 f"{self.directory / _PICKLE}: a pickle file, which can run code when it is opened; "
                 f"load it with PEFT and save it as {WEIGHTS} first"
             )
-        self.file = TensorFile(path)
+        self.file = SafetensorsFile(path)
         self.dtype = jnp.dtype(model.dtype)
         self.low_rank: dict[str, LowRank] = {}  # {checkpoint key: update}
         self.whole: dict[str, str] = {}  # {checkpoint key: tensor that replaces it}
@@ -189,21 +189,21 @@ class PeftAdapter:
         for ref in refs:
             if _leaf(ref) in places:
                 expert = ref.place[1]
-                own_ranks = slice(expert * rank, (expert + 1) * rank), slice(expert, None, count)
-                self.low_rank[ref.key] = LowRank(*pair, rank, scale, False, *own_ranks, places[_leaf(ref)])
+                mask_ranks = slice(expert * rank, (expert + 1) * rank), slice(expert, None, count)
+                self.low_rank[ref.key] = LowRank(*pair, rank, scale, False, *mask_ranks, places[_leaf(ref)])
 
     def _pair(self, parts: dict[str, str]) -> tuple[str, str] | None:
         """The names of A and B, or a problem."""
         for names in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
             if parts.keys() == set(names):
                 return parts[names[0]], parts[names[1]]
-        self._problems.append(f"{', '.join(parts.values())}: wanted a pair of A and B")
+        self._problems.append(f"{', '.join(parts.values())}: expected a pair of A and B")
         return None
 
     def _fits(self, name: str, wanted: tuple[int, ...]) -> bool:
         got = self.file.entries[name].shape
         if got != wanted:
-            self._problems.append(f"{name}: wanted shape {wanted}, got {got}")
+            self._problems.append(f"{name}: expected shape {wanted}, got {got}")
         return got == wanted
 
 

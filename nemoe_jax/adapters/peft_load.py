@@ -102,13 +102,13 @@ def _stacks(source: PeftAdapter, config: ModelConfig) -> dict[str, _Stack]:
         path: {place: source.low_rank[key] for place, key in spec.tensors() if key in source.low_rank}
         for path, spec in specs.items()
     }
-    own_ranks: dict[str, np.ndarray] = {}
+    mask_ranks: dict[str, np.ndarray] = {}
     for path in updates:
         if "experts" in specs[path].stacked and path.endswith("/gate"):
-            own_ranks |= _split_ranks(source, path, updates)
+            mask_ranks |= _split_ranks(source, path, updates)
     stacks = {}
     for path, found in updates.items():
-        ranks = own_ranks.get(path)
+        ranks = mask_ranks.get(path)
         rank = max((update.rank for update in found.values()), default=0) if ranks is None else len(ranks)
         if not rank:
             continue

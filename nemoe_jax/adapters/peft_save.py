@@ -33,7 +33,7 @@ from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, leaves, unflatten
 from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.file_copy import write_at
-from nemoe_jax.utils.output_path import check_room, partial_of, refuse_existing
+from nemoe_jax.utils.output_path import check_room, refuse_existing, staging_path
 from nemoe_jax.utils.progress import progress_bar
 
 _PREFIX = "base_model.model."
@@ -77,14 +77,14 @@ def save_adapters(
             write_at(file, 0, np.frombuffer(header, np.uint8))
         for part in bar.track(parts, description=f"writing {target.name}"):
             for (name, shape), tensor in zip(part.shapes.items(), part.read(), strict=True):
-                assert tensor.shape == shape, f"{name}: wanted {shape}, got {tensor.shape}"
+                assert tensor.shape == shape, f"{name}: expected {shape}, got {tensor.shape}"
                 tensor = np.ascontiguousarray(tensor)
                 if not is_finite(tensor):  # in every process, so that all of them stop
                     raise UserError(f"{target}: {name}: NaN or infinite values")
                 if file is not None:
                     write_at(file, offsets[_PREFIX + name], tensor)
         if file is not None:
-            (partial_of(target) / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            (staging_path(target) / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     barrier("adapters saved")
 
 
@@ -94,7 +94,7 @@ def _written(target: Path) -> Iterator[int | None]:
     if jax.process_index() != 0:
         yield None
         return
-    partial = partial_of(target)
+    partial = staging_path(target)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

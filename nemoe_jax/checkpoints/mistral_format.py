@@ -1,7 +1,7 @@
 """Mistral's own layout of a model: params.json, and the tensors of consolidated.safetensors.
 
 It holds the numbers of the Hugging Face layout under other names, except that the rows of q and k stand in another
-order. RoPE rotates pairs of a head's dimensions: Mistral's reference code pairs neighbours, 2i with 2i + 1, Hugging
+order. RoPE rotates pairs of a head's dimensions: Mistral's reference code pairs neighbors, 2i with 2i + 1, Hugging
 Face's pairs i with i + H/2. Queries and keys are reordered alike, so that their products are the same.
 
 H head_dim, D embed.

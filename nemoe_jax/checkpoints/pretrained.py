@@ -21,7 +21,7 @@ from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
 from nemoe_jax.utils.progress import progress_bar
 
 
-def load(
+def load_pretrained(
     directory: str | Path,
     *,
     mesh: Mesh | None = None,
@@ -63,7 +63,7 @@ def _load_leaf(checkpoint: Checkpoint, spec: ParamSpec, placed: jax.sharding.Sha
     return jax.make_array_from_single_device_arrays(spec.shape, placed, [shards[device] for device in indices])
 
 
-def save(
+def save_pretrained(
     directory: str | Path,
     config: ModelConfig,
     params: Tree,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemoe_jax.checkpoints.layout import CONFIG, MISTRAL, PARAMS, Layout, layout_of
-from nemoe_jax.checkpoints.safetensors_file import TensorFile, is_finite
+from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, declare, leaves
@@ -43,7 +43,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise UserError(f"{directory}: not a model directory: no {CONFIG} (nor {PARAMS})")
     config = layout.parse(_read_json(path, "not JSON"), str(path))
     if layout is MISTRAL and layout.has_weights(directory):  # params.json does not say the dtype
-        config = config.replace(dtype=TensorFile(_weight_files(Path(directory), layout)[0]).dtype or config.dtype)
+        config = config.replace(dtype=SafetensorsFile(_weight_files(Path(directory), layout)[0]).dtype or config.dtype)
     return config
 
 
@@ -69,7 +69,7 @@ def _weight_map(directory: Path, layout: Layout) -> dict[str, str]:
     bad = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
     bad += [name for name in (*weight_map, *weight_map.values()) if not str(name).isprintable()]
     if bad:
-        raise UserError(f"{path}: {what} (wanted names of files beside it, got {bad[0]!r})")
+        raise UserError(f"{path}: {what} (expected names of files beside it, got {bad[0]!r})")
     return weight_map
 
 
@@ -106,10 +106,10 @@ class Checkpoint:
         self.directory, self.layout = Path(directory), layout_of(directory)
         self.config_file = self.layout.config_file
         self.config = read_config(directory)
-        self.files: dict[str, TensorFile] = {}
+        self.files: dict[str, SafetensorsFile] = {}
         problems = []
         for path in _weight_files(self.directory, self.layout):
-            file = TensorFile(path)
+            file = SafetensorsFile(path)
             for name, entry in file.entries.items():
                 key = self.layout.key(name)
                 if key is None:
@@ -153,7 +153,7 @@ class Checkpoint:
             spec = wanted[key]
             if shape != spec.torch_shape:
                 problems.append(
-                    f"{spec.path}: wanted {name} of shape {spec.torch_shape}, got {shape} from {file.path.name}"
+                    f"{spec.path}: expected {name} of shape {spec.torch_shape}, got {shape} from {file.path.name}"
                 )
             if problem := file.dtype_problem(name):
                 problems.append(f"{problem} ({file.path.name})")

@@ -29,7 +29,7 @@ class Entry(NamedTuple):
     offset: int  # bytes from the start of the file
 
 
-class TensorFile:
+class SafetensorsFile:
     """The tensors of one safetensors file."""
 
     def __init__(self, path: Path):
@@ -71,7 +71,7 @@ class TensorFile:
     def dtype_problem(self, name: str) -> str | None:
         """What is wrong with a tensor's dtype, if anything: bf16, f16 and f32 can be read."""
         dtype = self.entries[name].dtype
-        return None if dtype in _DTYPES else f"tensor {name} has dtype {dtype}; wanted one of {', '.join(_DTYPES)}"
+        return None if dtype in _DTYPES else f"tensor {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}"
 
     def view(self, name: str) -> np.ndarray:
         """A tensor mapped from disk, read-only; copy what you need and drop it.

@@ -23,12 +23,12 @@ import numpy as np
 
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, Layout
 from nemoe_jax.checkpoints.reader import units
-from nemoe_jax.checkpoints.safetensors_file import TensorFile, header_of, is_finite
+from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, header_of, is_finite
 from nemoe_jax.errors import ResumableError, UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.file_copy import write_at
-from nemoe_jax.utils.output_path import check_room, partial_of, refuse_existing
+from nemoe_jax.utils.output_path import check_room, refuse_existing, staging_path
 
 SHARD_BYTES = 2_000_000_000
 TOKENIZER_FILES = (
@@ -109,7 +109,7 @@ class Writer:
             UserError: the directory exists, cannot be made, or the disk has no room for it.
         """
         self.target = Path(directory)
-        self.partial = partial_of(self.target)
+        self.partial = staging_path(self.target)
         self.model = self.partial / "model"
         self.config, self.state = config, None if state is None else json.loads(json.dumps(state))
         self.layout, self.files = layout, plan(config, shard_bytes, layout)
@@ -193,14 +193,14 @@ class Writer:
             dtype = jnp.dtype(self.config.dtype)
             if tensor.dtype != dtype or not tensor.flags.c_contiguous:
                 tensor = np.ascontiguousarray(tensor, dtype)
-        assert tensor.shape == shape, f"{key}: wanted {shape}, got {tensor.shape}"
+        assert tensor.shape == shape, f"{key}: expected {shape}, got {tensor.shape}"
         if not is_finite(tensor):
             raise UserError(f"{key}: NaN or infinite values")
         write_at(descriptor, offset, tensor)
 
     def read(self, unit: int) -> dict[str, np.ndarray]:
         """The tensors of a finished unit as `write` was given them, cast; mapped where their layout is that on disk."""
-        file = TensorFile(self.model / self._file_of_unit[unit].name)
+        file = SafetensorsFile(self.model / self._file_of_unit[unit].name)
         layout, head_dim = self.layout, self.config.head_dim
         return {
             ref.key: layout.from_disk(ref.key, file.view(layout.name(ref.key)), head_dim)

@@ -19,7 +19,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.inference import sampling_fields
 from nemoe_jax.serving.engine.completion import collect
 from nemoe_jax.serving.engine.request import Request
-from nemoe_jax.serving.request_builder import RequestMaker
+from nemoe_jax.serving.request_builder import RequestBuilder
 from nemoe_jax.utils.command import read_text
 from nemoe_jax.utils.progress import progress_bar
 
@@ -38,7 +38,7 @@ FIELDS = {
     "max_new_tokens",
     "stop",
     "logprobs",
-    *sampling_fields.WISHES,
+    *sampling_fields.SAMPLING_FIELDS,
 }
 
 
@@ -51,7 +51,7 @@ class Job(NamedTuple):
     tools: Any
 
 
-def run(arguments: argparse.Namespace, maker: RequestMaker, wishes: Request) -> None:
+def run(arguments: argparse.Namespace, maker: RequestBuilder, wishes: Request) -> None:
     """Answers all lines of `arguments.batch` that `arguments.output` does not hold yet.
 
     Raises:
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, maker: RequestMaker, wishes: Request) -> 
         raise UserError(f"{source}: {len(failed)} of {len(asked)} lines got an error, line {failed[0]} the first")
 
 
-def jobs(lines: Iterable[tuple[int, str]], source: str, maker: RequestMaker, wishes: Request) -> Iterator[Job]:
+def jobs(lines: Iterable[tuple[int, str]], source: str, maker: RequestBuilder, wishes: Request) -> Iterator[Job]:
     """What numbered lines ask for; `wishes` is what they do not say themselves. Raises UserError with the line."""
     for number, line in lines:
         try:
@@ -96,19 +96,19 @@ def jobs(lines: Iterable[tuple[int, str]], source: str, maker: RequestMaker, wis
         except UserError as error:
             raise UserError(f"{source}:{number}: {error}") from error
         except (ValueError, RecursionError, AttributeError) as error:
-            raise UserError(f"{source}:{number}: wanted a JSON object, got {line!r:.80}") from error
+            raise UserError(f"{source}:{number}: expected a JSON object, got {line!r:.80}") from error
 
 
-def _request(fields: Mapping[str, Any], maker: RequestMaker, wishes: Request) -> Request:
+def _request(fields: Mapping[str, Any], maker: RequestBuilder, wishes: Request) -> Request:
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
-        raise UserError(f"unknown key {unknown[0]!r:.80}; wanted {', '.join(sorted(FIELDS))}")
+        raise UserError(f"unknown key {unknown[0]!r:.80}; expected {', '.join(sorted(FIELDS))}")
     if ("prompt" in fields) == ("messages" in fields):
-        raise UserError('wanted either a "prompt" or "messages"')
+        raise UserError('expected either a "prompt" or "messages"')
     stop = fields.get("stop", wishes.stop)
     stop = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
-        raise UserError(f"stop: wanted a text or a list of texts, got {stop!r:.80}")
+        raise UserError(f"stop: expected a text or a list of texts, got {stop!r:.80}")
     wishes = dataclasses.replace(
         wishes,
         max_new_tokens=_whole(fields, "max_new_tokens", 1, wishes.max_new_tokens),
@@ -120,7 +120,7 @@ def _request(fields: Mapping[str, Any], maker: RequestMaker, wishes: Request) ->
     if "messages" in fields:
         return maker.of_chat(wishes, fields["messages"], fields.get("tools"), fields.get("tool_choice"), schema)
     if not isinstance(fields["prompt"], str):
-        raise UserError(f"prompt: wanted a text, got {fields['prompt']!r:.80}")
+        raise UserError(f"prompt: expected a text, got {fields['prompt']!r:.80}")
     return maker.of_text(wishes, fields["prompt"], schema)
 
 
@@ -129,12 +129,12 @@ def _whole(fields: Mapping[str, Any], name: str, least: int, otherwise: Any) -> 
     if value is None:
         return otherwise
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}: wanted a whole number of at least {least}, got {value!r:.80}")
+        raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r:.80}")
     return value
 
 
 def _answers(
-    engine: "Engine", todo: Iterable[Job], ahead: int, maker: RequestMaker
+    engine: "Engine", todo: Iterable[Job], ahead: int, maker: RequestBuilder
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """The answers in order, with up to `ahead` of them under way."""
     under_way: deque[tuple[Job, Any]] = deque()
@@ -174,7 +174,7 @@ def _finished(path: Path, asked: Sequence[tuple[int, int, int]]) -> int:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"{path}: line {at + 1} is no answer to what the batch asks there; wanted a new file"
+            f"{path}: line {at + 1} is no answer to what the batch asks there; expected a new file"
         ) from error
     return len(numbers)
 

@@ -45,12 +45,12 @@ def _chat(arguments: argparse.Namespace) -> None:
     from nemoe_jax.serving.terminal.conversation import Conversation
     from nemoe_jax.serving.terminal.session import Session
     from nemoe_jax.serving.terminal.slash_commands import COMMANDS
-    from nemoe_jax.serving.terminal.terminal import Pipe, Terminal
+    from nemoe_jax.serving.terminal.terminal import PipeIO, TerminalIO
     from nemoe_jax.text.chat import render
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: wanted a positive number, got {arguments.max_new_tokens}")
+        raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
     if arguments.seed is None:
         arguments.seed = random.SystemRandom().randrange(2**31)
     wishes = Request(
@@ -63,7 +63,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     config = reader.read_config(arguments.directory)
     context = min(CONTEXT, config.context) if arguments.context is None else arguments.context
     if not 1 < context <= config.context:
-        raise UserError(f"--context: wanted 2 to the model's {config.context}, got {context}")
+        raise UserError(f"--context: expected 2 to the model's {config.context}, got {context}")
     wishes.sampling.check(config.vocab)
     tokenizer = load_tokenizer(arguments.directory)
     try:
@@ -79,10 +79,10 @@ def _chat(arguments: argparse.Namespace) -> None:
     with engine_from_args(arguments, tokenizer, rows=1, tokens=context) as engine:
         session = Session(conversation, engine, wishes, arguments.preset, end_tokens(config, tokenizer))
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            session.run(Pipe())
+            session.run(PipeIO())
             return
         engine.submit(Request((1, 1), 1), lambda piece: None)  # compiles while the first message is typed
         name = model_flags.name_of(arguments.directory)
-        terminal = Terminal([f"/{command}" for command in COMMANDS], lambda: f"{name} · {session.status()}")
+        terminal = TerminalIO([f"/{command}" for command in COMMANDS], lambda: f"{name} · {session.status()}")
         terminal.note(f"{name}: {config.family}, {context} tokens of context. /help shows the commands, Ctrl-D ends.")
         session.run(terminal)

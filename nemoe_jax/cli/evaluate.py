@@ -8,7 +8,7 @@ from typing import Any
 
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import EXIT_BAD_INPUT, Command, report
+from nemoe_jax.utils.command import EXIT_BAD_INPUT, Command, print_figures
 
 BATCHES = 16
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -90,25 +90,25 @@ def _perplexity(arguments: argparse.Namespace) -> None:
         return
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.evaluation.perplexity import check_window, evaluate, sliding_loss
-    from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize
+    from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     config = reader.read_config(arguments.directory)
     length = min(256, config.context) if arguments.sequence_length is None else arguments.sequence_length
     if not 1 <= length <= config.context:
-        raise UserError(f"--sequence-length: wanted 1 to the context of {config.context}, got {length}")
+        raise UserError(f"--sequence-length: expected 1 to the context of {config.context}, got {length}")
     window, batches = arguments.window, arguments.batches
     stride = window // 2 if window and arguments.stride is None else arguments.stride
     if window is not None:
         check_window(window, stride, config.context)
-    stream = tokenize(find_files(arguments.texts), load_tokenizer(arguments.directory), vocab=config.vocab)
+    stream = tokenize_files(find_files(arguments.texts), load_tokenizer(arguments.directory), vocab=config.vocab)
     if window is None:
         spaced = spaced_batches(stream, length, arguments.batch_size, BATCHES if batches is None else batches)
-        _, params, mesh = model_flags.load(arguments)
+        _, params, mesh = model_flags.load_model_from_args(arguments)
         result = evaluate(config, params, spaced, mesh)
     else:
         windows = None if batches is None else batches * arguments.batch_size
-        _, params, mesh = model_flags.load(arguments)
+        _, params, mesh = model_flags.load_model_from_args(arguments)
         result = sliding_loss(
             config, params, stream, window, stride, batch_size=arguments.batch_size, windows=windows, mesh=mesh
         )
@@ -122,7 +122,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
         figures["load_max_over_mean"] = result.load_max_over_mean
         if arguments.json:
             figures["expert_load"] = result.load_LE.tolist()
-    report(figures, arguments.json)
+    print_figures(figures, arguments.json)
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -130,7 +130,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     for name in ("batch_size", "batches"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: wanted a positive number, got {value}")
+            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
     of_way = {
         "--needle": ("lengths", "depths", "seed", "kv_cache"),
         "--window": ("stride",),
@@ -152,14 +152,14 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 def _needle(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.evaluation.needle import find_needles, print_findings
-    from nemoe_jax.text.corpus import find_files, tokenize
+    from nemoe_jax.text.corpus import find_files, tokenize_files
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     context = reader.read_config(arguments.directory).context
     lengths = arguments.lengths or [context // 4, context // 2, context]
     tokenizer = load_tokenizer(arguments.directory)
-    config, params, mesh = model_flags.load(arguments)
-    stream = tokenize(find_files(arguments.texts), tokenizer, vocab=config.vocab)
+    config, params, mesh = model_flags.load_model_from_args(arguments)
+    stream = tokenize_files(find_files(arguments.texts), tokenizer, vocab=config.vocab)
     findings = find_needles(
         config,
         params,
@@ -184,18 +184,18 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.suite and arguments.num_fewshot is not None:
         raise UserError("--num-fewshot: a suite has its own; only with --tasks")
     if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
-        raise UserError(f"--num-fewshot: wanted 0 or more, got {arguments.num_fewshot}")
+        raise UserError(f"--num-fewshot: expected 0 or more, got {arguments.num_fewshot}")
     if arguments.batch_size < 1:
-        raise UserError(f"--batch-size: wanted a positive number, got {arguments.batch_size}")
+        raise UserError(f"--batch-size: expected a positive number, got {arguments.batch_size}")
     limit = arguments.limit
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise UserError(f"--limit: wanted a whole number of questions or a share between 0 and 1, got {limit:g}")
+        raise UserError(f"--limit: expected a whole number of questions or a share between 0 and 1, got {limit:g}")
     lm_eval_suites.prepare_harness()
 
     def load() -> Any:
-        from nemoe_jax.evaluation.lm_eval_model import Nemoe
+        from nemoe_jax.evaluation.lm_eval_model import NemoeLM
 
-        return Nemoe(
+        return NemoeLM(
             arguments.directory,
             dtype=arguments.dtype,
             mesh=arguments.mesh,

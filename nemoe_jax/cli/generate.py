@@ -11,10 +11,10 @@ from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.completion import collect, shown
 from nemoe_jax.serving.engine.request import Request
-from nemoe_jax.utils.command import Command, read_text, report
+from nemoe_jax.utils.command import Command, print_figures, read_text
 
 if TYPE_CHECKING:
-    from nemoe_jax.serving.request_builder import RequestMaker
+    from nemoe_jax.serving.request_builder import RequestBuilder
 
 DETAILS = """\
 A batch is a file of JSON lines, each {"prompt": …} or {"messages": […], "tools": […]}; a line may have an "id", and
@@ -57,7 +57,7 @@ def add(command: Command) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.cli import batch
-    from nemoe_jax.serving.request_builder import RequestMaker
+    from nemoe_jax.serving.request_builder import RequestBuilder
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     _check(arguments)
@@ -69,7 +69,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_logprobs=arguments.logprobs,
         adapter=arguments.adapter,
     )
-    maker = RequestMaker(reader.read_config(arguments.directory), load_tokenizer(arguments.directory))
+    maker = RequestBuilder(reader.read_config(arguments.directory), load_tokenizer(arguments.directory))
     if arguments.batch is not None:
         batch.run(arguments, maker, wishes)
     else:
@@ -81,18 +81,18 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             kind = "a positive number" if least else "0 or more"
-            raise UserError(f"--{name.replace('_', '-')}: wanted {kind}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')}: expected {kind}, got {value}")
     if (arguments.batch is None) != (arguments.output is None):
         raise UserError("--batch IN.jsonl and --output OUT.jsonl go together (- is standard input and output)")
     if arguments.tool_choice is not None and arguments.chat is None:
-        raise UserError("--tool-choice: wanted with --chat (a batch's lines have their own)")
+        raise UserError("--tool-choice: needs --chat (a batch's lines have their own)")
     if arguments.schema is not None and arguments.batch is not None:
-        raise UserError("--schema: wanted without --batch (its lines have their own)")
+        raise UserError("--schema: not with --batch (its lines have their own)")
     if arguments.logprobs is not None and not arguments.json and arguments.batch is None:
-        raise UserError("--logprobs: wanted with --json or --batch, which can show them")
+        raise UserError("--logprobs: needs --json or --batch, which can show them")
 
 
-def _answer(arguments: argparse.Namespace, maker: "RequestMaker", wishes: Request) -> None:
+def _answer(arguments: argparse.Namespace, maker: "RequestBuilder", wishes: Request) -> None:
     """One answer, shown as it comes."""
     from nemoe_jax.text.chat import render
 
@@ -111,7 +111,7 @@ def _answer(arguments: argparse.Namespace, maker: "RequestMaker", wishes: Reques
         answer = collect(engine.submit(request), maker.ends, show, tool_reader)
     if arguments.json:
         figures = answer.figures(maker.tokenizer, prompt_tokens, wishes.top_logprobs is not None)
-        report({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
+        print_figures({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
         return
     print()
     for call in answer.parsed.calls if answer.parsed else ():

@@ -9,7 +9,7 @@ import numpy as np
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.command import Command
-from nemoe_jax.utils.output_path import growing
+from nemoe_jax.utils.output_path import atomic_write
 
 
 def add(command: Command) -> None:
@@ -35,15 +35,18 @@ def _logits(arguments: argparse.Namespace) -> None:
     try:
         tokens = np.array([[int(token) for token in arguments.tokens.split(",")]], np.int32)
     except ValueError as error:
-        raise UserError(f"--tokens: wanted numbers separated by commas, got {arguments.tokens!r}") from error
+        raise UserError(f"--tokens: expected numbers separated by commas, got {arguments.tokens!r}") from error
     config = reader.read_config(arguments.directory)
     if tokens.min() < 0 or tokens.max() >= config.vocab:
-        raise UserError(f"--tokens: wanted ids from 0 to {config.vocab - 1}, got {arguments.tokens}")
+        raise UserError(f"--tokens: expected ids from 0 to {config.vocab - 1}, got {arguments.tokens}")
     if tokens.shape[1] > config.context:
         raise UserError(f"--tokens: {tokens.shape[1]} tokens exceed the context of {config.context}")
-    _, params, mesh = model_flags.load(arguments)
+    _, params, mesh = model_flags.load_model_from_args(arguments)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         logits = jax.jit(lambda params, tokens: forward(config, params, tokens).logits)(params, tokens)
-    with growing(Path(arguments.out)) as partial, partial.open("wb") as file:  # by name, NumPy would add its own suffix
+    with (
+        atomic_write(Path(arguments.out)) as partial,
+        partial.open("wb") as file,
+    ):  # by name, NumPy would add its own suffix
         np.save(file, np.asarray(logits[0]))
     print(f"{arguments.out}: float32 {logits.shape[1]} × {logits.shape[2]}")

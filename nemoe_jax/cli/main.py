@@ -1,4 +1,4 @@
-"""The command `nemoe`: looks into models, tokenises, runs and scores them."""
+"""The command `nemoe`: looks into models, tokenizes, runs and scores them."""
 
 import sys
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Looks into Hugging Face model directories of the NeMo family (Mistral, Llama, Mi
 Three commands share one kind of file, the Hugging Face model directory:
   nemoe-convert carve DENSE MOE          takes a dense model apart into experts
   nemoe-train run RECIPE model=MOE …     repairs or fine-tunes it (LoRA, distillation), or trains from scratch
-  nemoe generate MOE --prompt "…"        runs it; this command also inspects, scores and tokenises
+  nemoe generate MOE --prompt "…"        runs it; this command also inspects, scores and tokenizes
 """
 
 

@@ -54,12 +54,12 @@ def name_of(directory: str) -> str:
     return path.resolve().name if path.name in ("", "..") else path.name
 
 
-def load(arguments: argparse.Namespace) -> Model:
+def load_model_from_args(arguments: argparse.Namespace) -> Model:
     """The model of `arguments.directory`, as the flags of `add_model_flags` say. Raises UserError."""
     from nemoe_jax.checkpoints import pretrained
 
     mesh = make_mesh(parse_mesh(arguments.mesh)) if arguments.mesh else None
-    config, params = pretrained.load(arguments.directory, mesh=mesh, dtype=arguments.dtype, progress=True)
+    config, params = pretrained.load_pretrained(arguments.directory, mesh=mesh, dtype=arguments.dtype, progress=True)
     return Model(config, params, mesh)
 
 
@@ -89,7 +89,7 @@ def engine_from_args(
     from nemoe_jax.adapters import peft_load
     from nemoe_jax.serving.engine.engine import Engine
 
-    config, params, mesh = model_flags.load(arguments)
+    config, params, mesh = model_flags.load_model_from_args(arguments)
     adapters = {}
     if arguments.adapter:
         adapters[arguments.adapter] = peft_load.load_adapters(arguments.adapter, config, mesh, progress=True)[1]

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
-from nemoe_jax.inference.sampling import PRESETS, Sampling
+from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
 from nemoe_jax.utils.command import Command
 
 if TYPE_CHECKING:
-    from nemoe_jax.serving.api.served_model import Served
+    from nemoe_jax.serving.api.served_model import ServedModel
 
 KEY = "NEMOE_API_KEY"
 DETAILS = f"""\
@@ -80,7 +80,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     with bind(arguments.host, arguments.port) as bound:
         served = _load(arguments, adapters)
-        server = HttpServer(arguments.drain_seconds, give_up=lambda: served.engine.close(drain=False))
+        server = HttpServer(arguments.drain_seconds, abort=lambda: served.engine.close(drain=False))
         try:
             _warm_up(served)
             app = create_app(
@@ -101,25 +101,25 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
     for name in ("rows", "kv_tokens", "queue", "max_tokens_limit", "max_request_bytes", "drain_seconds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: wanted a positive number, got {value}")
+            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
     if not 0 <= arguments.port < 2**16:
-        raise UserError(f"--port: wanted 0 to 65535, got {arguments.port}")
+        raise UserError(f"--port: expected 0 to 65535, got {arguments.port}")
     arguments.name = arguments.name or model_flags.name_of(arguments.directory)
     adapters: dict[str, str] = {}
     for word in arguments.adapter:
         name, _, directory = word.partition("=")
         if not name or not directory:
-            raise UserError(f"--adapter: wanted NAME=DIR, got {word!r}")
+            raise UserError(f"--adapter: expected NAME=DIR, got {word!r}")
         if name in adapters or name == arguments.name:
             raise UserError(f"--adapter {word}: the name {name} is taken")
         adapters[name] = directory
     return adapters
 
 
-def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "Served":
+def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedModel":
     from nemoe_jax.adapters import peft_load
     from nemoe_jax.checkpoints import reader
-    from nemoe_jax.serving.api.served_model import Served
+    from nemoe_jax.serving.api.served_model import ServedModel
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
@@ -127,7 +127,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "Served":
     for path in adapters.values():  # before the weights are loaded
         peft_load.read_targets(path, reader.read_config(arguments.directory))
     _say(f"loading {arguments.directory}")
-    config, params, mesh = model_flags.load(arguments)
+    config, params, mesh = model_flags.load_model_from_args(arguments)
     trees = {name: peft_load.load_adapters(path, config, mesh, progress=True)[1] for name, path in adapters.items()}
     engine = Engine(
         config,
@@ -140,7 +140,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "Served":
         cache_dtype=arguments.kv_cache,
         adapters=trees or None,
     )
-    return Served(
+    return ServedModel(
         engine,
         config,
         tokenizer,
@@ -152,7 +152,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "Served":
     )
 
 
-def _warm_up(served: "Served") -> None:
+def _warm_up(served: "ServedModel") -> None:
     """Compiles what requests need, so that the first ones do not wait for it. Raises UserError where it fails."""
     from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.engine.runner import CHUNK
@@ -164,7 +164,7 @@ def _warm_up(served: "Served") -> None:
     # prompts are read in chunks padded to powers of two
     lengths = {min(most, CHUNK >> halvings) for halvings in range(CHUNK.bit_length())}
     requests = [Request((token,) * length, WARM_UP_TOKENS) for length in sorted(lengths)]
-    requests.append(Request((token,), WARM_UP_TOKENS, Sampling(repetition_penalty=1.1), top_logprobs=0))
+    requests.append(Request((token,), WARM_UP_TOKENS, SamplingParams(repetition_penalty=1.1), top_logprobs=0))
     with contextlib.suppress(UserError):  # a tokenizer that no grammar can be made of
         requests.append(Request((token,), WARM_UP_TOKENS, constraint=json_object(served.vocabulary)))
     for request in requests:

@@ -35,10 +35,10 @@ def add(command: Command) -> None:
         "tokenizer", metavar="DIR|FILE", help="a model directory, tekken.json, tokenizer.json or tokenizer.model"
     )
     parser.add_argument(
-        "file", nargs="?", default="-", metavar="FILE|-", help="text to tokenise (default: standard input)"
+        "file", nargs="?", default="-", metavar="FILE|-", help="text to tokenize (default: standard input)"
     )
     parser.add_argument(
-        "--chat", metavar="FILE", help="tokenise a JSON list of messages in the model's chat format instead"
+        "--chat", metavar="FILE", help="tokenize a JSON list of messages in the model's chat format instead"
     )
     parser.add_argument("--pieces", action="store_true", help="print the text of each token instead of its id")
 
@@ -107,9 +107,9 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     """The tokenizers and the text among the arguments."""
     tokenizers = next((i for i, word in enumerate(words) if i > 1 and not _is_tokenizer(Path(word))), len(words))
     if tokenizers < 2:
-        raise UserError(f"tokenize compare: wanted two tokenizers and text, got only {words[0]}")
+        raise UserError(f"tokenize compare: expected two tokenizers and text, got only {words[0]}")
     if tokenizers == len(words):
-        raise UserError(f"tokenize compare: wanted text after the tokenizers {', '.join(words)}")
+        raise UserError(f"tokenize compare: expected text after the tokenizers {', '.join(words)}")
     return words[:tokenizers], words[tokenizers:]
 
 

@@ -1,6 +1,6 @@
 """A model directory as a model of EleutherAI's lm-evaluation-harness, by the name `nemoe`.
 
-    import nemoe_jax.evaluation.harness  # registers it
+    import nemoe_jax.evaluation.lm_eval_model  # registers it
     lm_eval.simple_evaluate(model="nemoe", model_args="pretrained=models/nemo", tasks=["hellaswag"])
 
 The contract is that of the harness's Hugging Face model: the same boundary of tokens between a context and what
@@ -19,12 +19,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from nemoe_jax.checkpoints.pretrained import load
+from nemoe_jax.checkpoints.pretrained import load_pretrained
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.lm_eval_text import HarnessText
 from nemoe_jax.evaluation.scoring import Ending, score
 from nemoe_jax.inference.generate import cache_dtype_of
-from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.text.tokenizers.load import load_tokenizer
@@ -38,7 +38,7 @@ Pair = tuple[tuple[str, str] | None, list[int], list[int]]  # the texts, the con
 
 
 @register_model("nemoe")
-class Nemoe(TemplateLM):
+class NemoeLM(TemplateLM):
     """A model directory with a tokenizer, on the devices of a mesh."""
 
     def __init__(
@@ -68,13 +68,13 @@ class Nemoe(TemplateLM):
         self.tokenizer = load_tokenizer(pretrained)
         self.text = HarnessText(self.tokenizer)
         self.mesh = make_mesh(parse_mesh(mesh)) if mesh else None
-        self.model_config, self.params = load(pretrained, mesh=self.mesh, dtype=dtype, progress=True)
+        self.model_config, self.params = load_pretrained(pretrained, mesh=self.mesh, dtype=dtype, progress=True)
         self.max_length = self.model_config.context if max_length is None else int(max_length)
         if not 1 <= self.max_length <= self.model_config.context:
-            raise UserError(f"max_length: wanted 1 to the context of {self.model_config.context}, got {max_length}")
+            raise UserError(f"max_length: expected 1 to the context of {self.model_config.context}, got {max_length}")
         self.batch_size, self.cache_dtype = int(batch_size), cache_dtype
         if self.batch_size < 1:
-            raise UserError(f"batch_size: wanted a positive number, got {batch_size}")
+            raise UserError(f"batch_size: expected a positive number, got {batch_size}")
         cache_dtype_of(self.params, cache_dtype)  # raises here, and not hours later
         self._encoded = functools.lru_cache(CONTEXTS_KEPT)(lambda *key: tuple(self.text.encode(*key)))
 
@@ -116,7 +116,7 @@ class Nemoe(TemplateLM):
         for texts, context, continuation in requests:
             if not continuation or len(continuation) > self.max_length:
                 text = "" if texts is None else f": {texts[1]!r:.60}"
-                wanted = f"wanted a continuation of 1 to {self.max_length} tokens"
+                wanted = f"expected a continuation of 1 to {self.max_length} tokens"
                 raise UserError(f"loglikelihood: {wanted}, got {len(continuation)}{text}")
             tokens = np.array((context + continuation)[-(self.max_length + 1) :], np.int32)
             endings.append(Ending(tokens, len(continuation)))
@@ -172,11 +172,13 @@ class Nemoe(TemplateLM):
         left: dict[str, Any] = dict(normalize_gen_kwargs(wishes, DEFAULT_NEW_TOKENS))
         until, new_tokens = left.pop("until"), left.pop("max_gen_toks")
         left.pop("do_sample")
-        sampling = Sampling(**{name: left.pop(name) for name in SAMPLING_WISHES if name in left})
+        sampling = SamplingParams(**{name: left.pop(name) for name in SAMPLING_WISHES if name in left})
         if left:
             raise UserError(f"generation_kwargs: {', '.join(left)}: not known here")
         if not 1 <= new_tokens < self.max_length:
-            raise UserError(f"max_gen_toks: wanted 1 to {self.max_length - 1}, less than the context, got {new_tokens}")
+            raise UserError(
+                f"max_gen_toks: expected 1 to {self.max_length - 1}, less than the context, got {new_tokens}"
+            )
         ids = self.text.encode(context)[-(self.max_length - new_tokens) :]
         stop_tokens = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
         stop = tuple(text for text in until if text)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemoe_jax.errors import UserError, listed
-from nemoe_jax.utils.output_path import growing
+from nemoe_jax.utils.output_path import atomic_write
 
 RATES = ("acc", "exact_match", "em", "f1")  # what metrics from 0 to 1 are called
 BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that has no formula
@@ -119,7 +119,7 @@ def run(
             continue
         model = model or load()
         try:
-            document["tasks"][one.task] = evaluate(model, one, loaded, settings)
+            document["tasks"][one.task] = run_task(model, one, loaded, settings)
         except UserError as error:
             problems.append(f"{one.task}: {error}")
             continue
@@ -128,7 +128,7 @@ def run(
     return document, problems
 
 
-def evaluate(model: Any, benchmark: Benchmark, loaded: Any, settings: Settings) -> dict[str, Any]:
+def run_task(model: Any, benchmark: Benchmark, loaded: Any, settings: Settings) -> dict[str, Any]:
     """The harness's results of one loaded task, or of all of a group's."""
     import lm_eval
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -185,7 +185,7 @@ def read_results(output: Path | None, settings: Settings, benchmarks: Sequence[B
                 found[f"shots of {one.task}"] = held["tasks"][one.task]["wanted_shots"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{output}: not the results of nemoe eval ({error!r})") from error
-    wrong = [f"{key}: wanted {wanted[key]}, it has {found[key]}" for key in wanted if wanted[key] != found[key]]
+    wrong = [f"{key}: expected {wanted[key]}, it has {found[key]}" for key in wanted if wanted[key] != found[key]]
     if wrong:
         raise UserError(f"{output} holds results of other settings ({listed(wrong)}); give another --output")
     return document | {"tasks": held["tasks"]}
@@ -193,7 +193,7 @@ def read_results(output: Path | None, settings: Settings, benchmarks: Sequence[B
 
 def write_results(output: Path, document: dict[str, Any]) -> None:
     """The document, whole or not at all."""
-    with growing(output) as partial:
+    with atomic_write(output) as partial:
         partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -38,7 +38,7 @@ class HarnessText:
         for token in (self.tokenizer.bos_id, self.tokenizer.eos_id):
             if token is not None:
                 return token
-        raise UserError(f"{self.tokenizer.path}: wanted a begin- or end-of-sequence token, to score texts from")
+        raise UserError(f"{self.tokenizer.path}: expected a begin- or end-of-sequence token, to score texts from")
 
     def encode(self, text: str, surrounded: bool | None = None) -> list[int]:
         """Ids; by default `surrounded` as the tokenizer does it."""

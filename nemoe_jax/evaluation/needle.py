@@ -26,8 +26,8 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.scoring import of_targets
 from nemoe_jax.inference.generate import cache_dtype_of
 from nemoe_jax.kernels.attention.paged import PAGE
-from nemoe_jax.model.kv_cache import Cache, empty_cache
-from nemoe_jax.model.transformer import hidden, logits
+from nemoe_jax.model.kv_cache import KVCache, empty_cache
+from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.load import Tokenizer
@@ -76,7 +76,7 @@ def haystack(
     before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     lines = len(before) + len(planted) + len(question) + max(len(answer), len(wrong))
     if length < lines:
-        raise UserError(f"needle: wanted lengths of at least the {lines} tokens of its lines, got {length}")
+        raise UserError(f"needle: expected lengths of at least the {lines} tokens of its lines, got {length}")
     hay = np.resize(filler, length - lines).tolist()
     cut = round(len(hay) * depth / 100)
     prompt = [*before, *hay[:cut], *planted, *hay[cut:], *question]
@@ -116,10 +116,10 @@ def find_needles(
         raise UserError("needle: the filler text is empty")
     wrong = [length for length in lengths if length > config.context]
     if wrong:
-        raise UserError(f"needle: wanted lengths up to the context of {config.context} tokens, got {wrong[0]}")
+        raise UserError(f"needle: expected lengths up to the context of {config.context} tokens, got {wrong[0]}")
     outside = [depth for depth in depths if not 0 <= depth <= 100]
     if outside:
-        raise UserError(f"needle: wanted depths from 0 to 100 per cent, got {outside[0]:g}")
+        raise UserError(f"needle: expected depths from 0 to 100 per cent, got {outside[0]:g}")
     rng = random.Random(seed)
     plans = []
     for length in lengths:
@@ -137,8 +137,8 @@ def find_needles(
         for length, depth, number, wrong_number, hay in bar.track(plans, description="looking for needles"):
             started = time.monotonic()
             cache = _empty(config, slots, dtype)
-            for tokens_BT, counts_B in chunks(hay.prompt[:-1], min(CHUNK, slots)):
-                cache = _read(config, params, tokens_BT, counts_B, cache)
+            for tokens_BT, num_new_tokens_B in chunks(hay.prompt[:-1], min(CHUNK, slots)):
+                cache = _read(config, params, tokens_BT, num_new_tokens_B, cache)
             logprob, found = answer_score(config, params, cache, hay.prompt[-1], hay.answer)
             wrong_logprob, _ = answer_score(config, params, cache, hay.prompt[-1], hay.wrong)
             seconds = time.monotonic() - started
@@ -156,14 +156,14 @@ def chunks(tokens: Sequence[int], width: int) -> Iterator[tuple[np.ndarray, np.n
 
 
 def answer_score(
-    config: ModelConfig, params: Tree, cache: Cache, last: int, answer: Sequence[int]
+    config: ModelConfig, params: Tree, cache: KVCache, last: int, answer: Sequence[int]
 ) -> tuple[float, bool]:
     """log p of an answer behind what the cache holds and the token `last`, and whether greedy decoding gives it."""
     if len(answer) > ANSWER:
-        raise UserError(f"needle: wanted a tokenizer that writes a number in {ANSWER} tokens, got {len(answer)}")
-    ((tokens_BT, counts_B),) = chunks([last, *answer[:-1]], ANSWER)
+        raise UserError(f"needle: expected a tokenizer that writes a number in {ANSWER} tokens, got {len(answer)}")
+    ((tokens_BT, num_new_tokens_B),) = chunks([last, *answer[:-1]], ANSWER)
     target_T = np.resize(np.asarray(answer, np.int32), ANSWER)
-    logprob_T, greedy_T = _answer(config, params, tokens_BT, counts_B, cache, target_T)
+    logprob_T, greedy_T = _answer(config, params, tokens_BT, num_new_tokens_B, cache, target_T)
     return float(np.sum(logprob_T[: len(answer)])), bool(np.all(greedy_T[: len(answer)]))
 
 
@@ -185,20 +185,27 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype"))
-def _empty(config: ModelConfig, slots: int, dtype: Any) -> Cache:
+def _empty(config: ModelConfig, slots: int, dtype: Any) -> KVCache:
     return empty_cache(config, 1, slots, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _read(config: ModelConfig, params: Tree, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache) -> Cache:
-    extended = hidden(config, params, tokens_BT, cache=cache, counts_B=counts_B).cache
+def _read(
+    config: ModelConfig, params: Tree, tokens_BT: jax.Array, num_new_tokens_B: jax.Array, cache: KVCache
+) -> KVCache:
+    extended = hidden_states(config, params, tokens_BT, cache=cache, num_new_tokens_B=num_new_tokens_B).cache
     assert extended is not None
     return extended
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _answer(
-    config: ModelConfig, params: Tree, tokens_BT: jax.Array, counts_B: jax.Array, cache: Cache, target_T: jax.Array
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: jax.Array,
+    num_new_tokens_B: jax.Array,
+    cache: KVCache,
+    target_T: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    x_BTD = hidden(config, params, tokens_BT, cache=cache, counts_B=counts_B).x_BTD
+    x_BTD = hidden_states(config, params, tokens_BT, cache=cache, num_new_tokens_B=num_new_tokens_B).x_BTD
     return of_targets(logits(config, params, x_BTD)[0], target_T)

@@ -25,7 +25,7 @@ from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.progress import progress_bar
 
 
-class Evaluation(NamedTuple):
+class PerplexityResult(NamedTuple):
     """Figures over all evaluated tokens."""
 
     loss: float  # nats per token
@@ -49,9 +49,9 @@ class Evaluation(NamedTuple):
 def check_window(window: int, stride: int, context: int) -> None:
     """Raises UserError unless a window has 2 tokens to the model's context, and the stride is less than it."""
     if not 2 <= window <= context:
-        raise UserError(f"window: wanted 2 to the context of {context} tokens, got {window}")
+        raise UserError(f"window: expected 2 to the context of {context} tokens, got {window}")
     if not 1 <= stride < window:
-        raise UserError(f"stride: wanted 1 to {window - 1}, less than the window, got {stride}")
+        raise UserError(f"stride: expected 1 to {window - 1}, less than the window, got {stride}")
 
 
 def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -76,7 +76,7 @@ def sliding_loss(
     batch_size: int = 8,
     windows: int | None = None,
     mesh: Mesh | None = None,
-) -> Evaluation:
+) -> PerplexityResult:
     """Mean loss over all tokens of a text but its first; of its first `windows` windows alone, where given.
 
     Raises:
@@ -86,15 +86,15 @@ def sliding_loss(
     started = time.monotonic()
     spans = list(sliding_windows(len(stream), window, stride))[:windows]
     if not spans:
-        raise UserError(f"text: wanted at least 2 tokens, got {len(stream)}")
+        raise UserError(f"text: expected at least 2 tokens, got {len(stream)}")
     endings = [Ending(stream[start:end].astype(np.int32), count) for start, end, count in spans]
     losses = np.concatenate([-scores.logprobs for scores in score(config, params, endings, batch_size, mesh)])
-    return Evaluation(float(losses.mean(dtype=np.float64)), losses.size, time.monotonic() - started, None)
+    return PerplexityResult(float(losses.mean(dtype=np.float64)), losses.size, time.monotonic() - started, None)
 
 
 def evaluate(
     config: ModelConfig, params: Tree, batches: Sequence[tuple[np.ndarray, np.ndarray]], mesh: Mesh | None = None
-) -> Evaluation:
+) -> PerplexityResult:
     """Mean next-token loss over batches of tokens (B, T + 1) with row weights (B,), as `text.spaced_batches` gives."""
 
     @jax.jit
@@ -112,7 +112,7 @@ def evaluate(
             if routing is not None:
                 load = routing.load_E if load is None else load + routing.load_E
     tokens_scored = int(rows) * (batches[0][0].shape[1] - 1)
-    return Evaluation(
+    return PerplexityResult(
         loss=total / rows,
         tokens=tokens_scored,
         seconds=time.monotonic() - started,

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.model.transformer import hidden, logits
+from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.progress import progress_bar
@@ -55,12 +55,12 @@ def score(
     for number, (tokens, last) in enumerate(endings):
         if not 1 <= last < len(tokens) <= config.context + 1:
             raise UserError(
-                f"scoring: wanted 2 to {config.context + 1} tokens (the context and one to predict), and some but not "
+                f"scoring: expected 2 to {config.context + 1} tokens (the context and one to predict), and some, not "
                 f"all of them to score; got {len(tokens)} and {last}"
             )
         low, high = np.min(tokens), np.max(tokens)
         if low < 0 or high >= config.vocab:
-            raise UserError(f"scoring: wanted tokens from 0 to {config.vocab - 1}, got {low} to {high}")
+            raise UserError(f"scoring: expected tokens from 0 to {config.vocab - 1}, got {low} to {high}")
         alike[np.asarray(tokens[:-1], np.int32).tobytes()].append(number)
     inputs = sorted(alike, key=len, reverse=True)  # what needs most memory comes first
     lots = [inputs[first : first + batch_size] for first in range(0, len(inputs), batch_size)]
@@ -112,7 +112,7 @@ def _scores(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _hidden(config: ModelConfig, params: Tree, tokens_BT: jax.Array) -> jax.Array:
-    return hidden(config, params, tokens_BT).x_BTD
+    return hidden_states(config, params, tokens_BT).x_BTD
 
 
 @functools.partial(jax.jit, static_argnames="config")

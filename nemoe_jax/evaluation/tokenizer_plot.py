@@ -12,13 +12,13 @@ from rich.text import Text
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.tokenizer_stats import Count
-from nemoe_jax.utils.output_path import growing
+from nemoe_jax.utils.output_path import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#3b6ea5", "#c8553d", "#4f8a4f", "#c79a3a", "#7a5c99", "#777777")
+COLORS = ("#3b6ea5", "#c8553d", "#4f8a4f", "#c79a3a", "#7a5c99", "#777777")
 FORMATS = (".png", ".svg")
 BARS_WITH_LABELS = 40
 SHORT = 6  # characters, of names that fit side by side
@@ -62,8 +62,8 @@ def draw(groups: Mapping[str, Count], names: Sequence[str]) -> "Figure":
         for i in others:
             left = [place - 0.4 + width * (i - 1) for place in range(len(groups))]
             heights = [count.ratio(i) or 0 for count in groups.values()]
-            colour = COLOURS[(i - 1) % len(COLOURS)]
-            bars = axes.bar(left, heights, width, align="edge", color=colour, label=names[i])
+            color = COLORS[(i - 1) % len(COLORS)]
+            bars = axes.bar(left, heights, width, align="edge", color=color, label=names[i])
             if len(groups) * len(others) <= BARS_WITH_LABELS:
                 axes.bar_label(bars, fmt="%.2f", fontsize=7, color="white", label_type="center", rotation=slant)
         axes.axhline(1, color="#222222", linewidth=1, zorder=0)
@@ -83,7 +83,7 @@ def add_legend(axes: "Axes") -> None:
 def check_plot(path: Path) -> None:
     """Raises UserError where `write_plot` could not write, before any text is counted."""
     if path.suffix not in FORMATS:
-        raise UserError(f"--plot {path}: wanted a file name in {' or '.join(FORMATS)}")
+        raise UserError(f"--plot {path}: expected a file name in {' or '.join(FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--plot {path}: no such directory")
 
@@ -94,5 +94,5 @@ def write_plot(figure: "Figure", path: Path) -> None:
 
     undated = {"Date": None} if path.suffix == ".svg" else None
     # in an SVG, text stays text, and names are not random
-    with growing(path) as partial, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemoe"}):
+    with atomic_write(path) as partial, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemoe"}):
         figure.savefig(partial, format=path.suffix[1:], dpi=150, metadata=undated)

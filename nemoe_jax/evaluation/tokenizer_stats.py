@@ -156,7 +156,9 @@ def read_pieces(path: Path, piece_characters: int = PIECE_CHARACTERS) -> Iterato
     except UnicodeDecodeError as error:
         # the decoder's object begins with the bytes of a character that the block before left unfinished
         start = position + len(data) - len(error.object) + error.start
-        raise UserError(f"{path}: wanted UTF-8 text, got byte 0x{error.object[error.start]:02x} at {start}") from error
+        raise UserError(
+            f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at {start}"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     if held:

@@ -1,8 +1,7 @@
 """The steps of decoding on the device: what `generate` and the serving engine have in common.
 
-A row is at work while it may have more tokens (`left_B`): a stop token, logits that are no numbers, or the last token
-that was asked for end it, and from then on it costs little but its place. The token that was chosen last is not in the
-cache yet: the next step reads it.
+A slot is active while `remaining_B > 0`: a stop token, NaN logits or the last token asked for end it, and from then on
+it costs little but its place. The token sampled last is not in the cache yet: the next step reads it.
 
 B batch, T tokens of a chunk, D embed, V vocabulary, S tokens of a block, E stop tokens, N likeliest tokens, W words of
 32 bits.
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nemoe_jax.inference.sampler import Controls, Counts, choose, scores
-from nemoe_jax.inference.sampling import Sampling
-from nemoe_jax.model.kv_cache import Cache
-from nemoe_jax.model.transformer import hidden, logits
+from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, sample, scores
+from nemoe_jax.inference.sampling import SamplingParams
+from nemoe_jax.model.kv_cache import KVCache
+from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 
@@ -24,18 +23,18 @@ BLOCK = 32  # tokens that are decoded without a word from the host
 NOT_A_NUMBER = "the model's logits are no numbers (NaN): its weights are damaged, or its dtype's range is too small"
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """What a batch needs to go on; the cache and the counts stay on the device."""
 
-    cache: Cache
-    counts: Counts | None  # None where no row has a penalty
+    cache: KVCache
+    counts: TokenCounts | None  # None where no row has a penalty
     next_B: Any  # int32: the tokens chosen last, or the last ones of the prompts
     step_B: Any  # int32: tokens chosen so far
-    left_B: Any  # int32: tokens that each row may still have; 0: it rests
+    remaining_B: Any  # int32: tokens that each row may still have; 0: it rests
     stop_BE: Any  # int32: tokens that end the row; -1 for none
 
 
-def has_penalty(sampling: Sampling) -> bool:
+def has_penalty(sampling: SamplingParams) -> bool:
     """Whether the choice depends on what the prompt and the answer hold."""
     return (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
 
@@ -48,31 +47,41 @@ class Scores(NamedTuple):
     logprobs_SBN: jax.Array
 
 
-class Block(NamedTuple):
+class DecodedTokens(NamedTuple):
     """What some steps gave."""
 
     steps: jax.Array  # fewer than were asked for where every row rests
     tokens_SB: jax.Array  # a row that rests gives its last token again
-    made_B: jax.Array  # how many of them are the row's own, the first ones
+    num_generated_B: jax.Array  # how many of them are the row's own, the first ones
     failed_B: jax.Array  # bool: the row ended as its logits are no numbers, or no token is allowed
     scores: Scores | None
 
 
-def read(
-    config: ModelConfig, params: Tree, tokens_BT: Any, counts_B: Any, cache: Cache, adapters: Tree | None = None
-) -> tuple[jax.Array, Cache]:
+def prefill(
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: Any,
+    num_new_tokens_B: Any,
+    cache: KVCache,
+    adapters: Tree | None = None,
+) -> tuple[jax.Array, KVCache]:
     """Adds tokens to the cache. The logits (B, V) behind each row's last token that counts, and the cache."""
-    x_BTD, cache = read_only(config, params, tokens_BT, counts_B, cache, adapters)
+    x_BTD, cache = read_only(config, params, tokens_BT, num_new_tokens_B, cache, adapters)
     if tokens_BT.shape[1] > 1:
-        x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(counts_B - 1, 0)[:, None, None], axis=1)
+        x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(num_new_tokens_B - 1, 0)[:, None, None], axis=1)
     return logits(config, params, x_BTD, adapters, decoding=True)[:, 0], cache
 
 
 def read_only(
-    config: ModelConfig, params: Tree, tokens_BT: Any, counts_B: Any, cache: Cache, adapters: Tree | None = None
-) -> tuple[jax.Array, Cache]:
+    config: ModelConfig,
+    params: Tree,
+    tokens_BT: Any,
+    num_new_tokens_B: Any,
+    cache: KVCache,
+    adapters: Tree | None = None,
+) -> tuple[jax.Array, KVCache]:
     """`read` without the head: the hidden states (B, T, D)."""
-    output = hidden(config, params, tokens_BT, adapters=adapters, cache=cache, counts_B=counts_B)
+    output = hidden_states(config, params, tokens_BT, adapters=adapters, cache=cache, num_new_tokens_B=num_new_tokens_B)
     assert output.cache is not None
     return output.x_BTD, output.cache
 
@@ -80,41 +89,45 @@ def read_only(
 def decode(
     config: ModelConfig,
     params: Tree,
-    state: State,
+    state: DecodeState,
     steps: Any,
-    controls: Controls,
+    controls: SamplerInputs,
     *,
     adapters: Tree | None = None,
     allowed_BW: Any | None = None,
     top: int | None = None,
-) -> tuple[State, Block]:
+) -> tuple[DecodeState, DecodedTokens]:
     """Up to `steps` tokens of each row, at most `BLOCK`; jit it, with `config` and `top` closed over.
 
     Args:
-        params: as `for_decoding` gives them.
+        params: as `prepare_decode_params` gives them.
         adapters: LoRA adapters (lora.py).
         allowed_BW: bits of the tokens that may come next (see `choose`); then one step is all that makes sense.
-        top: of how many likeliest tokens the log-probabilities are wanted; None: of no token at all.
+        top: how many of the likeliest tokens get log-probabilities; None: of no token at all.
     """
 
     def step(carry):
         state, block = carry
-        working_B = (state.left_B > 0).astype(jnp.int32)
-        logits_BV, cache = read(config, params, state.next_B[:, None], working_B, state.cache, adapters)
+        working_B = (state.remaining_B > 0).astype(jnp.int32)
+        logits_BV, cache = prefill(config, params, state.next_B[:, None], working_B, state.cache, adapters)
         return take(logits_BV, state._replace(cache=cache), block, controls, allowed_BW)
 
-    state = State(*jax.tree.map(jnp.asarray, tuple(state)))
+    state = DecodeState(*jax.tree.map(jnp.asarray, tuple(state)))
     return jax.lax.while_loop(
-        lambda carry: (carry[1].steps < steps) & (carry[0].left_B > 0).any(), step, (state, no_steps(state, top))
+        lambda carry: (carry[1].steps < steps) & (carry[0].remaining_B > 0).any(), step, (state, no_steps(state, top))
     )
 
 
 def take(
-    logits_BV: jax.Array, state: State, block: Block, controls: Controls, allowed_BW: Any | None = None
-) -> tuple[State, Block]:
+    logits_BV: jax.Array,
+    state: DecodeState,
+    block: DecodedTokens,
+    controls: SamplerInputs,
+    allowed_BW: Any | None = None,
+) -> tuple[DecodeState, DecodedTokens]:
     """The next token of each row that is at work, as the last one of the block."""
-    working_B = state.left_B > 0
-    token_B = choose(logits_BV, controls, state.counts, state.step_B, allowed_BW)
+    working_B = state.remaining_B > 0
+    token_B = sample(logits_BV, controls, state.counts, state.step_B, allowed_BW)
     chosen_B = working_B & (token_B >= 0)
     next_B = jnp.where(chosen_B, token_B, state.next_B)
     ended_B = (next_B[:, None] == state.stop_BE).any(axis=1)
@@ -122,19 +135,19 @@ def take(
     if given is not None:
         arrays = scores(logits_BV, next_B, given.tokens_SBN.shape[2])
         given = Scores(*(into.at[block.steps].set(new) for into, new in zip(given, arrays, strict=True)))
-    block = Block(
+    block = DecodedTokens(
         block.steps + 1,
         block.tokens_SB.at[block.steps].set(next_B),
-        block.made_B + chosen_B,
+        block.num_generated_B + chosen_B,
         block.failed_B | (working_B & ~chosen_B),
         given,
     )
     counts = None if state.counts is None else state.counts.add(next_B, chosen_B)
-    left_B = jnp.where(chosen_B & ~ended_B, state.left_B - 1, 0)
-    return State(state.cache, counts, next_B, state.step_B + chosen_B, left_B, state.stop_BE), block
+    remaining_B = jnp.where(chosen_B & ~ended_B, state.remaining_B - 1, 0)
+    return DecodeState(state.cache, counts, next_B, state.step_B + chosen_B, remaining_B, state.stop_BE), block
 
 
-def no_steps(state: State, top: int | None) -> Block:
+def no_steps(state: DecodeState, top: int | None) -> DecodedTokens:
     """A block of no steps."""
     batch = len(state.next_B)
     tokens_SB, zeros_B = jnp.zeros((BLOCK, batch), jnp.int32), jnp.zeros(batch, jnp.int32)
@@ -143,4 +156,4 @@ def no_steps(state: State, top: int | None) -> Block:
         given = Scores(
             jnp.zeros((BLOCK, batch)), jnp.zeros((BLOCK, batch, top), jnp.int32), jnp.zeros((BLOCK, batch, top))
         )
-    return Block(jnp.int32(0), tokens_SB, zeros_B, zeros_B > 0, given)
+    return DecodedTokens(jnp.int32(0), tokens_SB, zeros_B, zeros_B > 0, given)

@@ -16,25 +16,35 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, Block, State, decode, has_penalty, no_steps, read, take
-from nemoe_jax.inference.sampler import Controls, Counts, controls
-from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.inference.decode import (
+    BLOCK,
+    NOT_A_NUMBER,
+    DecodedTokens,
+    DecodeState,
+    decode,
+    has_penalty,
+    no_steps,
+    prefill,
+    take,
+)
+from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, controls
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import PAGE
-from nemoe_jax.kernels.backend import platform
-from nemoe_jax.model.decode_weights import for_decoding
+from nemoe_jax.kernels.backend import target_platform
+from nemoe_jax.model.decode_weights import prepare_decode_params
 from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 
 PREFILL = 2048  # tokens of a prompt that are read at a time: bounds memory, and gives every expert many rows
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 
 
 def cache_dtype_of(params: Tree, name: str | None) -> Any:
     """The dtype of keys and values: as named, or the model's own. Raises UserError where there is none of that name."""
     if name not in (None, *CACHE_DTYPES):
-        raise UserError(f"cache dtype: wanted one of {', '.join(CACHE_DTYPES)}, got {name!r}")
+        raise UserError(f"cache dtype: expected one of {', '.join(CACHE_DTYPES)}, got {name!r}")
     return jnp.dtype(name or params["embed"].dtype)
 
 
@@ -43,7 +53,7 @@ def generate(
     params: Tree,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     stop: Sequence[int] = (),
     mesh: Mesh | None = None,
     cache_dtype: str | None = None,
@@ -62,9 +72,9 @@ def generate(
     """
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     if not lengths_B.size or lengths_B.min() < 1:
-        raise UserError("empty prompt: wanted at least one token")
+        raise UserError("empty prompt: expected at least one token")
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: wanted a positive number, got {max_new_tokens}")
+        raise UserError(f"max_new_tokens: expected a positive number, got {max_new_tokens}")
     if lengths_B.max() + max_new_tokens > config.context:
         raise UserError(
             f"prompt of {lengths_B.max()} tokens + {max_new_tokens} new tokens exceed the context of {config.context}"
@@ -79,14 +89,14 @@ def generate(
     with ambient():
         penalties, stop_E = has_penalty(sampling), np.array([*stop, -1], np.int32)
         state, logits_BV = _start(config, slots, dtype, penalties, max_new_tokens, stop_E)
-        for tokens_BT, counts_B in _chunks(prompts, lengths_B):
-            state, logits_BV = _prefill(config, params, tokens_BT, counts_B, state, logits_BV)
+        for tokens_BT, num_new_tokens_B in _chunks(prompts, lengths_B):
+            state, logits_BV = _prefill(config, params, tokens_BT, num_new_tokens_B, state, logits_BV)
         state, block = _first(state, logits_BV, wishes)
-        params = for_decoding(params, len(prompts))
+        params = prepare_decode_params(params, len(prompts))
         # the device works on one block while the one before it is read; but on CPU what waits would hold a thread
-        ahead = 1 if platform() == "cpu" else 2
+        ahead = 1 if target_platform() == "cpu" else 2
     yield from _tokens(block)
-    under_way: deque[Block] = deque()
+    under_way: deque[DecodedTokens] = deque()
     size, left = 1, max_new_tokens - 1
     while left or under_way:
         if left:
@@ -102,7 +112,7 @@ def generate(
             yield from tokens_SB
 
 
-def _tokens(block: Block) -> np.ndarray:
+def _tokens(block: DecodedTokens) -> np.ndarray:
     """A block's tokens (S, B). Raises UserError where the logits were no numbers."""
     if np.any(block.failed_B):
         raise UserError(NOT_A_NUMBER)
@@ -129,32 +139,34 @@ def _rounded(length: int) -> int:
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "counted"))
 def _start(
     config: ModelConfig, slots: tuple[int, ...], dtype: Any, counted: bool, max_new_tokens: Any, stop_E: Any
-) -> tuple[State, jax.Array]:
+) -> tuple[DecodeState, jax.Array]:
     batch = len(slots)
     cache, zeros_B = empty_cache(config, batch, slots, dtype), jnp.zeros(batch, jnp.int32)
-    counts = Counts.empty(batch, config.vocab) if counted else None
+    counts = TokenCounts.empty(batch, config.vocab) if counted else None
     stop_BE = jnp.broadcast_to(stop_E, (batch, len(stop_E)))
-    state = State(cache, counts, zeros_B, zeros_B, zeros_B + max_new_tokens, stop_BE)
+    state = DecodeState(cache, counts, zeros_B, zeros_B, zeros_B + max_new_tokens, stop_BE)
     return state, jnp.zeros((batch, config.vocab), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames=("state", "logits_BV"))
 def _prefill(
-    config: ModelConfig, params: Tree, tokens_BT: Any, counts_B: Any, state: State, logits_BV: jax.Array
-) -> tuple[State, jax.Array]:
+    config: ModelConfig, params: Tree, tokens_BT: Any, num_new_tokens_B: Any, state: DecodeState, logits_BV: jax.Array
+) -> tuple[DecodeState, jax.Array]:
     """A chunk of the prompts, and the logits behind each prompt so far: those of a row that ended before stay."""
-    new_BV, cache = read(config, params, tokens_BT, counts_B, state.cache)
+    new_BV, cache = prefill(config, params, tokens_BT, num_new_tokens_B, state.cache)
     counts = state.counts
     if counts is not None:
-        counts = counts.add_prompt(tokens_BT, counts_B)
-    return state._replace(cache=cache, counts=counts), jnp.where(counts_B[:, None] > 0, new_BV, logits_BV)
+        counts = counts.add_prompt(tokens_BT, num_new_tokens_B)
+    return state._replace(cache=cache, counts=counts), jnp.where(num_new_tokens_B[:, None] > 0, new_BV, logits_BV)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _first(state: State, logits_BV: jax.Array, wishes: Controls) -> tuple[State, Block]:
+def _first(state: DecodeState, logits_BV: jax.Array, wishes: SamplerInputs) -> tuple[DecodeState, DecodedTokens]:
     return take(logits_BV, state, no_steps(state, None), wishes)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def _decode(config: ModelConfig, params: Tree, state: State, steps: Any, wishes: Controls) -> tuple[State, Block]:
+def _decode(
+    config: ModelConfig, params: Tree, state: DecodeState, steps: Any, wishes: SamplerInputs
+) -> tuple[DecodeState, DecodedTokens]:
     return decode(config, params, state, steps, wishes)

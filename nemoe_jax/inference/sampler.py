@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from nemoe_jax.inference.sampling import MAX_BIASES, Sampling
+from nemoe_jax.inference.sampling import MAX_BIASES, SamplingParams
 
 _BLOCK = 512  # tokens: about the square root of the vocabulary
 _INFINITE = 0x7F800000  # the bits of infinity
 
 
-class Controls(NamedTuple):
+class SamplerInputs(NamedTuple):
     """Each row's wishes, arrays of NumPy or JAX; their shapes depend on the number of rows alone: one compilation."""
 
     temperature_B: Any
@@ -42,7 +42,7 @@ class Controls(NamedTuple):
     seed_B2: Any  # upper and lower 32 bits
 
 
-def controls(samplings: Sequence[Sampling], vocab: int) -> Controls:
+def controls(samplings: Sequence[SamplingParams], vocab: int) -> SamplerInputs:
     """The wishes of a batch's rows, as NumPy arrays.
 
     Raises:
@@ -58,7 +58,7 @@ def controls(samplings: Sequence[Sampling], vocab: int) -> Controls:
     def column(name: str, dtype: type = np.float32) -> np.ndarray:
         return np.array([getattr(sampling, name) for sampling in samplings], dtype)
 
-    return Controls(
+    return SamplerInputs(
         column("temperature"),
         column("top_k", np.int32),
         column("top_p"),
@@ -72,29 +72,29 @@ def controls(samplings: Sequence[Sampling], vocab: int) -> Controls:
     )
 
 
-class Counts(NamedTuple):
+class TokenCounts(NamedTuple):
     """What each row's prompt and answer hold so far: 3 bytes for each token of the vocabulary and row."""
 
     prompt_BV: jax.Array  # bool
     answer_BV: jax.Array  # uint16: how often
 
     @staticmethod
-    def empty(rows: int, vocab: int) -> "Counts":
+    def empty(rows: int, vocab: int) -> "TokenCounts":
         """Nothing yet."""
-        return Counts(jnp.zeros((rows, vocab), bool), jnp.zeros((rows, vocab), jnp.uint16))
+        return TokenCounts(jnp.zeros((rows, vocab), bool), jnp.zeros((rows, vocab), jnp.uint16))
 
-    def forget(self, row_B: jax.Array) -> "Counts":
+    def forget(self, row_B: jax.Array) -> "TokenCounts":
         """As if the rows that are marked, bool (B,), had no tokens: new requests took their places."""
-        return Counts(*(jnp.where(row_B[:, None], 0, array_BV).astype(array_BV.dtype) for array_BV in self))
+        return TokenCounts(*(jnp.where(row_B[:, None], 0, array_BV).astype(array_BV.dtype) for array_BV in self))
 
-    def add_prompt(self, tokens_BT: jax.Array, counts_B: jax.Array) -> "Counts":
-        """With the first `counts_B` tokens of each row of a prompt's chunk."""
+    def add_prompt(self, tokens_BT: jax.Array, num_new_tokens_B: jax.Array) -> "TokenCounts":
+        """With the first `num_new_tokens_B` tokens of each row of a prompt's chunk."""
         rows, width = tokens_BT.shape
-        given_BT = jnp.arange(width) < counts_B[:, None]
+        given_BT = jnp.arange(width) < num_new_tokens_B[:, None]
         token_BT = jnp.where(given_BT, tokens_BT, self.prompt_BV.shape[1])
         return self._replace(prompt_BV=self.prompt_BV.at[jnp.arange(rows)[:, None], token_BT].set(True, mode="drop"))
 
-    def add(self, token_B: jax.Array, row_B: jax.Array) -> "Counts":
+    def add(self, token_B: jax.Array, row_B: jax.Array) -> "TokenCounts":
         """With one more token of the answer in the rows that are marked, bool (B,)."""
         rows, vocab = self.answer_BV.shape
         at = jnp.arange(rows), jnp.where(row_B & (token_B >= 0), token_B, vocab)
@@ -103,10 +103,10 @@ class Counts(NamedTuple):
         return self._replace(answer_BV=self.answer_BV.at[at].set(more_B, mode="drop"))
 
 
-def choose(
+def sample(
     logits_BV: jax.Array,
-    controls: Controls,
-    counts: Counts | None,
+    controls: SamplerInputs,
+    counts: TokenCounts | None,
     step_B: jax.Array,
     allowed_BW: jax.Array | None = None,
 ) -> jax.Array:
@@ -117,17 +117,17 @@ def choose(
         step_B: how many tokens each row's request has chosen before.
         allowed_BW: bits of the tokens that may come, uint32 (B, ceil(V / 32)), the lowest bit first; None: all.
     """
-    wishes = Controls(*map(jnp.asarray, controls))
+    wishes = SamplerInputs(*map(jnp.asarray, controls))
     logits_BV = adjusted(logits_BV, wishes, counts, allowed_BW)
     best_B = logits_BV.max(axis=-1)
-    greedy_B = likeliest(logits_BV)
+    greedy_B = argmax(logits_BV)
     warm_B = wishes.temperature_B > 0
     drawn_B = lax.cond(warm_B.any(), lambda: draw(weights(logits_BV, wishes), wishes, step_B), lambda: greedy_B)
     return jnp.where(jnp.isfinite(best_B) & (greedy_B >= 0), jnp.where(warm_B, drawn_B, greedy_B), -1)
 
 
 def adjusted(
-    logits_BV: jax.Array, wishes: Controls, counts: Counts | None, allowed_BW: jax.Array | None = None
+    logits_BV: jax.Array, wishes: SamplerInputs, counts: TokenCounts | None, allowed_BW: jax.Array | None = None
 ) -> jax.Array:
     """The logits in float32 behind penalties and bias; what is not allowed has −∞."""
     logits_BV = logits_BV.astype(jnp.float32)
@@ -141,7 +141,7 @@ def adjusted(
     return logits_BV
 
 
-def weights(logits_BV: jax.Array, wishes: Controls) -> jax.Array:
+def weights(logits_BV: jax.Array, wishes: SamplerInputs) -> jax.Array:
     """What the probabilities are in proportion to, (B, V) float32: 1 for the likeliest token, 0 for what drops out."""
     warmth_B = jnp.where(wishes.temperature_B > 0, wishes.temperature_B, 1)
     distance_BV = (logits_BV.max(axis=-1, keepdims=True) - logits_BV) / warmth_B[:, None]
@@ -173,7 +173,7 @@ def scores(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[jax.Arra
     return (chosen_B1 - total_B1)[:, 0], tokens_BN, best_BN - total_B1
 
 
-def likeliest(logits_BV: jax.Array) -> jax.Array:
+def argmax(logits_BV: jax.Array) -> jax.Array:
     """The first of the largest logits in each row, (B,) int32; −1 where a row holds NaN.
 
     `argmax` in two passes, which on CPU are eight times as fast; the largest itself does not show NaN there.
@@ -184,7 +184,7 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(logits_BV), -1, token_BV).min(axis=-1)
 
 
-def _penalised(logits_BV: jax.Array, wishes: Controls, counts: Counts) -> jax.Array:
+def _penalised(logits_BV: jax.Array, wishes: SamplerInputs, counts: TokenCounts) -> jax.Array:
     """Repetition penalty on prompt and answer, presence and frequency penalty on the answer."""
     repetition_B1 = wishes.repetition_B[:, None]
     answered_BV = counts.answer_BV > 0
@@ -193,7 +193,7 @@ def _penalised(logits_BV: jax.Array, wishes: Controls, counts: Counts) -> jax.Ar
     return logits_BV - wishes.presence_B[:, None] * answered_BV - wishes.frequency_B[:, None] * counts.answer_BV
 
 
-def _biased(logits_BV: jax.Array, wishes: Controls) -> jax.Array:
+def _biased(logits_BV: jax.Array, wishes: SamplerInputs) -> jax.Array:
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
     return logits_BV.at[rows_B1, wishes.bias_token_BN].add(wishes.bias_BN, mode="drop")
 
@@ -205,7 +205,7 @@ def _bits(words_BW: jax.Array, vocab: int) -> jax.Array:
 
 
 def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """The smallest distance up to which the weights reach what is wanted, (B,), so never less than the likeliest's."""
+    """The smallest distance up to which the weights reach the given mass, (B,), so never less than the likeliest's."""
     bits_BV = lax.bitcast_convert_type(distance_BV, jnp.int32)  # of floats from 0 on: in the same order
 
     def halve(_, bounds):
@@ -219,7 +219,7 @@ def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) ->
     return lax.bitcast_convert_type(jnp.maximum(reach_B, 0), jnp.float32)
 
 
-def draw(weight_BV: jax.Array, wishes: Controls, step_B: jax.Array) -> jax.Array:
+def draw(weight_BV: jax.Array, wishes: SamplerInputs, step_B: jax.Array) -> jax.Array:
     """Tokens drawn in proportion to their weights, (B,) int32, by each row's own random numbers."""
     keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(wishes.seed_B2, impl="threefry2x32"), step_B)
     chance_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)

@@ -17,7 +17,7 @@ _SHOWN = 60  # characters of a wrong value
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """One request's wishes; the defaults change nothing, and temperature 0 takes the likeliest token.
 
     temperature: the logits are divided by it.
@@ -47,7 +47,7 @@ class Sampling:
 
     def __post_init__(self):
         problems = [
-            f"{name}: wanted {wish.words}, got {_short(getattr(self, name))}"
+            f"{name}: expected {wish.words}, got {_short(getattr(self, name))}"
             for name, wish in _WISHES.items()
             if not wish.fits(getattr(self, name))
         ]
@@ -58,22 +58,22 @@ class Sampling:
         """Raises UserError where `logit_bias` names a token that a vocabulary of that size lacks."""
         wrong = [token for token, _ in self.logit_bias if token >= vocab]
         if wrong:
-            raise UserError(f"logit_bias: wanted tokens from 0 to {vocab - 1}, got {wrong[0]}")
+            raise UserError(f"logit_bias: expected tokens from 0 to {vocab - 1}, got {wrong[0]}")
 
 
-class _Wish(NamedTuple):
+class _Range(NamedTuple):
     """A field's values."""
 
     words: str
     fits: Callable[[Any], bool]
 
 
-def _number(low: float, high: float) -> _Wish:
-    return _Wish(f"a number from {low:g} to {high:g}", lambda value: _is_number(value) and low <= value <= high)
+def _number(low: float, high: float) -> _Range:
+    return _Range(f"a number from {low:g} to {high:g}", lambda value: _is_number(value) and low <= value <= high)
 
 
-def _whole(low: int, high: int, words: str) -> _Wish:
-    return _Wish(words, lambda value: _is_whole(value) and low <= value <= high)
+def _whole(low: int, high: int, words: str) -> _Range:
+    return _Range(words, lambda value: _is_whole(value) and low <= value <= high)
 
 
 def _is_number(value: Any) -> bool:
@@ -112,7 +112,7 @@ _WISHES = {
     "repetition_penalty": _number(0.01, 100),
     "presence_penalty": _number(-2, 2),
     "frequency_penalty": _number(-2, 2),
-    "logit_bias": _Wish(f"up to {MAX_BIASES} pairs of a token id and a number from -100 to 100", _is_bias),
+    "logit_bias": _Range(f"up to {MAX_BIASES} pairs of a token id and a number from -100 to 100", _is_bias),
     "seed": _whole(-(2**63), 2**64 - 1, "a whole number of 64 bits"),
 }
 
@@ -121,9 +121,9 @@ _WISHES = {
 # repetition penalties of 1.15, 1.15 to 1.18 and 1.18.
 PRESETS = MappingProxyType(
     {
-        "nemo": Sampling(temperature=0.3),
-        "factual": Sampling(temperature=0.4, min_p=0.1, repetition_penalty=1.15),
-        "roleplay": Sampling(temperature=0.6, min_p=0.1, repetition_penalty=1.17),
-        "creative": Sampling(temperature=0.8, min_p=0.1, repetition_penalty=1.18),
+        "nemo": SamplingParams(temperature=0.3),
+        "factual": SamplingParams(temperature=0.4, min_p=0.1, repetition_penalty=1.15),
+        "roleplay": SamplingParams(temperature=0.6, min_p=0.1, repetition_penalty=1.17),
+        "creative": SamplingParams(temperature=0.8, min_p=0.1, repetition_penalty=1.18),
     }
 )

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.inference.sampling import PRESETS, Sampling
+from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 
-WISHES = {
+SAMPLING_FIELDS = {
     "temperature": "0 takes the likeliest token; NeMo's makers advise 0.3",
     "top_k": "choose among so many of the likeliest tokens; 0: all",
     "top_p": "choose among the likeliest tokens that together reach this probability (0 to 1)",
@@ -20,34 +20,34 @@ WISHES = {
 }
 
 
-_PLAIN = Sampling()
+_PLAIN = SamplingParams()
 _KINDS: dict[str, Any] = {name: type(value) for name, value in vars(_PLAIN).items()}
 
 
-def preset(name: str | None) -> Sampling:
+def preset(name: str | None) -> SamplingParams:
     """A preset by name; None is the plain defaults. Raises UserError on an unknown one."""
     if name is None:
         return _PLAIN
     if name not in PRESETS:
-        raise UserError(f"preset: wanted one of {', '.join(PRESETS)}, got {name!r:.80}")
+        raise UserError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r:.80}")
     return PRESETS[name]
 
 
-def from_text(base: Sampling, name: str, text: str) -> Sampling:
+def from_text(base: SamplingParams, name: str, text: str) -> SamplingParams:
     """`base` with one wish changed, as `temperature` and `0.7`; biases as `5=-100,7=2`. Raises UserError."""
     if name not in _KINDS:
-        raise UserError(f"{name}: no such setting; wanted one of {', '.join(_KINDS)}")
+        raise UserError(f"{name}: no such setting; expected one of {', '.join(_KINDS)}")
     kind = _KINDS[name]
     if kind is tuple:
         return dataclasses.replace(base, logit_bias=tuple(_bias(pair) for pair in text.split(",") if pair.strip()))
     try:
         value = kind(text)
     except ValueError as error:
-        raise UserError(f"{name}: wanted a number, got {text!r:.80}") from error
+        raise UserError(f"{name}: expected a number, got {text!r:.80}") from error
     return dataclasses.replace(base, **{name: value})
 
 
-def from_fields(base: Sampling, fields: Mapping[str, Any]) -> Sampling:
+def from_fields(base: SamplingParams, fields: Mapping[str, Any]) -> SamplingParams:
     """`base` with the wishes of a JSON object: `preset`, and any field; biases as `{"5": -100}`. Raises UserError."""
     if "preset" in fields:
         base = dataclasses.replace(preset(fields["preset"]), seed=base.seed)
@@ -58,7 +58,7 @@ def from_fields(base: Sampling, fields: Mapping[str, Any]) -> Sampling:
     return dataclasses.replace(base, **wishes)
 
 
-def as_fields(sampling: Sampling) -> dict[str, Any]:
+def as_fields(sampling: SamplingParams) -> dict[str, Any]:
     """The wishes by name, biases as `5=-100,7=2`, for people to read."""
     values = dataclasses.asdict(sampling)
     return values | {"logit_bias": ",".join(f"{token}={bias:g}" for token, bias in sampling.logit_bias) or "none"}
@@ -69,4 +69,4 @@ def _bias(pair: str) -> tuple[int, float]:
     try:
         return int(token), float(bias)
     except ValueError as error:
-        raise UserError(f"logit_bias: wanted TOKEN=BIAS, such as 5=-100, got {pair!r:.80}") from error
+        raise UserError(f"logit_bias: expected TOKEN=BIAS, such as 5=-100, got {pair!r:.80}") from error

@@ -3,7 +3,7 @@
 import jax
 
 
-def platform() -> str:
+def target_platform() -> str:
     """That of the ambient mesh, so that a program for a TPU slice can be compiled on a host that has none."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

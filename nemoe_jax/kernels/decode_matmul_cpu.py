@@ -1,7 +1,7 @@
 """A few rows times one layer of stacked weights on CPU: what a step of decoding is made of.
 
     y_RF = few_rows(x_RD, w_LDF, layer)                          the same matrix for every row
-    y_RF = few_rows_experts(x_RD, w_LEDF, layer, expert_R)       a matrix for each row
+    y_RF = decode_expert_matmul(x_RD, w_LEDF, layer, expert_R)       a matrix for each row
 
 Such a product costs what reading the weights costs. XLA:CPU copies `w[layer]`, with all its experts, before a dot (or a
 reduction, which its libraries take over too) reads it. Elementwise operations alone read a dynamic slice, or what a
@@ -33,14 +33,14 @@ from jax import lax
 MOST_ROWS = 8  # with more, a dot that has copied its weights is faster
 
 
-def bits(array: jax.Array) -> jax.Array:
+def as_uint16(array: jax.Array) -> jax.Array:
     """The bits of a bfloat16 array on CPU as uint16, without a copy; other arrays as they are."""
     if array.dtype != jnp.bfloat16:
         return array
     return jax.device_put(np.asarray(array).view(np.uint16), array.sharding, may_alias=True)
 
 
-def few_rows(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
+def decode_matmul(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
     """x @ w[layer], (R, F) in x's dtype, for float32 weights or bfloat16's bits; sums in float32."""
     (rows, depth), width = x_RD.shape, w_LDF.shape[2]
     if any(4 * _divisor(size, most) < min(size, most) for size, most in ((width, 1024), (depth, 16))):
@@ -98,7 +98,7 @@ def _by_blocks(run: Callable[[int | jax.Array], jax.Array], rows: int, columns: 
     return lax.fori_loop(0, width // columns, step, jnp.zeros((rows, width), jnp.float32))
 
 
-def few_rows_experts(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array, expert_R: jax.Array) -> jax.Array:
+def decode_expert_matmul(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array, expert_R: jax.Array) -> jax.Array:
     """Row r of x @ w[layer, expert_R[r]], (R, F) in x's dtype, for float32 weights or bfloat16's bits.
 
     Only the chosen experts' weights are read. Sort the rows by expert: then those that share one find it in the cache.

@@ -22,7 +22,7 @@ from nemoe_jax.kernels.grouped_matmul.cpu import dot, for_each_tile, pick
 from nemoe_jax.spec.schema import Tree
 
 
-class Sorted(NamedTuple):
+class TokenOrder(NamedTuple):
     """The choices of all tokens, sorted by expert; those of experts that are not held come last."""
 
     order_R: jax.Array  # which of the T·C choices lies in a row
@@ -49,8 +49,8 @@ class Sorted(NamedTuple):
 
 
 @jax.custom_vjp
-def tiled_ffn(
-    x_TD: jax.Array, weights_TC: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: Sorted
+def fused_moe_ffn(
+    x_TD: jax.Array, weights_TC: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: TokenOrder
 ) -> jax.Array:
     """What the experts add to each token, (T, D); differentiable in all but the rows' order.
 
@@ -177,4 +177,4 @@ def _as_adapters(adapters: Tree, factors: dict[str, Any]) -> Tree:
     return {name: jax.tree.unflatten(jax.tree.structure(adapters[name]), pair) for name, pair in of_leaves.items()}
 
 
-tiled_ffn.defvjp(_forward, _backward, symbolic_zeros=True)
+fused_moe_ffn.defvjp(_forward, _backward, symbolic_zeros=True)

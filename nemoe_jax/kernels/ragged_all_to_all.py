@@ -16,7 +16,7 @@ from jax import lax
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def exchange(rows_RD: jax.Array, sizes_PP: jax.Array, room: int, axis: str) -> jax.Array:
+def ragged_all_to_all(rows_RD: jax.Array, sizes_PP: jax.Array, room: int, axis: str) -> jax.Array:
     """The rows that arrive, (S, D); what lies behind the last of them is not defined.
 
     Its gradient is the exchange back. So is `exchange(rows_SD, sizes_PP.T, R, axis)`.
@@ -42,9 +42,12 @@ def exchange(rows_RD: jax.Array, sizes_PP: jax.Array, room: int, axis: str) -> j
     )
 
 
-exchange.defvjp(
-    lambda rows_RD, sizes_PP, room, axis: (exchange(rows_RD, sizes_PP, room, axis), (sizes_PP, rows_RD.shape[0])),
-    lambda room, axis, kept, dy_SD: (exchange(dy_SD, kept[0].T, kept[1], axis), None),
+ragged_all_to_all.defvjp(
+    lambda rows_RD, sizes_PP, room, axis: (
+        ragged_all_to_all(rows_RD, sizes_PP, room, axis),
+        (sizes_PP, rows_RD.shape[0]),
+    ),
+    lambda room, axis, kept, dy_SD: (ragged_all_to_all(dy_SD, kept[0].T, kept[1], axis), None),
 )
 
 

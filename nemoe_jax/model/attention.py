@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.kernels.attention.dispatch import causal_attention
-from nemoe_jax.model.kv_cache import LayerCache, extend
-from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope, rotation
+from nemoe_jax.model.kv_cache import LayerCache, update_and_attend
+from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope, rope_cos_sin
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import Tree
@@ -42,12 +42,12 @@ class Attention(SpecModule):
         v = self.project("v", x_BTD, adapters)
         if self.qk_norm:
             q, k = rms_norm(q, self.weight("q_norm"), self.eps), rms_norm(k, self.weight("k_norm"), self.eps)
-        turned = context.turned or rotation(context.positions_BT, q.shape[-1], self.theta)
+        turned = context.turned or rope_cos_sin(context.positions_BT, q.shape[-1], self.theta)
         q, k = rope(q, turned), rope(k, turned)
         if cache is None:
             y_BTNH = attend(q, k, v, context.segments_BT)
         else:
-            y_BTNH, cache = extend(q, k, v, context.positions_BT, cache)
+            y_BTNH, cache = update_and_attend(q, k, v, context.positions_BT, cache)
         return self.project("o", y_BTNH, adapters), cache
 
 

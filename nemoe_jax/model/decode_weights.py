@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from nemoe_jax.adapters.lora import Adapter, dropped
-from nemoe_jax.adapters.multi_lora import own_ranks, with_index
-from nemoe_jax.kernels.backend import platform
-from nemoe_jax.kernels.decode_matmul_cpu import MOST_ROWS, bits, few_rows, few_rows_experts
+from nemoe_jax.adapters.multi_lora import mask_ranks, with_index
+from nemoe_jax.kernels.backend import target_platform
+from nemoe_jax.kernels.decode_matmul_cpu import MOST_ROWS, as_uint16, decode_expert_matmul, decode_matmul
 from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows, gpu_few_rows_experts
 from nemoe_jax.spec.schema import Tree, map_with_path
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerOf:
+class LayerSlice:
     """`stack[layer]`, not yet read. A stack of uint16 on CPU holds the bits of bfloat16."""
 
     stack: jax.Array
@@ -36,36 +36,40 @@ class LayerOf:
         rows, outputs = x.shape[: x.ndim - inputs], self.stack.shape[1 + inputs :]
         depth = math.prod(x.shape[x.ndim - inputs :])
         w_LDF = self.stack.reshape(self.stack.shape[0], depth, -1)
-        product = gpu_few_rows if platform() == "gpu" else few_rows
+        product = gpu_few_rows if target_platform() == "gpu" else decode_matmul
         return product(x.reshape(-1, depth), w_LDF, self.layer).reshape(*rows, *outputs)
 
     def multiply_each(self, x_RD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Each row with its own expert's matrix: (R, F)."""
-        product = gpu_few_rows_experts if platform() == "gpu" else few_rows_experts
+        product = gpu_few_rows_experts if target_platform() == "gpu" else decode_expert_matmul
         return product(x_RD, self.stack, self.layer, expert_R)
 
 
-def reads_in_place(rows: int, dtype: jax.typing.DTypeLike) -> bool:
+def use_inplace_weights(rows: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether a step with so many tokens reads weights of that dtype where they lie."""
     mesh = jax.sharding.get_abstract_mesh()
     if rows > MOST_ROWS or not (mesh.empty or mesh.size == 1):
         return False
-    return platform() == "gpu" or (platform() == "cpu" and dtype in (jnp.float32, jnp.uint16))
+    return target_platform() == "gpu" or (target_platform() == "cpu" and dtype in (jnp.float32, jnp.uint16))
 
 
-def for_decoding(params: Tree, rows: int) -> Tree:
+def prepare_decode_params(params: Tree, rows: int) -> Tree:
     """The parameters as steps with so many tokens take them: where they are read in place on CPU, bfloat16 as bits."""
-    if platform() != "cpu" or not reads_in_place(rows, jnp.uint16) or len(params["embed"].sharding.device_set) > 1:
+    if (
+        target_platform() != "cpu"
+        or not use_inplace_weights(rows, jnp.uint16)
+        or len(params["embed"].sharding.device_set) > 1
+    ):
         return params
     matrices = {name: tree for name, tree in params.items() if name in ("blocks", "head")}
-    return params | map_with_path(lambda path, array: array if "norm" in path else bits(array), matrices)
+    return params | map_with_path(lambda path, array: array if "norm" in path else as_uint16(array), matrices)
 
 
-def run_few(
+def decode_experts(
     x_BTD: jax.Array,
     weights_BTC: jax.Array,
     chosen_BTC: jax.Array,
-    experts: dict[str, LayerOf],
+    experts: dict[str, LayerSlice],
     adapters: Mapping[str, Adapter],
     index_BT: jax.Array | None,
 ) -> jax.Array:
@@ -84,7 +88,7 @@ def run_few(
         y_R, adapter = experts[name].multiply_each(x_R, expert_R), adapters.get(name)
         if adapter is None:
             return y_R
-        low_rank_RK = own_ranks(adapter.a.multiply_each(dropped(x_R, adapter), expert_R), adapter)
+        low_rank_RK = mask_ranks(adapter.a.multiply_each(dropped(x_R, adapter), expert_R), adapter)
         return y_R + adapter.scale * adapter.b.multiply_each(low_rank_RK, expert_R)
 
     x_RD = x_BTD.reshape(-1, width)[token_R]

@@ -14,13 +14,13 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from nemoe_jax.adapters.lora import Adapter, factors
-from nemoe_jax.adapters.multi_lora import Joined, own_ranks
+from nemoe_jax.adapters.multi_lora import StackedAdapter, mask_ranks
 from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import ParamSpec
 from nemoe_jax.spec.sharding import axes_of, partition_spec
 
 
-def look_up(spec: ParamSpec, table_VD: jax.Array, tokens_BT: jax.Array, adapter: Adapter | None) -> jax.Array:
+def embed_tokens(spec: ParamSpec, table_VD: jax.Array, tokens_BT: jax.Array, adapter: Adapter | None) -> jax.Array:
     """(V, D), int32 (B, T) -> (B, T, D), with the adapter's `scale · A[token] @ B` added."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -48,7 +48,7 @@ def look_up(spec: ParamSpec, table_VD: jax.Array, tokens_BT: jax.Array, adapter:
     if adapter is not None:
         a, b = (partition_spec(factor, mesh.shape) for factor in factors(spec, adapter.a.shape[-1]))
         place_adapter = dataclasses.replace(adapter, a=a, b=b)
-        if isinstance(place_adapter, Joined):
+        if isinstance(place_adapter, StackedAdapter):
             place_adapter = dataclasses.replace(place_adapter, index=of_rows)
     return jax.shard_map(
         on_device,
@@ -66,5 +66,5 @@ def _rows(table_VD: jax.Array, tokens_BT: jax.Array, adapter: Adapter | None, fi
     x_BTD = jnp.where(held_BT1, table_VD[index_BT], 0)
     if adapter is not None:
         low_rank_BTR = jnp.where(held_BT1, adapter.scale * adapter.a[index_BT], 0)
-        x_BTD += (own_ranks(low_rank_BTR, adapter) @ adapter.b).astype(x_BTD.dtype)
+        x_BTD += (mask_ranks(low_rank_BTR, adapter) @ adapter.b).astype(x_BTD.dtype)
     return x_BTD

@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from nemoe_jax.adapters.lora import Adapter
-from nemoe_jax.adapters.multi_lora import Joined, with_index
-from nemoe_jax.kernels.backend import platform
+from nemoe_jax.adapters.multi_lora import StackedAdapter, with_index
+from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.kernels.grouped_matmul.dispatch import Adapted, grouped_lora
-from nemoe_jax.kernels.moe_ffn_cpu import Sorted, tiled_ffn
+from nemoe_jax.kernels.moe_ffn_cpu import TokenOrder, fused_moe_ffn
 from nemoe_jax.model.layers import Adapters, project
-from nemoe_jax.model.token_chunks import in_parts, number_of_parts
+from nemoe_jax.model.token_chunks import map_token_chunks, num_chunks
 from nemoe_jax.spec.schema import Tree
 
 AT_ONCE = 4096  # tokens whose rows are held at a time; more are computed part by part, and again for the gradient
 
 
-def run_experts(
+def apply_experts(
     x_BTD: jax.Array,
     weights_BTC: jax.Array,
     chosen_BTC: jax.Array,
@@ -45,8 +45,8 @@ def run_experts(
         (x_TD, weights_TC, local_TC), index_T = part
         return _run_part(x_TD, weights_TC, local_TC, experts, adapters, index_T)
 
-    parts = number_of_parts(len(of_tokens[0]), AT_ONCE)
-    return in_parts(run, (of_tokens, index_T), adapters, parts).reshape(x_BTD.shape)
+    parts = num_chunks(len(of_tokens[0]), AT_ONCE)
+    return map_token_chunks(run, (of_tokens, index_T), adapters, parts).reshape(x_BTD.shape)
 
 
 def _run_part(
@@ -57,7 +57,7 @@ def _run_part(
     adapters: Adapters,
     index_T: jax.Array | None,
 ) -> jax.Array:
-    """`run_experts` for tokens whose choices count from the first held expert."""
+    """`apply_experts` for tokens whose choices count from the first held expert."""
     held = experts["gate"].shape[0]
     top_k = local_TC.shape[-1]
     local_R = local_TC.reshape(-1)
@@ -65,8 +65,8 @@ def _run_part(
     order_R = jnp.argsort(local_R)
     sizes_E = jnp.bincount(local_R, length=held + 1)[:held].astype(jnp.int32)
     place_TC = jnp.argsort(order_R).reshape(-1, top_k)  # where each token's choice went
-    if platform() == "cpu" and pays(x_TD, experts, adapters, local_R.size):
-        return tiled_ffn(x_TD, weights_TC, experts, adapters, Sorted(order_R, place_TC, sizes_E))
+    if target_platform() == "cpu" and use_fused_ffn(x_TD, experts, adapters, local_R.size):
+        return fused_moe_ffn(x_TD, weights_TC, experts, adapters, TokenOrder(order_R, place_TC, sizes_E))
     rows = jnp.sum(sizes_E)
     token_R = order_R // top_k
     if index_T is not None:
@@ -74,7 +74,7 @@ def _run_part(
 
     def project_rows(rows_R, *names):
         own = [adapters[name] for name in names if name in adapters]
-        alike = all(adapter.key is None and not isinstance(adapter, Joined) for adapter in own)
+        alike = all(adapter.key is None and not isinstance(adapter, StackedAdapter) for adapter in own)
         if len(own) == len(names) and alike:
             maps = zip(names, own, strict=True)
             adapted = tuple(Adapted(experts[name], one.a, one.b, one.scale) for name, one in maps)
@@ -121,11 +121,11 @@ combine.defvjp(
 )
 
 
-def pays(x_TD: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: int) -> bool:
-    """Whether `tiled_ffn` is as exact as the grouped matmuls one by one, and takes no more products than they do."""
+def use_fused_ffn(x_TD: jax.Array, experts: Tree, adapters: Mapping[str, Adapter], rows: int) -> bool:
+    """Whether `fused_moe_ffn` is as exact as the grouped matmuls one by one, for no more products than theirs."""
     many, width, narrow = experts["gate"].shape
     few = bool(adapters) and rows * (width + narrow) < many * width * narrow  # adding adapters would cost more
     exact = x_TD.dtype == experts["gate"].dtype == jnp.float32
     # to each expert's weights the adapter of one row alone could be added
-    alike = all(adapter.key is None and not isinstance(adapter, Joined) for adapter in adapters.values())
+    alike = all(adapter.key is None and not isinstance(adapter, StackedAdapter) for adapter in adapters.values())
     return exact and not few and alike

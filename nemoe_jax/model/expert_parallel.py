@@ -7,7 +7,7 @@ Two ways to bring tokens and experts together, and a rule that chooses (`exchang
     all-to-all  each token's rows, one for each of its choices, go to the owners of the chosen experts, and come back
 
 No token is dropped in either. For the all-to-all a device must have room for all rows there are; tokens are sent in
-parts so small that this is no more than `run_experts` holds at a time anyway.
+parts so small that this is no more than `apply_experts` holds at a time anyway.
 
 Where the expert axis does not cut the batch, every device has the tokens already, and the sums are added up.
 
@@ -25,12 +25,12 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from nemoe_jax.adapters.lora import factors, keys_by_device
-from nemoe_jax.kernels.backend import platform
-from nemoe_jax.kernels.ragged_all_to_all import exchange
+from nemoe_jax.kernels.backend import target_platform
+from nemoe_jax.kernels.ragged_all_to_all import ragged_all_to_all
 from nemoe_jax.model import expert_ffn
-from nemoe_jax.model.expert_ffn import run_experts
+from nemoe_jax.model.expert_ffn import apply_experts
 from nemoe_jax.model.layers import Adapters
-from nemoe_jax.model.token_chunks import in_parts, number_of_parts
+from nemoe_jax.model.token_chunks import map_token_chunks, num_chunks
 from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import ParamSpec, Tree
 from nemoe_jax.spec.sharding import axes_of, partition_spec, used_spec
@@ -75,7 +75,7 @@ def run_over_mesh(
     mesh: AbstractMesh,
     index_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """`run_experts` for all experts, over the mesh: the weighted sums (B, T, D) of the chosen experts' outputs.
+    """`apply_experts` for all experts, over the mesh: the weighted sums (B, T, D) of the chosen experts' outputs.
 
     Args:
         experts: one layer's weights of all experts, each array (E, …), as they are stored on the mesh.
@@ -99,7 +99,7 @@ def run_over_mesh(
     apart = "expert" in rows  # the expert axis cuts the batch too
     run = _run_own
     if apart:
-        way = exchange_of(platform(), devices, chosen_BTC.shape[-1])
+        way = exchange_of(target_platform(), devices, chosen_BTC.shape[-1])
         run = {"gather": _run_by_gather, "all-to-all": _run_by_all_to_all}[way]
     summed = [name for name in ("expert", "tensor") if sizes.get(name, 1) > 1 and not (apart and name == "expert")]
 
@@ -117,7 +117,7 @@ def run_over_mesh(
 def _run_own(tokens, experts, adapters, devices):
     """What a device's own experts add to the tokens that it has."""
     first = lax.axis_index("expert") * experts["gate"].shape[0] if devices > 1 else 0
-    return run_experts(tokens.x, tokens.weights, tokens.chosen, experts, adapters, first, tokens.adapter)
+    return apply_experts(tokens.x, tokens.weights, tokens.chosen, experts, adapters, first, tokens.adapter)
 
 
 def _run_by_gather(tokens, experts, adapters, devices):
@@ -128,7 +128,7 @@ def _run_by_gather(tokens, experts, adapters, devices):
 
 def _run_by_all_to_all(tokens, experts, adapters, devices):
     shape, tokens = tokens.x.shape, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tokens)
-    parts = number_of_parts(len(tokens.x), max(expert_ffn.AT_ONCE // devices, 1))
+    parts = num_chunks(len(tokens.x), max(expert_ffn.AT_ONCE // devices, 1))
     count = devices * experts["gate"].shape[0]
     # how many of each part's rows go from each device to each expert: known to all, for all parts at once
     counts_E = jnp.sum(tokens.chosen.reshape(parts, -1, 1) == jnp.arange(count), axis=1)
@@ -138,7 +138,7 @@ def _run_by_all_to_all(tokens, experts, adapters, devices):
         tokens, counts_PE = part
         return _exchange_part(tokens, counts_PE, experts, adapters)
 
-    return in_parts(run, (tokens, counts_PE), adapters, parts).reshape(shape)
+    return map_token_chunks(run, (tokens, counts_PE), adapters, parts).reshape(shape)
 
 
 def _exchange_part(tokens, counts_PE, experts, adapters):
@@ -153,15 +153,15 @@ def _exchange_part(tokens, counts_PE, experts, adapters):
 
     x_RD = expert_ffn.dispatch(x_TD, token_R, place_TC, rows)
     weights_R1 = expert_ffn.dispatch(weights_TC.reshape(-1, 1), order_R, place_TC.reshape(-1, 1), rows)
-    x_SD, weights_S1 = (exchange(array, sizes_PP, room, "expert") for array in (x_RD, weights_R1))
-    index_S = None if index_T is None else exchange(index_T[token_R], sizes_PP, room, "expert")
+    x_SD, weights_S1 = (ragged_all_to_all(array, sizes_PP, room, "expert") for array in (x_RD, weights_R1))
+    index_S = None if index_T is None else ragged_all_to_all(index_T[token_R], sizes_PP, room, "expert")
     y_SD = _run_arrived(_Tokens(x_SD, weights_S1, _own_expert(counts_PPH, room), index_S), experts, adapters)
-    y_RD = exchange(y_SD, sizes_PP.T, rows, "expert")
+    y_RD = ragged_all_to_all(y_SD, sizes_PP.T, rows, "expert")
     return expert_ffn.combine(y_RD, token_R, place_TC, rows)
 
 
 def _run_arrived(rows, experts, adapters):
-    """`run_experts` for rows that arrived, mostly far fewer than there is room for; what is behind them may be NaN."""
+    """`apply_experts` for rows that arrived, mostly fewer than there is room for; what is behind them may be NaN."""
     held = experts["gate"].shape[0]
 
     def run(part, adapters):
@@ -170,12 +170,12 @@ def _run_arrived(rows, experts, adapters):
 
         def multiply():
             x, weights = (jnp.where(here_S1, array, 0)[None] for array in (x_SD, weights_S1))
-            y = run_experts(x, weights, expert_S[None, :, None], experts, adapters, 0, index_S)[0]
+            y = apply_experts(x, weights, expert_S[None, :, None], experts, adapters, 0, index_S)[0]
             return jnp.where(here_S1, y, 0)
 
         return lax.cond(expert_S[0] < held, multiply, lambda: jnp.zeros_like(x_SD))
 
-    return in_parts(run, rows, adapters, number_of_parts(len(rows.x), expert_ffn.AT_ONCE))
+    return map_token_chunks(run, rows, adapters, num_chunks(len(rows.x), expert_ffn.AT_ONCE))
 
 
 def _own_expert(counts_PPH: jax.Array, room: int) -> jax.Array:

@@ -23,32 +23,32 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, Pages, _attend, _ways_to_decode
-from nemoe_jax.kernels.backend import platform
+from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, KVPages, _attend, _ways_to_decode
+from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import axes_size, batch_axes
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of every layer, and how many tokens each row holds."""
 
-    k: Pages
-    v: Pages
+    k: KVPages
+    v: KVPages
     table_BM: jax.Array  # int32: the page of the pool (of the device's part of it) that holds a row's m-th page
     length_B: jax.Array  # int32
 
 
 class LayerCache(NamedTuple):
-    """The cache as one layer sees it while `counts_B` tokens of each row, or all, are added."""
+    """The cache as one layer sees it while `num_new_tokens_B` tokens of each row, or all, are added."""
 
-    k: Pages
-    v: Pages
+    k: KVPages
+    v: KVPages
     table_BM: jax.Array
     layer: jax.Array  # int32: which one of the pool's
-    counts_B: jax.Array | None
+    num_new_tokens_B: jax.Array | None
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int | Sequence[int], dtype: Any = jnp.bfloat16) -> Cache:
+def empty_cache(config: ModelConfig, batch: int, slots: int | Sequence[int], dtype: Any = jnp.bfloat16) -> KVCache:
     """A cache with room for `slots` tokens in each of `batch` rows, or for as many as each row is to have.
 
     Inside of `jit` it is laid over the ambient mesh.
@@ -58,7 +58,9 @@ def empty_cache(config: ModelConfig, batch: int, slots: int | Sequence[int], dty
     """
     slots = [slots] * batch if isinstance(slots, int) else list(slots)
     if max(slots) > config.context:
-        raise UserError(f"cache: wanted at most the model's context of {config.context} slots a row, got {max(slots)}")
+        raise UserError(
+            f"cache: expected at most the model's context of {config.context} slots a row, got {max(slots)}"
+        )
     shards, cuts = division(config, batch)
     table_BM = np.zeros((batch, _table_width(max(slots), cuts)), np.int32)
     pages = 1  # of a device
@@ -72,7 +74,7 @@ def empty_cache(config: ModelConfig, batch: int, slots: int | Sequence[int], dty
     return _cache(config, table_BM, pages, dtype)
 
 
-def shared_cache(config: ModelConfig, batch: int, slots: int, pages: int, dtype: Any = jnp.bfloat16) -> Cache:
+def shared_cache(config: ModelConfig, batch: int, slots: int, pages: int, dtype: Any = jnp.bfloat16) -> KVCache:
     """A cache whose rows have no pages yet, and room for `slots` tokens each at most once they are given some.
 
     Inside of `jit` it is laid over the ambient mesh.
@@ -100,19 +102,19 @@ def _table_width(slots: int, cuts: int) -> int:
     return -(-slots // (PAGE * step)) * step
 
 
-def _cache(config: ModelConfig, table_BM: np.ndarray, pages: int, dtype: Any) -> Cache:
+def _cache(config: ModelConfig, table_BM: np.ndarray, pages: int, dtype: Any) -> KVCache:
     batch = len(table_BM)
     rows, sequence, tensor = _mesh_axes(batch, config.kv_heads)
     shape = (config.kv_heads, config.layers, pages * axes_size(rows) * axes_size(sequence), PAGE, config.head_dim)
 
-    def pool() -> Pages:
+    def pool() -> KVPages:
         scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
-        return jax.tree.map(_placed(_pool_place(rows, sequence, tensor)), Pages(jnp.zeros(shape, dtype), scale))
+        return jax.tree.map(_placed(_pool_place(rows, sequence, tensor)), KVPages(jnp.zeros(shape, dtype), scale))
 
-    return Cache(pool(), pool(), jnp.asarray(table_BM), jnp.zeros(batch, jnp.int32))
+    return KVCache(pool(), pool(), jnp.asarray(table_BM), jnp.zeros(batch, jnp.int32))
 
 
-def extend(
+def update_and_attend(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, cache: LayerCache
 ) -> tuple[jax.Array, LayerCache]:
     """Writes new keys and values at their positions; each query sees its row's keys up to its own position.
@@ -126,26 +128,26 @@ def extend(
     if q_BTNH.shape[1] > slots:
         raise UserError(f"cache: {slots} slots a row are too few for {q_BTNH.shape[1]} tokens")
     rows, sequence, tensor = _mesh_axes(q_BTNH.shape[0], k_BTKH.shape[2])
-    counts_B = cache.counts_B
-    if counts_B is None:
-        counts_B = jnp.full(q_BTNH.shape[:1], q_BTNH.shape[1], jnp.int32)
+    num_new_tokens_B = cache.num_new_tokens_B
+    if num_new_tokens_B is None:
+        num_new_tokens_B = jnp.full(q_BTNH.shape[:1], q_BTNH.shape[1], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        y_BTNH, k, v = _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, ())
+        y_BTNH, k, v = _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, ())
         return y_BTNH, cache._replace(k=k, v=v)
     heads, row = PartitionSpec(rows or None, None, tensor or None), PartitionSpec(rows or None)
     pool = _pool_place(rows, sequence, tensor)
-    of_cache = LayerCache(pool, pool, row, PartitionSpec(), None if cache.counts_B is None else row)  # type: ignore
+    of_cache = LayerCache(pool, pool, row, PartitionSpec(), None if cache.num_new_tokens_B is None else row)  # type: ignore
     y_BTNH, k, v = jax.shard_map(
         functools.partial(_extend, sequence=sequence),
         in_specs=(heads, heads, heads, row, row, of_cache),
         out_specs=(heads, pool, pool),
         check_vma=False,
-    )(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache)
+    )(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache)
     return y_BTNH, cache._replace(k=k, v=v)
 
 
-def wipe(pools: tuple[Pages, Pages], pages_M: jax.Array, here_B: jax.Array) -> tuple[Pages, Pages]:
+def zero_pages(pools: tuple[KVPages, KVPages], pages_M: jax.Array, here_B: jax.Array) -> tuple[KVPages, KVPages]:
     """Zeros in pages of keys and values, in place.
 
     Args:
@@ -192,12 +194,12 @@ def _placed(place: PartitionSpec) -> Any:
     return lambda array: lax.with_sharding_constraint(array, place)
 
 
-def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
+def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, sequence):
     """`extend` on one device, with its heads, rows and pages."""
     cuts = axes_size(sequence)
     part = lax.axis_index(sequence) if sequence else 0
     table_BM = cache.table_BM.reshape(len(cache.table_BM), -1, cuts)[:, :, part]
-    counts_B1 = counts_B[:, None]
+    counts_B1 = num_new_tokens_B[:, None]
     page_BT, slot_BT = positions_BT // PAGE, positions_BT % PAGE
     mine_BT = (jnp.arange(positions_BT.shape[1]) < counts_B1) & (page_BT % cuts == part)
     held_BT = jnp.take_along_axis(table_BM, page_BT // cuts, axis=1, mode="clip")
@@ -214,7 +216,9 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
     seen_BT = jnp.where(jnp.arange(positions_BT.shape[1]) < counts_B1, positions_BT, 0)
     batch, length = positions_BT.shape
     pages = KEYS // PAGE
-    if platform() == "cpu":  # where few new tokens seldom have many before them, and a step costs what it computes
+    if (
+        target_platform() == "cpu"
+    ):  # where few new tokens seldom have many before them, and a step costs what it computes
         pages = next(few for few in (1, 2, pages) if few == pages or length <= few * PAGE)
     if length == 1 and not sequence:
         ways = _ways_to_decode(q_BTNH, k)
@@ -231,18 +235,18 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, counts_B, cache, sequence):
     return y.reshape(batch, length + fill, *y.shape[3:])[:, :length], k, v
 
 
-def _write(pages: Pages, new_BTKH: jax.Array, layer: jax.Array, page_BT: jax.Array, slot_BT: jax.Array) -> Pages:
+def _write(pages: KVPages, new_BTKH: jax.Array, layer: jax.Array, page_BT: jax.Array, slot_BT: jax.Array) -> KVPages:
     scale = pages.scale
     if scale is not None:
-        new_BTKH, new_scale_BTK = quantise(new_BTKH)
+        new_BTKH, new_scale_BTK = quantize(new_BTKH)
         scale = scale.at[:, layer, page_BT, slot_BT].set(new_scale_BTK.transpose(2, 0, 1), mode="drop")
     elif pages.pool.dtype == jnp.float8_e4m3fn:
         new_BTKH = new_BTKH.clip(-448, 448)  # what is larger becomes NaN
     new = new_BTKH.astype(pages.pool.dtype).transpose(2, 0, 1, 3)
-    return Pages(pages.pool.at[:, layer, page_BT, slot_BT].set(new, mode="drop"), scale)
+    return KVPages(pages.pool.at[:, layer, page_BT, slot_BT].set(new, mode="drop"), scale)
 
 
-def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 (…, H) and float32 scales (…) whose product is x, to half a scale; the largest of each H gets ±127."""
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1) / 127

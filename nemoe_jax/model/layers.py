@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nemoe_jax.adapters.lora import Adapter, dropped
-from nemoe_jax.adapters.multi_lora import own_ranks
+from nemoe_jax.adapters.multi_lora import mask_ranks
 from nemoe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, precision_of
-from nemoe_jax.model.decode_weights import LayerOf
+from nemoe_jax.model.decode_weights import LayerSlice
 from nemoe_jax.spec.schema import ParamSpec, Tree
 
 Adapters = Mapping[str, Any]  # the adapter tree's part that belongs to a module; empty without adapters
@@ -34,7 +34,7 @@ class SpecModule(nnx.Module):
         self.inputs = tuple((name, len(spec.contracted)) for name, spec in own.items())
 
     def weight(self, name: str) -> Any:
-        """The array of that name, or the LayerOf that stands for it."""
+        """The array of that name, or the LayerSlice that stands for it."""
         return getattr(self, name).get_value()
 
     def project(
@@ -50,7 +50,7 @@ class SpecModule(nnx.Module):
 
 def project(
     x: jax.Array,
-    weight: jax.Array | LayerOf,
+    weight: jax.Array | LayerSlice,
     inputs: int,
     adapter: Adapter | None,
     group_sizes: jax.Array | None = None,
@@ -59,12 +59,12 @@ def project(
     y = _contract(x, weight, inputs, group_sizes)
     if adapter is None:
         return y
-    low_rank = own_ranks(_contract(dropped(x, adapter), adapter.a, inputs, group_sizes), adapter)
+    low_rank = mask_ranks(_contract(dropped(x, adapter), adapter.a, inputs, group_sizes), adapter)
     return y + adapter.scale * _contract(low_rank, adapter.b, 1, group_sizes)
 
 
-def _contract(x: jax.Array, w: jax.Array | LayerOf, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
-    if isinstance(w, LayerOf):
+def _contract(x: jax.Array, w: jax.Array | LayerSlice, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
+    if isinstance(w, LayerSlice):
         return w.multiply(x, inputs)
     if group_sizes is not None:
         return grouped_matmul(x, w.astype(x.dtype), group_sizes)
@@ -83,7 +83,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_cos_sin(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, float32 (B, T, H/2), of the angles position · theta^(-2i/H) (Su et al., 2021).
 
     Made once for all layers: on CPU XLA computes them anew for every head wherever they are fused with what they turn.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nemoe_jax.adapters.multi_lora import index_of_tokens, with_index
-from nemoe_jax.model.decode_weights import LayerOf, run_few
-from nemoe_jax.model.expert_ffn import run_experts
+from nemoe_jax.model.decode_weights import LayerSlice, decode_experts
+from nemoe_jax.model.expert_ffn import apply_experts
 from nemoe_jax.model.expert_parallel import run_over_mesh
 from nemoe_jax.model.ffn import SwiGLU
 from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule
@@ -34,7 +34,7 @@ class Routing(NamedTuple):
 class MoE(SpecModule):
     def __init__(self, config: ModelConfig, specs: Tree):
         super().__init__(specs)
-        self.top_k, self.normalise = config.top_k, config.normalise_top_k
+        self.top_k, self.normalize = config.top_k, config.normalize_top_k
         self.expert_specs = tuple((name, specs[name]) for name in ("gate", "up", "down"))
         self.shared = SwiGLU(specs["shared"]) if config.shared_ffn else None
 
@@ -58,7 +58,7 @@ class MoE(SpecModule):
         # float32: bfloat16 ties change which experts are chosen
         logits_BTE = self.project("router", x_BTD.astype(jnp.float32), adapters)
         top_BTC, chosen_BTC = lax.top_k(logits_BTE, self.top_k)
-        if self.normalise:
+        if self.normalize:
             weights_BTC = jax.nn.softmax(top_BTC)
         else:
             weights_BTC = jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1)
@@ -70,11 +70,11 @@ class MoE(SpecModule):
         """The weighted sum of the chosen experts' outputs, over the ambient mesh where there is one."""
         index_BT = index_of_tokens(adapters, x_BTD.shape[1])
         adapters = with_index(adapters, None)  # the tokens take it along
-        if isinstance(experts["gate"], LayerOf):
-            return run_few(x_BTD, weights_BTC, chosen_BTC, experts, adapters, index_BT)
+        if isinstance(experts["gate"], LayerSlice):
+            return decode_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, index_BT)
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            return run_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0, index_BT)
+            return apply_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0, index_BT)
         specs = dict(self.expert_specs)
         return run_over_mesh(x_BTD, weights_BTC, chosen_BTC, experts, adapters, specs, mesh, index_BT)
 

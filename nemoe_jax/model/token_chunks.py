@@ -11,13 +11,15 @@ from jax import lax
 from nemoe_jax.model.layers import Adapters
 
 
-def number_of_parts(size: int, at_most: int) -> int:
+def num_chunks(size: int, at_most: int) -> int:
     """In how many equal parts `size` things are worked on: of `at_most` each, where that (nearly) divides them."""
     fewest = -(-size // at_most)
     return next((parts for parts in range(fewest, 2 * fewest) if size % parts == 0), 1)
 
 
-def in_parts(run: Callable[[Any, Adapters], jax.Array], arrays: Any, adapters: Adapters, parts: int) -> jax.Array:
+def map_token_chunks(
+    run: Callable[[Any, Adapters], jax.Array], arrays: Any, adapters: Adapters, parts: int
+) -> jax.Array:
     """`run(arrays, adapters)` for arrays cut into equal parts along their first axis; the results, one after another.
 
     Each part drops other elements of the adapters' inputs.

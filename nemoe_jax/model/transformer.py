@@ -20,25 +20,25 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from nemoe_jax.adapters.lora import Adapter, factors
-from nemoe_jax.adapters.multi_lora import own_ranks
-from nemoe_jax.kernels.backend import platform
+from nemoe_jax.adapters.multi_lora import mask_ranks
+from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.model.attention import Attention, Context
-from nemoe_jax.model.decode_weights import LayerOf, reads_in_place
-from nemoe_jax.model.embedding import look_up
+from nemoe_jax.model.decode_weights import LayerSlice, use_inplace_weights
+from nemoe_jax.model.embedding import embed_tokens
 from nemoe_jax.model.ffn import SwiGLU
-from nemoe_jax.model.kv_cache import Cache, LayerCache
-from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm, rotation
+from nemoe_jax.model.kv_cache import KVCache, LayerCache
+from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm, rope_cos_sin
 from nemoe_jax.model.moe import MoE, Routing
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, map_with_path
 from nemoe_jax.spec.sharding import constrain_tokens, gathered, partition_spec, used_spec
 
 
-class Hidden(NamedTuple):
+class HiddenOutput(NamedTuple):
     """What the blocks give: all of a forward pass but the head."""
 
     x_BTD: jax.Array  # after the final norm
-    cache: Cache | None
+    cache: KVCache | None
     routing: Routing | None  # load (L, E), losses and entropy averaged over the MoE layers; None for a dense model
 
 
@@ -46,7 +46,7 @@ class Output(NamedTuple):
     """What a forward pass gives."""
 
     logits: jax.Array  # (B, T, V) float32
-    cache: Cache | None
+    cache: KVCache | None
     routing: Routing | None  # as in Hidden
 
 
@@ -60,7 +60,7 @@ class Block(SpecModule):
     def attend(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
     ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
-        """The stream after attention, its normalised copy that the FFN reads (both (B, T, D)), and the cache."""
+        """The stream after attention, its normalized copy that the FFN reads (both (B, T, D)), and the cache."""
         normed = rms_norm(x_BTD, self.weight("attn_norm"), self.eps)
         y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
         x_BTD = constrain_tokens(x_BTD + y_BTD)
@@ -99,20 +99,20 @@ class Transformer(SpecModule):
         adapters: Adapters = NO_ADAPTERS,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
-        cache: Cache | None = None,
-        counts_B: jax.Array | None = None,
+        cache: KVCache | None = None,
+        num_new_tokens_B: jax.Array | None = None,
         remat: bool = False,
-    ) -> Hidden:
+    ) -> HiddenOutput:
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.length_B[:, None])
             positions = jnp.broadcast_to(positions, tokens_BT.shape)
-        turned = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        turned = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         context = Context(positions, segments, turned)
         spec = declare(self.config)["embed"]
-        x_BTD = look_up(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
+        x_BTD = embed_tokens(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
         held = None
         if cache is not None:
-            held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(0), counts_B)
+            held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(0), num_new_tokens_B)
         routings = []
         for kind, block in self.blocks.items():
             run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
@@ -123,13 +123,13 @@ class Transformer(SpecModule):
                 routings.append(routing)
         x_BTD = rms_norm(x_BTD, self.weight("norm"), self.eps)
         if cache is not None and held is not None:
-            more = tokens_BT.shape[1] if counts_B is None else counts_B
-            cache = Cache(held.k, held.v, cache.table_BM, cache.length_B + more)
+            more = tokens_BT.shape[1] if num_new_tokens_B is None else num_new_tokens_B
+            cache = KVCache(held.k, held.v, cache.table_BM, cache.length_B + more)
         routing = None
         if routings:
             routing = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings)
             routing = Routing(routing.load_E, *(statistic.mean() for statistic in routing[1:]))
-        return Hidden(x_BTD, cache, routing)
+        return HiddenOutput(x_BTD, cache, routing)
 
 
 def _scan_run(
@@ -147,7 +147,7 @@ def _scan_run(
     """
     graph, state = nnx.split(block)
     stacked = nnx.to_pure_dict(state)
-    in_place = cache is not None and reads_in_place(x_BTD[..., 0].size, stacked["attn"]["q"].dtype)
+    in_place = cache is not None and use_inplace_weights(x_BTD[..., 0].size, stacked["attn"]["q"].dtype)
     of_experts = _expert_adapters(specs, adapters, x_BTD.dtype) if in_place else {}
 
     def layer(carry, slice_of_run):
@@ -173,14 +173,14 @@ def _layer_in_place(specs: Tree, stacked: Tree, number: jax.Array) -> Tree:
     """One layer's weights: the matrices not yet read."""
     of_path = leaves(specs)
     return map_with_path(
-        lambda path, stack: LayerOf(stack, number) if of_path[path].contracted else stack[number], stacked
+        lambda path, stack: LayerSlice(stack, number) if of_path[path].contracted else stack[number], stacked
     )
 
 
 def _expert_adapters(specs: Tree, adapters: Adapters, dtype: Any) -> dict[str, Adapter]:
     """Those of the experts of all layers, in a dtype that kernels read in place."""
     of_path = leaves(specs)
-    read = jnp.float32 if platform() == "cpu" else dtype
+    read = jnp.float32 if target_platform() == "cpu" else dtype
     return {
         path: dataclasses.replace(adapter, a=adapter.a.astype(read), b=adapter.b.astype(read))
         for path, adapter in leaves(dict(adapters)).items()
@@ -194,7 +194,7 @@ def _adapters_in_place(of_experts: dict[str, Adapter], layer_adapters: Tree, num
     def replace(path: str, adapter: Adapter) -> Adapter:
         if path not in of_experts:
             return adapter
-        a, b = (LayerOf(stack, number) for stack in (of_experts[path].a, of_experts[path].b))
+        a, b = (LayerSlice(stack, number) for stack in (of_experts[path].a, of_experts[path].b))
         return dataclasses.replace(adapter, a=a, b=b)
 
     return map_with_path(replace, layer_adapters)
@@ -233,7 +233,7 @@ def graph_of(config: ModelConfig) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Transformer(config)))[0]
 
 
-def hidden(
+def hidden_states(
     config: ModelConfig,
     params: Tree,
     tokens_BT: jax.Array,
@@ -241,10 +241,10 @@ def hidden(
     adapters: Tree | None = None,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
-    cache: Cache | None = None,
-    counts_B: jax.Array | None = None,
+    cache: KVCache | None = None,
+    num_new_tokens_B: jax.Array | None = None,
     remat: bool = False,
-) -> Hidden:
+) -> HiddenOutput:
     """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
 
     Args:
@@ -254,7 +254,7 @@ def hidden(
         segments: (B, T) document numbers of packed sequences, from 1; 0 is padding, which no statistic of the routing
             counts. Not together with a cache.
         cache: keys and values so far; the new ones are written behind them. The caller sees that they fit.
-        counts_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
+        num_new_tokens_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
         remat: recompute each block in the backward pass instead of keeping its activations.
     """
     model = nnx.merge(graph_of(config), params)
@@ -264,7 +264,7 @@ def hidden(
         positions=positions,
         segments=segments,
         cache=cache,
-        counts_B=counts_B,
+        num_new_tokens_B=num_new_tokens_B,
         remat=remat,
     )
 
@@ -276,14 +276,14 @@ def logits(
     adapters = adapters or {}
     if not config.tied:
         head: Any = params["head"]
-        if decoding and reads_in_place(x_BTD[..., 0].size, head.dtype):
-            head = LayerOf(head[None], 0)
+        if decoding and use_inplace_weights(x_BTD[..., 0].size, head.dtype):
+            head = LayerSlice(head[None], 0)
         return project(x_BTD, head, 1, adapters.get("head")).astype(jnp.float32)
     logits_BTV = x_BTD @ params["embed"].T.astype(x_BTD.dtype)
     adapter = adapters.get("embed")
     if adapter is not None:
         a_RV, b_DR = adapter.a.T.astype(x_BTD.dtype), adapter.b.T.astype(x_BTD.dtype)
-        logits_BTV += adapter.scale * own_ranks(x_BTD @ b_DR, adapter) @ a_RV
+        logits_BTV += adapter.scale * mask_ranks(x_BTD @ b_DR, adapter) @ a_RV
     return logits_BTV.astype(jnp.float32)
 
 
@@ -291,5 +291,5 @@ def forward(
     config: ModelConfig, params: Tree, tokens_BT: jax.Array, *, adapters: Tree | None = None, **options: Any
 ) -> Output:
     """`hidden`, whose options it takes, then `logits`."""
-    x_BTD, cache, routing = hidden(config, params, tokens_BT, adapters=adapters, **options)
+    x_BTD, cache, routing = hidden_states(config, params, tokens_BT, adapters=adapters, **options)
     return Output(logits(config, params, x_BTD, adapters, decoding=cache is not None), cache, routing)

@@ -10,19 +10,19 @@ from typing import Any
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.completion import end_tokens
-from nemoe_jax.serving.engine.request import MOST_TOP, Request
-from nemoe_jax.serving.engine.stop_strings import StopTexts
-from nemoe_jax.serving.structured.grammar import Vocabulary, tool_calls
+from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS, Request
+from nemoe_jax.serving.engine.stop_strings import StopStrings
+from nemoe_jax.serving.structured.grammar import TokenBytes, tool_calls
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.text.chat import render
 from nemoe_jax.text.chat.tool_formats import call_form
-from nemoe_jax.text.chat.tool_parser import AnswerStream
+from nemoe_jax.text.chat.tool_parser import ToolCallStreamParser
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]] | None
 
 
-class RequestMaker:
+class RequestBuilder:
     """Makes requests for one model.
 
     ends: its end tokens.
@@ -48,22 +48,22 @@ class RequestMaker:
         prompt = render.render_chat(self.tokenizer, messages, tools=tools)
         return self._checked(wishes, prompt, tools, tool_choice, schema)
 
-    def reader(self, tools: Tools) -> AnswerStream:
+    def reader(self, tools: Tools) -> ToolCallStreamParser:
         """Reads an answer, with its calls of tools, piece by piece."""
-        return AnswerStream(self.tokenizer, tools, sorted(self.ends))
+        return ToolCallStreamParser(self.tokenizer, tools, sorted(self.ends))
 
     @functools.cached_property
-    def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.tokenizer, self.config.vocab, sorted(self.ends))
+    def _vocabulary(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer, self.config.vocab, sorted(self.ends))
 
     def _checked(
         self, wishes: Request, prompt: Sequence[int], tools: Tools = None, tool_choice: Any = None, schema: Any = None
     ) -> Request:
-        if wishes.top_logprobs is not None and wishes.top_logprobs > MOST_TOP:
-            raise UserError(f"logprobs: wanted 0 to {MOST_TOP}, got {wishes.top_logprobs}")
+        if wishes.top_logprobs is not None and wishes.top_logprobs > MAX_TOP_LOGPROBS:
+            raise UserError(f"logprobs: expected 0 to {MAX_TOP_LOGPROBS}, got {wishes.top_logprobs}")
         request = dataclasses.replace(wishes, prompt=tuple(prompt))
         request.check(self.config.vocab, self.config.context)
-        StopTexts(wishes.stop)  # refuses what can never be found
+        StopStrings(wishes.stop)  # refuses what can never be found
         constraint = None
         if schema is not None or tool_choice is not None or call_form(self.tokenizer) is not None:
             constraint = tool_calls(self._vocabulary, self.tokenizer, tools, tool_choice, schema=schema)

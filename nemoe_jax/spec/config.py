@@ -24,7 +24,7 @@ _ARCHITECTURES: dict[str, Family] = {
 }
 
 
-class Run(NamedTuple):
+class LayerGroup(NamedTuple):
     """Consecutive layers of one kind; they are stacked and scanned together."""
 
     kind: Literal["dense", "moe"]
@@ -53,7 +53,7 @@ class ModelConfig:
     expert_ffn: int = _field("neurons of one expert", 0)
     shared_ffn: int = _field("neurons of the always-active shared expert with its sigmoid gate; 0 for none", 0)
     dense_layers: int = _field("how many first layers of an MoE model are dense", 0)
-    normalise_top_k: bool = _field("softmax over the chosen experts only (else over all)", True)
+    normalize_top_k: bool = _field("softmax over the chosen experts only (else over all)", True)
     qk_norm: bool = _field("RMSNorm on each query and key head, before RoPE", False)
     tied: bool = _field("the output head is the embedding", False)
     rope_theta: float = _field("base of the rotary frequencies", 1e6)
@@ -67,37 +67,37 @@ class ModelConfig:
         problems = []
         for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "vocab", "context"):
             if getattr(self, name) < 1:
-                problems.append(f"{name}: wanted a positive number, got {getattr(self, name)}")
+                problems.append(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("ffn", "experts", "top_k", "expert_ffn", "shared_ffn", "dense_layers"):
             if getattr(self, name) < 0:
-                problems.append(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+                problems.append(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name, size in vars(self).items():
             if type(size) is int and size > _LARGEST_SIZE:
-                problems.append(f"{name}: wanted at most {_LARGEST_SIZE}, got {size}")
+                problems.append(f"{name}: expected at most {_LARGEST_SIZE}, got {size}")
         if not self.rope_theta > 0:
-            problems.append(f"rope_theta: wanted a positive number, got {self.rope_theta}")
+            problems.append(f"rope_theta: expected a positive number, got {self.rope_theta}")
         if not self.norm_eps >= 0:
-            problems.append(f"norm_eps: wanted 0 or more, got {self.norm_eps}")
+            problems.append(f"norm_eps: expected 0 or more, got {self.norm_eps}")
         if self.kv_heads > 0 and self.heads % self.kv_heads:
-            problems.append(f"kv_heads: wanted a divisor of heads = {self.heads}, got {self.kv_heads}")
+            problems.append(f"kv_heads: expected a divisor of heads = {self.heads}, got {self.kv_heads}")
         if self.head_dim % 2:
             problems.append(f"head_dim: RoPE wants an even size, got {self.head_dim}")
         if self.experts:
             if not 1 <= self.top_k <= self.experts:
-                problems.append(f"top_k: wanted 1 to experts = {self.experts}, got {self.top_k}")
+                problems.append(f"top_k: expected 1 to experts = {self.experts}, got {self.top_k}")
             if self.expert_ffn < 1:
-                problems.append(f"expert_ffn: wanted a positive number, got {self.expert_ffn}")
+                problems.append(f"expert_ffn: expected a positive number, got {self.expert_ffn}")
             if not 0 <= self.dense_layers < self.layers:
-                problems.append(f"dense_layers: wanted 0 to {self.layers - 1}, got {self.dense_layers}")
+                problems.append(f"dense_layers: expected 0 to {self.layers - 1}, got {self.dense_layers}")
         if self.ffn < 1 and (self.dense_layers or not self.experts):
             problems.append(f"ffn: the model has dense layers and wants a positive number, got {self.ffn}")
         if self.dtype not in DTYPES:
-            problems.append(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype}")
+            problems.append(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.family != "nekomind":
-            if self.shared_ffn or self.qk_norm or self.dense_layers or not self.normalise_top_k:
+            if self.shared_ffn or self.qk_norm or self.dense_layers or not self.normalize_top_k:
                 problems.append(
                     f"family {self.family} cannot express a shared expert, QK-norm, dense first layers or "
-                    "top-k weights that are not normalised; family nekomind can"
+                    "top-k weights that are not normalized; family nekomind can"
                 )
             if bool(self.experts) != (self.family == "mixtral"):
                 problems.append(f"family {self.family} with experts = {self.experts}")
@@ -105,12 +105,12 @@ class ModelConfig:
             raise UserError("model config: " + "; ".join(problems))
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[LayerGroup, ...]:
         """The model's layers as runs of equal blocks, in order."""
         if not self.experts:
-            return (Run("dense", 0, self.layers),)
-        dense = (Run("dense", 0, self.dense_layers),) if self.dense_layers else ()
-        return (*dense, Run("moe", self.dense_layers, self.layers - self.dense_layers))
+            return (LayerGroup("dense", 0, self.layers),)
+        dense = (LayerGroup("dense", 0, self.dense_layers),) if self.dense_layers else ()
+        return (*dense, LayerGroup("moe", self.dense_layers, self.layers - self.dense_layers))
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, validated again."""
@@ -168,7 +168,7 @@ class ModelConfig:
                 "expert_ffn": need("moe_intermediate_size"),
                 "shared_ffn": config.get("shared_expert_intermediate_size") or 0,
                 "dense_layers": _leading_dense_layers(config, source),
-                "normalise_top_k": config.get("norm_topk_prob", True),
+                "normalize_top_k": config.get("norm_topk_prob", True),
                 "qk_norm": config.get("qk_norm", True),
                 "ffn": config.get("intermediate_size") or 0,
             }
@@ -221,7 +221,7 @@ class ModelConfig:
                 "num_experts_per_tok": self.top_k,
                 "mlp_only_layers": list(range(self.dense_layers)),
                 "decoder_sparse_step": 1,
-                "norm_topk_prob": self.normalise_top_k,
+                "norm_topk_prob": self.normalize_top_k,
                 "qk_norm": self.qk_norm,
             }
         else:

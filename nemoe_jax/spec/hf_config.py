@@ -54,10 +54,10 @@ def given(content: Any, source: str, kinds: Mapping[str, Kind]) -> dict[str, Any
         UserError: not a JSON object, or values of another kind; all of them are named.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{source}: wanted a JSON object, got a {type(content).__name__}")
+        raise UserError(f"{source}: expected a JSON object, got a {type(content).__name__}")
     values = {key: value for key, value in content.items() if value is not None}
     problems = [
-        f"{key}: wanted {kinds[key].words}, got {_short(value)}"
+        f"{key}: expected {kinds[key].words}, got {_short(value)}"
         for key, value in values.items()
         if key in kinds and not kinds[key].fits(value)
     ]

@@ -32,13 +32,13 @@ def parse_mesh(text: str) -> dict[str, int]:
         if name in sizes:
             raise UserError(f"mesh {text!r}: axis {name} is named twice")
         if not size.isdecimal() or int(size) < 1:
-            raise UserError(f"mesh {text!r}: wanted a positive size for axis {name}, got {size!r}")
+            raise UserError(f"mesh {text!r}: expected a positive size for axis {name}, got {size!r}")
         sizes[name] = int(size)
     return sizes
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of those sizes over all devices (or those given), neighbours in it as near as the hardware has them.
+    """A mesh of those sizes over all devices (or those given), neighbors in it as near as the hardware has them.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nemoe_jax.spec.config import ModelConfig, Run
+from nemoe_jax.spec.config import LayerGroup, ModelConfig
 
 Tree = dict[str, Any]  # a nested dict; leaves are ParamSpecs, arrays, or whatever was derived from them
 
@@ -99,7 +99,9 @@ def declare(config: ModelConfig) -> Tree:
     residual_scale = (2 * config.layers) ** -0.5  # each block adds to the stream twice
     names = _MIXTRAL_FFN if config.family == "mixtral" else _QWEN_FFN
 
-    def p(roles: str, key: str, *, run: Run | None = None, scale: float = 1.0, lookup: bool = False) -> ParamSpec:
+    def p(
+        roles: str, key: str, *, run: LayerGroup | None = None, scale: float = 1.0, lookup: bool = False
+    ) -> ParamSpec:
         stacked, _, linear = roles.rpartition("|")
         contracted, arrow, produced = linear.rpartition("->")
         axes = [tuple(part.split()) for part in (stacked, contracted, produced)]
@@ -121,7 +123,7 @@ def declare(config: ModelConfig) -> Tree:
             lookup=lookup,
         )
 
-    def attention(run: Run) -> Tree:
+    def attention(run: LayerGroup) -> Tree:
         tree = {
             "q": p("embed -> heads head_dim", "self_attn.q_proj", run=run),
             "k": p("embed -> kv_heads head_dim", "self_attn.k_proj", run=run),
@@ -135,7 +137,7 @@ def declare(config: ModelConfig) -> Tree:
             }
         return tree
 
-    def swiglu(run: Run, stacked: str, width: str, keys: tuple[str, str, str]) -> Tree:
+    def swiglu(run: LayerGroup, stacked: str, width: str, keys: tuple[str, str, str]) -> Tree:
         gate, up, down = keys
         return {
             "gate": p(f"{stacked}embed -> {width}", gate, run=run),
@@ -143,7 +145,7 @@ def declare(config: ModelConfig) -> Tree:
             "down": p(f"{stacked}{width} -> embed", down, run=run, scale=residual_scale),
         }
 
-    def ffn(run: Run) -> Tree:
+    def ffn(run: LayerGroup) -> Tree:
         if run.kind == "dense":
             return swiglu(run, "", "ffn", _DENSE_FFN)
         tree = {
@@ -155,7 +157,7 @@ def declare(config: ModelConfig) -> Tree:
             tree["shared_gate"] = p("embed -> scalar", names["shared_gate"], run=run)
         return tree
 
-    def block(run: Run) -> Tree:
+    def block(run: LayerGroup) -> Tree:
         return {
             "attn_norm": p("norm", "input_layernorm", run=run),
             "attn": attention(run),
@@ -215,7 +217,7 @@ def unflatten(flat: dict[str, Any]) -> Tree:
     return tree
 
 
-def initialise(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, shardings: Tree | None = None) -> Tree:
+def initialize(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, shardings: Tree | None = None) -> Tree:
     """Random first values, each array made where it will live.
 
     Linear maps are normal with standard deviation in^-1/2 (those that write to the residual stream times

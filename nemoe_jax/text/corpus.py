@@ -19,7 +19,7 @@ from nemoe_jax.text.tokenizers.load import Tokenizer
 from nemoe_jax.utils.progress import progress_bar
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
-CHARACTERS_IN_FLIGHT = 8_000_000  # bounds the text held in memory while tokenising
+CHARACTERS_IN_FLIGHT = 8_000_000  # bounds the text held in memory while tokenizing
 
 
 def find_files(
@@ -45,7 +45,7 @@ def find_files(
         matches = [match for match in matches if match.is_file()]
         if not matches:
             kinds = " and ".join(suffixes)
-            raise UserError(f"{pattern}: no text there; wanted a file, a glob, or a directory of {kinds} files")
+            raise UserError(f"{pattern}: no text there; expected a file, a glob, or a directory of {kinds} files")
         found.update(match.resolve() for match in matches)
     left = sorted(found - {path.resolve() for path in exclude})
     if not left:
@@ -64,7 +64,7 @@ def read_documents(path: Path) -> Iterator[str]:
             text = path.read_bytes().decode("utf-8")  # line ends as they are
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
-            raise UserError(f"{path}: wanted UTF-8 text, got byte 0x{byte:02x} at {error.start}") from error
+            raise UserError(f"{path}: expected UTF-8 text, got byte 0x{byte:02x} at {error.start}") from error
         if text.strip():
             yield text
         return
@@ -75,15 +75,15 @@ def read_documents(path: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}:{number}: wanted a JSON object with a "text", got {line[:60]!r}') from error
+                raise UserError(f'{path}:{number}: expected a JSON object with a "text", got {line[:60]!r}') from error
             if not isinstance(text, str):
-                raise UserError(f'{path}:{number}: "text": wanted a string, got {type(text).__name__}')
+                raise UserError(f'{path}:{number}: "text": expected a string, got {type(text).__name__}')
             if text.strip():
                 yield text
 
 
-def tokenize(
-    files: Sequence[Path], tokenizer: Tokenizer, description: str = "tokenise", vocab: int | None = None
+def tokenize_files(
+    files: Sequence[Path], tokenizer: Tokenizer, description: str = "tokenize", vocab: int | None = None
 ) -> np.ndarray:
     """All documents of the files as one stream, each closed by EOS: uint16 where the vocabulary allows, else uint32.
 
@@ -149,7 +149,7 @@ def count_windows(stream: np.ndarray, sequence_length: int, name: str = "text") 
     windows = (len(stream) - 1) // sequence_length
     if windows < 1:
         raise UserError(
-            f"{name}: wanted at least sequence length + 1 = {sequence_length + 1} tokens, got {len(stream)}"
+            f"{name}: expected at least sequence length + 1 = {sequence_length + 1} tokens, got {len(stream)}"
         )
     return windows
 

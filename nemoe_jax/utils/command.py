@@ -94,7 +94,7 @@ def _missing_backend() -> str:
     return ""
 
 
-def report(figures: dict[str, Any], as_json: bool) -> None:
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     """Prints figures as `name  value` lines, or as one JSON object."""
     if as_json:
         print(json.dumps(figures))

@@ -13,7 +13,7 @@ th:first-child, td:first-child { text-align: left } .discarded { color: #b5413b 
 """
 
 
-def page(title: str, *parts: str) -> str:
+def html_page(title: str, *parts: str) -> str:
     """A page of parts that are HTML already."""
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>

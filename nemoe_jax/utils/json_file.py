@@ -16,5 +16,5 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file, or cut short ({error})") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path}: wanted a JSON object, got a {type(value).__name__}")
+        raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}")
     return value

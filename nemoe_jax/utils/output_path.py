@@ -8,13 +8,13 @@ from pathlib import Path
 from nemoe_jax.errors import UserError
 
 
-def partial_of(target: Path) -> Path:
+def staging_path(target: Path) -> Path:
     """The hidden place beside a target."""
     return target.parent / f".{target.name}.partial"
 
 
 @contextlib.contextmanager
-def growing(target: Path, parents: bool = False) -> Iterator[Path]:
+def atomic_write(target: Path, parents: bool = False) -> Iterator[Path]:
     """The place of a file, which takes its name if all goes well, also where there is one; otherwise nothing stays.
 
     Args:
@@ -23,7 +23,7 @@ def growing(target: Path, parents: bool = False) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written.
     """
-    partial = partial_of(target)
+    partial = staging_path(target)
     made = [parent for parent in target.parents if parents and not parent.exists()]
     try:
         if made:

@@ -23,21 +23,21 @@ def every_weight(config, **options):
 
 def trained(config, targets, seed=1):
     """Adapters as if trained: B is not zero."""
-    adapters = lora.initialise(config, targets, jax.random.key(seed))
+    adapters = lora.initialize(config, targets, jax.random.key(seed))
     return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
 
 
 def test_fresh_adapters_change_nothing(config):
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
-    adapters = lora.initialise(config, every_weight(config), jax.random.key(2))
-    got, wanted = forward(config, params, tokens, adapters=adapters).logits, forward(config, params, tokens).logits
+    adapters = lora.initialize(config, every_weight(config), jax.random.key(2))
+    got, expected = forward(config, params, tokens, adapters=adapters).logits, forward(config, params, tokens).logits
     # on CPU the experts' A stand beside their W in one product, which rounds otherwise than W alone
-    np.testing.assert_allclose(got, wanted, atol=2e-6)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
     base = forward(config, params, tokens).logits
     run = jax.jit(lambda params, adapters: forward(config, params, tokens, adapters=adapters).logits)
@@ -53,7 +53,7 @@ def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
 
 
 def test_every_adapter_gets_a_gradient(config):
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     # enough tokens that every expert is chosen
     tokens = jax.random.randint(jax.random.key(1), (8, 32), 0, config.vocab)
     adapters = trained(config, every_weight(config))
@@ -70,7 +70,7 @@ def test_every_adapter_gets_a_gradient(config):
 
 
 def test_each_expert_has_an_adapter_of_its_own():
-    adapters = lora.initialise(MIXTRAL, [Target("blocks/moe/ffn/gate", 5, 10.0)], jax.random.key(0))
+    adapters = lora.initialize(MIXTRAL, [Target("blocks/moe/ffn/gate", 5, 10.0)], jax.random.key(0))
     adapter = adapters["blocks"]["moe"]["ffn"]["gate"]
     assert adapter.a.shape == (3, 16, 24, 5)
     assert adapter.b.shape == (3, 16, 5, 12)
@@ -92,8 +92,8 @@ def test_the_first_matching_target_wins():
     [
         (Target("blocks/*/attention/*", 4, 8.0), "matches no weight; the weights are: embed, blocks/moe/attn/q"),
         (Target("norm", 4, 8.0), "matches no weight"),  # a norm is no linear map
-        (Target("*", 0, 8.0), "wanted a positive rank"),
-        (Target("*", 3, 8.0, dropout=1.0), "dropout: wanted 0 to below 1, got 1.0"),
+        (Target("*", 0, 8.0), "expected a positive rank"),
+        (Target("*", 3, 8.0, dropout=1.0), "dropout: expected 0 to below 1, got 1.0"),
         (
             Target("blocks/*/ffn/[gr]*", 13, 8.0),
             r"blocks/\*/ffn/\[gr\]\*: rank 13 is above 12, the smaller dimension of blocks/moe/ffn/gate \(24, 12\)",
@@ -105,7 +105,7 @@ def test_bad_targets(target, message):
         lora.match(MIXTRAL, [target])
 
 
-def test_rank_stabilised_scale():
+def test_rank_stabilized_scale():
     assert Target("*", 16, 8.0).scale == 0.5
     assert Target("*", 16, 8.0, rslora=True).scale == 2.0
 
@@ -117,12 +117,12 @@ def test_adapters_are_made_where_they_live_and_are_the_same_there():
     targets = [Target("*", 4, 8.0)]
     mesh = make_mesh(MESH)
     places = lora.shardings(MIXTRAL, targets, mesh)
-    placed = lora.initialise(MIXTRAL, targets, jax.random.key(0), places)
-    alone = lora.initialise(MIXTRAL, [Target("*/[gq]*", 4, 8.0)], jax.random.key(0))  # others do not matter either
+    placed = lora.initialize(MIXTRAL, targets, jax.random.key(0), places)
+    alone = lora.initialize(MIXTRAL, [Target("*/[gq]*", 4, 8.0)], jax.random.key(0))  # others do not matter either
     assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed) == lora.abstract(MIXTRAL, targets)
     assert jax.tree.all(jax.tree.map(lambda x, place: x.sharding == place, placed, places))
     assert places["blocks"]["moe"]["ffn"]["gate"].a.shard_shape((3, 16, 24, 4))[1] <= 8  # of 16 experts
-    params = schema.initialise(MIXTRAL, jax.random.key(0), shardings=sharding.shardings(MIXTRAL, mesh))
+    params = schema.initialize(MIXTRAL, jax.random.key(0), shardings=sharding.shardings(MIXTRAL, mesh))
     merged = lora.merge(MIXTRAL, params, placed)
     assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, merged, params))
     for path, adapter in schema.leaves(alone).items():
@@ -140,13 +140,13 @@ def test_dropout_drops_and_scales_the_adapters_input_alone():
     weight = jax.random.normal(jax.random.key(2), (24, 6, 10))
     kept = np.asarray(jax.random.bernoulli(adapter.key, 0.75, x.shape))
     assert 0.7 < kept.mean() < 0.8
-    wanted = np.einsum("btd,dnh->btnh", x, weight)
-    wanted += 2.0 * np.einsum("btd,dr,rnh->btnh", x * kept / 0.75, adapter.a, adapter.b)
-    np.testing.assert_allclose(project(x, weight, 1, adapter), wanted, atol=1e-4)
+    expected = np.einsum("btd,dnh->btnh", x, weight)
+    expected += 2.0 * np.einsum("btd,dr,rnh->btnh", x * kept / 0.75, adapter.a, adapter.b)
+    np.testing.assert_allclose(project(x, weight, 1, adapter), expected, atol=1e-4)
 
 
 def test_dropout_is_the_same_when_blocks_are_recomputed():
-    params = schema.initialise(DENSE, jax.random.key(0))
+    params = schema.initialize(DENSE, jax.random.key(0))
     adapters = trained(DENSE, [Target("embed", 3, 6.0, dropout=0.5), Target("blocks/*/[qg]*", 3, 6.0, dropout=0.5)])
     assert adapters["embed"].dropout == 0.0  # a look-up
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, DENSE.vocab)
@@ -182,7 +182,7 @@ def test_devices_drop_independently_where_they_hold_other_tokens_or_experts():
 
 
 def test_dropout_over_a_mesh():
-    params = schema.initialise(MIXTRAL, jax.random.key(0))
+    params = schema.initialize(MIXTRAL, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (8, 11), 0, MIXTRAL.vocab)
     mesh = make_mesh(MESH)
 

@@ -7,7 +7,7 @@ import pytest
 
 from nemoe_jax.adapters import lora, peft_load
 from nemoe_jax.adapters.lora import Adapter, Target
-from nemoe_jax.adapters.multi_lora import bank, with_rows
+from nemoe_jax.adapters.multi_lora import select_adapters, stack_adapters
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import UserError
 from nemoe_jax.model import decode_weights, expert_parallel
@@ -41,7 +41,7 @@ def several(config):
 @functools.cache
 def case(config):
     """(parameters, tokens, logits of each row by the adapter that INDEX gives it, computed with it alone)."""
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (len(INDEX), 12), 0, config.vocab)
     run = jax.jit(lambda params, adapters: forward(config, params, tokens, adapters=adapters).logits)
     alone = {-1: run(params, None)}
@@ -54,27 +54,29 @@ def case(config):
 
 
 def test_each_row_of_a_batch_has_its_own_adapter(config):
-    params, tokens, wanted = case(config)
-    joined = bank(config, several(config))
-    run = jax.jit(lambda index: forward(config, params, tokens, adapters=with_rows(joined, index)).logits)
-    np.testing.assert_allclose(run(INDEX), wanted, atol=2e-5)
+    params, tokens, expected = case(config)
+    joined = stack_adapters(config, several(config))
+    run = jax.jit(lambda index: forward(config, params, tokens, adapters=select_adapters(joined, index)).logits)
+    np.testing.assert_allclose(run(INDEX), expected, atol=2e-5)
     base = forward(config, params, tokens).logits
     np.testing.assert_allclose(run(jnp.full_like(INDEX, -1)), base, atol=2e-6)
     assert run._cache_size() == 1
 
 
 def test_with_a_cache_and_rows_of_different_lengths(config):
-    params, tokens, wanted = case(config)
-    joined = bank(config, several(config))
+    params, tokens, expected = case(config)
+    joined = stack_adapters(config, several(config))
 
     @jax.jit
     def read(tokens, counts, cache, index):
-        output = forward(config, params, tokens, adapters=with_rows(joined, index), cache=cache, counts_B=counts)
+        output = forward(
+            config, params, tokens, adapters=select_adapters(joined, index), cache=cache, num_new_tokens_B=counts
+        )
         return output.logits, output.cache
 
     rng = np.random.default_rng(0)
     cache = empty_cache(config, len(INDEX), 16, jnp.float32)
-    done, got = np.zeros(len(INDEX), int), np.zeros(wanted.shape)
+    done, got = np.zeros(len(INDEX), int), np.zeros(expected.shape)
     for width in (5, 5, 1, 1, 1, 1):
         counts = np.minimum(rng.integers(0, width + 1, len(INDEX)), 12 - done) if width > 1 else (done < 12).astype(int)
         part = np.zeros((len(INDEX), width), np.int32)
@@ -87,7 +89,7 @@ def test_with_a_cache_and_rows_of_different_lengths(config):
     assert read._cache_size() == 2
     for row, count in enumerate(done):
         assert count > 5
-        np.testing.assert_allclose(got[row, :count], wanted[row, :count], atol=3e-5)
+        np.testing.assert_allclose(got[row, :count], expected[row, :count], atol=3e-5)
 
 
 @pytest.mark.parametrize("way", ["gather", "all-to-all"])
@@ -95,18 +97,20 @@ def test_over_a_mesh(config, way, monkeypatch):
     if way == "all-to-all" and not config.experts:
         pytest.skip("a dense model has nothing to exchange")
     monkeypatch.setattr(expert_parallel, "exchange_of", lambda *_: way)
-    params, tokens, wanted = case(config)
+    params, tokens, expected = case(config)
     mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     placed = jax.device_put(params, sharding.shardings(config, mesh))
     places = {name: lora.shardings(config, own, mesh) for name, own in targets_of(config).items()}
-    joined = bank(config, jax.device_put(several(config), places))
+    joined = stack_adapters(config, jax.device_put(several(config), places))
     for path, place in schema.leaves(places["every"]).items():
         adapter = schema.leaves(joined)[path]
         assert adapter.a.sharding.is_equivalent_to(place.a, adapter.a.ndim)
         assert adapter.b.sharding.is_equivalent_to(place.b, adapter.b.ndim)
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda params, index: forward(config, params, tokens, adapters=with_rows(joined, index)).logits)
-        np.testing.assert_allclose(run(placed, INDEX), wanted, atol=3e-5)
+        run = jax.jit(
+            lambda params, index: forward(config, params, tokens, adapters=select_adapters(joined, index)).logits
+        )
+        np.testing.assert_allclose(run(placed, INDEX), expected, atol=3e-5)
 
 
 @pytest.mark.parametrize("kind", [peft_models.mistral, peft_models.mixtral], ids=["mistral", "mixtral"])
@@ -117,35 +121,40 @@ def test_directories_of_peft(kind, tmp_path):
         "attention": {"target_modules": ["q_proj", "v_proj"], "r": 5},
         "all": {"target_modules": ["embed_tokens", "o_proj", "lm_head"], "lora_alpha": 4} | experts,
     }
-    wanted = [
+    expected = [
         peft_models.logits_of(peft_models.adapt(directory, tmp_path / name, **own)) for name, own in options.items()
     ]
-    wanted.append(peft_models.logits_of(peft_models.opened(directory)))
-    config, params = pretrained.load(directory)
-    joined = bank(config, {name: peft_load.load_adapters(tmp_path / name, config)[1] for name in options})
+    expected.append(peft_models.logits_of(peft_models.opened(directory)))
+    config, params = pretrained.load_pretrained(directory)
+    joined = stack_adapters(config, {name: peft_load.load_adapters(tmp_path / name, config)[1] for name in options})
     index = jnp.asarray([0, 1, -1])
-    got = forward(config, params, jnp.asarray(peft_models.IDS), adapters=with_rows(joined, index)).logits
+    got = forward(config, params, jnp.asarray(peft_models.IDS), adapters=select_adapters(joined, index)).logits
     for row, own in enumerate(index):
-        np.testing.assert_allclose(got[row], wanted[own][row], atol=2e-4)
-        assert np.abs(wanted[own] - wanted[own - 1])[row].max() > 0.1
+        np.testing.assert_allclose(got[row], expected[own][row], atol=2e-4)
+        assert np.abs(expected[own] - expected[own - 1])[row].max() > 0.1
 
 
 def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkeypatch):
-    params = schema.initialise(config, jax.random.key(0), jnp.bfloat16)
+    params = schema.initialize(config, jax.random.key(0), jnp.bfloat16)
     tokens, empty = jnp.asarray([[5, 9], [3, 1]]), empty_cache(config, 2, 16)
     cache = jax.jit(lambda: forward(config, params, tokens, cache=empty).cache)()
-    trees = several(config)["every"], with_rows(bank(config, several(config), jnp.bfloat16), jnp.asarray([2, 0]))
+    trees = (
+        several(config)["every"],
+        select_adapters(stack_adapters(config, several(config), jnp.bfloat16), jnp.asarray([2, 0])),
+    )
     products = []
-    multiply = decode_weights.LayerOf.multiply
-    monkeypatch.setattr(decode_weights.LayerOf, "multiply", lambda *given: products.append(given) or multiply(*given))
+    multiply = decode_weights.LayerSlice.multiply
+    monkeypatch.setattr(
+        decode_weights.LayerSlice, "multiply", lambda *given: products.append(given) or multiply(*given)
+    )
 
     def step(params):
         run = jax.jit(lambda adapters: forward(config, params, jnp.asarray([[7], [8]]), adapters=adapters, cache=cache))
         return [run(adapters).logits for adapters in trees]
 
-    got = step(decode_weights.for_decoding(params, 2))
+    got = step(decode_weights.prepare_decode_params(params, 2))
     assert products
-    monkeypatch.setattr("nemoe_jax.model.transformer.reads_in_place", lambda rows, dtype: False)
+    monkeypatch.setattr("nemoe_jax.model.transformer.use_inplace_weights", lambda rows, dtype: False)
     np.testing.assert_allclose(got, step(params), atol=0.06)
 
 
@@ -153,18 +162,18 @@ def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkey
     ("wrong", "message"),
     [
         ({"norm": jnp.ones(24)}, "adapter poems: norm: the model has no such linear map"),
-        ({"head": jnp.ones((24, 72))}, "adapter poems: head: wanted a low-rank update, got ArrayImpl"),
-        ({"head": Adapter(np.ones((24, 2)), np.ones((2, 71)), 1.0)}, r"head: wanted .* \(2, 72\), got .* \(2, 71\)"),
+        ({"head": jnp.ones((24, 72))}, "adapter poems: head: expected a low-rank update, got ArrayImpl"),
+        ({"head": Adapter(np.ones((24, 2)), np.ones((2, 71)), 1.0)}, r"head: expected .* \(2, 72\), got .* \(2, 71\)"),
         ({"heads": 1, "norm": 2}, "adapter poems: heads: .*adapter poems: norm"),
     ],
 )
 def test_what_cannot_be_joined_is_named(wrong, message):
     with pytest.raises(UserError, match=message):
-        bank(DENSE, {"sql": several(DENSE)["attention"], "poems": wrong})
+        stack_adapters(DENSE, {"sql": several(DENSE)["attention"], "poems": wrong})
 
 
 def test_a_whole_weight_of_peft_is_refused(tmp_path):
     directory = peft_models.base(peft_models.mistral, tmp_path)
     peft_models.adapt(directory, tmp_path / "poems", target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(UserError, match=r"poems.*lm_head.*a whole tensor is no low-rank update"):
-        peft_load.load_adapters(tmp_path / "poems", pretrained.load(directory)[0])
+        peft_load.load_adapters(tmp_path / "poems", pretrained.load_pretrained(directory)[0])

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bases")
-    return functools.cache(lambda kind: (base(kind, directory), *pretrained.load(base(kind, directory))))
+    return functools.cache(lambda kind: (base(kind, directory), *pretrained.load_pretrained(base(kind, directory))))
 
 
 @functools.cache
@@ -56,12 +56,12 @@ def run(config, params):
     return forward(config, params, IDS).logits
 
 
-def assert_equal_trees(got, wanted, atol=0.0):
-    got, wanted = schema.leaves(got), schema.leaves(wanted)
-    assert got.keys() == wanted.keys()
-    for path in wanted:
-        assert jax.tree.structure(got[path]) == jax.tree.structure(wanted[path]), path
-        for mine, other in zip(jax.tree.leaves(got[path]), jax.tree.leaves(wanted[path]), strict=True):
+def assert_equal_trees(got, expected, atol=0.0):
+    got, expected = schema.leaves(got), schema.leaves(expected)
+    assert got.keys() == expected.keys()
+    for path in expected:
+        assert jax.tree.structure(got[path]) == jax.tree.structure(expected[path]), path
+        for mine, other in zip(jax.tree.leaves(got[path]), jax.tree.leaves(expected[path]), strict=True):
             np.testing.assert_allclose(mine, other, rtol=0, atol=atol, err_msg=path)
 
 
@@ -90,9 +90,9 @@ def test_peft_loads_what_is_saved(kind, targets, options, bases, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
         model = peft.PeftModel.from_pretrained(opened(directory), tmp_path / "adapter").eval()
-    wanted = run(config, lora.merge(config, params, adapters))
-    assert np.abs(wanted - run(config, params)).max() > 0.1  # the adapter does something
-    np.testing.assert_allclose(logits_of(model), wanted, atol=2e-5)
+    expected = run(config, lora.merge(config, params, adapters))
+    assert np.abs(expected - run(config, params)).max() > 0.1  # the adapter does something
+    np.testing.assert_allclose(logits_of(model), expected, atol=2e-5)
 
     found, loaded = load_adapters(tmp_path / "adapter", config)
     assert read_targets(tmp_path / "adapter", config) == found
@@ -177,7 +177,7 @@ def test_layers_and_experts_without_an_adapter_and_of_other_ranks(tmp_path):
     targets, adapters = load_adapters(tmp_path / "adapter", NEKOMIND)
     assert targets[0] == Target("blocks/dense/attn/q", 5, 6.0, dropout=0.1)
     assert adapters["blocks"]["dense"]["attn"]["q"].a.shape == (2, 24, 5)
-    params = schema.initialise(NEKOMIND, jax.random.key(0))
+    params = schema.initialize(NEKOMIND, jax.random.key(0))
     merged = lora.merge(NEKOMIND, params, adapters)
     assert_equal_trees(merged, merged_by(PeftAdapter(tmp_path / "adapter", NEKOMIND), NEKOMIND, params), 1e-6)
     q = adapters["blocks"]["moe"]["attn"]["q"]
@@ -206,8 +206,8 @@ def test_a_router_that_was_trained_whole(bases, tmp_path):
     model = peft.PeftModel.from_pretrained(opened(directory), tmp_path / "adapter").eval()
     flat = schema.leaves(params)
     flat |= {path: flat[path] + change for path, change in changes.items()}
-    wanted = run(config, lora.merge(config, schema.unflatten(flat), adapters))
-    np.testing.assert_allclose(logits_of(model), wanted, atol=2e-5)
+    expected = run(config, lora.merge(config, schema.unflatten(flat), adapters))
+    np.testing.assert_allclose(logits_of(model), expected, atol=2e-5)
     with pytest.raises(UserError, match="norm: was trained whole and is no linear map"):
         save_adapters(tmp_path / "other", config, adapters, base_model="base", changes={"norm": jnp.ones(24)})
     assert not list(tmp_path.glob("*other*"))
@@ -217,7 +217,7 @@ def test_a_mesh_holds_the_same_adapters(bases, tmp_path):
     _, config, _ = bases(mixtral)
     targets = [Target("blocks/moe/*/[qdr]*", 3, 6.0, dropout=0.25)]
     mesh = make_mesh({"fsdp": 2, "expert": 4})
-    placed = lora.initialise(config, targets, jax.random.key(1), lora.shardings(config, targets, mesh))
+    placed = lora.initialize(config, targets, jax.random.key(1), lora.shardings(config, targets, mesh))
     save_adapters(tmp_path / "adapter", config, placed, base_model="base")
     found, loaded = load_adapters(tmp_path / "adapter", config, mesh)
     for path, adapter in schema.leaves(loaded).items():
@@ -230,9 +230,10 @@ COPY = """
 import json, sys
 import jax
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from nemoe_jax import sharding
-from nemoe_jax.config import ModelConfig
-from nemoe_jax.peft import load_adapters, save_adapters
+from nemoe_jax.adapters.peft_load import load_adapters
+from nemoe_jax.adapters.peft_save import save_adapters
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import make_mesh
 config = ModelConfig(**json.loads(sys.argv[3]))
 _, adapters = load_adapters("adapter", config, make_mesh({"fsdp": 2}))
 assert not jax.tree.leaves(adapters)[0].is_fully_addressable
@@ -278,7 +279,7 @@ def test_bad_adapters(bases, tmp_path):
     with pytest.raises(UserError, match=r"nan/adapter_model.safetensors: .*k_proj.lora_A.weight: NaN or infinite"):
         load_adapters(tmp_path / "nan", config)
     write(tmp_path / "dropout", linear("model.layers.0.self_attn.k_proj", 20, 24), lora_dropout=1.0)
-    with pytest.raises(UserError, match=r"LoRA target blocks/dense/attn/k: dropout: wanted 0 to below 1, got 1.0"):
+    with pytest.raises(UserError, match=r"LoRA target blocks/dense/attn/k: dropout: expected 0 to below 1, got 1.0"):
         read_targets(tmp_path / "dropout", config)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "file", "wide", "nan", "dropout"}
 

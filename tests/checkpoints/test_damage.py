@@ -39,7 +39,9 @@ def sound(tmp_path_factory):
         ("mixtral", MIXTRAL, 10**9),
         ("nekomind", NEKOMIND, 10**9),
     ):
-        pretrained.save(base / name, config, schema.initialise(config, jax.random.key(0)), shard_bytes=shard_bytes)
+        pretrained.save_pretrained(
+            base / name, config, schema.initialize(config, jax.random.key(0)), shard_bytes=shard_bytes
+        )
     for name in ("dense", "mixtral"):
         change_layout(base / name, base / f"mistral-{name}", LayoutOptions("mistral"))
     return base
@@ -262,7 +264,7 @@ DAMAGES = {
         mapped(Q, "model-00003-of-00005.safetensors"),
         rf"{Q} is in {SHARD}; {INDEX} has it in model-00003-of-00005",
     ),
-    "a shard outside": (beside, NO_INDEX + r" \(wanted names of files beside it, got '\.\./x\.safetensors'"),
+    "a shard outside": (beside, NO_INDEX + r" \(expected names of files beside it, got '\.\./x\.safetensors'"),
     "an absolute path": (mapped(Q, "/etc/hostname"), NO_INDEX + r".*'/etc/hostname'"),
     "a shard with a line break": (mapped(Q, "a\nb"), NO_INDEX + r".*'a\\nb'"),
     "a key with a line break": (mapped("a\nb", SHARD), NO_INDEX + r".*'a\\nb'"),
@@ -275,16 +277,16 @@ DAMAGES = {
     "an endless index": (lambda model: (model / INDEX).write_text("[" * 100_000), NO_INDEX),
     "no text in the index": (lambda model: (model / INDEX).write_bytes(b"\xff\xfe\x00"), NO_INDEX),
     "a tensor in two shards": (twice, rf"{NORM} is in both model-00001-of-00005.safetensors and {SHARD}"),
-    "transposed": (with_tensor(Q, lambda q: q.T.copy()), r"q: wanted \S+ of shape \(60, 24\), got \(24, 60\)"),
-    "one row less": (with_tensor(NORM, lambda norm: norm[1:]), r"wanted \S+ of shape \(24,\), got \(23,\)"),
-    "one axis more": (with_tensor(NORM, lambda norm: norm[None]), r"wanted \S+ of shape \(24,\), got \(1, 24\)"),
-    "no elements": (with_tensor(NORM, lambda norm: norm[:0]), r"wanted \S+ of shape \(24,\), got \(0,\)"),
-    "a scalar": (with_tensor(NORM, lambda norm: np.array(norm[0])), r"wanted \S+ of shape \(24,\), got \(\)"),
-    "I32": (with_tensor(Q, lambda q: q.astype(np.int32)), rf"tensor {Q} has dtype I32; wanted one of BF16, F16, F32"),
-    "F64": (with_tensor(Q, lambda q: q.astype(np.float64)), rf"tensor {Q} has dtype F64; wanted one of"),
+    "transposed": (with_tensor(Q, lambda q: q.T.copy()), r"q: expected \S+ of shape \(60, 24\), got \(24, 60\)"),
+    "one row less": (with_tensor(NORM, lambda norm: norm[1:]), r"expected \S+ of shape \(24,\), got \(23,\)"),
+    "one axis more": (with_tensor(NORM, lambda norm: norm[None]), r"expected \S+ of shape \(24,\), got \(1, 24\)"),
+    "no elements": (with_tensor(NORM, lambda norm: norm[:0]), r"expected \S+ of shape \(24,\), got \(0,\)"),
+    "a scalar": (with_tensor(NORM, lambda norm: np.array(norm[0])), r"expected \S+ of shape \(24,\), got \(\)"),
+    "I32": (with_tensor(Q, lambda q: q.astype(np.int32)), rf"tensor {Q} has dtype I32; expected one of BF16, F16, F32"),
+    "F64": (with_tensor(Q, lambda q: q.astype(np.float64)), rf"tensor {Q} has dtype F64; expected one of"),
     "F8_E4M3": (
         with_tensor(Q, lambda q: q.astype(ml_dtypes.float8_e4m3fn)),
-        rf"tensor {Q} has dtype F8_E4M3; wanted one of .* \({SHARD}\)",
+        rf"tensor {Q} has dtype F8_E4M3; expected one of .* \({SHARD}\)",
     ),
     "overlapping": (shifted(-2), HEADER + r"tensor \S+ begins at byte [\d,]+ of the data, the one before it ends at"),
     "a gap": (shifted(2), HEADER + r"tensor \S+ begins at byte"),

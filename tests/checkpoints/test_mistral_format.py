@@ -15,7 +15,7 @@ from nemoe_jax.checkpoints.layout import CONSOLIDATED, HUGGING_FACE, MISTRAL, PA
 from nemoe_jax.checkpoints.reader import Checkpoint, read_config, units
 from nemoe_jax.checkpoints.writer import Writer
 from nemoe_jax.errors import UserError
-from nemoe_jax.model.layers import rope, rotation
+from nemoe_jax.model.layers import rope, rope_cos_sin
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import PRESETS
@@ -32,8 +32,8 @@ CONFIGS = {
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
 def directory(request, tmp_path):
     """A Hugging Face directory with a tokenizer."""
-    params = schema.initialise(request.param, jax.random.key(0))
-    pretrained.save(tmp_path / "hf", request.param, params)
+    params = schema.initialize(request.param, jax.random.key(0))
+    pretrained.save_pretrained(tmp_path / "hf", request.param, params)
     (tmp_path / "hf" / "tekken.json").write_text("{}")
     return tmp_path / "hf"
 
@@ -57,13 +57,14 @@ def test_there_and_back_is_the_same_bit_for_bit(directory, tmp_path):
 def test_both_directories_are_the_same_model(directory, tmp_path):
     theirs = tmp_path / "mistral"
     to("mistral", directory, theirs)
-    config, params = pretrained.load(directory)
-    mistral_config, mistral = pretrained.load(theirs)
+    config, params = pretrained.load_pretrained(directory)
+    mistral_config, mistral = pretrained.load_pretrained(theirs)
     assert mistral_config == config
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), mistral, params)
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
     logits = [
-        forward(config, pretrained.load(path, dtype=jnp.float32)[1], tokens).logits for path in (directory, theirs)
+        forward(config, pretrained.load_pretrained(path, dtype=jnp.float32)[1], tokens).logits
+        for path in (directory, theirs)
     ]
     np.testing.assert_array_equal(*logits)
     assert float(jnp.std(logits[0])) > 0.1
@@ -79,7 +80,7 @@ def rotated_neighbours(x_TNH, theta):
 
 def test_attention_scores_are_those_of_the_reference_definition(tmp_path):
     config = DENSE
-    pretrained.save(tmp_path / "hf", config, schema.initialise(config, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "hf", config, schema.initialize(config, jax.random.key(0)))
     to("mistral", tmp_path / "hf", tmp_path / "mistral")
     ours, theirs = load_file(tmp_path / "hf" / SINGLE), load_file(tmp_path / "mistral" / CONSOLIDATED)
     x_TD = np.random.default_rng(0).normal(size=(11, config.hidden)).astype(np.float32)
@@ -91,11 +92,11 @@ def test_attention_scores_are_those_of_the_reference_definition(tmp_path):
         return np.einsum("tnh,snh->nts", q_TNH, np.repeat(k_TKH, config.heads // config.kv_heads, 1))
 
     wq, wk = (theirs[f"layers.1.attention.{name}.weight"] for name in ("wq", "wk"))
-    wanted = scores(*(rotated_neighbours(heads(weight), config.rope_theta) for weight in (wq, wk)))
+    expected = scores(*(rotated_neighbours(heads(weight), config.rope_theta) for weight in (wq, wk)))
     q, k = (ours[f"model.layers.1.self_attn.{name}_proj.weight"] for name in ("q", "k"))
-    turned = rotation(jnp.arange(len(x_TD))[None], config.head_dim, config.rope_theta)
+    turned = rope_cos_sin(jnp.arange(len(x_TD))[None], config.head_dim, config.rope_theta)
     halves = [np.asarray(rope(heads(w)[None], turned))[0] for w in (q, k)]
-    np.testing.assert_allclose(scores(*halves), wanted, atol=1e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(scores(*halves), expected, atol=1e-4 * np.abs(expected).max())
     assert not np.array_equal(q, wq) and not np.array_equal(k, wk)
     for key, name in (("v", "wv"), ("o", "wo")):
         np.testing.assert_array_equal(
@@ -104,7 +105,7 @@ def test_attention_scores_are_those_of_the_reference_definition(tmp_path):
 
 
 def test_the_names_are_those_of_published_directories(tmp_path):
-    pretrained.save(tmp_path / "hf", MIXTRAL, schema.initialise(MIXTRAL, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "hf", MIXTRAL, schema.initialize(MIXTRAL, jax.random.key(0)))
     to("mistral", tmp_path / "hf", tmp_path / "mistral")
     tensors = load_file(tmp_path / "mistral" / CONSOLIDATED)
     layer = ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm", "ffn_norm"]
@@ -151,16 +152,16 @@ def test_the_params_of_mistral_nemo_are_its_preset():
     ("change", "message"),
     [
         ({"dim": None, "n_heads": None}, "dim is missing; n_heads is missing"),
-        ({"dim": "5120"}, "dim: wanted a whole number, got '5120'"),
-        ({"n_layers": -1}, "layers: wanted a positive number, got -1"),
-        ({"norm_eps": float("nan")}, "norm_eps: wanted a finite number, got nan"),
+        ({"dim": "5120"}, "dim: expected a whole number, got '5120'"),
+        ({"n_layers": -1}, "layers: expected a positive number, got -1"),
+        ({"norm_eps": float("nan")}, "norm_eps: expected a finite number, got nan"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"vision_encoder": {"hidden_size": 1024}}, r"vision_encoder \(not supported\)"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, r"quantization \(not supported\)"),
         ({"model_type": "mamba"}, r"model_type \(not supported\)"),
-        ({"moe": 8}, "moe: wanted an object, got 8"),
+        ({"moe": 8}, "moe: expected an object, got 8"),
         ({"moe": {"num_experts": 8}}, "moe: num_experts_per_tok is missing"),
-        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2.0}}, "moe: num_experts_per_tok: wanted a whole number"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2.0}}, "moe: num_experts_per_tok: expected a whole number"),
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "shared": 1}}, r"moe: 'shared' \(not supported\)"),
     ],
 )
@@ -178,7 +179,7 @@ def test_params_that_say_something_else_are_refused(change, message):
     ],
 )
 def test_what_the_layout_cannot_say_is_not_lost_unseen(config, message, tmp_path, capsys):
-    pretrained.save(tmp_path / "hf", config, schema.initialise(config, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "hf", config, schema.initialize(config, jax.random.key(0)))
     command = Command("nemoe-convert", "")
     LAYOUT.add_to(command)
     assert command.main(["layout", str(tmp_path / "hf"), str(tmp_path / "mistral"), "--to", "mistral"]) == 2
@@ -199,7 +200,7 @@ def test_every_key_has_a_name_and_every_name_a_key():
 
 
 def test_the_layout_of_hugging_face_wins_where_both_are_whole(tmp_path):
-    pretrained.save(tmp_path / "model", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "model", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     to("mistral", tmp_path / "model", tmp_path / "mistral")
     for name in (PARAMS, CONSOLIDATED):
         (tmp_path / "model" / name).write_bytes((tmp_path / "mistral" / name).read_bytes())
@@ -214,7 +215,7 @@ def test_the_layout_of_hugging_face_wins_where_both_are_whole(tmp_path):
 
 
 def test_shards_of_this_layout_are_written_resumed_and_read(tmp_path):
-    pretrained.save(tmp_path / "hf", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "hf", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     source = Checkpoint(tmp_path / "hf")
 
     def start():
@@ -242,14 +243,14 @@ def test_shards_of_this_layout_are_written_resumed_and_read(tmp_path):
 
 
 def test_verify_says_what_to_do(tmp_path):
-    pretrained.save(tmp_path / "hf", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "hf", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     to("mistral", tmp_path / "hf", tmp_path / "mistral")
     with pytest.raises(UserError, match=r"mistral: transformers does not read Mistral's layout.*--to huggingface"):
         torch_logits(tmp_path / "mistral", np.zeros((1, 3), np.int64))
 
 
 def test_names_of_the_other_layout_are_refused(tmp_path):
-    pretrained.save(tmp_path / "hf", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "hf", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     to("mistral", tmp_path / "hf", tmp_path / "mistral")
     tensors = load_file(tmp_path / "mistral" / CONSOLIDATED)
     tensors["model.norm.weight"] = tensors.pop("norm.weight")
@@ -260,4 +261,4 @@ def test_names_of_the_other_layout_are_refused(tmp_path):
     message = str(caught.value)
     assert "unexpected model.norm.weight (24,) in consolidated.safetensors" in message
     assert "missing norm.weight (24,)" in message
-    assert "head: wanted output.weight of shape (72, 24), got (71, 24) from consolidated.safetensors" in message
+    assert "head: expected output.weight of shape (72, 24), got (71, 24) from consolidated.safetensors" in message

@@ -15,35 +15,35 @@ from nemoe_jax.spec.mesh import make_mesh
 from tests.support.configs import DENSE, MIXTRAL
 
 
-def assert_equal(got, wanted):
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got, wanted)
+def assert_equal(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), got, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_saved_is_loaded_bit_for_bit(config, tmp_path, dtype):
-    params = schema.initialise(config, jax.random.key(0), jnp.dtype(dtype))
-    pretrained.save(tmp_path / "model", config, params, dtype=dtype)
-    loaded_config, loaded = pretrained.load(tmp_path / "model")
+    params = schema.initialize(config, jax.random.key(0), jnp.dtype(dtype))
+    pretrained.save_pretrained(tmp_path / "model", config, params, dtype=dtype)
+    loaded_config, loaded = pretrained.load_pretrained(tmp_path / "model")
     assert loaded_config == config.replace(dtype=dtype)
     assert_equal(loaded, params)
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 4}, {"data": 4, "tensor": 2}, {"fsdp": 8}])
 def test_each_devices_shard_is_filled(config, tmp_path, sizes):
-    params = schema.initialise(config, jax.random.key(0))
-    pretrained.save(tmp_path / "model", config, params, shard_bytes=20_000)
+    params = schema.initialize(config, jax.random.key(0))
+    pretrained.save_pretrained(tmp_path / "model", config, params, shard_bytes=20_000)
     mesh = make_mesh(sizes)
-    _, loaded = pretrained.load(tmp_path / "model", mesh=mesh)
+    _, loaded = pretrained.load_pretrained(tmp_path / "model", mesh=mesh)
     assert_equal(jax.device_get(loaded), params)
-    wanted = schema.leaves(sharding.shardings(config, mesh))
-    assert {path: array.sharding for path, array in schema.leaves(loaded).items()} == wanted
-    pretrained.save(tmp_path / "again", config, loaded)  # and back, from the mesh
-    assert_equal(pretrained.load(tmp_path / "again")[1], params)
+    expected = schema.leaves(sharding.shardings(config, mesh))
+    assert {path: array.sharding for path, array in schema.leaves(loaded).items()} == expected
+    pretrained.save_pretrained(tmp_path / "again", config, loaded)  # and back, from the mesh
+    assert_equal(pretrained.load_pretrained(tmp_path / "again")[1], params)
 
 
 def test_shards_hold_whole_layers_and_the_index_names_every_tensor(tmp_path):
-    params = schema.initialise(MIXTRAL, jax.random.key(0))
-    pretrained.save(tmp_path / "model", MIXTRAL, params, shard_bytes=1)
+    params = schema.initialize(MIXTRAL, jax.random.key(0))
+    pretrained.save_pretrained(tmp_path / "model", MIXTRAL, params, shard_bytes=1)
     modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
     assert len(modes) == 1  # weights can be read by whoever can read config.json
     index = json.loads((tmp_path / "model" / INDEX).read_text())
@@ -57,12 +57,12 @@ def test_shards_hold_whole_layers_and_the_index_names_every_tensor(tmp_path):
 
 
 def test_tokenizer_files_are_carried_along(tmp_path):
-    params = schema.initialise(DENSE, jax.random.key(0))
+    params = schema.initialize(DENSE, jax.random.key(0))
     source = tmp_path / "source"
     source.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "tekken.json", "chat_template.jinja", "model.safetensors"):
         (source / name).write_text(name)
-    pretrained.save(tmp_path / "model", DENSE, params, tokenizer_from=source)
+    pretrained.save_pretrained(tmp_path / "model", DENSE, params, tokenizer_from=source)
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert names == {
         "config.json",
@@ -78,7 +78,7 @@ def test_tokenizer_files_are_carried_along(tmp_path):
 @pytest.fixture
 def model(tmp_path):
     """A saved model to damage."""
-    pretrained.save(tmp_path / "model", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "model", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     return tmp_path / "model"
 
 
@@ -96,61 +96,61 @@ def test_every_bad_tensor_is_listed_in_one_error(model):
 
     rewrite(model, change)
     with pytest.raises(UserError) as caught:
-        pretrained.load(model)
+        pretrained.load_pretrained(model)
     message = str(caught.value)
     assert "missing model.norm.weight (24,)" in message
     assert "missing model.layers.1.mlp.up_proj.weight (48, 24)" in message
     assert "unexpected model.layers.0.self_attn.q_proj.bias (60,) in model.safetensors" in message
-    assert "head: wanted lm_head.weight of shape (72, 24), got (72, 23) from model.safetensors" in message
+    assert "head: expected lm_head.weight of shape (72, 24), got (72, 23) from model.safetensors" in message
 
 
 def test_what_transformers_ignores_is_ignored(tmp_path):
     tied = DENSE.replace(tied=True)
-    params = schema.initialise(tied, jax.random.key(0))
-    pretrained.save(tmp_path / "model", tied, params)
+    params = schema.initialize(tied, jax.random.key(0))
+    pretrained.save_pretrained(tmp_path / "model", tied, params)
 
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(5, np.float32)
 
     rewrite(tmp_path / "model", change)
-    assert_equal(pretrained.load(tmp_path / "model")[1], params)
+    assert_equal(pretrained.load_pretrained(tmp_path / "model")[1], params)
 
 
 def test_a_truncated_file_is_named(model):
     path = model / SINGLE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: truncated: tensor \S+ ends at byte"):
-        pretrained.load(model)
+        pretrained.load_pretrained(model)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"model\.safetensors: truncated or no safetensors file"):
-        pretrained.load(model)
+        pretrained.load_pretrained(model)
     path.write_bytes((20).to_bytes(8, "little") + b"{this is not JSON   ")
     with pytest.raises(UserError, match=r"model\.safetensors: the safetensors header is damaged"):
-        pretrained.load(model)
+        pretrained.load_pretrained(model)
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    pretrained.save(tmp_path / "model", DENSE, schema.initialise(DENSE, jax.random.key(0)), shard_bytes=1)
+    pretrained.save_pretrained(tmp_path / "model", DENSE, schema.initialize(DENSE, jax.random.key(0)), shard_bytes=1)
     (tmp_path / "model" / "model-00002-of-00005.safetensors").unlink()
     with pytest.raises(UserError, match=r"missing shard model-00002-of-00005\.safetensors"):
-        pretrained.load(tmp_path / "model")
+        pretrained.load_pretrained(tmp_path / "model")
 
 
 def test_not_a_model_directory(tmp_path):
     with pytest.raises(UserError, match="no such directory"):
-        pretrained.load(tmp_path / "nowhere")
+        pretrained.load_pretrained(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"not a model directory: no config\.json"):
-        pretrained.load(tmp_path)
+        pretrained.load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
-        pretrained.load(tmp_path)
+        pretrained.load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(DENSE.to_hf()))
     with pytest.raises(UserError, match="no weights"):
-        pretrained.load(tmp_path)
+        pretrained.load_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"only pickle files \(pytorch_model.bin\), which can run code"):
-        pretrained.load(tmp_path)
+        pretrained.load_pretrained(tmp_path)
 
 
 def test_an_integer_tensor_is_refused(model):
@@ -158,23 +158,23 @@ def test_an_integer_tensor_is_refused(model):
         tensors["model.norm.weight"] = np.ones(24, np.int32)
 
     rewrite(model, change)
-    with pytest.raises(UserError, match=r"tensor model\.norm\.weight has dtype I32; wanted one of BF16, F16, F32"):
-        pretrained.load(model)
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight has dtype I32; expected one of BF16, F16, F32"):
+        pretrained.load_pretrained(model)
 
 
 def test_nothing_is_overwritten_and_nothing_left_behind(model, tmp_path):
-    params = schema.initialise(DENSE, jax.random.key(1))
+    params = schema.initialize(DENSE, jax.random.key(1))
     before = load_file(model / SINGLE)
     with pytest.raises(UserError, match="exists already"):
-        pretrained.save(model, DENSE, params)
+        pretrained.save_pretrained(model, DENSE, params)
     assert_equal(load_file(model / SINGLE), before)
     with pytest.raises(KeyError):
-        pretrained.save(tmp_path / "other", DENSE, {"embed": params["embed"]}, shard_bytes=1)
+        pretrained.save_pretrained(tmp_path / "other", DENSE, {"embed": params["embed"]}, shard_bytes=1)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_weights_are_cast_on_the_way(model):
-    _, params = pretrained.load(model, dtype=jnp.bfloat16)
+    _, params = pretrained.load_pretrained(model, dtype=jnp.bfloat16)
     assert params["norm"].dtype == jnp.bfloat16
-    wanted = load_file(model / SINGLE)["lm_head.weight"].astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(np.asarray(params["head"]), wanted.T)
+    expected = load_file(model / SINGLE)["lm_head.weight"].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(np.asarray(params["head"]), expected.T)

@@ -28,7 +28,7 @@ UNITS = DENSE.layers + 2
 
 @pytest.fixture
 def source(tmp_path):
-    pretrained.save(tmp_path / "source", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "source", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     return reader.Checkpoint(tmp_path / "source")
 
 
@@ -152,11 +152,11 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
 
 FULL_ON_THE_WAY = """
 import resource, sys
-from nemoe_jax import checkpoint
-from nemoe_jax.writer import Writer
-source = checkpoint.Checkpoint(sys.argv[1])
+from nemoe_jax.checkpoints.reader import Checkpoint, units
+from nemoe_jax.checkpoints.writer import Writer
+source = Checkpoint(sys.argv[1])
 with Writer(sys.argv[2], source.config, 10**9, {"options": 1}) as writer:
-    for unit, refs in enumerate(checkpoint.units(source.config)):
+    for unit, refs in enumerate(units(source.config)):
         if unit == 3:  # the system itself refuses to write beyond this byte
             limit = int(sys.argv[3])
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -15,12 +15,12 @@ import pytest
 
 from nemoe_jax.cli import main
 from nemoe_jax.errors import UserError
-from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.completion import harmless
-from nemoe_jax.serving.engine.request import Piece, Request, ScoredToken
+from nemoe_jax.serving.engine.request import Request, RequestOutput, ScoredToken
 from nemoe_jax.serving.terminal.conversation import Conversation
 from nemoe_jax.serving.terminal.session import Session
-from nemoe_jax.serving.terminal.terminal import Pipe, history_file, is_whole, message_of
+from nemoe_jax.serving.terminal.terminal import PipeIO, history_file, is_whole, message_of
 from nemoe_jax.text.chat import render
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.command_models import write_model
@@ -60,15 +60,15 @@ def test_the_oldest_turns_are_left_out_where_the_context_is_full(tokenizer, left
     conversation = conversation_of(tokenizer, 4, system="Be kind.")
     conversation.ask("and now?")
     system, turns = conversation.messages[:1], conversation.messages[1:]
-    wanted = render.render_chat(tokenizer, system + turns[2 * left_out :])
-    conversation.context = len(wanted) + 10
-    assert conversation.prompt(10) == (tuple(wanted), left_out)
+    expected = render.render_chat(tokenizer, system + turns[2 * left_out :])
+    conversation.context = len(expected) + 10
+    assert conversation.prompt(10) == (tuple(expected), left_out)
     assert len(conversation.messages) == 10  # nothing is forgotten: /save writes all
     conversation.context -= 1
     if left_out < 4:
         assert conversation.prompt(10).left_out == left_out + 1
     else:
-        with pytest.raises(UserError, match=rf"takes {len(wanted)} tokens: wanted 10 more"):
+        with pytest.raises(UserError, match=rf"takes {len(expected)} tokens: expected 10 more"):
             conversation.prompt(10)
 
 
@@ -129,8 +129,8 @@ UNFINISHED = ["one\\", "one\\\ntwo\\", '"""', '"""one\ntwo', '"""one""" two', '"
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_messages_of_several_lines(name):
-    text, wanted = MESSAGES[name]
-    assert is_whole(text) and message_of(text) == wanted
+    text, expected = MESSAGES[name]
+    assert is_whole(text) and message_of(text) == expected
 
 
 @pytest.mark.parametrize("text", UNFINISHED)
@@ -172,7 +172,7 @@ class InTerminal:
         os.write(self.terminal, text.encode())
 
     def read(self, pattern, seconds=60):
-        """What is printed up to a pattern, from where the last one ended, without colours and the like."""
+        """What is printed up to a pattern, from where the last one ended, without colors and the like."""
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.seen!r}"
@@ -242,7 +242,7 @@ def test_a_chat_in_a_terminal(in_terminal, model, tmp_path):
 
     session.ask("/undo", "forgotten: a long one")
     session.ask("/nonsense", "error: /nonsense: no such command")
-    session.ask("/set temperature -1", "error: temperature: wanted a number from 0")
+    session.ask("/set temperature -1", "error: temperature: expected a number from 0")
     session.ask("/preset creative", "preset: creative")
     session.ask("/set", "temperature 0.8")
     session.ask(f"/load {file}", "7 messages")
@@ -288,17 +288,17 @@ class Parrot:
 
     def submit(self, request, on_piece):
         self.requests.append(request)
-        on_piece(Piece(str(len(self.requests)), (ScoredToken(1),)))
-        on_piece(Piece("", (ScoredToken(2),), "stop"))
+        on_piece(RequestOutput(str(len(self.requests)), (ScoredToken(1),)))
+        on_piece(RequestOutput("", (ScoredToken(2),), "stop"))
 
 
 def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(capsys, monkeypatch, tokenizer):
     first = "first " * 20
     context = len(render.render_chat(tokenizer, [{"role": "user", "content": first}])) + 6
     conversation, engine = Conversation(tokenizer, context), Parrot()
-    session = Session(conversation, engine, Request((), 4, Sampling(seed=7)), None, {2})
+    session = Session(conversation, engine, Request((), 4, SamplingParams(seed=7)), None, {2})
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{first}\nsecond\n/regenerate\n"))
-    session.run(Pipe())
+    session.run(PipeIO())
     printed = capsys.readouterr()
     assert printed.out == "1\n2\n3\n"
     assert printed.err.count("the context is full: the model no longer sees the oldest turn") == 1
@@ -311,19 +311,19 @@ def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(capsys, monkeypa
 
 BAD = {
     "unknown command": ("/nonsense", [], "/nonsense: no such command"),
-    "no number": ("/set top_k many", [], "top_k: wanted a number, got 'many'"),
+    "no number": ("/set top_k many", [], "top_k: expected a number, got 'many'"),
     "no setting": ("/set heat 1", [], "heat: no such setting"),
-    "no room": ("/set max_new_tokens 0", [], "max_new_tokens: wanted a positive number, got '0'"),
-    "no preset": ("/preset dull", [], "preset: wanted one of nemo, factual"),
-    "no such token": ("/set logit_bias 400=1", [], "logit_bias: wanted tokens from 0 to 399, got 400"),
+    "no room": ("/set max_new_tokens 0", [], "max_new_tokens: expected a positive number, got '0'"),
+    "no preset": ("/preset dull", [], "preset: expected one of nemo, factual"),
+    "no such token": ("/set logit_bias 400=1", [], "logit_bias: expected tokens from 0 to 399, got 400"),
     "nothing to answer": ("/regenerate", [], "there is no question yet"),
     "nothing to undo": ("/undo", [], "there is no question yet"),
-    "nowhere to save": ("/save", [], "wanted a file, such as /save chat.json"),
+    "nowhere to save": ("/save", [], "expected a file, such as /save chat.json"),
     "nothing to load": ("/load /none.json", [], "/none.json: No such file or directory"),
     "too long": ("word " * 50, ["--context", "40"], "more for the answer, and the context is of 40"),
-    "context too long": ("", ["--context", str(CONTEXT + 1)], "--context: wanted 2 to the model's 2048, got 2049"),
-    "no tokens": ("", ["--max-new-tokens", "0"], "--max-new-tokens: wanted a positive number, got 0"),
-    "hot": ("", ["--temperature", "101"], "temperature: wanted a number from 0 to 100"),
+    "context too long": ("", ["--context", str(CONTEXT + 1)], "--context: expected 2 to the model's 2048, got 2049"),
+    "no tokens": ("", ["--max-new-tokens", "0"], "--max-new-tokens: expected a positive number, got 0"),
+    "hot": ("", ["--temperature", "101"], "temperature: expected a number from 0 to 100"),
     "no file": ("", ["--load", "/none.json"], "/none.json: No such file or directory"),
     "no adapter": ("", ["--adapter", "/none"], "/none: no such directory"),
 }

@@ -66,9 +66,9 @@ def test_inspect_as_json_adds_up(capsys, model):
 def test_logits_are_those_of_the_model(capsys, model, tmp_path):
     status, _, _ = run(capsys, "logits", model, "--tokens", "1,2,3", "--out", tmp_path / "logits.npy")
     assert status == 0
-    config, params = pretrained.load(model)
-    wanted = forward(config, params, jnp.asarray([[1, 2, 3]])).logits[0]
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), wanted, atol=1e-6)
+    config, params = pretrained.load_pretrained(model)
+    expected = forward(config, params, jnp.asarray([[1, 2, 3]])).logits[0]
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["logits.npy"]
 
 
@@ -82,7 +82,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(capsys, model, tmp_path)
     ids = load_tokenizer(model).encode((tmp_path / "text.txt").read_text(), eos=True)
     windows = (len(ids) - 1) // length
     starts = np.linspace(0, len(ids) - length - 1, windows).astype(int)
-    config, params = pretrained.load(model)
+    config, params = pretrained.load_pretrained(model)
     losses = []
     for start in starts:
         window = np.array(ids[start : start + length + 1])
@@ -141,25 +141,28 @@ BAD = {
     "empty text": (["perplexity", "{model}", "{empty}"], "empty text"),
     "too little text": (
         ["perplexity", "{model}", "{text}", "--sequence-length", "90"],
-        "wanted at least sequence length",
+        "expected at least sequence length",
     ),
     "beyond the context": (
         ["perplexity", "{model}", "{text}", "--sequence-length", "97"],
-        "wanted 1 to the context of 96, got 97",
+        "expected 1 to the context of 96, got 97",
     ),
     "no devices": (["logits", "{model}", "--tokens", "1", "--out", "{tmp}/x", "--mesh", "fsdp=3"], "wants 3 devices"),
-    "no ids": (["logits", "{model}", "--tokens", "one", "--out", "{tmp}/x"], "wanted numbers"),
-    "ids too large": (["logits", "{model}", "--tokens", "400", "--out", "{tmp}/x"], "wanted ids from 0 to 399"),
+    "no ids": (["logits", "{model}", "--tokens", "one", "--out", "{tmp}/x"], "expected numbers"),
+    "ids too large": (["logits", "{model}", "--tokens", "400", "--out", "{tmp}/x"], "expected ids from 0 to 399"),
     "nowhere to write": (["logits", "{model}", "--tokens", "1", "--out", "{tmp}/no/x"], "No such file or directory"),
-    "no prompt length": (["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"], "wanted a positive number"),
+    "no prompt length": (
+        ["generate", "{model}", "--prompt", "x", "--max-new-tokens", "0"],
+        "expected a positive number",
+    ),
     "no chat": (["generate", "{model}", "--chat", "{text}"], "not a JSON file"),
     "too cold": (
         ["generate", "{model}", "--prompt", "x", "--temperature", "-1"],
-        "temperature: wanted a number from 0 to 100",
+        "temperature: expected a number from 0 to 100",
     ),
     "no such cache": (
         ["generate", "{model}", "--prompt", "x", "--kv-cache", "int4", "--max-new-tokens", "5"],
-        "wanted one of float32, bfloat16",
+        "expected one of float32, bfloat16",
     ),
     "no tokenizer": (["tokenize", "{tmp}", "{text}"], "no tokenizer"),
 }
@@ -225,7 +228,9 @@ def test_help_names_every_sub_command(module):
 
 def test_dense_models_report_no_load(capsys, model, tmp_path):
     config = DENSE.replace(vocab=VOCABULARY)
-    pretrained.save(tmp_path / "dense", config, schema.initialise(config, jax.random.key(0)), tokenizer_from=model)
+    pretrained.save_pretrained(
+        tmp_path / "dense", config, schema.initialize(config, jax.random.key(0)), tokenizer_from=model
+    )
     (tmp_path / "text.txt").write_text("Some text. " * 40)
     _, out, _ = run(
         capsys, "perplexity", tmp_path / "dense", tmp_path / "text.txt", "--sequence-length", "16", "--json"

@@ -11,7 +11,7 @@ import pytest
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.cli import main, sampling_flags
 from nemoe_jax.inference import sampling_fields
-from nemoe_jax.inference.sampling import PRESETS, Sampling
+from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.text.chat import render
 from nemoe_jax.text.tokenizers.load import load_tokenizer
@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def continuation(model):
     """The likeliest tokens after some, by the whole forward pass for each."""
-    config, params = pretrained.load(model)
+    config, params = pretrained.load_pretrained(model)
     logits = jax.jit(lambda tokens: forward(config, params, tokens).logits[0])
 
     def continued(prompt, count):
@@ -66,12 +66,12 @@ def standard_input(monkeypatch):
 def test_all_ways_to_give_a_prompt(capsys, model, tmp_path, standard_input, continuation):
     tokenizer = load_tokenizer(model)
     prompt = tokenizer.encode("Grüße\nHello", bos=True)
-    wanted = continuation(prompt, 5)
+    expected = continuation(prompt, 5)
     (tmp_path / "prompt.txt").write_text("Grüße\nHello\n", encoding="utf-8")
     standard_input("Grüße\nHello\n")
     for source in (["--prompt", "Grüße\nHello"], ["--file", tmp_path / "prompt.txt"], ["-"]):
         figures = generated(capsys, model, *source)
-        assert figures["tokens"] == wanted and figures["text"] == tokenizer.decode(wanted)
+        assert figures["tokens"] == expected and figures["text"] == tokenizer.decode(expected)
         assert figures["prompt_tokens"] == len(prompt) and figures["finish_reason"] == "length"
     (tmp_path / "chat.json").write_text(json.dumps(MESSAGES))
     figures = generated(capsys, model, "--chat", tmp_path / "chat.json")
@@ -80,7 +80,7 @@ def test_all_ways_to_give_a_prompt(capsys, model, tmp_path, standard_input, cont
 
 def test_log_probabilities(capsys, model):
     figures = generated(capsys, model, "--prompt", "Hello", "--logprobs", 2)
-    config, params = pretrained.load(model)
+    config, params = pretrained.load_pretrained(model)
     tokenizer = load_tokenizer(model)
     prompt = tokenizer.encode("Hello", bos=True)
     logits = forward(config, params, np.array([prompt + figures["tokens"]])).logits[0]
@@ -147,17 +147,17 @@ FLAGS = {
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_wish_has_a_flag_a_setting_and_a_field(flag):
-    text, wanted = FLAGS[flag]
+    text, expected = FLAGS[flag]
     name = flag.removeprefix("--").replace("-", "_")
-    wanted = Sampling(**wanted)
-    assert wishes(f"{flag}={text}") == sampling_fields.from_text(Sampling(), name, text) == wanted
-    value = {"5": -100} if flag == "--logit-bias" else getattr(wanted, name)
-    assert sampling_fields.from_fields(Sampling(), {name: value}) == wanted
+    expected = SamplingParams(**expected)
+    assert wishes(f"{flag}={text}") == sampling_fields.from_text(SamplingParams(), name, text) == expected
+    value = {"5": -100} if flag == "--logit-bias" else getattr(expected, name)
+    assert sampling_fields.from_fields(SamplingParams(), {name: value}) == expected
 
 
 def test_there_are_no_other_wishes():
-    assert [flag.removeprefix("--").replace("-", "_") for flag in FLAGS] == list(vars(Sampling()))
-    assert list(sampling_fields.WISHES) == list(vars(Sampling()))
+    assert [flag.removeprefix("--").replace("-", "_") for flag in FLAGS] == list(vars(SamplingParams()))
+    assert list(sampling_fields.SAMPLING_FIELDS) == list(vars(SamplingParams()))
 
 
 def test_explicit_flags_win_over_a_preset():
@@ -165,8 +165,10 @@ def test_explicit_flags_win_over_a_preset():
     assert wishes("--preset", "creative") == creative
     assert wishes(default="nemo") == PRESETS["nemo"]
     chosen = wishes("--temperature", "0", "--preset", "creative", "--seed", "4")
-    assert chosen == Sampling(min_p=creative.min_p, repetition_penalty=creative.repetition_penalty, seed=4)
-    assert sampling_fields.from_fields(Sampling(seed=5), {"preset": "nemo"}) == Sampling(temperature=0.3, seed=5)
+    assert chosen == SamplingParams(min_p=creative.min_p, repetition_penalty=creative.repetition_penalty, seed=4)
+    assert sampling_fields.from_fields(SamplingParams(seed=5), {"preset": "nemo"}) == SamplingParams(
+        temperature=0.3, seed=5
+    )
 
 
 BATCH = [
@@ -210,26 +212,29 @@ def test_a_batch_is_answered_in_order_and_goes_on_where_it_stopped(capsys, model
 
 
 BAD_LINES = {
-    "no JSON": ("Hello", "in.jsonl:2: wanted a JSON object, got 'Hello'"),
-    "no object": ("[1]", "in.jsonl:2: wanted a JSON object, got '[1]'"),
-    "nothing asked": ("{}", 'in.jsonl:2: wanted either a "prompt" or "messages"'),
-    "both": ('{"prompt": "x", "messages": []}', 'wanted either a "prompt" or "messages"'),
-    "no text": ('{"prompt": 1}', "in.jsonl:2: prompt: wanted a text, got 1"),
-    "no messages": ('{"messages": []}', "in.jsonl:2: messages: wanted a list of at least one object"),
+    "no JSON": ("Hello", "in.jsonl:2: expected a JSON object, got 'Hello'"),
+    "no object": ("[1]", "in.jsonl:2: expected a JSON object, got '[1]'"),
+    "nothing asked": ("{}", 'in.jsonl:2: expected either a "prompt" or "messages"'),
+    "both": ('{"prompt": "x", "messages": []}', 'expected either a "prompt" or "messages"'),
+    "no text": ('{"prompt": 1}', "in.jsonl:2: prompt: expected a text, got 1"),
+    "no messages": ('{"messages": []}', "in.jsonl:2: messages: expected a list of at least one object"),
     "unknown key": (
         '{"prompt": "x", "temprature": 1}',
-        "in.jsonl:2: unknown key 'temprature'; wanted frequency_penalty",
+        "in.jsonl:2: unknown key 'temprature'; expected frequency_penalty",
     ),
-    "too hot": ('{"prompt": "x", "temperature": 101}', "in.jsonl:2: temperature: wanted a number from 0 to 100"),
-    "no number": ('{"prompt": "x", "top_k": true}', "in.jsonl:2: top_k: wanted a whole number"),
-    "no preset": ('{"prompt": "x", "preset": "dull"}', "in.jsonl:2: preset: wanted one of nemo, factual"),
-    "no bias": ('{"prompt": "x", "logit_bias": {"a": 1}}', "in.jsonl:2: logit_bias: wanted TOKEN=BIAS"),
+    "too hot": ('{"prompt": "x", "temperature": 101}', "in.jsonl:2: temperature: expected a number from 0 to 100"),
+    "no number": ('{"prompt": "x", "top_k": true}', "in.jsonl:2: top_k: expected a whole number"),
+    "no preset": ('{"prompt": "x", "preset": "dull"}', "in.jsonl:2: preset: expected one of nemo, factual"),
+    "no bias": ('{"prompt": "x", "logit_bias": {"a": 1}}', "in.jsonl:2: logit_bias: expected TOKEN=BIAS"),
     "no schema": ('{"prompt": "x", "schema": {"type": 1}}', "in.jsonl:2: schema"),
     "no tool": ('{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "in.jsonl:2: tools[0]"),
-    "no such token": ('{"prompt": "x", "logit_bias": {"400": 1}}', "logit_bias: wanted tokens from 0 to 399, got 400"),
-    "no tokens": ('{"prompt": "x", "max_new_tokens": 0}', "in.jsonl:2: max_new_tokens: wanted a whole number of at"),
-    "no stop": ('{"prompt": "x", "stop": ["y", 1]}', "in.jsonl:2: stop: wanted a text or a list of texts"),
-    "too many logprobs": ('{"prompt": "x", "logprobs": 21}', "in.jsonl:2: logprobs: wanted 0 to 20, got 21"),
+    "no such token": (
+        '{"prompt": "x", "logit_bias": {"400": 1}}',
+        "logit_bias: expected tokens from 0 to 399, got 400",
+    ),
+    "no tokens": ('{"prompt": "x", "max_new_tokens": 0}', "in.jsonl:2: max_new_tokens: expected a whole number of at"),
+    "no stop": ('{"prompt": "x", "stop": ["y", 1]}', "in.jsonl:2: stop: expected a text or a list of texts"),
+    "too many logprobs": ('{"prompt": "x", "logprobs": 21}', "in.jsonl:2: logprobs: expected 0 to 20, got 21"),
     "too long": (
         json.dumps({"prompt": "x" * 511}),
         "in.jsonl:2: prompt of 512 tokens + 5 new tokens exceed the context",
@@ -269,16 +274,16 @@ BAD = {
     "output without batch": (["--prompt", "x", "--output", "y"], "--batch IN.jsonl and --output OUT.jsonl go together"),
     "no batch": (["--batch", "none.jsonl", "--output", "y"], "none.jsonl: No such file or directory"),
     "no file": (["--file", "none.txt"], "none.txt: No such file or directory"),
-    "no rows": (["--prompt", "x", "--rows", "0"], "--rows: wanted a positive number, got 0"),
-    "unseen logprobs": (["--prompt", "x", "--logprobs", "1"], "--logprobs: wanted with --json or --batch"),
-    "negative logprobs": (["--prompt", "x", "--logprobs", "-1"], "--logprobs: wanted 0 or more, got -1"),
-    "tools without a chat": (["--prompt", "x", "--tool-choice", "auto"], "--tool-choice: wanted with --chat"),
+    "no rows": (["--prompt", "x", "--rows", "0"], "--rows: expected a positive number, got 0"),
+    "unseen logprobs": (["--prompt", "x", "--logprobs", "1"], "--logprobs: needs --json or --batch"),
+    "negative logprobs": (["--prompt", "x", "--logprobs", "-1"], "--logprobs: expected 0 or more, got -1"),
+    "tools without a chat": (["--prompt", "x", "--tool-choice", "auto"], "--tool-choice: needs --chat"),
     "no schema": (["--prompt", "x", "--schema", "none.json"], "none.json: No such file or directory"),
-    "many logprobs": (["--prompt", "x", "--logprobs", "21", "--json"], "logprobs: wanted 0 to 20, got 21"),
-    "empty stop": (["--prompt", "x", "--stop", ""], "stop: wanted texts that are not empty"),
-    "no bias": (["--prompt", "x", "--logit-bias", "5"], "logit_bias: wanted TOKEN=BIAS, such as 5=-100, got '5'"),
-    "no such token": (["--prompt", "x", "--logit-bias", "400=1"], "logit_bias: wanted tokens from 0 to 399, got 400"),
-    "min-p": (["--prompt", "x", "--min-p", "2"], "min_p: wanted a number from 0 to 1, got 2"),
+    "many logprobs": (["--prompt", "x", "--logprobs", "21", "--json"], "logprobs: expected 0 to 20, got 21"),
+    "empty stop": (["--prompt", "x", "--stop", ""], "stop: expected texts that are not empty"),
+    "no bias": (["--prompt", "x", "--logit-bias", "5"], "logit_bias: expected TOKEN=BIAS, such as 5=-100, got '5'"),
+    "no such token": (["--prompt", "x", "--logit-bias", "400=1"], "logit_bias: expected tokens from 0 to 399, got 400"),
+    "min-p": (["--prompt", "x", "--min-p", "2"], "min_p: expected a number from 0 to 1, got 2"),
     "too long": (["--prompt", "x" * 511], "prompt of 512 tokens + 5 new tokens exceed the context of 512"),
     "no adapter": (["--prompt", "x", "--adapter", "/none"], "/none: no such directory"),
 }
@@ -295,9 +300,9 @@ def test_bad_input_is_one_clear_line_and_exit_status_2(capsys, model, tmp_path, 
 
 def test_logits_that_are_no_numbers(capsys, tmp_path):
     directory = write_model(tmp_path / "broken")
-    config, params = pretrained.load(directory)
+    config, params = pretrained.load_pretrained(directory)
     params["norm"] = params["norm"] * np.float32(3e38)  # finite, but no sum of them
-    pretrained.save(tmp_path / "infinite", config, params, tokenizer_from=directory)
+    pretrained.save_pretrained(tmp_path / "infinite", config, params, tokenizer_from=directory)
     status, out, err = run(capsys, "generate", tmp_path / "infinite", "--prompt", "x", "--max-new-tokens", 5)
     assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     batch = ["--batch", write_batch(tmp_path / "in.jsonl", BATCH[:2]), "--output", tmp_path / "out.jsonl"]

@@ -89,9 +89,9 @@ def test_tokenizers_of_one_name_are_told_apart_by_their_paths(nemoe, place, tmp_
 
 
 BAD = {
-    "nothing but one": ("model", "wanted two tokenizers and text, got only model"),
-    "no text": ("model words", "wanted text after the tokenizers model, words"),
-    "no text behind three": ("model words tokenizer.model.v1", "wanted text after the tokenizers"),
+    "nothing but one": ("model", "expected two tokenizers and text, got only model"),
+    "no text": ("model words", "expected text after the tokenizers model, words"),
+    "no text behind three": ("model words tokenizer.model.v1", "expected text after the tokenizers"),
     "text for the second": ("model texts/b.de.txt texts", "texts/b.de.txt: unknown kind of tokenizer"),
     "no such tokenizer": ("model modle texts", "modle: no such file or directory"),
     "no tokenizer in it": ("model texts texts", "texts: no tokenizer"),
@@ -99,11 +99,11 @@ BAD = {
     "no such text": ("model words tests", "tests: no text there"),
     "no file of that kind": (
         "model words texts --suffix .md",
-        "texts: no text there; wanted a file, a glob, or a directory",
+        "texts: no text there; expected a file, a glob, or a directory",
     ),
-    "no UTF-8": ("model words latin.txt", "latin.txt: wanted UTF-8 text, got byte 0xf9 at 1"),
+    "no UTF-8": ("model words latin.txt", "latin.txt: expected UTF-8 text, got byte 0xf9 at 1"),
     "empty": ("model words empty.txt", "empty.txt: empty text"),
-    "plot of no kind": ("model words texts --plot x.gif", "--plot x.gif: wanted a file name in .png or .svg"),
+    "plot of no kind": ("model words texts --plot x.gif", "--plot x.gif: expected a file name in .png or .svg"),
     "plot nowhere": ("model words texts --plot no/x.png", "--plot no/x.png: no such directory"),
 }
 

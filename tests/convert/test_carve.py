@@ -63,13 +63,15 @@ def test_the_router_is_orthogonal(dense_directory, tmp_path):
 
 def test_all_experts_with_a_zero_router_are_the_dense_model(dense_directory, tmp_path):
     carve(dense_directory, tmp_path / "moe", CarveOptions(experts=EXPERTS, top_k=EXPERTS, output_scale=EXPERTS))
-    config, params = pretrained.load(tmp_path / "moe", dtype=jnp.float32)
+    config, params = pretrained.load_pretrained(tmp_path / "moe", dtype=jnp.float32)
     ffn = params["blocks"]["moe"]["ffn"]
     ffn["router"] = jnp.zeros_like(ffn["router"])
-    dense_config, dense = pretrained.load(dense_directory, dtype=jnp.float32)
+    dense_config, dense = pretrained.load_pretrained(dense_directory, dtype=jnp.float32)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
-    wanted = forward(dense_config, dense, tokens).logits
-    np.testing.assert_allclose(forward(config, params, tokens).logits, wanted, atol=2e-6 * float(jnp.abs(wanted).max()))
+    expected = forward(dense_config, dense, tokens).logits
+    np.testing.assert_allclose(
+        forward(config, params, tokens).logits, expected, atol=2e-6 * float(jnp.abs(expected).max())
+    )
 
 
 def test_transformers_opens_the_result(dense_directory, tmp_path):
@@ -88,7 +90,7 @@ def interrupted(*, after_layers, monkeypatch):
     """Carving stops with Ctrl-C in that layer."""
     from convert.carve import carve as module
 
-    original, seen = module.choose, []
+    original, seen = module.cluster_and_route, []
 
     def choose(*arguments):
         if len(seen) == after_layers:
@@ -96,22 +98,22 @@ def interrupted(*, after_layers, monkeypatch):
         seen.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(module, "choose", choose)
+    monkeypatch.setattr(module, "cluster_and_route", choose)
     return seen
 
 
 def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_path, monkeypatch):
-    wanted = carve(dense_directory, tmp_path / "whole", OPTIONS, streaming.Run(shard_bytes=1))
+    expected = carve(dense_directory, tmp_path / "whole", OPTIONS, streaming.ConversionSettings(shard_bytes=1))
     with monkeypatch.context() as patched:
         interrupted(after_layers=2, monkeypatch=patched)
         with pytest.raises(KeyboardInterrupt):
-            carve(dense_directory, tmp_path / "moe", OPTIONS, streaming.Run(shard_bytes=1))
+            carve(dense_directory, tmp_path / "moe", OPTIONS, streaming.ConversionSettings(shard_bytes=1))
     assert not (tmp_path / "moe").exists()
     with monkeypatch.context() as patched:
         seen = interrupted(after_layers=99, monkeypatch=patched)
-        got = carve(dense_directory, tmp_path / "moe", OPTIONS, streaming.Run(shard_bytes=1))
+        got = carve(dense_directory, tmp_path / "moe", OPTIONS, streaming.ConversionSettings(shard_bytes=1))
     assert len(seen) == 1  # two of three layers were there
-    assert got == wanted
+    assert got == expected
     whole, resumed = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "moe")
     assert whole.keys() == resumed.keys()
     for key in whole:
@@ -126,12 +128,12 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
     ("flags", "message"),
     [
         (["--experts", "5"], "48 FFN neurons do not divide into --experts 5"),
-        (["--experts", "4", "--top-k", "5"], "--top-k: wanted 1 to --experts 4, got 5"),
-        (["--experts", "4", "--output-scale", "-1"], "--output-scale: wanted a positive number"),
-        (["--experts", "4", "--shard-gb", "0"], "--shard-gb: wanted a positive number"),
-        (["--experts", "4", "--rank", "0"], "svd rank: wanted 1 to 24"),
+        (["--experts", "4", "--top-k", "5"], "--top-k: expected 1 to --experts 4, got 5"),
+        (["--experts", "4", "--output-scale", "-1"], "--output-scale: expected a positive number"),
+        (["--experts", "4", "--shard-gb", "0"], "--shard-gb: expected a positive number"),
+        (["--experts", "4", "--rank", "0"], "svd rank: expected 1 to 24"),
         (["--experts", "4", "--keep-dense", "1"], "Mixtral's layout cannot express them"),
-        (["--experts", "4", "--layout", "shared", "--keep-dense", "3"], "--keep-dense: wanted 0 to 2, got 3"),
+        (["--experts", "4", "--layout", "shared", "--keep-dense", "3"], "--keep-dense: expected 0 to 2, got 3"),
         (["--experts", "5", "--layout", "shared"], "39 of the 48 FFN neurons do not divide into --experts 5"),
         (["--experts", "4", "--router", "distilled"], "--router distilled: wants --calibration text"),
         (["--experts", "4", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
@@ -149,9 +151,9 @@ def test_bad_options_are_one_line_and_exit_status_2(dense_directory, tmp_path, c
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ("9", "--calibration-tokens: wanted more than 768, for two batches, one of them held out"),
-        ("131072", "wanted more than 131,328 tokens (--calibration-tokens 131072, in batches of 768), got 2,001"),
-        ("0", "--calibration-tokens: wanted a positive number, got 0"),
+        ("9", "--calibration-tokens: expected more than 768, for two batches, one held out"),
+        ("131072", "expected more than 131,328 tokens (--calibration-tokens 131072, in batches of 768), got 2,001"),
+        ("0", "--calibration-tokens: expected a positive number, got 0"),
     ],
 )
 def test_text_that_is_too_short_for_the_fits(dense_directory, tmp_path, capsys, tokens, message):
@@ -197,13 +199,15 @@ def test_a_shared_expert_and_dense_layers_sum_to_the_dense_model(dense_directory
     """With all experts chosen by a zero router, whatever went to the shared expert."""
     options = dataclasses.replace(SHARED, top_k=4)
     carve(dense_directory, tmp_path / "moe", options)
-    config, params = pretrained.load(tmp_path / "moe", dtype=jnp.float32)
+    config, params = pretrained.load_pretrained(tmp_path / "moe", dtype=jnp.float32)
     assert (config.family, config.dense_layers, config.shared_ffn, config.expert_ffn) == ("nekomind", 1, 8, 10)
     params["blocks"]["moe"]["ffn"]["router"] *= 0
-    dense_config, dense = pretrained.load(dense_directory, dtype=jnp.float32)
+    dense_config, dense = pretrained.load_pretrained(dense_directory, dtype=jnp.float32)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
-    wanted = forward(dense_config, dense, tokens).logits
-    np.testing.assert_allclose(forward(config, params, tokens).logits, wanted, atol=2e-6 * float(jnp.abs(wanted).max()))
+    expected = forward(dense_config, dense, tokens).logits
+    np.testing.assert_allclose(
+        forward(config, params, tokens).logits, expected, atol=2e-6 * float(jnp.abs(expected).max())
+    )
 
 
 def test_the_shared_expert_has_the_neurons_with_the_largest_weights(dense_directory, tmp_path):
@@ -231,10 +235,10 @@ def test_an_interrupted_calibrated_carve_gives_the_same_bytes(dense_directory, t
     more = {"shared_ffn": 8, "keep_dense": 1} if layout == "shared" else {}
     calibration = {"calibration": (str(tmp_path / "text.txt"),), "calibration_tokens": 1500}
     options = dataclasses.replace(OPTIONS, layout=layout, **more, **calibration)
-    wanted = carve(dense_directory, tmp_path / "whole", options)
-    last = wanted["layers"][-1]
+    expected = carve(dense_directory, tmp_path / "whole", options)
+    last = expected["layers"][-1]
     assert 0 < last["reconstruction_error"] < 1 and last["recall"] > 0.3 and last["load_max_over_mean"] < 1.9
-    assert wanted["held_out_loss_carved"] == pytest.approx(wanted["held_out_loss_dense"], abs=0.2)
+    assert expected["held_out_loss_carved"] == pytest.approx(expected["held_out_loss_dense"], abs=0.2)
     with monkeypatch.context() as patched:
         interrupted(after_layers=1, monkeypatch=patched)
         with pytest.raises(KeyboardInterrupt):

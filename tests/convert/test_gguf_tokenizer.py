@@ -151,10 +151,10 @@ def sentencepiece_model(**options):
 
 
 UNIGRAM = sentencepiece_model(vocab_size=110)
-NORMALISING = sentencepiece_model(vocab_size=400, model_type="bpe", byte_fallback=True)
+NORMALIZING = sentencepiece_model(vocab_size=400, model_type="bpe", byte_fallback=True)
 ERRORS = {
     "unigram": (UNIGRAM, "wants a SentencePiece model of type BPE"),
-    "normalising": (NORMALISING, "normalises text .nmt_nfkc."),
+    "normalizing": (NORMALIZING, "normalizes text .nmt_nfkc."),
     "unknown pattern": (lambda to: train(to, split_by(r"\w+")), r"no name for its way to cut words .*: \\w\+"),
     "not byte-level": (lambda to: train(to, pre_tokenizers.Whitespace()), "wants a byte-level BPE"),
     "space prefix": (lambda to: train(to, pre_tokenizers.ByteLevel(add_prefix_space=True)), "wants a byte-level BPE"),

@@ -38,7 +38,7 @@ def run(config, params):
 
 
 def our_logits(directory):
-    return np.asarray(run(*pretrained.load(directory)))
+    return np.asarray(run(*pretrained.load_pretrained(directory)))
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -54,7 +54,7 @@ CASES = {
         },
         (6, 0),
     ),
-    "rank-stabilised, as parameters": (
+    "rank-stabilized, as parameters": (
         mistral,
         {
             "target_modules": [],
@@ -91,12 +91,12 @@ CASES = {
 def test_merged_logits_are_those_of_peft(kind, options, counts, bases, tmp_path):
     model = adapt(bases(kind), tmp_path / "adapter", **options)
     manifest = merge(bases(kind), tmp_path / "merged", MergeOptions(str(tmp_path / "adapter")))
-    wanted = logits_of(model)
-    assert np.abs(wanted - our_logits(bases(kind))).max() > 0.1  # the adapter does something
-    np.testing.assert_allclose(our_logits(tmp_path / "merged"), wanted, atol=2e-5)
+    expected = logits_of(model)
+    assert np.abs(expected - our_logits(bases(kind))).max() > 0.1  # the adapter does something
+    np.testing.assert_allclose(our_logits(tmp_path / "merged"), expected, atol=2e-5)
     assert (manifest["tensors_updated"], manifest["tensors_replaced"]) == counts
     theirs = model.merge_and_unload()
-    np.testing.assert_allclose(logits_of(theirs), wanted, atol=2e-5)
+    np.testing.assert_allclose(logits_of(theirs), expected, atol=2e-5)
 
 
 def older(directory, config):
@@ -127,9 +127,9 @@ def older(directory, config):
 def test_an_adapter_with_a_module_for_each_expert(bases, tmp_path):
     older(tmp_path / "adapter", mixtral()[0])
     merge(bases(mixtral), tmp_path / "merged", MergeOptions(str(tmp_path / "adapter")))
-    wanted = logits_of(peft.PeftModel.from_pretrained(opened(bases(mixtral)), tmp_path / "adapter").eval())
-    assert np.abs(wanted - our_logits(bases(mixtral))).max() > 0.1
-    np.testing.assert_allclose(our_logits(tmp_path / "merged"), wanted, atol=2e-5)
+    expected = logits_of(peft.PeftModel.from_pretrained(opened(bases(mixtral)), tmp_path / "adapter").eval())
+    assert np.abs(expected - our_logits(bases(mixtral))).max() > 0.1
+    np.testing.assert_allclose(our_logits(tmp_path / "merged"), expected, atol=2e-5)
 
 
 def linear(module, outputs, inputs, rank=3, value=0.25):
@@ -168,7 +168,7 @@ def test_the_sum_is_formed_in_float32_and_the_rest_is_copied(adapter, dense_dire
 
 def test_nekomind_has_experts_one_by_one_a_shared_one_and_dense_layers(adapter, tmp_path):
     params = {path: np.zeros(spec.shape) for path, spec in schema.leaves(schema.declare(NEKOMIND)).items()}
-    pretrained.save(tmp_path / "model", NEKOMIND, schema.unflatten(params))
+    pretrained.save_pretrained(tmp_path / "model", NEKOMIND, schema.unflatten(params))
     adapted = {
         "model.layers.0.mlp.gate_proj": (40, 24),
         "model.layers.2.mlp.shared_expert.down_proj": (24, 14),
@@ -187,7 +187,7 @@ def test_nekomind_has_experts_one_by_one_a_shared_one_and_dense_layers(adapter, 
 
 def test_a_tied_embedding_takes_an_update_that_was_tied(adapter, tmp_path):
     config = DENSE.replace(tied=True)
-    pretrained.save(tmp_path / "model", config, schema.initialise(config, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "model", config, schema.initialize(config, jax.random.key(0)))
     name = "base_model.model.model.embed_tokens.lora_embedding_"
     tensors = {f"{name}A": np.full((3, 72), 0.5, np.float32), f"{name}B": np.full((24, 3), 0.5, np.float32)}
     with pytest.raises(UserError, match="adapted apart from the head"):
@@ -219,34 +219,34 @@ def test_the_command(adapter, dense_directory, tmp_path, capsys):
 A, B = (f"base_model.model.{Q}.lora_{factor}.weight" for factor in "AB")
 BAD = {
     "DoRA": ({}, {"use_dora": True}, "adapter_config.json: use_dora = True is not supported"),
-    "another method": ({}, {"peft_type": "IA3"}, "peft_type: wanted LORA, got IA3"),
-    "biases": ({}, {"bias": "all"}, "bias: wanted none, got all"),
+    "another method": ({}, {"peft_type": "IA3"}, "peft_type: expected LORA, got IA3"),
+    "biases": ({}, {"bias": "all"}, "bias: expected none, got all"),
     "transposed": ({}, {"fan_in_fan_out": True}, "fan_in_fan_out = True"),
     "changed base": ({}, {"init_lora_weights": "pissa"}, "init_lora_weights = pissa changed the base"),
-    "rank": ({}, {"r": 0}, "wanted positive whole numbers, got 0"),
-    "alpha": ({}, {"alpha_pattern": {"q_proj": "6"}}, "wanted numbers, got 6"),
-    "alpha that is no number": ({}, {"lora_alpha": np.nan}, "wanted numbers, got nan"),
-    "parameters": ({}, {"target_parameters": True}, "target_parameters: wanted a list, got True"),
-    "pattern": ({}, {"rank_pattern": {"(": 3}}, r"wanted regular expressions, got \("),
-    "pattern list": ({}, {"alpha_pattern": ["q_proj"]}, "alpha_pattern: wanted an object"),
+    "rank": ({}, {"r": 0}, "expected positive whole numbers, got 0"),
+    "alpha": ({}, {"alpha_pattern": {"q_proj": "6"}}, "expected numbers, got 6"),
+    "alpha that is no number": ({}, {"lora_alpha": np.nan}, "expected numbers, got nan"),
+    "parameters": ({}, {"target_parameters": True}, "target_parameters: expected a list, got True"),
+    "pattern": ({}, {"rank_pattern": {"(": 3}}, r"expected regular expressions, got \("),
+    "pattern list": ({}, {"alpha_pattern": ["q_proj"]}, "alpha_pattern: expected an object"),
     "whole and low-rank": (
         linear(Q, 60, 24) | {A.replace("lora_A.", ""): np.zeros((60, 24), np.float32)},
         {},
-        "wanted a pair of A and B",
+        "expected a pair of A and B",
     ),
     "rank against config": (
         {},
         {"rank_pattern": {"q_proj": 4}},
-        rf"adapter_model.safetensors: {A}: wanted shape \(4, 24\), got \(3, 24\)",
+        rf"adapter_model.safetensors: {A}: expected shape \(4, 24\), got \(3, 24\)",
     ),
-    "shape": (linear(Q, 61, 24), {}, rf"adapter_model.safetensors: {B}: wanted shape \(60, 3\), got \(61, 3\)"),
+    "shape": (linear(Q, 61, 24), {}, rf"adapter_model.safetensors: {B}: expected shape \(60, 3\), got \(61, 3\)"),
     "no such layer": (
         linear("model.layers.3.self_attn.q_proj", 60, 24) | linear("visual.proj", 4, 24),
         {},
         r"model.layers.3.self_attn.q_proj.lora_A.weight: matches nothing in a mistral model; .*visual.proj.lora_B",
     ),
     "experts of a dense model": (linear("model.layers.0.mlp.experts", 24, 16), {}, "matches nothing"),
-    "half": ({A: np.zeros((3, 24), np.float32)}, {}, f"{A}: wanted a pair of A and B"),
+    "half": ({A: np.zeros((3, 24), np.float32)}, {}, f"{A}: expected a pair of A and B"),
     "magnitudes": (
         {A.replace("lora_A", "lora_magnitude_vector"): np.zeros(60, np.float32)},
         {},

@@ -15,7 +15,7 @@ from convert import cli
 from convert.layerwise import calibration_batches
 from convert.minitron import importance
 from convert.minitron.minitron import Kept, MinitronOptions, minitron, pruned_config
-from convert.streaming import MANIFEST, Run
+from convert.streaming import MANIFEST, ConversionSettings
 from convert.verify.logits import our_logits, torch_logits
 from convert.verify.nekomind_torch import load_nekomind
 from nemoe_jax.checkpoints import pretrained
@@ -37,14 +37,14 @@ SIZES = {
 
 
 def save(directory, config, params):
-    pretrained.save(directory, config, params)
+    pretrained.save_pretrained(directory, config, params)
     write_tokenizer(directory, config.vocab)
 
 
 def random_params(config):
     """Norms that are not ones; channel 0 is always positive, so that a router can leave an expert out for good."""
     random = np.random.default_rng(5)
-    params = schema.leaves(schema.initialise(config, jax.random.key(1)))
+    params = schema.leaves(schema.initialize(config, jax.random.key(1)))
     params = {path: np.array(array) for path, array in params.items()}
     for path, array in params.items():
         if path.endswith("norm"):
@@ -153,7 +153,7 @@ def neuron_scores(config, tensors, layer, x_BTD):
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def wanted(request, place):
+def expected(request, place):
     """(name, scores by the oracle)."""
     name, config = request.param, CONFIGS[request.param]
     ids_BT = calibration_batches(Checkpoint(place / name), [str(place / "text.txt")], TOKENS)[0][:, :-1]
@@ -170,8 +170,8 @@ def wanted(request, place):
     return name, importance.Scores(hidden_scores, neurons, shares)
 
 
-def test_scores_are_those_of_loops_over_transformers_activations(place, wanted):
-    name, scores = wanted
+def test_scores_are_those_of_loops_over_transformers_activations(place, expected):
+    name, scores = expected
     source = Checkpoint(place / name)
     got = importance.Scorer(source, calibration_batches(source, [str(place / "text.txt")], TOKENS)).all_layers()
     np.testing.assert_allclose(got.hidden_D, scores.hidden_D, rtol=1e-4)
@@ -188,8 +188,8 @@ def best(scores, size):
     return sorted(sorted(range(len(scores)), key=lambda index: -scores[index])[:size])
 
 
-def test_every_tensor_is_the_source_s_at_the_best_channels_and_neurons(pruned, wanted):
-    name, scores = wanted
+def test_every_tensor_is_the_source_s_at_the_best_channels_and_neurons(pruned, expected):
+    name, scores = expected
     config = CONFIGS[name]
     source, result = (load_file(pruned / directory / "model.safetensors") for directory in (name, f"{name}-pruned"))
     channels = best(scores.hidden_D, HIDDEN)
@@ -290,7 +290,7 @@ def contents(directory: Path):
 
 
 def test_an_interrupted_job_goes_on_and_gives_the_same(pruned, tmp_path, monkeypatch):
-    options, run = options_for(pruned, **SIZES["mixtral"]), Run(shard_bytes=1)
+    options, run = options_for(pruned, **SIZES["mixtral"]), ConversionSettings(shard_bytes=1)
     minitron(pruned / "mixtral", tmp_path / "whole", options, run)
     cut, calls = Kept.cut, []
 
@@ -315,18 +315,18 @@ def test_an_interrupted_job_goes_on_and_gives_the_same(pruned, tmp_path, monkeyp
 
 ERRORS = {
     "nothing": ("dense", [], "dense: nothing to prune; give --hidden or --ffn"),
-    "wider": ("dense", ["--hidden", "25"], "--hidden: wanted 1 to the source's 24, got 25"),
-    "more neurons": ("dense", ["--ffn", "49"], "--ffn: wanted 1 to the source's 48, got 49"),
-    "more in an expert": ("mixtral", ["--ffn", "13"], "--ffn: wanted 1 to the source's 12, got 13"),
-    "none": ("mixtral", ["--ffn", "0"], "--ffn: wanted 1 to the source's 12, got 0"),
-    "negative": ("dense", ["--hidden", "-1"], "--hidden: wanted 1 to the source's 24, got -1"),
+    "wider": ("dense", ["--hidden", "25"], "--hidden: expected 1 to the source's 24, got 25"),
+    "more neurons": ("dense", ["--ffn", "49"], "--ffn: expected 1 to the source's 48, got 49"),
+    "more in an expert": ("mixtral", ["--ffn", "13"], "--ffn: expected 1 to the source's 12, got 13"),
+    "none": ("mixtral", ["--ffn", "0"], "--ffn: expected 1 to the source's 12, got 0"),
+    "negative": ("dense", ["--hidden", "-1"], "--hidden: expected 1 to the source's 24, got -1"),
     "no shared expert": ("mixtral", ["--shared-ffn", "2"], "--shared-ffn: the model has none; it can be pruned by"),
     "no dense layers": ("dense", ["--dense-ffn", "2"], "--dense-ffn: the model has none; it can be pruned by"),
-    "too little text": ("dense", ["--ffn", "9", "--calibration-tokens", "900"], "wanted more than 1,536 tokens"),
+    "too little text": ("dense", ["--ffn", "9", "--calibration-tokens", "900"], "expected more than 1,536 tokens"),
     "no tokens": (
         "dense",
         ["--ffn", "9", "--calibration-tokens", "0"],
-        "--calibration-tokens: wanted a positive number",
+        "--calibration-tokens: expected a positive number",
     ),
 }
 

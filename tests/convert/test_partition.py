@@ -164,9 +164,9 @@ def test_signs_that_up_and_down_share_change_nothing():
 def test_features_ignore_row_length_and_measure_the_cosine_to_the_subspace():
     subspace_DR = jnp.eye(5)[:, :2]
     gate_FD = jnp.array([[3.0, 4, 0, 0, 0], [0, 0, 7, 0, 0], [0, 5, 5, 0, 0], [0, 0, 0, 0, 0]])
-    wanted = [[0.6, 0.8], [0, 0], [0, 0.5**0.5], [0, 0]]
-    assert np.allclose(neuron_features(gate_FD, subspace_DR), wanted, atol=1e-6)
-    assert np.allclose(neuron_features((100 * gate_FD).astype(jnp.bfloat16), subspace_DR), wanted, atol=1e-2)
+    expected = [[0.6, 0.8], [0, 0], [0, 0.5**0.5], [0, 0]]
+    assert np.allclose(neuron_features(gate_FD, subspace_DR), expected, atol=1e-6)
+    assert np.allclose(neuron_features((100 * gate_FD).astype(jnp.bfloat16), subspace_DR), expected, atol=1e-2)
 
 
 def test_contiguous_runs():

@@ -12,7 +12,7 @@ from convert import cli
 from convert.experts import prune
 from convert.experts.outputs import expert_products
 from convert.experts.prune import PruneOptions, choose_experts, subset_errors, use_of_experts
-from convert.streaming import MANIFEST, Run, Writer
+from convert.streaming import MANIFEST, ConversionSettings, Writer
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
@@ -24,7 +24,7 @@ from tests.support.configs import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
 MIXTURES = {
     "mixtral": MIXTRAL,
     "nekomind": NEKOMIND,
-    "nekomind, softmax over all": NEKOMIND.replace(normalise_top_k=False),
+    "nekomind, softmax over all": NEKOMIND.replace(normalize_top_k=False),
 }
 KEPT = {16: 14, 8: 5}  # experts -> how many are kept
 
@@ -36,7 +36,7 @@ def mixture(request):
 
 def save(directory, config):
     """A model directory of random weights with a tokenizer of whole words."""
-    pretrained.save(directory, config, schema.initialise(config, jax.random.key(3)))
+    pretrained.save_pretrained(directory, config, schema.initialize(config, jax.random.key(3)))
     write_tokenizer(directory)
     return directory
 
@@ -70,7 +70,7 @@ def loop(config, ffn, x_BTD, members):
         logits = x @ ffn["router"]
         share = {expert: np.exp(logits[expert] - logits.max()) for expert in members}
         chosen = sorted(members, key=lambda expert: -logits[expert])[: config.top_k]
-        total = sum(share[expert] for expert in (chosen if config.normalise_top_k else members))
+        total = sum(share[expert] for expert in (chosen if config.normalize_top_k else members))
         y = np.zeros(config.hidden)
         for expert in chosen:
             gate, up = x @ ffn["gate"][expert], x @ ffn["up"][expert]
@@ -92,16 +92,18 @@ def test_scores_and_errors_are_those_of_a_loop_over_tokens(mixture, layer):
     subsets = np.array([*itertools.combinations(range(mixture.experts), KEPT[mixture.experts])])
     errors = subset_errors(mixture, logits_TE, gram_TEE, subsets)
     some = np.unique(np.append(np.arange(0, len(subsets), 7), errors.argmin()))
-    wanted = [np.sum((loop(mixture, ffn, x_BTD, members)[0] - whole) ** 2) for members in subsets[some]]
-    np.testing.assert_allclose(errors[some], np.array(wanted) / np.sum(whole**2), rtol=1e-3, atol=1e-5)
+    expected = [np.sum((loop(mixture, ffn, x_BTD, members)[0] - whole) ** 2) for members in subsets[some]]
+    np.testing.assert_allclose(errors[some], np.array(expected) / np.sum(whole**2), rtol=1e-3, atol=1e-5)
 
 
 def test_of_equal_logits_the_first_experts_are_chosen_as_the_model_does():
     config = MIXTRAL
     logits_TE = jnp.array([[0.0] * 16, [1.0, 0.0] * 8])
     chosen = prune.routing(config, logits_TE)[1]
-    wanted = jax.lax.top_k(logits_TE, config.top_k)[1]
-    assert [np.flatnonzero(row).tolist() for row in chosen] == np.sort(wanted).tolist() == [[0, 1, 2, 3], [0, 2, 4, 6]]
+    expected = jax.lax.top_k(logits_TE, config.top_k)[1]
+    assert (
+        [np.flatnonzero(row).tolist() for row in chosen] == np.sort(expected).tolist() == [[0, 1, 2, 3], [0, 2, 4, 6]]
+    )
 
 
 @pytest.mark.parametrize("method", ["reap", "exhaustive", "frequency"])
@@ -125,10 +127,10 @@ def test_the_choice_of_each_method(tmp_path, method):
 
 def test_an_expert_that_no_token_chose_scores_nothing(tmp_path):
     directory = save(tmp_path / "source", MIXTRAL)
-    config, params = pretrained.load(directory)
+    config, params = pretrained.load_pretrained(directory)
     router = params["blocks"]["moe"]["ffn"]["router"]
     params["blocks"]["moe"]["ffn"]["router"] = router.at[:, :, 4:].set(0).at[:, :, :4].multiply(0)  # ties: 0, 1, 2, 3
-    pretrained.save(tmp_path / "idle", config, params)
+    pretrained.save_pretrained(tmp_path / "idle", config, params)
     batches = list(np.random.default_rng(2).integers(0, 72, (2, 8, 9)))
     figures = choose_experts(Checkpoint(tmp_path / "idle"), batches, 4)[1]
     assert figures["kept"] == [0, 1, 2, 3]
@@ -139,7 +141,7 @@ def test_the_result_is_the_source_with_the_dropped_experts_masked(directory, mix
     kept = KEPT[mixture.experts]
     command = ["prune-experts", str(directory), str(tmp_path / "pruned"), "--calibration-tokens", "700"]
     assert cli.main([*command, "--experts", str(kept), "--calibration", str(text)]) == 0
-    config, params = pretrained.load(tmp_path / "pruned")
+    config, params = pretrained.load_pretrained(tmp_path / "pruned")
     assert config == mixture.replace(experts=kept)
     tokens = np.random.default_rng(1).integers(0, 72, (2, 9))
     got = forward(config, params, tokens).logits
@@ -147,7 +149,7 @@ def test_the_result_is_the_source_with_the_dropped_experts_masked(directory, mix
     manifest = json.loads((tmp_path / "pruned" / MANIFEST).read_text())
     rows = [figures for figures in manifest["layers"] if "kept" in figures]
     assert [row["layer"] for row in rows] == list(range(mixture.dense_layers, mixture.layers))
-    _, source = pretrained.load(directory)
+    _, source = pretrained.load_pretrained(directory)
     router_LDE = np.array(source["blocks"]["moe"]["ffn"]["router"])
     for router_DE, row in zip(router_LDE, rows, strict=True):
         router_DE[:, np.setdiff1d(np.arange(mixture.experts), row["kept"])] = np.nan
@@ -159,8 +161,8 @@ def test_the_result_is_the_source_with_the_dropped_experts_masked(directory, mix
         return jnp.where(jnp.isnan(y), -jnp.inf, y) if name == "router" else y
 
     monkeypatch.setattr(MoE, "project", masked)
-    wanted = forward(mixture, source, tokens).logits
-    np.testing.assert_allclose(got, wanted, atol=1e-5 * float(jnp.std(wanted)))
+    expected = forward(mixture, source, tokens).logits
+    np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.std(expected)))
 
 
 @pytest.mark.parametrize("config", [MIXTRAL, NEKOMIND], ids=["mixtral", "nekomind"])
@@ -174,7 +176,7 @@ def test_transformers_opens_the_result(config, text, tmp_path):
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text, tmp_path, monkeypatch):
     directory = save(tmp_path / "source", MIXTRAL)
     options = PruneOptions(14, (str(text),), calibration_tokens=700)
-    wanted = prune.prune(directory, tmp_path / "whole", options, Run(shard_bytes=1))
+    expected = prune.prune(directory, tmp_path / "whole", options, ConversionSettings(shard_bytes=1))
     written = []
 
     def write(self, unit, *rest):
@@ -187,10 +189,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text, tmp_path, mon
     original = Writer.write
     monkeypatch.setattr(Writer, "write", write)
     with pytest.raises(KeyboardInterrupt):
-        prune.prune(directory, tmp_path / "pruned", options, Run(shard_bytes=1))
+        prune.prune(directory, tmp_path / "pruned", options, ConversionSettings(shard_bytes=1))
     assert not (tmp_path / "pruned").exists()
     first = len(written)
-    assert prune.prune(directory, tmp_path / "pruned", options, Run(shard_bytes=1)) == wanted
+    assert prune.prune(directory, tmp_path / "pruned", options, ConversionSettings(shard_bytes=1)) == expected
     assert 2 in written[first:] and len(written) == 6  # nothing was written twice
     files = sorted((tmp_path / "whole").glob("*.safetensors"))
     assert len(files) == 5
@@ -209,11 +211,11 @@ def test_a_dry_run_writes_nothing(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--experts", "3"], "--experts: wanted 4 (top-k) to 15 of the 16 experts of "),
-        (["--experts", "16"], "--experts: wanted 4 (top-k) to 15 of the 16 experts of "),
+        (["--experts", "3"], "--experts: expected 4 (top-k) to 15 of the 16 experts of "),
+        (["--experts", "16"], "--experts: expected 4 (top-k) to 15 of the 16 experts of "),
         (["--experts", "8", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
-        (["--experts", "8", "--calibration-tokens", "1000000"], "wanted more than 1,000,"),
-        (["--experts", "8", "--calibration-tokens", "0"], "--calibration-tokens: wanted a positive number, got 0"),
+        (["--experts", "8", "--calibration-tokens", "1000000"], "expected more than 1,000,"),
+        (["--experts", "8", "--calibration-tokens", "0"], "--calibration-tokens: expected a positive number, got 0"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_status_2(text, tmp_path, capsys, flags, message):
@@ -236,7 +238,7 @@ def test_too_many_subsets_and_dense_models_are_refused():
 
 
 def test_scores_of_an_earlier_run_are_taken_instead_of_text(tmp_path):
-    pretrained.save(tmp_path / "model", MIXTRAL, schema.initialise(MIXTRAL, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "model", MIXTRAL, schema.initialize(MIXTRAL, jax.random.key(0)))
     scores = np.random.default_rng(0).random((3, 16)).round(3)
     rows = [{"layer": layer, "scores": row.tolist()} for layer, row in enumerate(scores)]
     earlier = tmp_path / "earlier.json"
@@ -245,9 +247,9 @@ def test_scores_of_an_earlier_run_are_taken_instead_of_text(tmp_path):
     assert [row["kept"] for row in manifest["layers"]] == [sorted(np.argsort(-row)[:8].tolist()) for row in scores]
     rows[1]["kept"] = [0, 2, 3, 5, 7, 11, 13, 15]  # as another method chose
     earlier.write_text(json.dumps({"layers": rows}))
-    for experts, wanted in ((8, rows[1]["kept"]), (7, sorted(np.argsort(-scores[1])[:7].tolist()))):
+    for experts, expected in ((8, rows[1]["kept"]), (7, sorted(np.argsort(-scores[1])[:7].tolist()))):
         manifest = prune.prune(tmp_path / "model", tmp_path / str(experts), PruneOptions(experts, choices=str(earlier)))
-        assert manifest["layers"][1]["kept"] == wanted
+        assert manifest["layers"][1]["kept"] == expected
     for bad, message in (({}, "layer 0's experts, got None"), ({"layers": [{"layer": 0, "scores": [1]}]}, "got 1")):
         earlier.write_text(json.dumps(bad))
         with pytest.raises(UserError, match=message):

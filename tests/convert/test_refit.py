@@ -60,8 +60,8 @@ def test_the_output_scale_is_the_least_squares_one(text, label, random):
     gram, moment = normal_equations(text, jnp.asarray(label), jnp.asarray(router), TOP_K)
     got = output_scale(gram, moment, jnp.asarray(text.ffn["down"]), jnp.asarray(label), EXPERTS)
     columns = [((phi * (label == expert)) @ text.ffn["down"]).ravel() for expert in range(EXPERTS)]
-    wanted = np.linalg.lstsq(np.array(columns).T, y.ravel(), rcond=None)[0]
-    np.testing.assert_allclose(got, wanted, rtol=0.01)  # apart by the small ridge
+    expected = np.linalg.lstsq(np.array(columns).T, y.ravel(), rcond=None)[0]
+    np.testing.assert_allclose(got, expected, rtol=0.01)  # apart by the small ridge
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.3])
@@ -73,10 +73,10 @@ def test_the_refit_is_the_ridge_regression_towards_the_given_weights(text, label
     got = ridge_solve(gram, moment, ridge, jnp.asarray(towards))
     # as rows of a longer least-squares problem
     weight = np.sqrt(ridge * np.mean(phi**2) * len(phi))
-    wanted = np.linalg.lstsq(
+    expected = np.linalg.lstsq(
         np.concatenate([phi, weight * np.eye(NEURONS)]), np.concatenate([y, weight * towards]), rcond=None
     )[0]
-    np.testing.assert_allclose(got, wanted, atol=1e-3 * np.abs(wanted).max())
+    np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_a_distilled_router_recalls_more_than_chance_and_a_refit_lowers_the_error(text, label, random):

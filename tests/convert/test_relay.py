@@ -13,7 +13,7 @@ from convert.experts import router_distillation, router_ridge
 from convert.experts.outputs import expert_products, routing
 from convert.experts.router_distillation import RelayOptions, keep_what_helps, recalibrate
 from convert.experts.router_ridge import fitted_router
-from convert.streaming import MANIFEST, Run, Writer
+from convert.streaming import MANIFEST, ConversionSettings, Writer
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.model.transformer import forward
@@ -40,7 +40,7 @@ def sampled_text(config, params, sequences):
 
 def sharpened(config):
     """Random weights of which the routers decide much: strong experts, and a sharp head."""
-    params = schema.initialise(config, jax.random.key(3))
+    params = schema.initialize(config, jax.random.key(3))
     ffn = params["blocks"]["moe"]["ffn"]
     ffn["router"], ffn["down"] = 2 * ffn["router"], 12 * ffn["down"]
     params["embed" if config.tied else "head"] *= 3
@@ -49,7 +49,7 @@ def sharpened(config):
 
 def save_words(directory, config, params):
     """A model directory with a tokenizer of whole words."""
-    pretrained.save(directory, config, params)
+    pretrained.save_pretrained(directory, config, params)
     write_tokenizer(directory)
     return directory
 
@@ -86,7 +86,7 @@ def test_noise_on_routers_is_undone(pair):
     dtype = Checkpoint(student).config.dtype
     np.testing.assert_array_equal(routers_LDE, routers_LDE.astype(jnp.dtype(dtype)).astype(np.float32))
     # the reported loss is that of the returned routers
-    config, params = pretrained.load(student, dtype=jnp.float32)
+    config, params = pretrained.load_pretrained(student, dtype=jnp.float32)
     routed = router_distillation.with_routers(params, routers_LDE)
     losses = []
     for tokens_BS in batches[-2:]:
@@ -96,7 +96,7 @@ def test_noise_on_routers_is_undone(pair):
 
 
 def test_a_dense_teacher_never_makes_it_worse(pair, tmp_path):
-    pretrained.save(tmp_path / "dense", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "dense", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     batches = list(pair[2][:32].reshape(-1, 8, LENGTH + 1))  # which that teacher did not write
     routers_LDE, figures = recalibrate(Checkpoint(pair[0]), Checkpoint(tmp_path / "dense"), batches, OPTIONS)
     assert figures["held_out_loss_after"] <= figures["held_out_loss_before"]
@@ -110,14 +110,14 @@ NEW = np.ones((3, 2, 2), np.float32) * 0.7
 
 
 @pytest.mark.parametrize(
-    ("best", "wanted"),  # the routers at which the loss is least
+    ("best", "expected"),  # the routers at which the loss is least
     [(NEW, NEW), (0.4 * NEW, 0.5 * NEW), (0.1 * NEW, 0.125 * NEW), (-NEW, OLD), (OLD, OLD)],
     ids=["all", "half", "an eighth", "nothing", "nothing to gain"],
 )
-def test_the_change_is_kept_as_far_as_it_helps(best, wanted):
+def test_the_change_is_kept_as_far_as_it_helps(best, expected):
     loss = lambda routers: float(np.sum((routers - best) ** 2))  # noqa: E731
     got, got_loss = keep_what_helps(OLD, NEW, loss, loss(OLD), np.dtype(np.float32))
-    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(got, expected)
     assert got_loss == loss(got) <= loss(OLD)
 
 
@@ -190,8 +190,8 @@ def test_one_step_is_the_ridge_regression_of_the_linearised_layer(layer, monkeyp
         curvature += jacobian.T @ gram @ jacobian
         slope += jacobian.T @ (moment - gram @ weights)
     probe = np.asarray(jax.random.rademacher(jax.random.key(0), (size,), jnp.float32))
-    wanted = np.linalg.solve(curvature + probe @ curvature @ probe / size * np.eye(size), slope)
-    np.testing.assert_allclose(np.ravel(got), wanted, atol=2e-3 * np.abs(wanted).max())
+    expected = np.linalg.solve(curvature + probe @ curvature @ probe / size * np.eye(size), slope)
+    np.testing.assert_allclose(np.ravel(got), expected, atol=2e-3 * np.abs(expected).max())
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_the_command_changes_routers_only_and_says_how_many(pair, text, capsys, 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(pair, text, tmp_path, monkeypatch):
     options = RelayOptions(str(pair[1]), (str(text),), calibration_tokens=1500, steps=3)
-    wanted = router_distillation.relay(pair[0], tmp_path / "whole", options, Run(shard_bytes=1))
+    expected = router_distillation.relay(pair[0], tmp_path / "whole", options, ConversionSettings(shard_bytes=1))
     write = Writer.write
 
     def interrupt(self, unit, *rest):
@@ -249,9 +249,11 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(pair, text, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "write", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            router_distillation.relay(pair[0], tmp_path / "relayed", options, Run(shard_bytes=1))
-    assert router_distillation.relay(pair[0], tmp_path / "relayed", options, Run(shard_bytes=1)) == wanted
-    assert wanted["held_out_loss_after"] <= wanted["held_out_loss_before"]
+            router_distillation.relay(pair[0], tmp_path / "relayed", options, ConversionSettings(shard_bytes=1))
+    assert (
+        router_distillation.relay(pair[0], tmp_path / "relayed", options, ConversionSettings(shard_bytes=1)) == expected
+    )
+    assert expected["held_out_loss_after"] <= expected["held_out_loss_before"]
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "relayed" / path.name).read_bytes() == path.read_bytes()
 
@@ -270,20 +272,20 @@ def test_on_a_mesh(pair):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps", "0"], "--steps: wanted a positive number, got 0"),
-        (["--learning-rate", "-1"], "--learning-rate: wanted a positive number, got -1"),
-        (["--ridge", "0"], "--ridge: wanted a positive number, got 0"),
-        (["--calibration-tokens", "700"], "--calibration-tokens: wanted more than 768, for two batches"),
+        (["--steps", "0"], "--steps: expected a positive number, got 0"),
+        (["--learning-rate", "-1"], "--learning-rate: expected a positive number, got -1"),
+        (["--ridge", "0"], "--ridge: expected a positive number, got 0"),
+        (["--calibration-tokens", "700"], "--calibration-tokens: expected more than 768, for two batches"),
         (["--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
         (["--mesh", "data=3"], "mesh data 3 wants 3 devices; there are 8"),
-        (["--teacher", "TMP/small"], "small: wanted the vocabulary of "),
+        (["--teacher", "TMP/small"], "small: expected the vocabulary of "),
         (["--teacher", "TMP/shallow", "--method", "both"], "--method both wants a teacher with layers = 3 like "),
     ],
 )
 def test_bad_options_are_one_line_and_exit_status_2(pair, text, tmp_path, capsys, flags, message):
     for name, config in (("small", DENSE.replace(vocab=71)), ("shallow", DENSE.replace(layers=2))):
         if f"TMP/{name}" in flags:
-            pretrained.save(tmp_path / name, config, schema.initialise(config, jax.random.key(0)))
+            pretrained.save_pretrained(tmp_path / name, config, schema.initialize(config, jax.random.key(0)))
     flags = [flag.replace("TMP", str(tmp_path)) for flag in flags]
     before = sorted(path.name for path in tmp_path.iterdir())
     assert cli.main(command_of(pair, text, *flags)) == 2
@@ -294,6 +296,6 @@ def test_bad_options_are_one_line_and_exit_status_2(pair, text, tmp_path, capsys
 
 
 def test_a_dense_model_has_no_routers(pair, text, tmp_path, capsys):
-    pretrained.save(tmp_path / "dense", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "dense", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     assert cli.main(command_of((tmp_path / "dense", pair[1], None), text)) == 2
     assert "dense: a dense model; relay wants a mixture" in capsys.readouterr().err

@@ -25,12 +25,12 @@ def top_k_weights(logits, k):
 def gates(seed=0):
     """Gate rows in planted groups that all lean one way, as trained ones do, and an uneven norm weight."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(EXPERTS, HIDDEN)) + 0.5 * rng.normal(size=HIDDEN)
-    gate_FD = np.repeat(centres, NEURONS // EXPERTS, axis=0) + 0.3 * rng.normal(size=(NEURONS, HIDDEN))
+    centers = rng.normal(size=(EXPERTS, HIDDEN)) + 0.5 * rng.normal(size=HIDDEN)
+    gate_FD = np.repeat(centers, NEURONS // EXPERTS, axis=0) + 0.3 * rng.normal(size=(NEURONS, HIDDEN))
     return gate_FD.astype(np.float32), np.exp(rng.normal(size=HIDDEN)).astype(np.float32)
 
 
-def normalised_inputs(tokens, norm_D, seed=1):
+def normalized_inputs(tokens, norm_D, seed=1):
     x = np.random.default_rng(seed).normal(size=(tokens, len(norm_D)))
     return x / np.sqrt(np.mean(x**2, axis=1, keepdims=True)) * norm_D
 
@@ -40,12 +40,12 @@ def test_directions_are_the_unit_means_of_their_neurons(weighted):
     gate_FD, _ = gates()
     assignment_EF = np.random.default_rng(2).permutation(NEURONS).reshape(EXPERTS, -1)
     weights_F = np.random.default_rng(3).random(NEURONS).astype(np.float32) if weighted else np.ones(NEURONS)
-    wanted = np.stack([np.average(gate_FD[members], axis=0, weights=weights_F[members]) for members in assignment_EF])
-    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    expected = np.stack([np.average(gate_FD[members], axis=0, weights=weights_F[members]) for members in assignment_EF])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     ours = expert_directions(
         jnp.asarray(gate_FD), jnp.asarray(assignment_EF), jnp.asarray(weights_F) if weighted else None
     )
-    assert np.allclose(ours, wanted, atol=1e-6)
+    assert np.allclose(ours, expected, atol=1e-6)
 
 
 def test_dead_experts_have_a_zero_direction_and_yet_an_orthonormal_router():
@@ -88,7 +88,7 @@ def test_the_router_sends_a_token_to_the_expert_whose_gates_it_opens():
     gate_FD, norm_D = gates()
     gate_FD /= norm_D  # trained gates undo the norm weight's unevenness
     assignment_EF = contiguous(NEURONS, EXPERTS)
-    inputs_TD = normalised_inputs(2000, norm_D)
+    inputs_TD = normalized_inputs(2000, norm_D)
     openings_TE = (inputs_TD @ gate_FD.T)[:, np.asarray(assignment_EF)].mean(-1)
     directions_ED = expert_directions(jnp.asarray(gate_FD), assignment_EF)
     hits = np.mean(np.argmax(inputs_TD @ polar_router(directions_ED, 0.01).T, 1) == np.argmax(openings_TE, 1))
@@ -99,7 +99,7 @@ def test_the_router_sends_a_token_to_the_expert_whose_gates_it_opens():
 
 def test_default_temperature_sets_the_deviation_of_the_logits():
     _, norm_D = gates()
-    inputs_TD = normalised_inputs(2000, norm_D)
+    inputs_TD = normalized_inputs(2000, norm_D)
     # the average over random rows; any one row may lie on heavy or light channels
     logits = [
         inputs_TD @ random_orthogonal_router(jax.random.key(seed), EXPERTS, HIDDEN, default_temperature(norm_D, 0.03)).T
@@ -111,7 +111,7 @@ def test_default_temperature_sets_the_deviation_of_the_logits():
 
 def test_a_small_temperature_levels_the_weights_but_keeps_the_choice():
     gate_FD, norm_D = gates()
-    inputs_TD = normalised_inputs(500, norm_D)
+    inputs_TD = normalized_inputs(500, norm_D)
     directions_ED = expert_directions(jnp.asarray(gate_FD), contiguous(NEURONS, EXPERTS))
     small = np.asarray(inputs_TD @ polar_router(directions_ED, default_temperature(norm_D)).T, np.float64)
     large = np.asarray(inputs_TD @ polar_router(directions_ED, 1.0).T, np.float64)
@@ -122,7 +122,7 @@ def test_a_small_temperature_levels_the_weights_but_keeps_the_choice():
 
 def test_one_vector_added_to_every_row_changes_no_weight():
     gate_FD, norm_D = gates()
-    inputs_TD = normalised_inputs(500, norm_D)
+    inputs_TD = normalized_inputs(500, norm_D)
     router_ED = np.asarray(
         polar_router(expert_directions(jnp.asarray(gate_FD), contiguous(NEURONS, EXPERTS)), 0.1), np.float64
     )

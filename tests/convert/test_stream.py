@@ -21,7 +21,7 @@ FLAGS = ["--experts", "4", "--top-k", "2", "--shard-gb", "1e-5"]
 KILLED = """
 import os, signal, sys
 from convert import cli
-from nemoe_jax.writer import Writer
+from nemoe_jax.checkpoints.writer import Writer
 write, calls = Writer._write_tensor, []
 def write_or_die(*arguments):
     calls.append(1)
@@ -43,18 +43,18 @@ def files_of(directory):
 
 
 @pytest.fixture
-def wanted(dense_directory, tmp_path):
+def expected(dense_directory, tmp_path):
     """What a single process with one device makes without interruption."""
-    assert start("-m", "convert.cli", "carve", str(dense_directory), str(tmp_path / "wanted"), *FLAGS).wait() == 0
-    files = files_of(tmp_path / "wanted")
+    assert start("-m", "convert.cli", "carve", str(dense_directory), str(tmp_path / "expected"), *FLAGS).wait() == 0
+    files = files_of(tmp_path / "expected")
     assert {"model-00001-of-00005.safetensors", INDEX, MANIFEST, REPORT} <= files.keys()
     return files
 
 
-def test_killed_spread_over_devices_or_over_processes_the_bytes_are_the_same(dense_directory, tmp_path, wanted):
+def test_killed_spread_over_devices_or_over_processes_the_bytes_are_the_same(dense_directory, tmp_path, expected):
     # eight devices, in this process
     assert cli.main(["carve", str(dense_directory), str(tmp_path / "devices"), *FLAGS]) == 0
-    assert files_of(tmp_path / "devices") == wanted
+    assert files_of(tmp_path / "devices") == expected
 
     # killed in the midst of a layer, and started again
     command = ["carve", str(dense_directory), str(tmp_path / "killed"), *FLAGS]
@@ -63,7 +63,7 @@ def test_killed_spread_over_devices_or_over_processes_the_bytes_are_the_same(den
     finished = (tmp_path / ".killed.partial" / "finished-0.jsonl").read_text().splitlines()
     assert 1 <= len(finished) < 5
     assert start("-m", "convert.cli", *command).wait() == 0
-    assert files_of(tmp_path / "killed") == wanted
+    assert files_of(tmp_path / "killed") == expected
 
     # two processes, each with its own layers
     with socket.socket() as free:
@@ -72,7 +72,7 @@ def test_killed_spread_over_devices_or_over_processes_the_bytes_are_the_same(den
     command = ["-m", "convert.cli", "carve", str(dense_directory), str(tmp_path / "two"), *FLAGS, "--distributed"]
     processes = [start(*command, address, "2", str(number)) for number in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
-    assert files_of(tmp_path / "two") == wanted
+    assert files_of(tmp_path / "two") == expected
     assert not list(tmp_path.glob(".*"))  # nothing is left behind
 
 
@@ -102,7 +102,7 @@ def test_the_manifest_names_the_source_by_its_sums(dense_directory, tmp_path):
 def test_an_error_in_one_thread_stops_all_and_leaves_nothing(dense_directory, tmp_path, monkeypatch):
     from convert.carve import carve
 
-    original = carve.choose
+    original = carve.cluster_and_route
 
     def choose(gate_FD, *rest):
         if np.asarray(gate_FD, np.float32)[0, 0] == third:
@@ -111,7 +111,7 @@ def test_an_error_in_one_thread_stops_all_and_leaves_nothing(dense_directory, tm
 
     source = reader.Checkpoint(dense_directory)
     third = float(source.view("model.layers.2.mlp.gate_proj.weight")[0, 0])
-    monkeypatch.setattr(carve, "choose", choose)
+    monkeypatch.setattr(carve, "cluster_and_route", choose)
     with pytest.raises(UserError, match="dense: layer two is bad"):
         carve.carve(dense_directory, tmp_path / "moe", carve.CarveOptions(experts=4, top_k=2))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -18,7 +18,7 @@ from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
 from tests.support.configs import NEKOMIND, TORCH_SIZES
 
-pytestmark = pytest.mark.usefixtures("optimised")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def mistral():
@@ -56,7 +56,7 @@ def torch_logits(model, ids):
 
 
 def our_logits(directory, ids):
-    config, params = pretrained.load(directory)
+    config, params = pretrained.load_pretrained(directory)
     return np.asarray(jax.jit(lambda params, ids: forward(config, params, ids).logits)(params, ids))
 
 
@@ -67,9 +67,9 @@ IDS = np.random.default_rng(0).integers(0, 72, (3, 29))
 def test_logits_agree_in_float32(make, tmp_path):
     model = lively(make())
     model.save_pretrained(tmp_path / "model", max_shard_size="30KB")
-    wanted = torch_logits(model, IDS)
-    assert 0.5 < wanted.std() < 2
-    np.testing.assert_allclose(our_logits(tmp_path / "model", IDS), wanted, atol=1e-5)
+    expected = torch_logits(model, IDS)
+    assert 0.5 < expected.std() < 2
+    np.testing.assert_allclose(our_logits(tmp_path / "model", IDS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -85,8 +85,8 @@ def test_logits_agree_in_bfloat16(make, tmp_path):
 def test_what_we_save_opens_in_transformers(make, tmp_path):
     model = lively(make())
     model.save_pretrained(tmp_path / "theirs")
-    config, params = pretrained.load(tmp_path / "theirs")
-    pretrained.save(tmp_path / "ours", config, params, shard_bytes=30_000)
+    config, params = pretrained.load_pretrained(tmp_path / "theirs")
+    pretrained.save_pretrained(tmp_path / "ours", config, params, shard_bytes=30_000)
     again, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     np.testing.assert_allclose(torch_logits(again, IDS), torch_logits(model, IDS), atol=1e-6)
@@ -111,10 +111,10 @@ def test_nekomind_equals_its_torch_reference(tmp_path):
 
 
 def test_a_saved_nekomind_opens_in_the_torch_reference(tmp_path):
-    params = schema.initialise(NEKOMIND, jax.random.key(0))
-    pretrained.save(tmp_path / "model", NEKOMIND, params)
-    wanted = np.asarray(forward(NEKOMIND, params, IDS).logits)
-    np.testing.assert_allclose(torch_logits(load_nekomind(tmp_path / "model"), IDS), wanted, atol=1e-5)
+    params = schema.initialize(NEKOMIND, jax.random.key(0))
+    pretrained.save_pretrained(tmp_path / "model", NEKOMIND, params)
+    expected = np.asarray(forward(NEKOMIND, params, IDS).logits)
+    np.testing.assert_allclose(torch_logits(load_nekomind(tmp_path / "model"), IDS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "nekomind"])
@@ -122,7 +122,7 @@ def test_the_verify_command_agrees_and_disagrees(family, tmp_path, capsys, monke
     if family == "mixtral":
         lively(mixtral(2)).save_pretrained(tmp_path / "model")
     else:
-        pretrained.save(tmp_path / "model", NEKOMIND, schema.initialise(NEKOMIND, jax.random.key(0)))
+        pretrained.save_pretrained(tmp_path / "model", NEKOMIND, schema.initialize(NEKOMIND, jax.random.key(0)))
     assert cli.main(["verify", str(tmp_path / "model"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agrees"] is True
 

@@ -24,16 +24,16 @@ SOURCES = {
     "float32": MIXTRAL,
     "bfloat16": MIXTRAL.replace(dtype="bfloat16"),
     "nekomind": NEKOMIND,
-    "nekomind, softmax over all": NEKOMIND.replace(normalise_top_k=False),
+    "nekomind, softmax over all": NEKOMIND.replace(normalize_top_k=False),
 }
 TOKENS = np.random.default_rng(1).integers(0, 72, (8, 9))
 
 
 def save(directory, config):
-    params = schema.initialise(config, jax.random.key(3))
+    params = schema.initialize(config, jax.random.key(3))
     norms = params["blocks"]["moe"]["ffn_norm"]
     params["blocks"]["moe"]["ffn_norm"] = norms + 0.3 * jax.random.normal(jax.random.key(4), norms.shape)
-    pretrained.save(directory, config, params)
+    pretrained.save_pretrained(directory, config, params)
     return directory
 
 
@@ -53,7 +53,7 @@ def run(config, params, tokens):
 
 
 def logits_and_load(directory):
-    config, params = pretrained.load(directory, dtype=jnp.float32)
+    config, params = pretrained.load_pretrained(directory, dtype=jnp.float32)
     logits, load_LE = run(config.replace(dtype="float32"), params, TOKENS)
     return np.asarray(logits), np.asarray(load_LE)
 
@@ -63,12 +63,12 @@ def logits_and_load(directory):
 def test_the_logits_and_the_choices_are_the_same(tmp_path, mode, source):
     config = SOURCES[source]
     directory = save(tmp_path / "1", config)
-    wanted, load_LE = logits_and_load(directory)
+    expected, load_LE = logits_and_load(directory)
     for factor in (2, 4) if source == "float32" else (2,):  # 16 -> 32 -> 64
         before, directory = directory, tmp_path / str(factor)
         upcycle(before, directory, UpcycleOptions(experts=factor * config.experts, mode=mode))
         logits, load = logits_and_load(directory)
-        np.testing.assert_allclose(logits, wanted, atol=1e-5 * wanted.std())
+        np.testing.assert_allclose(logits, expected, atol=1e-5 * expected.std())
         np.testing.assert_allclose(load.reshape(len(load), factor, -1), np.repeat(load_LE[:, None], factor, 1) / factor)
         result = Checkpoint(directory).config
         assert (result.experts, result.top_k) == (factor * config.experts, factor * config.top_k)
@@ -149,7 +149,7 @@ def test_copies_hold_the_source_bit_for_bit_but_on_the_shifted_channels(tmp_path
 @pytest.mark.parametrize("mode", ["copies", "wide"])
 def test_copies_learn_different_things(tmp_path, mode):
     upcycle(save(tmp_path / "1", MIXTRAL), tmp_path / "2", UpcycleOptions(experts=32, mode=mode))
-    config, params = pretrained.load(tmp_path / "2")
+    config, params = pretrained.load_pretrained(tmp_path / "2")
     graph = nnx.split(MoE(config, schema.declare(config)["blocks"]["moe"]["ffn"]))[0]
     weights = jax.tree.map(lambda array: array[0], params["blocks"]["moe"]["ffn"])
     x_BTD = jax.random.normal(jax.random.key(0), (1, 200, 24))
@@ -173,8 +173,8 @@ def test_transformers_opens_the_result_and_agrees(tmp_path, mode):
 
     config = MIXTRAL.replace(expert_ffn=16)  # torch wants rows of 16 bytes
     upcycle(save(tmp_path / "1", config), tmp_path / "2", UpcycleOptions(experts=32, mode=mode))
-    wanted, got = torch_logits(tmp_path / "1", TOKENS[:, :5]), torch_logits(tmp_path / "2", TOKENS[:, :5])
-    np.testing.assert_allclose(got, wanted, atol=(1e-3 if mode == "copies" else 1e-5) * wanted.std())
+    expected, got = torch_logits(tmp_path / "1", TOKENS[:, :5]), torch_logits(tmp_path / "2", TOKENS[:, :5])
+    np.testing.assert_allclose(got, expected, atol=(1e-3 if mode == "copies" else 1e-5) * expected.std())
 
 
 @pytest.mark.parametrize("copies", [2, 3, 4])
@@ -227,13 +227,13 @@ def test_the_check_on_text(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--experts", "16"], "--experts: wanted 2, 3, … times the 16 experts of"),
+        (["--experts", "16"], "--experts: expected 2, 3, … times the 16 experts of"),
         (["--experts", "8"], "got 8"),
         (["--experts", "40"], "got 40"),
         (["--experts", "0"], "got 0"),
         (["--experts", "80", "--mode", "split"], "experts of 12 neurons do not divide into 5 parts"),
-        (["--experts", "32", "--noise", "-1"], "--noise: wanted 0 or more, got -1.0"),
-        (["--experts", "32", "--noise", "nan"], "--noise: wanted 0 or more, got nan"),
+        (["--experts", "32", "--noise", "-1"], "--noise: expected 0 or more, got -1.0"),
+        (["--experts", "32", "--noise", "nan"], "--noise: expected 0 or more, got nan"),
         (["--experts", "32", "--check", "nowhere.txt"], "nowhere.txt: no text there"),
         (["--experts", "32", "--check", __file__], "tokenizer"),
         (["--experts", "464", "--mode", "copies"], "29 groups want 29 channels"),
@@ -249,6 +249,6 @@ def test_bad_options_are_one_line_and_exit_status_2(tmp_path, capsys, flags, mes
 
 
 def test_a_dense_model_is_refused(tmp_path, capsys):
-    pretrained.save(tmp_path / "1", DENSE, schema.initialise(DENSE, jax.random.key(0)))
+    pretrained.save_pretrained(tmp_path / "1", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     assert cli.main(["upcycle", str(tmp_path / "1"), str(tmp_path / "2"), "--experts", "32"]) == 2
     assert "a dense model; upcycle wants a mixture" in capsys.readouterr().err

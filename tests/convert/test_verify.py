@@ -13,7 +13,7 @@ from convert.verify.logits import compare, our_logits
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.evaluation.perplexity import evaluate
 from nemoe_jax.spec import schema
-from nemoe_jax.text.corpus import spaced_batches, tokenize
+from nemoe_jax.text.corpus import spaced_batches, tokenize_files
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.configs import DENSE
 
@@ -34,21 +34,21 @@ def write_tokenizer(directory, vocabulary):
 def directories(tmp_path_factory):
     """A dense model with a tokenizer, its carved one, a copy with one weight changed, others that do not fit."""
     root = tmp_path_factory.mktemp("models")
-    params = schema.initialise(DENSE, jax.random.key(0))
-    pretrained.save(root / "dense", DENSE, params)
+    params = schema.initialize(DENSE, jax.random.key(0))
+    pretrained.save_pretrained(root / "dense", DENSE, params)
     write_tokenizer(root / "dense", VOCABULARY)
     carve(root / "dense", root / "carved", CarveOptions(experts=4, top_k=2))
     embedding = params["embed"]
-    pretrained.save(
+    pretrained.save_pretrained(
         root / "vocabulary",
         DENSE.replace(vocab=80),
         params
         | {"embed": np.resize(embedding, (80, DENSE.hidden)), "head": np.resize(params["head"], (DENSE.hidden, 80))},
     )
-    pretrained.save(root / "short", DENSE.replace(context=16), params)
+    pretrained.save_pretrained(root / "short", DENSE.replace(context=16), params)
     write_tokenizer(root / "short", 80)
     params["norm"] = params["norm"].at[3].multiply(1.001)
-    pretrained.save(root / "touched", DENSE, params)
+    pretrained.save_pretrained(root / "touched", DENSE, params)
     letters = np.random.default_rng(0).integers(2, VOCABULARY, 700)
     (root / "text.txt").write_text("".join(chr(ord("0") + number) for number in letters))
     (root / "short.txt").write_text("5678")
@@ -77,9 +77,9 @@ def test_figures_are_those_of_numpy():
     assert result.max_difference == np.abs(a - b).max()
     assert result.argmax_agreement == np.mean(a.argmax(-1) == b.argmax(-1)) < 1
     assert result.tokens == 15 and not result.agrees
-    wanted = [a.std(), kl.mean(), kl.max(), *losses]
+    expected = [a.std(), kl.mean(), kl.max(), *losses]
     got = [result.logit_std, result.kl_divergence, result.kl_max, result.loss_a, result.loss_b]
-    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert result.kl_divergence != pytest.approx(compare(b, a, 1e-4).kl_divergence, rel=1e-3)  # KL(A ‖ B)
     assert compare(a, b, 1e-4).loss_a is None
 
@@ -124,27 +124,27 @@ def test_losses_on_text_are_those_of_evaluate(directories, capsys):
     arguments = ["verify", str(directories / "dense"), str(directories / "carved"), "--json", "--tokens", "24"]
     assert cli.main([*arguments, "--sequences", "8", "--text", str(directories / "text.txt")]) == 1
     figures = json.loads(capsys.readouterr().out)
-    stream = tokenize([directories / "text.txt"], load_tokenizer(directories / "dense"))
+    stream = tokenize_files([directories / "text.txt"], load_tokenizer(directories / "dense"))
     batches = spaced_batches(stream, 24, 4, 2)
     for name, directory in (("loss_a", "dense"), ("loss_b", "carved")):
-        wanted = evaluate(*pretrained.load(directories / directory), batches)
-        assert figures[name] == pytest.approx(wanted.loss, rel=1e-5)
-        assert figures["tokens"] == wanted.tokens == 8 * 24
+        expected = evaluate(*pretrained.load_pretrained(directories / directory), batches)
+        assert figures[name] == pytest.approx(expected.loss, rel=1e-5)
+        assert figures["tokens"] == expected.tokens == 8 * 24
     assert figures["loss_a"] != pytest.approx(figures["loss_b"], rel=1e-3)
 
 
 BAD = {
-    "vocabulary": (["dense", "vocabulary"], "vocabulary: wanted the vocabulary of .*dense, 72 tokens, got 80"),
+    "vocabulary": (["dense", "vocabulary"], "vocabulary: expected the vocabulary of .*dense, 72 tokens, got 80"),
     "no directory": (["dense", "nowhere"], "nowhere: no such directory"),
     "no model": (["dense", "."], "not a model directory: no config.json"),
     "neither": (["nowhere"], "nowhere: no such directory"),
-    "context": (["dense", "short", "--tokens", "17"], "--tokens: wanted 1 to the context of 16, got 17"),
-    "no tokens": (["dense", "short", "--tokens", "0"], "--tokens: wanted 1 to the context of 16, got 0"),
-    "sequences": (["dense", "short", "--tokens", "4", "--sequences", "0"], "--sequences: wanted a positive number"),
+    "context": (["dense", "short", "--tokens", "17"], "--tokens: expected 1 to the context of 16, got 17"),
+    "no tokens": (["dense", "short", "--tokens", "0"], "--tokens: expected 1 to the context of 16, got 0"),
+    "sequences": (["dense", "short", "--tokens", "4", "--sequences", "0"], "--sequences: expected a positive number"),
     "no tokenizer": (["touched", "dense", "--text", "text.txt"], "touched: no tokenizer"),
     "another tokenizer": (["short", "dense", "--tokens", "4", "--text", "other.txt"], "gives token 79; the model"),
     "no text": (["dense", "dense", "--text", "nothing.txt"], "no text there"),
-    "short text": (["dense", "dense", "--text", "short.txt"], "wanted at least sequence length"),
+    "short text": (["dense", "dense", "--text", "short.txt"], "expected at least sequence length"),
 }
 
 

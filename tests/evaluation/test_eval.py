@@ -86,7 +86,7 @@ def test_results_are_kept_and_compared_and_not_computed_again(place, capsys, tmp
     assert row["standard_error"] == pytest.approx(100 * kept["results"]["our_choices"]["acc_norm_stderr,none"])
     assert not list(tmp_path.glob("*.partial"))
 
-    monkeypatch.setattr(lm_eval_model, "Nemoe", None)  # nothing is left to run it for
+    monkeypatch.setattr(lm_eval_model, "NemoeLM", None)  # nothing is left to run it for
     monkeypatch.setitem(SUITES, "nemo", benchmarks[:1])
     status, out, _ = run(capsys, place, "--suite", "nemo", "--limit", "6", "--output", output)
     assert status == 0
@@ -95,7 +95,7 @@ def test_results_are_kept_and_compared_and_not_computed_again(place, capsys, tmp
     figures = [f"{row['score']:.2f}", f"{row['standard_error']:.2f}", "50.0", f"{row['score'] - 50:+.2f}"]
     assert line == ["our_choices", "1", "acc_norm", *figures]
     status, _, error = run(capsys, place, "--suite", "nemo", "--limit", "7", "--output", output)
-    assert status == 2 and f"{output} holds results of other settings (limit: wanted 7, it has 6)" in error
+    assert status == 2 and f"{output} holds results of other settings (limit: expected 7, it has 6)" in error
 
 
 def test_several_tasks_show_all_of_their_metrics(place, capsys):
@@ -140,14 +140,14 @@ ERRORS = {
     ),
     "no such directory": (["--tasks", "x", "--include-path", "/no/such"], "--include-path /no/such: no such directory"),
     "shots of a suite": (["--suite", "nemo", "--num-fewshot", "2"], "--num-fewshot: a suite has its own"),
-    "negative shots": (["--tasks", "our_choices", "--num-fewshot", "-1"], "--num-fewshot: wanted 0 or more, got -1"),
-    "limit": (["--tasks", "our_choices", "--limit", "1.5"], "--limit: wanted a whole number of questions"),
-    "batch size": (["--tasks", "our_choices", "--batch-size", "0"], "--batch-size: wanted a positive number, got 0"),
+    "negative shots": (["--tasks", "our_choices", "--num-fewshot", "-1"], "--num-fewshot: expected 0 or more, got -1"),
+    "limit": (["--tasks", "our_choices", "--limit", "1.5"], "--limit: expected a whole number of questions"),
+    "batch size": (["--tasks", "our_choices", "--batch-size", "0"], "--batch-size: expected a positive number, got 0"),
     "not results": (["--tasks", "our_choices", "--output", "{place}/data.jsonl"], "not the results of nemoe eval"),
-    "cache": (["--tasks", "our_choices", "--kv-cache", "int3"], "cache dtype: wanted one of float32"),
+    "cache": (["--tasks", "our_choices", "--kv-cache", "int3"], "cache dtype: expected one of float32"),
     "output nowhere": (["--tasks", "our_choices", "--output", "/no/such/file.json"], "no directory /no/such"),
     "no data": (["--tasks", "nowhere"], "nowhere: its data cannot be loaded"),
-    "too many new tokens": (["--tasks", "long"], "max_gen_toks: wanted 1 to 95, less than the context, got 256"),
+    "too many new tokens": (["--tasks", "long"], "max_gen_toks: expected 1 to 95, less than the context, got 256"),
 }
 
 

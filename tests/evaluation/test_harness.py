@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from nemoe_jax.checkpoints import pretrained
-from nemoe_jax.evaluation.lm_eval_model import Nemoe
+from nemoe_jax.evaluation.lm_eval_model import NemoeLM
 from nemoe_jax.spec import schema
 from tests.support.configs import DENSE, write_tokenizer
 
@@ -33,10 +33,10 @@ TEMPLATE = (
 
 def write_model(directory, config=DENSE, around=("<s>", "")):
     """A directory of lively random weights; its tokenizer puts those tokens around a text."""
-    params = schema.initialise(config, jax.random.key(5))
+    params = schema.initialize(config, jax.random.key(5))
     params["blocks"] = jax.tree.map(lambda array: 1.5 * array, params["blocks"])
     params["blocks"]["dense"]["ffn_norm"] += 0.3 * jax.random.normal(jax.random.key(6), (DENSE.layers, DENSE.hidden))
-    pretrained.save(directory, config, params)
+    pretrained.save_pretrained(directory, config, params)
     tokenizer = write_tokenizer(directory)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=" ".join([around[0], "$A", around[1]]).strip(), special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -54,7 +54,7 @@ def pair(request, tmp_path_factory):
     directory = write_model(tmp_path_factory.mktemp("model") / "dense", around=around)
     # with its cache, 0.4.13 scores a continuation at another's place where their inputs are equal, not their contexts
     theirs = HFLM(str(directory), device="cpu", dtype="float32", batch_size=3, logits_cache=False)
-    return Nemoe(str(directory), batch_size=3), theirs
+    return NemoeLM(str(directory), batch_size=3), theirs
 
 
 def instances(kind, *arguments):
@@ -86,10 +86,10 @@ PAIRS = [
 
 def test_log_likelihoods_are_those_of_the_harness_s_own_model(pair):
     ours, theirs = pair
-    wanted = theirs.loglikelihood(instances("loglikelihood", *PAIRS))
+    expected = theirs.loglikelihood(instances("loglikelihood", *PAIRS))
     found = ours.loglikelihood(instances("loglikelihood", *PAIRS))
-    np.testing.assert_allclose([logprob for logprob, _ in found], [logprob for logprob, _ in wanted], atol=1e-4)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    np.testing.assert_allclose([logprob for logprob, _ in found], [logprob for logprob, _ in expected], atol=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
 def test_a_greedy_continuation_is_called_one(pair):
@@ -179,9 +179,9 @@ def test_tasks_get_equal_scores(pair, tmp_path, chat, monkeypatch):
         samples.append({name: [one["filtered_resps"] for one in of] for name, of in found["samples"].items()})
     ours, theirs = results
     for name in names:
-        wanted = {key: value for key, value in theirs[name].items() if "," in key and not isinstance(value, str)}
-        assert {key: ours[name][key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
-        assert wanted
+        expected = {key: value for key, value in theirs[name].items() if "," in key and not isinstance(value, str)}
+        assert {key: ours[name][key] for key in expected} == pytest.approx(expected, rel=1e-5)
+        assert expected
     assert samples[0]["our_answers"] == samples[1]["our_answers"]
     assert len({text for (text,) in samples[0]["our_answers"]}) > 3
     assert 0 < ours["our_choices"]["acc,none"] < 1

@@ -77,12 +77,12 @@ def test_chats_are_the_texts_of_transformers(tmp_path, chat):
     write_byte_level(tmp_path)
     ours, theirs = HarnessText(load_tokenizer(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
     accepted = chat[1:] if len(chat) > 3 else chat  # the template refuses a system message then
-    wanted = theirs.apply_chat_template(accepted, tokenize=False, add_generation_prompt=True)
-    assert ours.chat(chat, True) == wanted
-    assert ours.encode(wanted) == render_chat(ours.tokenizer, accepted)
+    expected = theirs.apply_chat_template(accepted, tokenize=False, add_generation_prompt=True)
+    assert ours.chat(chat, True) == expected
+    assert ours.encode(expected) == render_chat(ours.tokenizer, accepted)
     begun = [*accepted, {"role": "assistant", "content": "It is"}]
-    wanted = theirs.apply_chat_template(begun, tokenize=False, continue_final_message=True)
-    assert ours.chat([*chat, begun[-1]], False) == wanted and wanted.endswith("It is")
+    expected = theirs.apply_chat_template(begun, tokenize=False, continue_final_message=True)
+    assert ours.chat([*chat, begun[-1]], False) == expected and expected.endswith("It is")
 
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS.keys())

@@ -35,7 +35,7 @@ def write_characters(directory):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "dense"
-    pretrained.save(directory, CONFIG, schema.initialise(CONFIG, jax.random.key(1)))
+    pretrained.save_pretrained(directory, CONFIG, schema.initialize(CONFIG, jax.random.key(1)))
     write_characters(directory)
     (directory.parent / "filler.txt").write_text(FILLER)
     return directory
@@ -68,7 +68,7 @@ def test_the_line_lies_at_its_depth(tokenizer, length, depth):
 )
 def test_scores_are_those_of_one_pass_without_a_cache(config, chunk, tokenizer, monkeypatch):
     monkeypatch.setattr(needle, "CHUNK", chunk)
-    params = schema.initialise(config, jax.random.key(2))
+    params = schema.initialize(config, jax.random.key(2))
     filler = np.array(tokenizer.encode(FILLER))
     findings = find_needles(config, params, tokenizer, filler, [120, 256], [0, 50], seed=3)
     whole = jax.jit(lambda params, tokens: jax.nn.log_softmax(forward(config, params, tokens).logits))
@@ -89,7 +89,7 @@ def test_a_number_that_greedy_decoding_gives_is_found(tokenizer):
     """With every layer's output at zero and a head that foresees the answer's tokens one after another."""
     answer = tokenizer.encode(" 4719235")  # each token has one that follows
     config = CONFIG.replace(hidden=128)
-    params = jax.tree.map(lambda array: 0 * array, schema.initialise(config, jax.random.key(2)))
+    params = jax.tree.map(lambda array: 0 * array, schema.initialize(config, jax.random.key(2)))
     params["embed"] = np.eye(128, dtype=np.float32)
     params["norm"] = np.ones(128, np.float32)
     head = np.zeros((128, 128), np.float32)
@@ -115,9 +115,9 @@ def test_the_command_reports_every_length_and_depth(directory, capsys):
 
 
 ERRORS = {
-    "too short": ({"lengths": [20]}, "wanted lengths of at least the 75 tokens"),
-    "too long": ({"lengths": [257]}, "wanted lengths up to the context of 256 tokens, got 257"),
-    "depth": ({"depths": [120]}, "wanted depths from 0 to 100 per cent, got 120"),
+    "too short": ({"lengths": [20]}, "expected lengths of at least the 75 tokens"),
+    "too long": ({"lengths": [257]}, "expected lengths up to the context of 256 tokens, got 257"),
+    "depth": ({"depths": [120]}, "expected depths from 0 to 100 per cent, got 120"),
     "no row": ({"vocab": 100}, "gives token 122; the model's embedding has 100 rows"),
     "no filler": ({"filler": np.zeros(0, np.int32)}, "the filler text is empty"),
 }

@@ -47,20 +47,20 @@ def test_windows_score_each_token_once_with_enough_before_it(length, window, str
 @pytest.mark.parametrize("config", [DENSE, MIXTRAL], ids=lambda config: config.family)
 def test_scores_are_those_of_whole_logits(config, monkeypatch):
     monkeypatch.setattr(scoring, "CHUNK", 7)  # so that there are several
-    params = schema.initialise(config, jax.random.key(1))
+    params = schema.initialize(config, jax.random.key(1))
     common = RNG.integers(0, 72, 20)
     endings = [
         Ending(RNG.integers(0, 72, length).astype(np.int32), last) for length, last in [(2, 1), (30, 29), (61, 4)]
     ]
     endings += [Ending(np.append(common, option).astype(np.int32), last) for option, last in [(5, 1), (6, 1), (6, 9)]]
     for ending, found in zip(endings, score(config, params, endings, batch_size=2), strict=True):
-        wanted, greedy = log_probabilities(config, params, ending.tokens)
-        np.testing.assert_allclose(found.logprobs, wanted[-ending.last :], atol=1e-5)
+        expected, greedy = log_probabilities(config, params, ending.tokens)
+        np.testing.assert_allclose(found.logprobs, expected[-ending.last :], atol=1e-5)
         np.testing.assert_array_equal(found.greedy, greedy[-ending.last :])
 
 
 def test_what_is_likeliest_is_called_greedy():
-    params = schema.initialise(DENSE, jax.random.key(1))
+    params = schema.initialize(DENSE, jax.random.key(1))
     tokens = np.array([4, 5, 6], np.int32)
     likeliest = int(np.asarray(LOGITS(DENSE, params, np.resize(tokens, (1, 96))))[0, 2].argmax())
     found = score(DENSE, params, [Ending(np.append(tokens, one).astype(np.int32), 1) for one in (likeliest, 0)])
@@ -68,7 +68,7 @@ def test_what_is_likeliest_is_called_greedy():
 
 
 def test_scores_on_a_mesh_are_those_without():
-    params = schema.initialise(DENSE, jax.random.key(1))
+    params = schema.initialize(DENSE, jax.random.key(1))
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     endings = [Ending(RNG.integers(0, 72, length).astype(np.int32), 3) for length in (7, 30, 31)]
     for one, other in zip(score(DENSE, params, endings, 4, mesh), score(DENSE, params, endings, 4), strict=True):
@@ -79,7 +79,7 @@ def test_equal_inputs_share_a_pass(monkeypatch):
     shapes = []
     original = scoring._hidden
     monkeypatch.setattr(scoring, "_hidden", lambda *given: shapes.append(given[2].shape) or original(*given))
-    params = schema.initialise(DENSE, jax.random.key(1))
+    params = schema.initialize(DENSE, jax.random.key(1))
     score(DENSE, params, [Ending(np.array([1, 2, 3, option], np.int32), 1) for option in range(40)], batch_size=4)
     assert shapes == [(1, 32)]
 
@@ -92,14 +92,14 @@ def test_nothing_to_score_is_refused(tokens, last):
 
 @pytest.mark.parametrize("token", [-1, 72])
 def test_tokens_without_a_row_are_refused(token):
-    with pytest.raises(UserError, match="wanted tokens from 0 to 71"):
+    with pytest.raises(UserError, match="expected tokens from 0 to 71"):
         score(DENSE, {}, [Ending(np.array([1, token], np.int32), 1)])
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "dense"
-    pretrained.save(directory, DENSE, schema.initialise(DENSE, jax.random.key(1)))
+    pretrained.save_pretrained(directory, DENSE, schema.initialize(DENSE, jax.random.key(1)))
     write_tokenizer(directory)
     text = " ".join(f"word{number}" for number in RNG.integers(0, 69, 150))
     (directory.parent / "text.txt").write_text(text)
@@ -112,7 +112,7 @@ def test_sliding_perplexity_is_that_of_a_plain_loop(directory, capsys, window, s
     flags = [] if stride == window // 2 else ["--stride", str(stride)]
     assert main(["perplexity", str(directory), str(text), "--window", str(window), *flags, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    config, params = pretrained.load(directory)
+    config, params = pretrained.load_pretrained(directory)
     ids = np.array(load_tokenizer(directory).encode(text.read_text(), eos=True))
     losses = []
     reached = 0
@@ -129,14 +129,17 @@ def test_sliding_perplexity_is_that_of_a_plain_loop(directory, capsys, window, s
 
 
 ERRORS = {
-    "window beyond the context": (["--window", "97"], "window: wanted 2 to the context of 96 tokens, got 97"),
-    "window of one": (["--window", "1"], "window: wanted 2 to"),
-    "stride as large as the window": (["--window", "8", "--stride", "8"], "stride: wanted 1 to 7"),
+    "window beyond the context": (["--window", "97"], "window: expected 2 to the context of 96 tokens, got 97"),
+    "window of one": (["--window", "1"], "window: expected 2 to"),
+    "stride as large as the window": (["--window", "8", "--stride", "8"], "stride: expected 1 to 7"),
     "stride of nothing": (["--stride", "8"], "--stride: only with --window"),
     "two ways at once": (["--window", "8", "--sequence-length", "8"], "--sequence-length: only with neither"),
-    "no batches": (["--batches", "0"], "--batches: wanted a positive number, got 0"),
+    "no batches": (["--batches", "0"], "--batches: expected a positive number, got 0"),
     "depths of nothing": (["--depths", "8"], "--depths: only with --needle"),
-    "cache of a needle": (["--needle", "--lengths", "90", "--kv-cache", "int3"], "cache dtype: wanted one of float32"),
+    "cache of a needle": (
+        ["--needle", "--lengths", "90", "--kv-cache", "int3"],
+        "cache dtype: expected one of float32",
+    ),
     "needle in windows": (["--needle", "--window", "8"], "--window: only with no --needle"),
 }
 

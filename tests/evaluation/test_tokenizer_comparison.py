@@ -154,9 +154,9 @@ def test_figures_are_the_quotients():
 
 
 BAD = {
-    "no UTF-8": ({"x.txt": b"ok\n" * 50 + b"caf\xe9 \n"}, "x.txt: wanted UTF-8 text, got byte 0xe9 at 153"),
-    "cut short": ({"x.txt": "é".encode() * 40 + b"\xe2\x82"}, "x.txt: wanted UTF-8 text, got byte 0xe2 at 80"),
-    "bad line": ({"x.jsonl": b'{"text": "a"}\n[1]\n'}, 'x.jsonl:2: wanted a JSON object with a "text"'),
+    "no UTF-8": ({"x.txt": b"ok\n" * 50 + b"caf\xe9 \n"}, "x.txt: expected UTF-8 text, got byte 0xe9 at 153"),
+    "cut short": ({"x.txt": "é".encode() * 40 + b"\xe2\x82"}, "x.txt: expected UTF-8 text, got byte 0xe2 at 80"),
+    "bad line": ({"x.jsonl": b'{"text": "a"}\n[1]\n'}, 'x.jsonl:2: expected a JSON object with a "text"'),
     "no text": ({"x.txt": b"", "y.txt": b""}, "x.txt, .*y.txt: empty text"),
 }
 
@@ -235,7 +235,7 @@ def test_a_plot_is_written_whole_and_the_same_each_time(suffix, start, tmp_path)
 
 def test_a_plot_that_cannot_be_written_leaves_nothing(tmp_path):
     for path, message in (
-        (tmp_path / "x.pdf", "wanted a file name in .png or .svg"),
+        (tmp_path / "x.pdf", "expected a file name in .png or .svg"),
         (tmp_path / "no/x.png", "no such"),
     ):
         with pytest.raises(UserError, match=message):

@@ -7,7 +7,7 @@ import pytest
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
-from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
@@ -22,7 +22,7 @@ def greedy_by_full_passes(config, params, prompt, count):
 
 
 def test_greedy_equals_full_passes_for_prompts_of_different_lengths(config):
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     prompts = [[5, 9, 31], [7], [3, 1, 4, 1, 5, 9]]
     got = np.stack(list(generate(config, params, prompts, 6)))
     for row, prompt in enumerate(prompts):
@@ -30,29 +30,29 @@ def test_greedy_equals_full_passes_for_prompts_of_different_lengths(config):
 
 
 def test_generation_on_a_mesh_equals_that_on_one_device(config):
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     placed = jax.device_put(params, sharding.shardings(config, mesh))
     alone = np.stack(list(generate(config, params, [[5, 9, 31]], 5)))
     np.testing.assert_array_equal(np.stack(list(generate(config, placed, [[5, 9, 31]], 5, mesh=mesh))), alone)
 
 
-def test_many_rows_of_bfloat16(optimised):
+def test_many_rows_of_bfloat16(optimized):
     """More than are read in place: the weights stay numbers."""
-    params = schema.initialise(DENSE, jax.random.key(0), jnp.bfloat16)
+    params = schema.initialize(DENSE, jax.random.key(0), jnp.bfloat16)
     got = np.stack(list(generate(DENSE, params, [[5, 9, 31]] * 9, 4)))
-    wanted = [
+    expected = [
         int(forward(DENSE, params, jnp.asarray([[5, 9, 31, *got[:at, 0]]])).logits[0, -1].argmax()) for at in range(4)
     ]
-    assert got.T.tolist() == [wanted] * 9
+    assert got.T.tolist() == [expected] * 9
 
 
 def test_the_callers_mesh_stays_as_it_is():
-    params = schema.initialise(DENSE, jax.random.key(0))
+    params = schema.initialize(DENSE, jax.random.key(0))
     mesh = make_mesh({"fsdp": 8})
     placed = jax.device_put(params, sharding.shardings(DENSE, mesh))
     over_mesh, alone = (
-        generate(DENSE, *given) for given in ((placed, [[5]], 3, Sampling(), (), mesh), (params, [[5]], 3))
+        generate(DENSE, *given) for given in ((placed, [[5]], 3, SamplingParams(), (), mesh), (params, [[5]], 3))
     )
     pairs = list(zip(over_mesh, alone, strict=True))
     assert len(pairs) == 3 and all(one == other for one, other in pairs)
@@ -60,7 +60,7 @@ def test_the_callers_mesh_stays_as_it_is():
 
 
 def test_generation_ends_when_every_row_has_stopped():
-    params = schema.initialise(DENSE, jax.random.key(0))
+    params = schema.initialize(DENSE, jax.random.key(0))
     full = np.stack(list(generate(DENSE, params, [[5, 9, 31]], 9)))[:, 0].tolist()
     stop = full[3]
     got = np.stack(list(generate(DENSE, params, [[5, 9, 31]], 9, stop=[stop])))[:, 0].tolist()
@@ -73,7 +73,7 @@ def test_generation_ends_when_every_row_has_stopped():
         ([[]], 3, "empty prompt"),
         ([], 3, "empty prompt"),
         ([[1] * 90], 7, "exceed the context of 96"),
-        ([[1]], 0, "max_new_tokens: wanted a positive number, got 0"),
+        ([[1]], 0, "max_new_tokens: expected a positive number, got 0"),
     ],
 )
 def test_impossible_requests(prompts, count, message):
@@ -82,8 +82,8 @@ def test_impossible_requests(prompts, count, message):
 
 
 def test_rows_draw_by_seeds_of_their_own():
-    params = schema.initialise(DENSE, jax.random.key(0))
-    warm = Sampling(temperature=1.0, repetition_penalty=1.3, seed=7)
+    params = schema.initialize(DENSE, jax.random.key(0))
+    warm = SamplingParams(temperature=1.0, repetition_penalty=1.3, seed=7)
     both = np.stack(list(generate(DENSE, params, [[5, 9, 31], [5, 9, 31]], 9, warm)), axis=1)
     assert both[0].tolist() != both[1].tolist()
     again = np.stack(
@@ -93,7 +93,7 @@ def test_rows_draw_by_seeds_of_their_own():
 
 
 def test_logits_that_are_no_numbers():
-    params = schema.initialise(DENSE, jax.random.key(0))
+    params = schema.initialize(DENSE, jax.random.key(0))
     params = params | {"embed": params["embed"].at[31].set(jnp.nan)}
     with pytest.raises(UserError, match="no numbers"):
         next(generate(DENSE, params, [[5], [31]], 3))

@@ -10,20 +10,20 @@ from transformers.generation import logits_process
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference import sampler
-from nemoe_jax.inference.sampler import Counts, choose, controls, scores
-from nemoe_jax.inference.sampling import PRESETS, Sampling
+from nemoe_jax.inference.sampler import TokenCounts, controls, sample, scores
+from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 from nemoe_jax.spec.mesh import make_mesh
 
 VOCAB, PROMPT, ANSWER = 1201, 40, 25  # three blocks of the draw, the last of them not full
 WISHES = [
-    Sampling(1.0),
-    Sampling(1.7, repetition_penalty=1.3),
-    Sampling(0.7, top_k=5),
-    Sampling(1.2, top_p=0.7, repetition_penalty=0.8),
+    SamplingParams(1.0),
+    SamplingParams(1.7, repetition_penalty=1.3),
+    SamplingParams(0.7, top_k=5),
+    SamplingParams(1.2, top_p=0.7, repetition_penalty=0.8),
     PRESETS["creative"],
-    Sampling(1.5, top_k=200, top_p=0.9, min_p=0.02, repetition_penalty=1.1),
-    Sampling(0.3, top_k=VOCAB + 3, top_p=0.999),
-    Sampling(),
+    SamplingParams(1.5, top_k=200, top_p=0.9, min_p=0.02, repetition_penalty=1.1),
+    SamplingParams(0.3, top_k=VOCAB + 3, top_p=0.999),
+    SamplingParams(),
 ]
 ROWS = len(WISHES)
 
@@ -40,15 +40,15 @@ def given():
 @pytest.fixture(scope="module")
 def counts(given):
     _, prompt_BT, answer_BT = given
-    counts = Counts.empty(ROWS, VOCAB).add_prompt(prompt_BT, jnp.full(ROWS, PROMPT))
-    add = jax.jit(Counts.add)
+    counts = TokenCounts.empty(ROWS, VOCAB).add_prompt(prompt_BT, jnp.full(ROWS, PROMPT))
+    add = jax.jit(TokenCounts.add)
     for token_B in answer_BT.T:
         counts = add(counts, jnp.asarray(token_B), jnp.ones(ROWS, bool))
     return counts
 
 
 STEPS = jnp.zeros(ROWS, jnp.int32)
-jit_choose = jax.jit(choose)
+jit_choose = jax.jit(sample)
 jit_adjusted = jax.jit(sampler.adjusted)
 jit_weights = jax.jit(sampler.weights)
 
@@ -87,7 +87,7 @@ def test_penalties_and_bias_are_openais(given, counts):
     bias = ((3, 5.0), (VOCAB - 1, -100.0), (3, 0.5))
     penalties = [(0.5, 0.0), (0.0, 0.25), (-2.0, 1.5), (0.0, 0.0)] * 2
     samplings = [
-        Sampling(presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias if row % 2 else ())
+        SamplingParams(presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias if row % 2 else ())
         for row, (presence, frequency) in enumerate(penalties)
     ]
     wanted_BV = logits_BV.astype(np.float64)
@@ -103,8 +103,8 @@ def test_penalties_and_bias_are_openais(given, counts):
 
 
 def test_bias_is_refused_outside_of_the_vocabulary():
-    with pytest.raises(UserError, match=r"^logit_bias: wanted tokens from 0 to 1200, got 1201"):
-        controls([Sampling(), Sampling(logit_bias=((VOCAB, 1.0),))], VOCAB)
+    with pytest.raises(UserError, match=r"^logit_bias: expected tokens from 0 to 1200, got 1201"):
+        controls([SamplingParams(), SamplingParams(logit_bias=((VOCAB, 1.0),))], VOCAB)
 
 
 def test_only_what_a_constraint_allows(given, counts):
@@ -135,9 +135,9 @@ def test_draws_come_as_often_as_they_are_likely():
     """Of 24000 draws; each token of a row has its share by the chi-squared test, and rows with other seeds differ."""
     random = np.random.default_rng(3)
     logits_V = (3 * random.standard_normal(VOCAB)).astype(np.float32)
-    sampling = Sampling(1.3, top_p=0.95)
+    sampling = SamplingParams(1.3, top_p=0.95)
     seeds = [0, 1, 2**32, 2**32 + 1, -1, 2**64 - 2, 12345678901, 7]  # their upper halves count, too
-    wishes = controls([Sampling(1.3, top_p=0.95, seed=seed) for seed in seeds], VOCAB)
+    wishes = controls([SamplingParams(1.3, top_p=0.95, seed=seed) for seed in seeds], VOCAB)
     logits_BV = jnp.tile(logits_V, (ROWS, 1))
 
     @jax.jit
@@ -155,7 +155,7 @@ def test_draws_come_as_often_as_they_are_likely():
     expected = [*expected_V[common_V], expected_V[~common_V].sum()]
     assert common_V.sum() > 50
     assert scipy.stats.chisquare(observed, expected).pvalue > 0.01
-    # two rows agree as often as chance has it, and so do a row's neighbouring steps
+    # two rows agree as often as chance has it, and so do a row's neighboring steps
     chance = (probabilities_V**2).sum()
     agreements = [(token_SB[:, one] == token_SB[:, other]).mean() for one in range(ROWS) for other in range(one)]
     agreements.append((token_SB[1:] == token_SB[:-1]).mean())
@@ -168,25 +168,31 @@ def test_a_row_is_the_same_wherever_it_stands(given, counts):
     step_B = jnp.arange(ROWS) * 3
     got_B = np.asarray(jit_choose(logits_BV, controls(samplings, VOCAB), counts, step_B))
     order = np.random.default_rng(2).permutation(ROWS)
-    moved = Counts(counts.prompt_BV[order], counts.answer_BV[order])
+    moved = TokenCounts(counts.prompt_BV[order], counts.answer_BV[order])
     moved_B = jit_choose(logits_BV[order], controls([samplings[row] for row in order], VOCAB), moved, step_B[order])
     np.testing.assert_array_equal(moved_B, got_B[order])
     for row in range(ROWS):
-        alone = Counts(counts.prompt_BV[row : row + 1], counts.answer_BV[row : row + 1])
+        alone = TokenCounts(counts.prompt_BV[row : row + 1], counts.answer_BV[row : row + 1])
         wishes = controls([samplings[row]], VOCAB)
         assert jit_choose(logits_BV[row : row + 1], wishes, alone, step_B[row : row + 1]).tolist() == [got_B[row]]
 
 
 def test_another_step_or_seed_draws_anew(given):
     logits_BV = jnp.tile(given[0][0], (ROWS, 1))
-    wishes = controls([Sampling(5.0, seed=9)] * ROWS, VOCAB)
+    wishes = controls([SamplingParams(5.0, seed=9)] * ROWS, VOCAB)
     step_B = jnp.array([0, 0, 1, 2, 3, 4, 5, 6])
     drawn = np.asarray(jit_choose(logits_BV, wishes, None, step_B))
     assert drawn[0] == drawn[1] and len(set(drawn.tolist())) == ROWS - 1
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(2.0, top_k=1), Sampling(2.0, top_p=0.0), Sampling(2.0, min_p=1.0), Sampling(1e-30)]
+    "sampling",
+    [
+        SamplingParams(2.0, top_k=1),
+        SamplingParams(2.0, top_p=0.0),
+        SamplingParams(2.0, min_p=1.0),
+        SamplingParams(1e-30),
+    ],
 )
 def test_ways_to_say_greedy(given, sampling):
     got_B = jit_choose(given[0], controls([sampling] * ROWS, VOCAB), None, STEPS)
@@ -197,7 +203,12 @@ def test_tokens_of_equal_logits_stay_or_go_together():
     logits_BV = np.zeros((ROWS, VOCAB), np.float32)
     logits_BV[:, [2, 700, 1200]] = 5.0
     logits_BV[:, 1] = 6.0
-    samplings = [Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.4), Sampling(1.0, min_p=0.3), Sampling(1.0, top_k=1)] * 2
+    samplings = [
+        SamplingParams(1.0, top_k=2),
+        SamplingParams(1.0, top_p=0.4),
+        SamplingParams(1.0, min_p=0.3),
+        SamplingParams(1.0, top_k=1),
+    ] * 2
     weight_BV = np.asarray(jit_weights(logits_BV, controls(samplings, VOCAB)))
     four, one = [1, 2, 700, 1200], [1]
     assert [np.flatnonzero(row).tolist() for row in weight_BV] == [four, four, four, one] * 2
@@ -211,7 +222,7 @@ def test_nothing_is_sorted(given, counts):
 def test_over_a_mesh_as_on_one_device(given, counts):
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     logits_BV = given[0][:, : VOCAB // 4 * 4]
-    fewer = Counts(*(array_BV[:, : VOCAB // 4 * 4] for array_BV in counts))
+    fewer = TokenCounts(*(array_BV[:, : VOCAB // 4 * 4] for array_BV in counts))
     wishes = controls(WISHES, VOCAB // 4 * 4)
     alone_B = jit_choose(logits_BV, wishes, fewer, STEPS)
     cut = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
@@ -221,7 +232,7 @@ def test_over_a_mesh_as_on_one_device(given, counts):
 
 
 def test_counts_hold_prompts_in_chunks_and_answers():
-    counts = Counts.empty(2, 10)
+    counts = TokenCounts.empty(2, 10)
     counts = counts.add_prompt(jnp.array([[1, 2, 2], [3, 4, 5]]), jnp.array([3, 1]))
     counts = counts.add_prompt(jnp.array([[6, 0, 0], [0, 0, 0]]), jnp.array([1, 0]))
     for token_B in ([7, 7], [7, 7], [8, -1]):
@@ -238,7 +249,7 @@ def test_counts_hold_prompts_in_chunks_and_answers():
 
 def test_counts_end_at_their_largest_number():
     most = jnp.iinfo(jnp.uint16).max
-    full = Counts.empty(1, 4)._replace(answer_BV=jnp.full((1, 4), most, jnp.uint16))
+    full = TokenCounts.empty(1, 4)._replace(answer_BV=jnp.full((1, 4), most, jnp.uint16))
     assert full.add(jnp.array([2]), jnp.array([True])).answer_BV.tolist() == [[most] * 4]
 
 

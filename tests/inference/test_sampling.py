@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.inference.sampling import MAX_BIASES, PRESETS, Sampling
+from nemoe_jax.inference.sampling import MAX_BIASES, PRESETS, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,11 @@ from nemoe_jax.inference.sampling import MAX_BIASES, PRESETS, Sampling
 )
 def test_takes_what_makes_sense(field, values):
     for value in values:
-        assert getattr(Sampling(**{field: value}), field) == value
+        assert getattr(SamplingParams(**{field: value}), field) == value
 
 
 @pytest.mark.parametrize(
-    ("field", "wanted", "values"),
+    ("field", "expected", "values"),
     [
         ("temperature", "a number from 0 to 100", [-0.1, 101, math.nan, math.inf, True, "0.5", None, 1j, [1]]),
         ("top_k", "a whole number, 0 (all) or more", [-1, 2**31, 1.0, math.nan, False, "3"]),
@@ -58,33 +58,33 @@ def test_takes_what_makes_sense(field, values):
         ("seed", "a whole number of 64 bits", [-(2**63) - 1, 2**64, 0.5, True, None]),
     ],
 )
-def test_refuses_the_rest_by_name(field, wanted, values):
+def test_refuses_the_rest_by_name(field, expected, values):
     for value in values:
         with pytest.raises(UserError) as raised:
-            Sampling(**{field: value})
+            SamplingParams(**{field: value})
         message = str(raised.value)
-        assert message.startswith(f"{field}: wanted {wanted}, got {repr(value)[:60]}")
+        assert message.startswith(f"{field}: expected {expected}, got {repr(value)[:60]}")
         assert len(message) < 200
 
 
 def test_names_every_wrong_field():
     with pytest.raises(UserError, match=r"^temperature: .*; top_k: .*; min_p: .*, got nan$"):
-        Sampling(temperature=-1, top_k=-1, min_p=math.nan)
+        SamplingParams(temperature=-1, top_k=-1, min_p=math.nan)
 
 
 def test_biases_are_checked_against_the_vocabulary():
-    sampling = Sampling(logit_bias=((0, 1.0), (71, 1.0), (72, 1.0)))
+    sampling = SamplingParams(logit_bias=((0, 1.0), (71, 1.0), (72, 1.0)))
     sampling.check(73)
-    with pytest.raises(UserError, match=r"^logit_bias: wanted tokens from 0 to 71, got 72$"):
+    with pytest.raises(UserError, match=r"^logit_bias: expected tokens from 0 to 71, got 72$"):
         sampling.check(72)
 
 
 def test_presets_lie_within_what_the_model_cards_give():
     ranges = {"factual": (0.3, 0.5, 1.15, 1.15), "roleplay": (0.5, 0.7, 1.15, 1.18), "creative": (0.7, 0.9, 1.18, 1.18)}
-    assert PRESETS["nemo"] == Sampling(temperature=0.3)
+    assert PRESETS["nemo"] == SamplingParams(temperature=0.3)
     assert set(PRESETS) == {"nemo", *ranges}
     for name, (coldest, warmest, least, most) in ranges.items():
         preset = PRESETS[name]
         assert coldest <= preset.temperature <= warmest and least <= preset.repetition_penalty <= most
         assert preset.min_p == 0.1
-        assert dataclasses.replace(preset, temperature=0.0, min_p=0.0, repetition_penalty=1.0) == Sampling()
+        assert dataclasses.replace(preset, temperature=0.0, min_p=0.0, repetition_penalty=1.0) == SamplingParams()

@@ -5,9 +5,9 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-from nemoe_jax.kernels.attention.cpu import stepped_attention
+from nemoe_jax.kernels.attention.cpu import blockwise_attention_cpu
 from nemoe_jax.kernels.attention.tpu import CornerMask, splash_attention
-from nemoe_jax.kernels.attention.xla import chunked_attention
+from nemoe_jax.kernels.attention.xla import flash_attention_xla
 
 
 def inputs(length, heads=4, kv_heads=2, head_dim=6, batch=2):
@@ -37,47 +37,47 @@ def value_and_gradients(attention, q, k, v, segments):
 
 
 def check(attention, *arrays):
-    for got, wanted in zip(
+    for got, expected in zip(
         jax.tree.leaves(value_and_gradients(attention, *arrays)),
         jax.tree.leaves(value_and_gradients(plain, *arrays)),
         strict=True,
     ):
-        np.testing.assert_allclose(got, wanted, atol=3e-6 * float(jnp.abs(wanted).max()))
+        np.testing.assert_allclose(got, expected, atol=3e-6 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
 def test_chunks_equal_the_full_square(packed):
     """45 tokens in chunks of 16: the last chunk is not full, and documents end anywhere."""
     q, k, v, segments = inputs(45)
-    check(lambda *arrays: chunked_attention(*arrays, 16), q, k, v, segments if packed else None)
+    check(lambda *arrays: flash_attention_xla(*arrays, 16), q, k, v, segments if packed else None)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one document"])
 def test_steps_equal_the_full_square(packed):
     q, k, v, segments = inputs(45)
-    check(lambda *arrays: stepped_attention(*arrays, 16), q, k, v, segments if packed else None)
+    check(lambda *arrays: blockwise_attention_cpu(*arrays, 16), q, k, v, segments if packed else None)
 
 
 def test_a_step_keeps_no_scores_for_the_gradient():
     q, k, v, segments = inputs(256)
-    kept = jax.eval_shape(lambda *arrays: jax.vjp(stepped_attention, *arrays)[1], q, k, v, segments)
+    kept = jax.eval_shape(lambda *arrays: jax.vjp(blockwise_attention_cpu, *arrays)[1], q, k, v, segments)
     assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= q.size
 
 
 def test_chunks_of_keys_after_their_queries_are_not_visited():
     q, k, v, segments = inputs(48)
     k, v = (x.at[:, 32:].set(jnp.nan) for x in (k, v))  # zero times NaN would show
-    y = chunked_attention(q, k, v, segments, 16)
+    y = flash_attention_xla(q, k, v, segments, 16)
     assert bool(jnp.isfinite(y[:, :32]).all())
-    dq = jax.grad(lambda q: jnp.sum(chunked_attention(q, k, v, segments, 16)[:, :32]))(q)
+    dq = jax.grad(lambda q: jnp.sum(flash_attention_xla(q, k, v, segments, 16)[:, :32]))(q)
     assert bool(jnp.isfinite(dq[:, :32]).all())
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_memory_grows_with_the_length_and_not_with_its_square():
     def bytes_at(length):
         q, k, v, segments = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length, 2, 1, 8, 1))
-        gradient = jax.grad(lambda *arrays: jnp.sum(chunked_attention(*arrays)), (0, 1, 2))
+        gradient = jax.grad(lambda *arrays: jnp.sum(flash_attention_xla(*arrays)), (0, 1, 2))
         return jax.jit(gradient).lower(q, k, v, segments).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_at(65536) < 4.5 * bytes_at(16384) < 16384**2

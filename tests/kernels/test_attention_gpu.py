@@ -21,9 +21,9 @@ def inputs(length, dtype, heads=4, kv_heads=2, head_dim=32, batch=2):
 def check(attention, arrays, tolerance):
     exact = [x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays if x is not None]
     exact += [None] * (4 - len(exact))
-    for got, wanted in zip(value_and_gradients(attention, *arrays), value_and_gradients(plain, *exact), strict=True):
+    for got, expected in zip(value_and_gradients(attention, *arrays), value_and_gradients(plain, *exact), strict=True):
         np.testing.assert_allclose(
-            np.asarray(got, np.float32), wanted, atol=tolerance * float(jnp.abs(wanted).max()), rtol=0
+            np.asarray(got, np.float32), expected, atol=tolerance * float(jnp.abs(expected).max()), rtol=0
         )
 
 
@@ -76,8 +76,8 @@ def test_packed_documents_are_triton_without_scores():
     assert "1024x1024" not in program
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["float32", "int8"])
-def test_one_query_a_row_sees_its_pages(quantised):
+@pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
+def test_one_query_a_row_sees_its_pages(quantized):
     """Rows of a token, of whole pages and of the whole table; pages lie anywhere."""
     kv_heads, pages, slots, width, lengths = 2, 12, 16, 32, np.array([1, 48, 127])
     random = np.random.default_rng(0)
@@ -86,7 +86,7 @@ def test_one_query_a_row_sees_its_pages(quantised):
     table = random.integers(0, pages, (3, 8)).astype(np.int32)
     scales = ()
     held = k, v
-    if quantised:
+    if quantized:
         scales = np.abs(k).max(-1) / 127, np.abs(v).max(-1) / 127
         held = tuple(np.round(x / scale[..., None]).astype(np.int8) for x, scale in zip((k, v), scales, strict=True))
         k, v = (x * scale[..., None] for x, scale in zip(held, scales, strict=True))

@@ -78,8 +78,8 @@ def test_bfloat16_accumulates_in_float32():
     x, w, sizes, _ = problem("even", jnp.bfloat16)
     got = np.asarray(grouped_matmul(x, w, sizes), np.float32)
     assert grouped_matmul(x, w, sizes).dtype == jnp.bfloat16
-    wanted = oracle(np.asarray(x, np.float32), np.asarray(w, np.float32), GROUPS["even"])
-    np.testing.assert_allclose(got, wanted, rtol=2**-8, atol=1e-6)
+    expected = oracle(np.asarray(x, np.float32), np.asarray(w, np.float32), GROUPS["even"])
+    np.testing.assert_allclose(got, expected, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -134,7 +134,7 @@ def test_adapters_and_all_gradients_equal_the_oracle(name, backend):
             for (w, a, b), scale in zip(maps, SCALES, strict=True)
         )
 
-    wanted, pull = jax.vjp(plain, x, maps)
+    expected, pull = jax.vjp(plain, x, maps)
     if backend == "cpu":
         got, gradients = cpu_lora(sizes, dys, x, maps)
     else:
@@ -143,7 +143,7 @@ def test_adapters_and_all_gradients_equal_the_oracle(name, backend):
         outer = (module._ragged_outer(x, dy, sizes) for dy in dys)
         gradients = dx, tuple((dw, *ab) for dw, ab in zip(outer, factors, strict=True))
     dx, of_maps = pull(tuple(dy[:used] for dy in dys))
-    right = wanted, (dx[:used], of_maps)
+    right = expected, (dx[:used], of_maps)
     result = tuple(y[:used] for y in got), (gradients[0][:used], gradients[1])
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=3e-4), result, right)
 

@@ -43,10 +43,10 @@ def problem(sizes, dtype, rows=ROWS):
     return *(jnp.asarray(array, dtype) for array in (x, w, dy)), jnp.asarray(sizes, jnp.int32)
 
 
-def check(got, wanted, dtype):
-    wanted = np.asarray(wanted, np.float32)
+def check(got, expected, dtype):
+    expected = np.asarray(expected, np.float32)
     tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-5
-    np.testing.assert_allclose(np.asarray(got, np.float32), wanted, rtol=tolerance, atol=tolerance * 8)
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=tolerance, atol=tolerance * 8)
 
 
 @pytest.mark.parametrize(("name", "dtype"), PROBLEMS)
@@ -135,8 +135,8 @@ def test_layers_of_a_scan_are_not_copied():
 
 
 def shapes(rows, inputs, outputs, dtype=jnp.bfloat16):
-    wanted = (((rows, inputs), dtype), ((16, inputs, outputs), dtype), ((rows, outputs), dtype), ((16,), jnp.int32))
-    return [jax.ShapeDtypeStruct(*one) for one in wanted]
+    expected = (((rows, inputs), dtype), ((16, inputs, outputs), dtype), ((rows, outputs), dtype), ((16,), jnp.int32))
+    return [jax.ShapeDtypeStruct(*one) for one in expected]
 
 
 @pytest.mark.parametrize("rows", [32768, 64], ids=["many rows", "few rows"])

@@ -6,7 +6,7 @@ import pytest
 from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.kernels import moe_ffn_cpu
 from nemoe_jax.model import expert_ffn
-from nemoe_jax.model.expert_ffn import pays
+from nemoe_jax.model.expert_ffn import use_fused_ffn
 
 TOKENS, WIDTH, NARROW, MANY, TOP_K = 60, 24, 12, 5, 3
 CHOICES = {
@@ -56,7 +56,7 @@ def results(function, x, weights, experts, adapters, chosen):
 
 
 def run(x, weights, experts, adapters, chosen):
-    return expert_ffn.run_experts(x, weights, chosen, experts, adapters, 0)
+    return expert_ffn.apply_experts(x, weights, chosen, experts, adapters, 0)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def run(x, weights, experts, adapters, chosen):
 def test_sums_and_all_gradients_equal_those_of_every_expert(choices, adapted, monkeypatch):
     arguments = problem(choices, adapted)
     monkeypatch.delattr(expert_ffn, "project")  # which the tiles do without
-    got, wanted = results(run, *arguments), results(one_by_one, *arguments)
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-4), got, wanted)
+    got, expected = results(run, *arguments), results(one_by_one, *arguments)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-4), got, expected)
 
 
 def test_rows_of_experts_elsewhere_reach_nothing(monkeypatch):
     """What the sums' buffers held before the tiles wrote to them is not seen: here it is NaN."""
     arguments = problem("experts elsewhere", NAMES)
-    wanted = results(run, *arguments)
+    expected = results(run, *arguments)
     inner, seen = moe_ffn_cpu.for_each_tile, []
 
     def poisoned(sizes_E, rows, prepare, work, carry):
@@ -90,7 +90,7 @@ def test_rows_of_experts_elsewhere_reach_nothing(monkeypatch):
         return inner(sizes_E, rows, prepare, work, carry)
 
     monkeypatch.setattr(moe_ffn_cpu, "for_each_tile", poisoned)
-    jax.tree.map(np.testing.assert_array_equal, results(lambda *arguments: run(*arguments), *arguments), wanted)
+    jax.tree.map(np.testing.assert_array_equal, results(lambda *arguments: run(*arguments), *arguments), expected)
     assert seen == [tuple, dict]
 
 
@@ -107,8 +107,8 @@ def test_gradients_of_experts_are_computed_only_where_asked_for():
 
 def test_few_rows_dropout_and_other_dtypes_go_product_by_product():
     x, _, experts, adapters, _ = problem("any", NAMES)
-    assert pays(x, experts, adapters, 40) and pays(x, experts, {}, 1)
-    assert not pays(x, experts, adapters, 39)  # 5 · 24 · 12 / (24 + 12) = 40
-    assert not pays(x.astype(jnp.bfloat16), experts, {}, 180)
+    assert use_fused_ffn(x, experts, adapters, 40) and use_fused_ffn(x, experts, {}, 1)
+    assert not use_fused_ffn(x, experts, adapters, 39)  # 5 · 24 · 12 / (24 + 12) = 40
+    assert not use_fused_ffn(x.astype(jnp.bfloat16), experts, {}, 180)
     keyed = {"down": Adapter(adapters["down"].a, adapters["down"].b, 2.0, 0.1, jax.random.key(0))}
-    assert not pays(x, experts, keyed, 180)
+    assert not use_fused_ffn(x, experts, keyed, 180)

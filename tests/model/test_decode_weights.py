@@ -12,25 +12,27 @@ from tests.support.configs import NEKOMIND
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_that_reads_in_place_equals_one_that_does_not(config, dtype, monkeypatch):
-    params = schema.initialise(config, jax.random.key(0), dtype)
+    params = schema.initialize(config, jax.random.key(0), dtype)
     tokens = jnp.asarray([[5, 9, 31, 7], [3, 1, 4, 1]])
     cache = forward(config, params, tokens, cache=empty_cache(config, 2, 16, dtype)).cache
     following = jnp.asarray([[11], [12]])
     products = []
-    multiply = decode_weights.LayerOf.multiply
-    monkeypatch.setattr(decode_weights.LayerOf, "multiply", lambda *given: products.append(given) or multiply(*given))
-    got = forward(config, decode_weights.for_decoding(params, 2), following, cache=cache)
+    multiply = decode_weights.LayerSlice.multiply
+    monkeypatch.setattr(
+        decode_weights.LayerSlice, "multiply", lambda *given: products.append(given) or multiply(*given)
+    )
+    got = forward(config, decode_weights.prepare_decode_params(params, 2), following, cache=cache)
     assert products
-    monkeypatch.setattr("nemoe_jax.model.transformer.reads_in_place", lambda rows, dtype: False)
-    wanted = forward(config, params, following, cache=cache)
-    np.testing.assert_allclose(got.logits, wanted.logits, atol=1e-5 if dtype == jnp.float32 else 0.03)
-    if wanted.routing is not None:
-        np.testing.assert_allclose(got.routing.load_E, wanted.routing.load_E, atol=1e-6)
+    monkeypatch.setattr("nemoe_jax.model.transformer.use_inplace_weights", lambda rows, dtype: False)
+    expected = forward(config, params, following, cache=cache)
+    np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5 if dtype == jnp.float32 else 0.03)
+    if expected.routing is not None:
+        np.testing.assert_allclose(got.routing.load_E, expected.routing.load_E, atol=1e-6)
 
 
 def test_matrices_become_bits_and_norms_stay():
-    params = schema.initialise(NEKOMIND, jax.random.key(0), jnp.bfloat16)
-    of_path = schema.leaves(decode_weights.for_decoding(params, 8))
+    params = schema.initialize(NEKOMIND, jax.random.key(0), jnp.bfloat16)
+    of_path = schema.leaves(decode_weights.prepare_decode_params(params, 8))
     dtypes = {path: array.dtype for path, array in of_path.items()}
     assert {path for path, dtype in dtypes.items() if dtype != jnp.uint16} == {
         path for path in dtypes if "norm" in path or path == "embed"
@@ -42,6 +44,6 @@ def test_matrices_become_bits_and_norms_stay():
     [(8, jnp.float32, True), (9, jnp.float32, False), (1, jnp.uint16, True), (1, jnp.bfloat16, False)],
 )
 def test_few_rows_on_one_cpu_are_read_in_place(rows, dtype, in_place):
-    assert decode_weights.reads_in_place(rows, dtype) == in_place
+    assert decode_weights.use_inplace_weights(rows, dtype) == in_place
     with jax.set_mesh(jax.make_mesh((8,), ("tensor",))):
-        assert not decode_weights.reads_in_place(rows, dtype)
+        assert not decode_weights.use_inplace_weights(rows, dtype)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from nemoe_jax.adapters.lora import Adapter
-from nemoe_jax.kernels.ragged_all_to_all import exchange
+from nemoe_jax.kernels.ragged_all_to_all import ragged_all_to_all
 from nemoe_jax.model import expert_ffn, expert_parallel
 from nemoe_jax.model.expert_parallel import exchange_of, run_over_mesh
 from nemoe_jax.spec.mesh import make_mesh
@@ -26,7 +26,7 @@ LOADS = ("even", "uneven", "an expert without rows", "one expert takes all")
 
 
 @pytest.mark.parametrize(
-    ("platform", "devices", "top_k", "wanted"),
+    ("platform", "devices", "top_k", "expected"),
     [
         ("tpu", 8, 4, "all-to-all"),
         ("tpu", 4, 4, "gather"),
@@ -37,8 +37,8 @@ LOADS = ("even", "uneven", "an expert without rows", "one expert takes all")
         ("cpu", 8, 1, "gather"),
     ],
 )
-def test_the_rule(platform, devices, top_k, wanted):
-    assert exchange_of(platform, devices, top_k) == wanted
+def test_the_rule(platform, devices, top_k, expected):
+    assert exchange_of(platform, devices, top_k) == expected
 
 
 def chosen(load, top_k):
@@ -118,8 +118,8 @@ def test_equals_one_device(sizes, top_k, at_once, monkeypatch):
     for load in LOADS:
         with jax.set_mesh(mesh):
             got = run(arguments(top_k), chosen(load, top_k))
-        wanted = in_full()(arguments(top_k), chosen(load, top_k))
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5, err_msg=load), got, wanted)
+        expected = in_full()(arguments(top_k), chosen(load, top_k))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=3e-5, err_msg=load), got, expected)
 
 
 def test_rows_go_where_they_should_and_their_gradients_come_back():
@@ -129,14 +129,14 @@ def test_rows_go_where_they_should_and_their_gradients_come_back():
     sizes[1], sizes[:, 2] = 0, 0
     rows, room = rng.normal(size=(4, 20, 3)).astype(np.float32), 18
     ends = np.cumsum(sizes, axis=1)
-    wanted = np.zeros((4, room, 3), np.float32)
+    expected = np.zeros((4, room, 3), np.float32)
     for to in range(4):
         parts = [rows[device, ends[device, to] - sizes[device, to] : ends[device, to]] for device in range(4)]
-        wanted[to, : sizes[:, to].sum()] = np.concatenate(parts)
+        expected[to, : sizes[:, to].sum()] = np.concatenate(parts)
     mesh = make_mesh({"x": 4}, jax.devices()[:4])
     send = jax.jit(
         jax.shard_map(
-            lambda rows: exchange(rows[0], jnp.asarray(sizes), room, "x")[None],
+            lambda rows: ragged_all_to_all(rows[0], jnp.asarray(sizes), room, "x")[None],
             mesh=mesh,
             in_specs=PartitionSpec("x"),
             out_specs=PartitionSpec("x"),
@@ -145,14 +145,14 @@ def test_rows_go_where_they_should_and_their_gradients_come_back():
     )
     got, back = jax.vjp(send, rows)
     arrived = np.arange(room) < sizes.sum(axis=0)[:, None]
-    np.testing.assert_array_equal(np.asarray(got)[arrived], wanted[arrived])
-    cotangent = rng.normal(size=wanted.shape).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(got)[arrived], expected[arrived])
+    cotangent = rng.normal(size=expected.shape).astype(np.float32)
     sent = np.arange(20) < ends[:, -1:]
     returned = np.asarray(back(cotangent)[0])[sent]
-    assert np.vdot(cotangent, wanted) == pytest.approx(np.vdot(returned, rows[sent]), rel=1e-5)
+    assert np.vdot(cotangent, expected) == pytest.approx(np.vdot(returned, rows[sent]), rel=1e-5)
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_bytes_of_gather_and_scatter():
     """On CPU the tokens are gathered, and the sums scattered: T · (P - 1) rows each."""
     mesh, top_k = make_mesh({"expert": 8}), 2
@@ -185,11 +185,11 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-from nemoe_jax.config import preset
-from nemoe_jax.expert_parallel import run_over_mesh
-from nemoe_jax.schema import declare
-from nemoe_jax.sharding import make_mesh
-from train import hlo
+from nemoe_jax.model.expert_parallel import run_over_mesh
+from nemoe_jax.spec.config import preset
+from nemoe_jax.spec.mesh import make_mesh
+from nemoe_jax.spec.schema import declare
+from train.plan import hlo
 
 config = preset("nemoe-12b-16e").replace(top_k=int(sys.argv[1]))
 specs = {name: declare(config)["blocks"]["moe"]["ffn"][name] for name in ("gate", "up", "down")}

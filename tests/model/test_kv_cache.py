@@ -11,8 +11,16 @@ from jax.experimental.pallas import tpu as pltpu
 from nemoe_jax.errors import UserError
 from nemoe_jax.kernels.attention.paged import KEYS, PAGE, _attend, _ways_to_decode
 from nemoe_jax.model import kv_cache as module
-from nemoe_jax.model.kv_cache import LayerCache, division, empty_cache, extend, quantise, shared_cache, wipe
-from nemoe_jax.model.transformer import forward, hidden
+from nemoe_jax.model.kv_cache import (
+    LayerCache,
+    division,
+    empty_cache,
+    quantize,
+    shared_cache,
+    update_and_attend,
+    zero_pages,
+)
+from nemoe_jax.model.transformer import forward, hidden_states
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.mesh import make_mesh
 from tests.kernels.test_attention import plain
@@ -39,7 +47,7 @@ def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG)
         for size in chunks:
             now = slice(start, start + size)
             positions = jnp.broadcast_to(jnp.arange(length)[now], (batch, size))
-            y, held = extend(q[:, now], k[:, now], v[:, now], positions, held)
+            y, held = update_and_attend(q[:, now], k[:, now], v[:, now], positions, held)
             ys.append(y)
             start += size
         return jnp.concatenate(ys, axis=1), held
@@ -74,10 +82,10 @@ def test_rows_write_in_the_pages_that_they_are_given_and_nowhere_else():
     assert division(LONG, 3) == (1, 1) and not cache.table_BM.any()
     table_BM = cache.table_BM.at[0, :2].set(jnp.array([5, 2])).at[2, :2].set(jnp.array([1, 4]))
     held = LayerCache(cache.k, cache.v, table_BM, jnp.int32(1), None)
-    y, held = jax.jit(extend)(q, k, v, jnp.broadcast_to(jnp.arange(200), (3, 200)), held)
-    wanted = plain(q, k, v, None)
-    np.testing.assert_allclose(y[0], wanted[0], atol=2e-5)
-    np.testing.assert_allclose(y[2], wanted[2], atol=2e-5)
+    y, held = jax.jit(update_and_attend)(q, k, v, jnp.broadcast_to(jnp.arange(200), (3, 200)), held)
+    expected = plain(q, k, v, None)
+    np.testing.assert_allclose(y[0], expected[0], atol=2e-5)
+    np.testing.assert_allclose(y[2], expected[2], atol=2e-5)
     assert held.k.pool.any(axis=(0, 1, 3, 4)).tolist() == [False, True, True, False, True, True]  # page 0 is nobody's
 
 
@@ -115,20 +123,20 @@ def test_pages_of_one_part_are_wiped_and_nothing_else(sizes, dtype):
         parts, cuts = division(LONG, batch)
         cache = jax.jit(lambda: shared_cache(LONG, batch, 4 * PAGE, pages, dtype))()
         full = jax.tree.map(lambda array: array + jnp.ones((), array.dtype), (cache.k, cache.v))
-        wiped = jax.jit(wipe)(full, jnp.asarray([2, 5, 2**31 - 1]), jnp.arange(parts) == parts - 1)
+        wiped = jax.jit(zero_pages)(full, jnp.asarray([2, 5, 2**31 - 1]), jnp.arange(parts) == parts - 1)
     for array in jax.tree.leaves(wiped):
-        wanted = np.ones(array.shape)
-        of_part = wanted.reshape(*array.shape[:2], parts, cuts, pages, *array.shape[3:])
+        expected = np.ones(array.shape)
+        of_part = expected.reshape(*array.shape[:2], parts, cuts, pages, *array.shape[3:])
         of_part[:, :, -1, :, [2, 5]] = 0
-        np.testing.assert_array_equal(array, wanted)
+        np.testing.assert_array_equal(array, expected)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.004), ("int8", 0.01), ("float8_e4m3fn", 0.05)])
 def test_the_error_of_kept_keys_and_values(dtype, limit):
     """Root mean square, relative; and above a quarter of the limit, so that the limit says something."""
     q, k, v = inputs(2, 200)
-    wanted = plain(q, k, v, None)
-    error = np.sqrt(np.mean((attend(q, k, v, [200], jnp.dtype(dtype))[0] - wanted) ** 2) / np.mean(wanted**2))
+    expected = plain(q, k, v, None)
+    error = np.sqrt(np.mean((attend(q, k, v, [200], jnp.dtype(dtype))[0] - expected) ** 2) / np.mean(expected**2))
     assert limit / 4 < error < limit
 
 
@@ -140,7 +148,7 @@ def test_float8_clips_what_it_cannot_hold():
 
 def test_int8_with_its_scales_is_within_half_a_step():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 16)), jnp.float32).at[3].set(0)
-    whole, scale = quantise(x)
+    whole, scale = quantize(x)
     assert whole.dtype == jnp.int8
     assert (jnp.abs(whole * scale[:, None] - x) <= 0.501 * scale[:, None]).all()
     assert jnp.abs(whole).max(-1).tolist() == [127 if row != 3 else 0 for row in range(50)]
@@ -169,13 +177,13 @@ def test_the_kernel_for_gpus_equals_the_plain_steps(dtype, monkeypatch):
     np.testing.assert_allclose(y.astype(jnp.float32), alike.astype(jnp.float32), atol=3e-2)
 
 
-def test_131072_tokens_in_chunks_need_no_square_of_memory(optimised):
+def test_131072_tokens_in_chunks_need_no_square_of_memory(optimized):
     config = dataclasses.replace(LONG, context=131072, layers=1, heads=2, kv_heads=1, head_dim=8)
     length, chunk = config.context, 4096
     q, k, v = inputs(1, length, config)
 
     def step(q, k, v, positions, held):
-        return extend(q, k, v, positions, held)
+        return update_and_attend(q, k, v, positions, held)
 
     def some(start):
         now = slice(start, start + chunk)
@@ -193,13 +201,13 @@ def test_131072_tokens_in_chunks_need_no_square_of_memory(optimised):
     for at in (0, 4095, 4096, 65_537, length - 1):
         scores = np.asarray(q[0, at]) @ np.asarray(k[0, : at + 1, 0]).T / np.sqrt(8)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        wanted = weights @ np.asarray(v[0, : at + 1, 0]) / weights.sum(-1, keepdims=True)
-        np.testing.assert_allclose(y[at], wanted, atol=1e-5)
+        expected = weights @ np.asarray(v[0, : at + 1, 0]) / weights.sum(-1, keepdims=True)
+        np.testing.assert_allclose(y[at], expected, atol=1e-5)
 
 
 def test_a_decode_step_copies_no_cache():
     """The compiled step has the cache as an argument, gives it back in its place, and needs little beside it."""
-    params = jax.eval_shape(lambda: schema.initialise(LONG, jax.random.key(0)))
+    params = jax.eval_shape(lambda: schema.initialize(LONG, jax.random.key(0)))
     cache = jax.eval_shape(lambda: empty_cache(LONG, 2, 4096, jnp.float32))
 
     def step(params, tokens, cache):
@@ -218,4 +226,4 @@ def test_too_many_tokens():
         empty_cache(LONG, 2, [3, 4097])
     cache = empty_cache(LONG, 1, 500)
     with pytest.raises(UserError, match="512 slots a row are too few for 513 tokens"):
-        hidden(LONG, schema.initialise(LONG, jax.random.key(0)), jnp.zeros((1, 513), jnp.int32), cache=cache)
+        hidden_states(LONG, schema.initialize(LONG, jax.random.key(0)), jnp.zeros((1, 513), jnp.int32), cache=cache)

@@ -15,7 +15,7 @@ from tests.support.configs import MIXTRAL, NEKOMIND
 
 def layer_of(config, seed=0):
     """(the MoE module, its parameters) of the first MoE layer."""
-    params = schema.initialise(config, jax.random.key(seed))
+    params = schema.initialize(config, jax.random.key(seed))
     weights = jax.tree.map(lambda array: array[0], params["blocks"]["moe"]["ffn"])
     graph = nnx.split(nnx.eval_shape(lambda: MoE(config, schema.declare(config)["blocks"]["moe"]["ffn"])))[0]
     return lambda weights, x, segments=None: nnx.merge(graph, weights)(x, segments_BT=segments), weights
@@ -34,7 +34,7 @@ def oracle(config, weights, x_BTD):
         logits = x @ weights["router"]
         chosen = np.argsort(-logits)[: config.top_k]
         probabilities = np.exp(logits - logits.max())
-        norm = probabilities[chosen].sum() if config.normalise_top_k else probabilities.sum()
+        norm = probabilities[chosen].sum() if config.normalize_top_k else probabilities.sum()
         for expert in chosen:
             gate, up, down = (weights[name][expert] for name in ("gate", "up", "down"))
             y_BTD[at] += probabilities[expert] / norm * ((silu(x @ gate) * (x @ up)) @ down)
@@ -47,8 +47,8 @@ def oracle(config, weights, x_BTD):
 
 @pytest.mark.parametrize(
     "config",
-    [MIXTRAL, MIXTRAL.replace(top_k=1), MIXTRAL.replace(top_k=16), NEKOMIND, NEKOMIND.replace(normalise_top_k=False)],
-    ids=["top-4", "top-1", "all", "shared expert", "not normalised"],
+    [MIXTRAL, MIXTRAL.replace(top_k=1), MIXTRAL.replace(top_k=16), NEKOMIND, NEKOMIND.replace(normalize_top_k=False)],
+    ids=["top-4", "top-1", "all", "shared expert", "not normalized"],
 )
 def test_equals_one_token_at_a_time(config):
     layer, weights = layer_of(config)
@@ -75,13 +75,13 @@ def test_gradients_equal_those_of_a_mixture_computed_in_full(at_once, monkeypatc
     def loss(function):
         return jax.jit(jax.grad(lambda weights, x: jnp.sum(jnp.sin(function(weights, x))), (0, 1)))(weights, x)
 
-    got, wanted = loss(lambda weights, x: layer(weights, x)[0]), loss(full)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, wanted)
+    got, expected = loss(lambda weights, x: layer(weights, x)[0]), loss(full)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 
 def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
     """A grouped matmul leaves rows beyond its groups undefined, forward and backward: here they are NaN."""
-    monkeypatch.setattr(expert_ffn, "pays", lambda *_: False)
+    monkeypatch.setattr(expert_ffn, "use_fused_ffn", lambda *_: False)
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = {"gate": (2, 24, 12), "up": (2, 24, 12), "down": (2, 12, 24)}
     experts = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
@@ -90,7 +90,7 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
     chosen = jax.random.randint(keys[5], (2, 4, 2), 0, 4)  # of which experts 1 and 2 are here
 
     def gradients():
-        loss = lambda *arrays: jnp.sum(jnp.sin(expert_ffn.run_experts(*arrays[:2], chosen, arrays[2], {}, 1)))  # noqa: E731
+        loss = lambda *arrays: jnp.sum(jnp.sin(expert_ffn.apply_experts(*arrays[:2], chosen, arrays[2], {}, 1)))  # noqa: E731
         return jax.grad(loss, (0, 1, 2))(x, weights, experts)
 
     @jax.custom_vjp
@@ -101,7 +101,7 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
         lambda array, counts, forward, backward: (poisoned(array, counts, forward, backward), (counts, backward)),
         lambda kept, dy: (jnp.where(kept[0], dy, kept[1]), None, None, None),
     )
-    project, wanted = expert_ffn.project, gradients()
+    project, expected = expert_ffn.project, gradients()
 
     def without_the_rest(x_RD, weight, inputs, adapter, sizes_E):
         counts = (jnp.arange(len(x_RD)) < sizes_E.sum())[:, None]
@@ -110,7 +110,7 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
         return poisoned(y_RF, counts, jnp.nan, 0.0)
 
     monkeypatch.setattr(expert_ffn, "project", without_the_rest)
-    jax.tree.map(np.testing.assert_array_equal, gradients(), wanted)
+    jax.tree.map(np.testing.assert_array_equal, gradients(), expected)
 
 
 def test_statistics_of_an_even_and_of_a_one_sided_router():
@@ -130,10 +130,10 @@ def test_padding_does_not_count_in_the_statistics():
     x = jax.random.normal(jax.random.key(1), (2, 8, MIXTRAL.hidden))
     segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 0, 0], [1] * 5 + [0] * 3])
     routing = layer(weights, x, segments=segments)[1]
-    wanted = layer(weights, x[:, :5])[1]
-    jax.tree.map(lambda got, right: np.testing.assert_allclose(got, right, rtol=1e-5), routing, wanted)
+    expected = layer(weights, x[:, :5])[1]
+    jax.tree.map(lambda got, right: np.testing.assert_allclose(got, right, rtol=1e-5), routing, expected)
     everything = layer(weights, x)[1]
-    assert abs(float(everything.z_loss) - float(wanted.z_loss)) > 1e-3
+    assert abs(float(everything.z_loss) - float(expected.z_loss)) > 1e-3
     nothing = layer(weights, x, segments=jnp.zeros((2, 8), jnp.int32))[1]
     assert not any(jnp.any(leaf) for leaf in nothing)
 
@@ -156,7 +156,7 @@ def compiled_flops(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_the_compiled_layer_computes_few_more_products_than_the_chosen_experts_need():
     """XLA counts a loop's body once, so the tiles that the loops run through are multiplied in: at worst rows / tile
     + experts of them, for each of gate, up and down."""
@@ -172,7 +172,7 @@ def test_the_compiled_layer_computes_few_more_products_than_the_chosen_experts_n
     assert in_all <= 1.3 * ideal
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_no_gradient_of_frozen_experts_is_computed():
     layer, weights = layer_of(FLOPS)
     x = jnp.zeros((4, 256, FLOPS.hidden))

@@ -5,13 +5,13 @@ import pytest
 
 from nemoe_jax.adapters import lora
 from nemoe_jax.model.kv_cache import empty_cache
-from nemoe_jax.model.transformer import forward, hidden, logits
+from nemoe_jax.model.transformer import forward, hidden_states, logits
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
 
 
 def setup(config, batch=3, length=13):
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     return params, jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab)
 
 
@@ -26,9 +26,9 @@ def test_logits_are_float32_whatever_the_weights(config):
 def test_logits_want_the_head_alone(config):
     params, tokens = setup(config)
     name = "embed" if config.tied else "head"
-    adapters = lora.initialise(config, [lora.Target(name, 4, 8.0)], jax.random.key(2))
+    adapters = lora.initialize(config, [lora.Target(name, 4, 8.0)], jax.random.key(2))
     adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
-    x = hidden(config, params, tokens, adapters=adapters).x_BTD
+    x = hidden_states(config, params, tokens, adapters=adapters).x_BTD
     got = logits(config, {name: params[name]}, x, adapters)
     np.testing.assert_allclose(got, forward(config, params, tokens, adapters=adapters).logits, atol=1e-6)
     assert float(jnp.abs(got - logits(config, params, x)).max()) > 1e-3
@@ -36,7 +36,7 @@ def test_logits_want_the_head_alone(config):
 
 def test_prefill_and_decode_equal_the_full_pass(config):
     params, tokens = setup(config)
-    wanted = forward(config, params, tokens).logits
+    expected = forward(config, params, tokens).logits
     output = forward(config, params, tokens[:, :5], cache=empty_cache(config, 3, 16, jnp.float32))
     parts = [output.logits]
     step = jax.jit(lambda cache, token: forward(config, params, token, cache=cache)[:2])
@@ -44,7 +44,7 @@ def test_prefill_and_decode_equal_the_full_pass(config):
     for at in range(5, 13):
         next_logits, cache = step(cache, tokens[:, at : at + 1])
         parts.append(next_logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), wanted, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-5)
     assert cache.length_B.tolist() == [13] * 3
 
 
@@ -53,13 +53,13 @@ def test_rows_of_different_lengths_share_a_cache(config):
     params, tokens = setup(config)
     lengths = np.array([4, 7, 2], np.int32)
     cache = empty_cache(config, 3, [8, 10, 5], jnp.float32)
-    cache = forward(config, params, tokens[:, :7], cache=cache, counts_B=jnp.asarray(lengths)).cache
+    cache = forward(config, params, tokens[:, :7], cache=cache, num_new_tokens_B=jnp.asarray(lengths)).cache
     assert cache.length_B.tolist() == lengths.tolist()
     following = jnp.stack([tokens[row, length : length + 3] for row, length in enumerate(lengths)])
     counts = jnp.asarray([3, 3, 0])
-    together = forward(config, params, following, cache=cache, counts_B=counts)
+    together = forward(config, params, following, cache=cache, num_new_tokens_B=counts)
     assert together.cache.length_B.tolist() == [7, 10, 2]
-    again = forward(config, params, following, cache=together.cache, counts_B=3 - counts)
+    again = forward(config, params, following, cache=together.cache, num_new_tokens_B=3 - counts)
     for row, (length, output) in enumerate(zip(lengths, (together, together, again), strict=True)):
         alone = forward(config, params, tokens[row : row + 1, : length + 3]).logits[0, length:]
         np.testing.assert_allclose(output.logits[row], alone, atol=1e-5)
@@ -100,16 +100,16 @@ WIDE = ModelConfig(
 )
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_the_gradient_of_adapters_computes_little_more_than_it_must():
     """With rematerialisation: forward, the gradients of the activations, and forward again without the last product of
     each layer; and no gradient of a frozen weight. XLA counts one layer of each loop."""
-    params = schema.initialise(WIDE, jax.random.key(0))
-    adapters = lora.initialise(WIDE, [lora.Target("blocks/*", 1, 2.0)], jax.random.key(1))
+    params = schema.initialize(WIDE, jax.random.key(0))
+    adapters = lora.initialize(WIDE, [lora.Target("blocks/*", 1, 2.0)], jax.random.key(1))
     tokens = jnp.zeros((4, 32), jnp.int32)
 
     def loss(adapters, params):
-        return jnp.sum(hidden(WIDE, params, tokens, adapters=adapters, remat=True).x_BTD)
+        return jnp.sum(hidden_states(WIDE, params, tokens, adapters=adapters, remat=True).x_BTD)
 
     counted = jax.jit(jax.grad(loss)).lower(adapters, params).compile().cost_analysis()["flops"]
     weights = sum(array[0].size for array in jax.tree.leaves(params["blocks"]) if array.ndim > 2)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.structured.grammar import Vocabulary, json_object, json_schema, regex, tool_calls
+from nemoe_jax.serving.structured.grammar import TokenBytes, json_object, json_schema, regex, tool_calls
 from nemoe_jax.text.chat.render import render_chat
-from nemoe_jax.text.chat.tool_parser import parse_answer
+from nemoe_jax.text.chat.tool_parser import parse_tool_calls
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
 
 pytest.importorskip("mistral_common")
@@ -39,11 +39,11 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
 
 
 @pytest.fixture(scope="module")
-def vocabularies(tokenizers) -> dict[str, Vocabulary]:
-    return {name: Vocabulary(tokenizer, tokenizer.vocab_size + IDLE) for name, tokenizer in tokenizers.items()}
+def vocabularies(tokenizers) -> dict[str, TokenBytes]:
+    return {name: TokenBytes(tokenizer, tokenizer.vocab_size + IDLE) for name, tokenizer in tokenizers.items()}
 
 
-def allowed(vocabulary: Vocabulary, constraint) -> np.ndarray:
+def allowed(vocabulary: TokenBytes, constraint) -> np.ndarray:
     """Which tokens may come next, as booleans."""
     words = constraint.allowed()
     assert words.dtype == np.uint32 and words.shape == (-(-vocabulary.vocab_size // 32),)
@@ -55,7 +55,7 @@ def allowed(vocabulary: Vocabulary, constraint) -> np.ndarray:
 class RandomModel:
     """Random logits, with a liking for tokens that come to an end."""
 
-    def __init__(self, vocabulary: Vocabulary, seed: int):
+    def __init__(self, vocabulary: TokenBytes, seed: int):
         self.rng = np.random.default_rng(seed)
         tokenizer = vocabulary.tokenizer
         self.liking = np.zeros(vocabulary.vocab_size)
@@ -66,7 +66,7 @@ class RandomModel:
         return self.liking + 2 * self.rng.normal(size=self.liking.size)
 
 
-def drive(vocabulary: Vocabulary, constraint, seed: int, check=None, limit: int = 1500) -> list[int]:
+def drive(vocabulary: TokenBytes, constraint, seed: int, check=None, limit: int = 1500) -> list[int]:
     """An answer of a random model, to its end."""
     model, tokens = RandomModel(vocabulary, seed), []
     while not tokens or tokens[-1] not in vocabulary.end_tokens:
@@ -79,7 +79,7 @@ def drive(vocabulary: Vocabulary, constraint, seed: int, check=None, limit: int 
     return tokens
 
 
-def spell(vocabulary: Vocabulary, constraint, *parts: str | int) -> bool:
+def spell(vocabulary: TokenBytes, constraint, *parts: str | int) -> bool:
     """Whether a constraint lets these texts and control tokens pass."""
     for token in vocabulary.tokenizer.encode_parts(parts):
         if not allowed(vocabulary, constraint)[token]:
@@ -180,14 +180,14 @@ def test_a_regular_expression_holds(vocabularies):
 
 
 def test_several_end_tokens_are_allowed_alike(tokenizers):
-    vocabulary = Vocabulary(tokenizers["v3"], tokenizers["v3"].vocab_size, end_tokens=[4, 5])
+    vocabulary = TokenBytes(tokenizers["v3"], tokenizers["v3"].vocab_size, end_tokens=[4, 5])
     constraint = json_schema(vocabulary, {"const": "x"})
     assert not allowed(vocabulary, constraint)[[2, 4, 5]].any() and spell(vocabulary, constraint, '"x"')
     assert np.flatnonzero(allowed(vocabulary, constraint)).tolist() == [2, 4, 5]
 
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_is_never_led_beyond_them(tokenizers):
-    vocabulary = Vocabulary(tokenizers["v3"], 301)
+    vocabulary = TokenBytes(tokenizers["v3"], 301)
     tokens = drive(vocabulary, json_schema(vocabulary, {"type": "object", "maxProperties": 1}), 1)
     assert max(tokens) < 301 and json.loads(tokenizers["v3"].decode(tokens)) is not None
 
@@ -210,7 +210,7 @@ def test_white_space_is_bounded(text, possible, vocabularies):
 
 
 BAD_SCHEMAS = [
-    (3, "schema: wanted a JSON schema"),
+    (3, "schema: expected a JSON schema"),
     ({"type": "text"}, "schema: Invalid type: text"),
     ({"not": {}}, "schema: Unimplemented keys"),
     ({"$ref": "http://x.org/schema"}, "schema: .*not present"),
@@ -219,8 +219,8 @@ BAD_SCHEMAS = [
     ({"minimum": float("nan")}, "schema: not JSON"),
     ({"enum": [object()]}, "schema: not JSON"),
     (False, "schema: "),
-    ({"$ref": "#"}, "schema: no text of the model's tokens can fulfil it"),
-    ({"multipleOf": 99999989}, r"schema: multipleOf: wanted at most 10000 .* got 1\.00000e\+8"),
+    ({"$ref": "#"}, "schema: no text of the model's tokens can fulfill it"),
+    ({"multipleOf": 99999989}, r"schema: multipleOf: expected at most 10000 .* got 1\.00000e\+8"),
     ({"allOf": [{"multipleOf": 997}, {"multipleOf": 0.11}]}, r"schema: multipleOf: .* got 1\.09670e\+6"),
     ({"items": {"patternProperties": {f"a{at}": {} for at in range(65)}}}, "schema: patternProperties: .* got 65"),
 ]
@@ -246,11 +246,11 @@ def test_what_cannot_be_constrained_is_one_clear_line(vocabularies, tokenizers, 
     with pytest.raises(UserError, match="schema: Parser Error: token"):
         constraint.accept(7)
     words = load_tokenizer(save(word_level(), tmp_path))
-    assert Vocabulary(words, 9).token_bytes(words.encode("fox")[0]) == b"fox"
+    assert TokenBytes(words, 9).token_bytes(words.encode("fox")[0]) == b"fox"
     with pytest.raises(UserError, match=r"tokenizer\.json: its tokens do not spell a text byte by byte"):
-        json_object(Vocabulary(words, words.vocab_size))
-    with pytest.raises(UserError, match="schema: no text of the model's tokens can fulfil it"):
-        json_object(Vocabulary(tokenizers["v3"], 25))
+        json_object(TokenBytes(words, words.vocab_size))
+    with pytest.raises(UserError, match="schema: no text of the model's tokens can fulfill it"):
+        json_object(TokenBytes(tokenizers["v3"], 25))
 
 
 @pytest.mark.parametrize("kind", ["v3", "sentencepiece", "byte level", "metaspace"])
@@ -289,7 +289,7 @@ def test_required_calls_are_calls_of_the_tools(form, vocabularies):
     vocabulary, seen = vocabularies[form], set()
     for seed in range(8):
         tokens = drive(vocabulary, tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "required"), seed)
-        answer = parse_answer(vocabulary.tokenizer, tokens, TOOLS)
+        answer = parse_tool_calls(vocabulary.tokenizer, tokens, TOOLS)
         assert answer.calls and not answer.warnings and not answer.text
         for call in answer.calls:
             jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
@@ -304,7 +304,7 @@ def test_called_answers_are_taken_by_mistral_common(form, vocabularies):
     theirs = MistralTokenizer.from_file(tokenizer.path, mode=ValidationMode.test)
     for seed in range(4):
         tokens = drive(vocabulary, tool_calls(vocabulary, tokenizer, TOOLS, "required"), seed)
-        answer = parse_answer(tokenizer, tokens, TOOLS).as_message()
+        answer = parse_tool_calls(tokenizer, tokens, TOOLS).as_message()
         results = [{"role": "tool", "tool_call_id": call["id"], "content": "ok"} for call in answer["tool_calls"]]
         chat = [{"role": "user", "content": "How is it?"}, answer, *results]
         request = ChatCompletionRequest(messages=chat)
@@ -340,7 +340,7 @@ def test_a_named_function_is_called_once(form, vocabularies):
     vocabulary = vocabularies[form]
     for seed in range(4):
         tokens = drive(vocabulary, tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, TOOLS[1]), seed)
-        (call,) = parse_answer(vocabulary.tokenizer, tokens, TOOLS).calls
+        (call,) = parse_tool_calls(vocabulary.tokenizer, tokens, TOOLS).calls
         assert call.name == "at-weather"
 
 
@@ -349,7 +349,7 @@ def test_calls_that_are_not_parallel_are_one(form, vocabularies):
     vocabulary = vocabularies[form]
     for seed in range(6):
         constraint = tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "required", parallel=False)
-        assert len(parse_answer(vocabulary.tokenizer, drive(vocabulary, constraint, seed), TOOLS).calls) == 1
+        assert len(parse_tool_calls(vocabulary.tokenizer, drive(vocabulary, constraint, seed), TOOLS).calls) == 1
 
 
 @pytest.mark.parametrize("form", ["v3", "v13", "tags"])
@@ -373,7 +373,7 @@ def test_auto_is_free_until_a_call_begins(form, vocabularies):
     assert allowed(vocabulary, constraint).all()
     constraint.accept(start)
     tokens = [start, *drive(vocabulary, constraint, 5)]
-    answer = parse_answer(vocabulary.tokenizer, tokens, TOOLS)
+    answer = parse_tool_calls(vocabulary.tokenizer, tokens, TOOLS)
     assert answer.calls and not answer.warnings and not answer.text
 
     constraint = tool_calls(vocabulary, vocabulary.tokenizer, TOOLS)
@@ -415,11 +415,11 @@ def test_an_answer_that_calls_nothing_may_have_a_schema(form, vocabularies):
     begun = set()
     for seed in range(20):
         constraint = tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "auto", schema=schema)
-        answer = parse_answer(vocabulary.tokenizer, drive(vocabulary, constraint, seed), TOOLS)
+        answer = parse_tool_calls(vocabulary.tokenizer, drive(vocabulary, constraint, seed), TOOLS)
         assert not answer.warnings and (answer.calls or json.loads(answer.text) == {"a": None})
         begun.add(bool(answer.calls))
     assert begun == {True, False}
-    with pytest.raises(UserError, match="schema: wanted a JSON schema"):
+    with pytest.raises(UserError, match="schema: expected a JSON schema"):
         tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "auto", schema=3)
     with pytest.raises(UserError, match="schema: Invalid type: text"):
         tool_calls(vocabulary, vocabulary.tokenizer, TOOLS, "auto", schema={"type": "text"})
@@ -462,7 +462,7 @@ def test_functions_take_what_they_name_and_no_more_unless_they_say_so(vocabulari
 
 def test_keywords_that_cannot_be_enforced_matter_to_strict_functions_only(vocabularies):
     vocabulary = vocabularies["v3"]
-    parameters = {"properties": {"a": {"type": "string", "format": "colour"}}, "not": {"required": ["b"]}}
+    parameters = {"properties": {"a": {"type": "string", "format": "color"}}, "not": {"required": ["b"]}}
     assert tool_calls(vocabulary, vocabulary.tokenizer, function(parameters))
     with pytest.raises(UserError, match=r'tools\[1\]\.function\.parameters: Unimplemented keys: \["not"\]'):
         tool_calls(vocabulary, vocabulary.tokenizer, function(parameters, strict=True))
@@ -479,7 +479,7 @@ def test_keywords_that_cannot_be_enforced_matter_to_strict_functions_only(vocabu
         ),
         ("v3", function({"minProperties": float("inf")}), "auto", r"tools\[1\]\.function\.parameters: not JSON"),
         ("v3", [{"function": {}}], "auto", r"tools\[0\]\.function\.name"),
-        ("v3", TOOLS, "always", "tool_choice: wanted none, auto"),
+        ("v3", TOOLS, "always", "tool_choice: expected none, auto"),
         ("byte level", TOOLS, "auto", r"no control token \[TOOL_CALLS\]"),
         ("plain template", TOOLS, "none", "its chat template writes calls of tools in no known form"),
     ],
@@ -488,7 +488,7 @@ def test_tools_that_cannot_be_called_are_one_clear_line(kind, tools, choice, mes
     if kind == "plain template":
         config = {"chat_template": "<tool_call><function={{ messages[0].content }}>"}
         tokenizer = load_tokenizer(save(byte_level(), tmp_path, tokenizer_config=config))
-        vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size)
+        vocabulary = TokenBytes(tokenizer, tokenizer.vocab_size)
     else:
         vocabulary = vocabularies[kind]
     with pytest.raises(UserError, match=message):

@@ -11,12 +11,12 @@ import pytest
 from nemoe_jax.adapters import lora
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
-from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.serving.engine import runner, scheduler
 from nemoe_jax.serving.engine.engine import Busy, Closed, Engine
-from nemoe_jax.serving.engine.page_allocator import FreePages
+from nemoe_jax.serving.engine.page_allocator import PageAllocator
 from nemoe_jax.serving.engine.request import Request, ScoredToken
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
@@ -30,7 +30,7 @@ WORDS = ((0, -100.0), (1, -100.0), (2, -100.0))  # a bias against the control to
 
 @pytest.fixture(scope="module")
 def params():
-    return schema.initialise(CONFIG, jax.random.key(0))
+    return schema.initialize(CONFIG, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def tokens_of(answer):
 
 def test_answers_equal_those_of_generate(engine, params):
     for length in (1, 33, 300):
-        wanted = [int(token) for (token,) in generate(CONFIG, params, [prompt(0, length)], 9, stop=[2])]
-        assert tokens_of(engine.submit(Request(prompt(0, length), 9))) == wanted
+        expected = [int(token) for (token,) in generate(CONFIG, params, [prompt(0, length)], 9, stop=[2])]
+        assert tokens_of(engine.submit(Request(prompt(0, length), 9))) == expected
 
 
 def test_whatever_joins_and_leaves_an_answer_is_that_of_the_request_alone(engine):
@@ -77,7 +77,7 @@ def test_whatever_joins_and_leaves_an_answer_is_that_of_the_request_alone(engine
         Request(
             prompt(seed, lengths[seed % 6]),
             3 + 5 * seed % 40,
-            Sampling(temperature=seed % 2, top_p=0.9, repetition_penalty=1.1 + seed % 2, seed=seed),
+            SamplingParams(temperature=seed % 2, top_p=0.9, repetition_penalty=1.1 + seed % 2, seed=seed),
             top_logprobs=2 if seed % 5 == 0 else None,
         )
         for seed in range(18)
@@ -102,23 +102,23 @@ def test_whatever_joins_and_leaves_an_answer_is_that_of_the_request_alone(engine
         got = tokens_of(answers[number])
         assert got == alone[number][: len(got)]
         if number not in cancelled:
-            assert got == alone[number] and answers[number].finish == ("stop" if got[-1] == 2 else "length")
+            assert got == alone[number] and answers[number].finish_reason == ("stop" if got[-1] == 2 else "length")
             assert len(got) == request.max_new_tokens or got[-1] == 2
         else:
-            assert answers[number].finish == "cancelled"
+            assert answers[number].finish_reason == "cancelled"
 
 
 def test_pieces_join_to_the_answer(engine, tokenizer):
-    request = Request(prompt(4, 7), 80, Sampling(temperature=1, logit_bias=WORDS))
+    request = Request(prompt(4, 7), 80, SamplingParams(temperature=1, logit_bias=WORDS))
     answer = engine.submit(request)
     pieces = list(answer)
     assert "".join(piece.text for piece in pieces) == answer.text
     assert [token for piece in pieces for token in piece.tokens] == answer.tokens
-    assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert answer.text == tokenizer.decode([token.token for token in answer.tokens])
-    assert list(answer)[-1].finish == "length"  # again: the end
+    assert list(answer)[-1].finish_reason == "length"  # again: the end
     shown, done = [], threading.Event()
-    engine.submit(request, lambda piece: (shown.append(piece), piece.finish and done.set()))
+    engine.submit(request, lambda piece: (shown.append(piece), piece.finish_reason and done.set()))
     assert done.wait(60)
     assert [token for piece in shown for token in piece.tokens] == answer.tokens
 
@@ -127,7 +127,7 @@ def test_nobody_overtakes_a_request_that_waits_for_pages(engine):
     small, large, begun, ended = Request(prompt(0, 5), 90), Request(prompt(1, 5), CONFIG.context - 5), [], []
 
     def note(name):
-        return lambda piece: (name in begun or begun.append(name), piece.finish and ended.append(name))
+        return lambda piece: (name in begun or begun.append(name), piece.finish_reason and ended.append(name))
 
     requests = {"a": small, "b": small, "large": large, "c": small}
     answers = [engine.submit(request, note(name)) for name, request in requests.items()]
@@ -175,7 +175,7 @@ def test_cancel_frees_a_row_at_the_next_turn(engine):
     running.cancel()
     running.result(60)
     assert 0 < len(running.tokens) < 600
-    assert [answer.finish for answer in (running, waits[1])] == ["cancelled"] * 2
+    assert [answer.finish_reason for answer in (running, waits[1])] == ["cancelled"] * 2
     waits[0].cancel()
     waits[0].result(60)
 
@@ -190,10 +190,10 @@ def test_close(params, tokenizer, drain):
     engine.close()
     assert not engine._thread.is_alive()
     if drain:
-        assert [answer.finish for answer in answers] == ["length"] * 3
+        assert [answer.finish_reason for answer in answers] == ["length"] * 3
     else:
-        assert answers[2].finish == "cancelled"
-    assert all(answer.finish for answer in answers)
+        assert answers[2].finish_reason == "cancelled"
+    assert all(answer.finish_reason for answer in answers)
     assert engine.statistics().free_tokens == PAGE
     with pytest.raises(Closed):
         engine.submit(Request((5,), 3))
@@ -202,23 +202,23 @@ def test_close(params, tokenizer, drain):
 def test_logits_that_are_no_numbers_end_their_own_answer_alone(params, tokenizer, engine):
     """And the pages that they leave do no harm to those who have them next."""
     request = Request(prompt(2, 200), 40)
-    wanted = tokens_of(engine.submit(request))
-    bad = next(token for token in range(3, CONFIG.vocab) if token not in (*request.prompt, *wanted))
+    expected = tokens_of(engine.submit(request))
+    bad = next(token for token in range(3, CONFIG.vocab) if token not in (*request.prompt, *expected))
     poisoned = params | {"embed": params["embed"].at[bad].set(jnp.nan)}
     with Engine(CONFIG, poisoned, tokenizer, rows=4, tokens=PAGES * PAGE) as own:
         for _ in range(2):
             given = request, Request((*prompt(3, 140), bad, *prompt(4, 100)), 40), Request((5, bad), 40), request
             answers = [own.submit(one) for one in given]
-            assert tokens_of(answers[0]) == wanted == tokens_of(answers[3])
+            assert tokens_of(answers[0]) == expected == tokens_of(answers[3])
             for answer in answers[1:3]:
-                assert (answer.result(60), answer.tokens, answer.finish) == ("", [], "error")
+                assert (answer.result(60), answer.tokens, answer.finish_reason) == ("", [], "error")
                 assert "no numbers (NaN)" in answer.error
         assert own.statistics().finished == {"length": 4, "error": 4}
 
 
 def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(engine, monkeypatch):
     request = Request(prompt(5, 40), 9)
-    wanted, whole = tokens_of(engine.submit(request)), runner._decode
+    expected, whole = tokens_of(engine.submit(request)), runner._decode
 
     def fail(*given, **options):
         monkeypatch.setattr(runner, "_decode", whole)
@@ -227,8 +227,8 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(engine, monkeyp
     monkeypatch.setattr(runner, "_decode", fail)
     answer = engine.submit(request)
     answer.result(60)
-    assert (answer.finish, answer.error) == ("error", "the engine failed: out of memory")
-    assert tokens_of(engine.submit(request)) == wanted
+    assert (answer.finish_reason, answer.error) == ("error", "the engine failed: out of memory")
+    assert tokens_of(engine.submit(request)) == expected
 
 
 def test_a_lost_device_closes_the_engine(params, tokenizer, monkeypatch):
@@ -242,7 +242,7 @@ def test_a_lost_device_closes_the_engine(params, tokenizer, monkeypatch):
     answers = [engine.submit(Request((5,), 9)) for _ in range(1)]
     for answer in answers:
         answer.result(60)
-        assert (answer.finish, answer.error) == ("error", "the engine failed: device lost")
+        assert (answer.finish_reason, answer.error) == ("error", "the engine failed: device lost")
     engine._thread.join(60)
     with pytest.raises(Closed, match="device lost"):
         engine.submit(Request((5,), 9))
@@ -254,11 +254,11 @@ def test_a_reader_that_fails_is_cancelled(engine):
 
     answer = engine.submit(Request(prompt(0, 5), 600), fail)
     answer.result(60)
-    assert answer.finish == "cancelled" and len(answer.tokens) < 600
+    assert answer.finish_reason == "cancelled" and len(answer.tokens) < 600
 
 
 def test_log_probabilities_are_the_models_own(engine, params):
-    request = Request(prompt(6, 20), 6, Sampling(temperature=2, repetition_penalty=1.5, seed=3), top_logprobs=3)
+    request = Request(prompt(6, 20), 6, SamplingParams(temperature=2, repetition_penalty=1.5, seed=3), top_logprobs=3)
     plain = engine.submit(Request(prompt(7, 9), 6))
     answer = engine.submit(request)
     ids = [*request.prompt, *tokens_of(answer)]
@@ -272,16 +272,16 @@ def test_log_probabilities_are_the_models_own(engine, params):
 
 
 def test_stops(engine, tokenizer):
-    request = Request(prompt(8, 9), 30, Sampling(logit_bias=WORDS))
+    request = Request(prompt(8, 9), 30, SamplingParams(logit_bias=WORDS))
     whole = tokens_of(engine.submit(request))
     words = tokenizer.decode(whole).split()
     at = next(at for at in range(3, 30) if not any(word.startswith(words[at]) for word in words[:at]))
     answer = engine.submit(dataclasses.replace(request, stop=("never", words[at])))
     assert answer.result(60) == "".join(word + " " for word in words[:at])
-    assert answer.finish == "stop" and len(answer.tokens) == at + 1
+    assert answer.finish_reason == "stop" and len(answer.tokens) == at + 1
     answer = engine.submit(dataclasses.replace(request, stop_tokens=(whole[at],)))
     assert answer.result(60).split() == words[:at]
-    assert answer.finish == "stop" and tokens_of(answer) == whole[: at + 1]
+    assert answer.finish_reason == "stop" and tokens_of(answer) == whole[: at + 1]
 
 
 class Only:
@@ -303,32 +303,32 @@ class Only:
 
 def test_constraints(engine):
     free = Request(prompt(9, 9), 25)
-    wanted = tokens_of(engine.submit(free))
+    expected = tokens_of(engine.submit(free))
     constraint = Only({31, 32, 65}, 7)
     answers = [engine.submit(Request(prompt(9, 9), 25, constraint=constraint)), engine.submit(free)]
     got = tokens_of(answers[0])
     assert set(got[:-1]) <= {31, 32, 65} and got[-1] == 2 and constraint.seen == got[:7]
-    assert answers[0].finish == "stop" and tokens_of(answers[1]) == wanted
+    assert answers[0].finish_reason == "stop" and tokens_of(answers[1]) == expected
     nothing = engine.submit(Request((5,), 9, constraint=Only((), 3)))
     nothing.result(60)
-    assert nothing.finish == "error" and "allows no token" in nothing.error
+    assert nothing.finish_reason == "error" and "allows no token" in nothing.error
     broken = engine.submit(Request((5,), 9, constraint=object()))
     broken.result(60)
-    assert broken.finish == "error" and "constraint failed" in broken.error
+    assert broken.finish_reason == "error" and "constraint failed" in broken.error
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
         (Request(()), "empty prompt"),
-        (Request((5, 72)), "prompt: wanted token ids from 0 to 71, got 72"),
-        (Request((5,), stop_tokens=(-1,)), "stop_tokens: wanted token ids from 0 to 71, got -1"),
-        (Request((5,), 0), "max_new_tokens: wanted a positive number, got 0"),
+        (Request((5, 72)), "prompt: expected token ids from 0 to 71, got 72"),
+        (Request((5,), stop_tokens=(-1,)), "stop_tokens: expected token ids from 0 to 71, got -1"),
+        (Request((5,), 0), "max_new_tokens: expected a positive number, got 0"),
         (Request((5,) * 600, 41), "600 tokens \\+ 41 new tokens exceed the context of 640"),
-        (Request((5,), top_logprobs=21), "top_logprobs: wanted 0 to 20, got 21"),
+        (Request((5,), top_logprobs=21), "top_logprobs: expected 0 to 20, got 21"),
         (Request((5,), adapter="sql"), "no adapter 'sql'; there are: none"),
-        (Request((5,), sampling=Sampling(logit_bias=((72, 1.0),))), "logit_bias: wanted tokens from 0 to 71"),
-        (Request((5,), stop=("",)), "stop: wanted texts that are not empty"),
+        (Request((5,), sampling=SamplingParams(logit_bias=((72, 1.0),))), "logit_bias: expected tokens from 0 to 71"),
+        (Request((5,), stop=("",)), "stop: expected texts that are not empty"),
     ],
 )
 def test_bad_requests(engine, request_, message):
@@ -338,12 +338,12 @@ def test_bad_requests(engine, request_, message):
 
 def test_bad_engines(params, tokenizer):
     for options in ({"rows": 0}, {"tokens": 0}, {"waiting": -1}, {"cache_dtype": "int4"}):
-        with pytest.raises(UserError, match="wanted"):
+        with pytest.raises(UserError, match="expected"):
             Engine(CONFIG, params, tokenizer, **options)
 
 
 def test_free_pages():
-    pages = FreePages(6, cuts=2)
+    pages = PageAllocator(6, cuts=2)
     taken = pages.take(2 * PAGE + 1)
     assert len(taken) == 2 and 0 not in taken and pages.tokens == 6 * PAGE
     more = pages.take(6 * PAGE)
@@ -357,7 +357,7 @@ def test_rows_with_adapters_of_their_own(params, tokenizer):
     adapters = {
         name: jax.tree.map(
             lambda array, seed=seed: 0.3 * jax.random.normal(jax.random.key(seed), array.shape),
-            lora.initialise(CONFIG, targets, jax.random.key(0)),
+            lora.initialize(CONFIG, targets, jax.random.key(0)),
         )
         for seed, name in enumerate(("sql", "poems"))
     }
@@ -379,14 +379,14 @@ def test_over_a_mesh(engine, params, tokenizer):
     mesh = make_mesh({"fsdp": 2, "tensor": 2, "sequence": 2})
     placed = jax.device_put(params, sharding.shardings(CONFIG, mesh))
     requests = [Request(prompt(seed, length), 8) for seed, length in enumerate((1, 20, 300, 150, 31))]
-    requests.append(Request(prompt(5, 9), 8, Sampling(temperature=1, repetition_penalty=1.2, seed=4)))
-    wanted = [tokens_of(engine.submit(request)) for request in requests]
+    requests.append(Request(prompt(5, 9), 8, SamplingParams(temperature=1, repetition_penalty=1.2, seed=4)))
+    expected = [tokens_of(engine.submit(request)) for request in requests]
     before = runner._decode._cache_size()
     with Engine(CONFIG, placed, tokenizer, rows=4, tokens=8 * PAGE, mesh=mesh) as own:
         assert own.context == 4 * PAGE  # a part's own
         answers = [own.submit(request) for request in requests]
-        assert [tokens_of(answer) for answer in answers] == wanted
+        assert [tokens_of(answer) for answer in answers] == expected
         bad = own.submit(Request((5, 6, 7), 300, constraint=object()))
-        assert bad.result(60) == "" and bad.finish == "error"
+        assert bad.result(60) == "" and bad.finish_reason == "error"
         assert own.statistics().free_tokens == own.statistics().tokens == 8 * PAGE
     assert runner._decode._cache_size() == before + 1  # one program serves them all

@@ -28,19 +28,19 @@ from nemoe_jax.cli import main, model_flags
 from nemoe_jax.inference import sampling
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.serving.api.requests import CompletionRequest
-from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.served_model import ServedModel
 from nemoe_jax.serving.engine.engine import Busy
-from nemoe_jax.serving.engine.request import Piece, ScoredToken
+from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
 from nemoe_jax.text.chat.render import render_chat
 from tests.support.served_models import CONFIG, ROWS, WAITING, adapter, serve, started, tekken, weights
 
 PROMPT = "The weather in Graz is"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it cold?"}]
-COLOURS = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+COLORS = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": name, "description": name, "parameters": COLOURS | {"additionalProperties": False}},
+        "function": {"name": name, "description": name, "parameters": COLORS | {"additionalProperties": False}},
     }
     for name in ("paint", "wash")
 ]
@@ -222,7 +222,7 @@ def test_answers_of_a_form(client):
         answer = ask(client, response_format=SCHEMA, max_tokens=40, stream=stream)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in answer) if stream else None
         text = text if stream else answer.choices[0].message.content
-        assert json.loads(text)["colour"] in ("red", "blue")
+        assert json.loads(text)["color"] in ("red", "blue")
     started = ask(client, response_format={"type": "json_object"}).choices[0].message.content
     assert started.lstrip().startswith("{")
 
@@ -233,7 +233,7 @@ def test_tools_are_called_and_answered(client):
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
     (call,) = choice.message.tool_calls
     assert re.fullmatch("[a-zA-Z0-9]{9}", call.id) and call.function.name in ("paint", "wash")
-    assert json.loads(call.function.arguments)["colour"] in ("red", "blue")
+    assert json.loads(call.function.arguments)["color"] in ("red", "blue")
     told = [*CHAT, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "done"}]
     assert ask(client, told, tools=TOOLS).choices[0].finish_reason == "length"
 
@@ -242,7 +242,7 @@ def test_tools_are_called_and_answered(client):
     assert not any(chunk.delta.content for chunk in chunks) and chunks[-1].finish_reason == "tool_calls"
     (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
     assert streamed.function.name == "wash" and streamed.index == 0
-    assert json.loads(streamed.function.arguments)["colour"] in ("red", "blue")
+    assert json.loads(streamed.function.arguments)["color"] in ("red", "blue")
 
     free = ask(client, tools=TOOLS, tool_choice="none").choices[0]
     assert free.message.tool_calls is None and free.message.content
@@ -445,7 +445,7 @@ class Scripted:
         return self
 
     def close(self, drain):
-        self.on_piece(Piece("", (), "cancelled"))
+        self.on_piece(RequestOutput("", (), "cancelled"))
 
     def cancel(self):
         self.cancelled += 1
@@ -472,7 +472,7 @@ def test_a_full_queue_of_the_engine(client, engine):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_engine_that_fails_is_an_error_and_the_server_goes_on(tokenizer, chat):
-    pieces = Piece("Hi", (ScoredToken(5),)), Piece("", (), "error", "NaN in the logits")
+    pieces = RequestOutput("Hi", (ScoredToken(5),)), RequestOutput("", (), "error", "NaN in the logits")
     engine = Scripted(*pieces)
     with serve(engine, tokenizer) as address, openai_client(address) as client:
         call = ask if chat else complete
@@ -486,7 +486,7 @@ def test_an_engine_that_fails_is_an_error_and_the_server_goes_on(tokenizer, chat
 
 def test_malformed_calls_come_back_as_text_with_a_warning(tokenizer):
     tokens = [tokenizer.control_id("[TOOL_CALLS]"), *tokenizer.encode('[{"name": ')]
-    engine = Scripted(Piece('[{"name": ', tuple(ScoredToken(token) for token in tokens), "length"))
+    engine = Scripted(RequestOutput('[{"name": ', tuple(ScoredToken(token) for token in tokens), "length"))
     with serve(engine, tokenizer) as address, openai_client(address) as client:
         (choice,) = ask(client, tools=TOOLS).choices
         assert choice.message.tool_calls is None and '[{"name": ' in choice.message.content
@@ -506,7 +506,7 @@ def test_figures_for_prometheus(engine, tokenizer):
         for sample in family.samples
     }
     prompt = len(tokenizer.encode(PROMPT, bos=True))
-    wanted = {
+    expected = {
         ("nemoe_requests_total", "POST", "/v1/completions", "200"): 2,
         ("nemoe_requests_total", "POST", "/v1/completions", "400"): 1,
         ("nemoe_answers_total", "length"): 2,
@@ -518,13 +518,13 @@ def test_figures_for_prometheus(engine, tokenizer):
         ("nemoe_first_token_seconds_count",): 2,
         ("nemoe_token_seconds_count",): 2,
     }
-    assert {name: values.get(name) for name in wanted} == wanted
+    assert {name: values.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_answer_that_ends_too_late_is_an_error(tokenizer, chat):
     with contextlib.ExitStack() as stack:
-        with serve(Scripted(Piece("Hi", (ScoredToken(5),))), tokenizer, drain_seconds=0) as address:
+        with serve(Scripted(RequestOutput("Hi", (ScoredToken(5),))), tokenizer, drain_seconds=0) as address:
             stream = (ask if chat else complete)(stack.enter_context(openai_client(address)), stream=True)
             assert next(iter(stream)).choices
         with pytest.raises(openai.APIError, match="the server is shutting down"):
@@ -539,10 +539,10 @@ def test_a_server_that_ends_refuses(tokenizer):
 
 BAD_FLAGS = {
     "no model": (["{tmp}/none"], "no such file or directory"),
-    "no rows": (["{tmp}", "--rows", "0"], "--rows: wanted a positive number"),
-    "no adapter": (["{tmp}", "--adapter", "red"], "--adapter: wanted NAME=DIR"),
+    "no rows": (["{tmp}", "--rows", "0"], "--rows: expected a positive number"),
+    "no adapter": (["{tmp}", "--adapter", "red"], "--adapter: expected NAME=DIR"),
     "two adapters of a name": (["{tmp}", "--adapter", "a=x", "--adapter", "a=y"], "the name a is taken"),
-    "a port too many": (["{tmp}", "--port", "65536"], "--port: wanted 0 to 65535"),
+    "a port too many": (["{tmp}", "--port", "65536"], "--port: expected 0 to 65535"),
     "another's port": (["{tmp}", "--port", "{port}"], "Address already in use"),
     "another's address": (["{tmp}", "--host", "192.0.2.1"], "--host 192.0.2.1"),
 }
@@ -560,7 +560,7 @@ def test_bad_flags_are_one_clear_line_and_exit_status_2(capsys, tmp_path, name):
 
 def test_the_command_serves_until_it_is_told_to_end(tmp_path):
     tekken(tmp_path)
-    pretrained.save(tmp_path / "nano", CONFIG, weights(), tokenizer_from=tmp_path)
+    pretrained.save_pretrained(tmp_path / "nano", CONFIG, weights(), tokenizer_from=tmp_path)
     command = [
         sys.executable,
         "-m",
@@ -602,9 +602,11 @@ def test_a_model_is_called_as_its_directory_or_its_link(tmp_path, monkeypatch):
 
 
 def test_a_server_s_preset_holds_where_a_request_says_nothing(tokenizer):
-    served = Served(Scripted(), CONFIG, tokenizer, "nano", sampling=sampling.PRESETS["factual"])
+    served = ServedModel(Scripted(), CONFIG, tokenizer, "nano", sampling=sampling.PRESETS["factual"])
     asked = CompletionRequest(model="nano", prompt="x", top_k=-1, temperature=0.9)
     (request,) = served.requests(asked, [1], 4, None, [None])
-    wanted = sampling.PRESETS["factual"]
+    expected = sampling.PRESETS["factual"]
     assert (request.sampling.temperature, request.sampling.top_k) == (0.9, 0)
-    assert request.sampling.repetition_penalty == wanted.repetition_penalty and request.sampling.min_p == wanted.min_p
+    assert (
+        request.sampling.repetition_penalty == expected.repetition_penalty and request.sampling.min_p == expected.min_p
+    )

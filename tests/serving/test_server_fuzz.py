@@ -13,7 +13,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
 from nemoe_jax.serving.api.app import create_app
-from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.served_model import ServedModel
 from tests.support.served_models import CONFIG, ROWS, WAITING, started, words
 
 OPERATIONS = [
@@ -35,7 +35,7 @@ def description(tmp_path_factory):
     tokenizer = words(directory)
     load_all_checks()
     with started(tokenizer) as engine:
-        served = Served(engine, CONFIG, tokenizer, "nano", max_tokens=4, max_answers=ROWS + WAITING)
+        served = ServedModel(engine, CONFIG, tokenizer, "nano", max_tokens=4, max_answers=ROWS + WAITING)
         yield schemathesis.openapi.from_asgi("/openapi.json", create_app(served))
 
 

@@ -3,7 +3,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.engine.stop_strings import StopTexts
+from nemoe_jax.serving.engine.stop_strings import StopStrings
 from nemoe_jax.text.tokenizers.streaming import StreamDecoder
 
 LETTERS = st.sampled_from("aab\n")  # few, so that stop texts overlap each other and themselves
@@ -18,8 +18,8 @@ class Bytes:
 
 
 def shown(stops, pieces):
-    """All that `StopTexts` lets through, what it found, and its pieces."""
-    stop_texts = StopTexts(stops)
+    """All that `StopStrings` lets through, what it found, and its pieces."""
+    stop_texts = StopStrings(stops)
     got = [stop_texts.push(piece) for piece in pieces]
     got.append(stop_texts.flush())
     return "".join(got), stop_texts.found, got
@@ -44,7 +44,7 @@ def test_every_cut_gives_what_find_gives_on_the_whole(stops, pieces):
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(st.text(LETTERS, max_size=6), max_size=8))
 def test_nothing_is_held_back_without_need(stops, pieces):
     """What was let through is all in front of the first place at which a stop text stands or may begin."""
-    stop_texts, came, gone = StopTexts(stops), "", ""
+    stop_texts, came, gone = StopStrings(stops), "", ""
     for piece in pieces:
         came, gone = came + piece, gone + stop_texts.push(piece)
         tails = ((at, came[at:]) for at in range(len(came)))
@@ -72,5 +72,5 @@ def test_no_stop_texts_hold_nothing():
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], "", [3], [None], [b"a"]])
 def test_refuses_what_is_no_text(stops):
-    with pytest.raises(UserError, match=r"^stop: wanted texts that are not empty, got "):
-        StopTexts(stops)
+    with pytest.raises(UserError, match=r"^stop: expected texts that are not empty, got "):
+        StopStrings(stops)

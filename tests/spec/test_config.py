@@ -34,8 +34,8 @@ def test_head_dim_is_taken_from_the_config_and_only_else_derived():
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "type linear"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"dtype": "float8"}, "dtype: wanted one of"),
-        ({"num_key_value_heads": 4}, "kv_heads: wanted a divisor of heads = 6, got 4"),
+        ({"dtype": "float8"}, "dtype: expected one of"),
+        ({"num_key_value_heads": 4}, "kv_heads: expected a divisor of heads = 6, got 4"),
     ],
 )
 def test_what_would_change_the_logits_unseen_is_refused(change, message):
@@ -47,9 +47,9 @@ def test_what_would_change_the_logits_unseen_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top_k": 17}, "top_k: wanted 1 to experts = 16, got 17"),
+        ({"top_k": 17}, "top_k: expected 1 to experts = 16, got 17"),
         ({"shared_ffn": 8}, "cannot express a shared expert"),
-        ({"dense_layers": 3}, "dense_layers: wanted 0 to 2"),
+        ({"dense_layers": 3}, "dense_layers: expected 0 to 2"),
     ],
 )
 def test_impossible_mixtures_are_refused(change, message):

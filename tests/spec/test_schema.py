@@ -63,15 +63,15 @@ def test_checkpoint_layout_is_the_transpose_of_a_linear_map():
 
 def test_first_values_do_not_depend_on_the_mesh(config):
     key = jax.random.key(7)
-    alone = schema.initialise(config, key)
+    alone = schema.initialize(config, key)
     mesh = make_mesh({"fsdp": 2, "expert": 4})
-    spread = schema.initialise(config, key, shardings=sharding.shardings(config, mesh))
+    spread = schema.initialize(config, key, shardings=sharding.shardings(config, mesh))
     jax.tree.map(np.testing.assert_array_equal, alone, jax.device_get(spread))
 
 
 def test_first_values_have_their_declared_deviation():
     config = preset("nekomind1.5-1b").replace(layers=3, vocab=512)
-    params = schema.leaves(schema.initialise(config, jax.random.key(0), jnp.bfloat16))
+    params = schema.leaves(schema.initialize(config, jax.random.key(0), jnp.bfloat16))
     for path, spec in schema.leaves(schema.declare(config)).items():
         values = np.asarray(params[path], np.float32)
         assert values.std() == pytest.approx(spec.std or 0, rel=0.1), path

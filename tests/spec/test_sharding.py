@@ -38,8 +38,8 @@ CASES = [
     [
         ("pipeline=2", "unknown axis 'pipeline'"),
         ("fsdp=2,fsdp=4", "named twice"),
-        ("fsdp=0", "wanted a positive size for axis fsdp, got '0'"),
-        ("fsdp", "wanted a positive size for axis fsdp, got ''"),
+        ("fsdp=0", "expected a positive size for axis fsdp, got '0'"),
+        ("fsdp", "expected a positive size for axis fsdp, got ''"),
     ],
 )
 def test_bad_meshes(text, message):
@@ -128,10 +128,10 @@ def objective(config, params, adapters, tokens, segments):
 @functools.cache
 def case(config):
     """(a function, its arguments, what it gives on one device)."""
-    params = schema.initialise(config, jax.random.key(0))
+    params = schema.initialize(config, jax.random.key(0))
     narrow = [lora.Target("*/shared_gate", 1, 2.0)] if config.shared_ffn else []
     targets = [*narrow, lora.Target("*", 4, 8.0)]
-    adapters = lora.initialise(config, targets, jax.random.key(1))
+    adapters = lora.initialize(config, targets, jax.random.key(1))
     adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
     tokens = jax.random.randint(jax.random.key(3), (8, 12), 0, config.vocab)
     segments = jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2, [1] * 12, [1] * 3 + [2] * 3 + [3] * 6, [1, 0] * 6] * 2)
@@ -160,11 +160,11 @@ def test_logits_and_gradients_equal_those_of_one_device(config, sizes):
         (mesh_loss, mesh_logits), mesh_gradients = jax.jit(run)(placed, placed_adapters, tokens, segments)
     np.testing.assert_allclose(mesh_logits, logits, atol=2e-5)
     np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
-    for path, wanted in schema.leaves(gradients[0]).items():
+    for path, expected in schema.leaves(gradients[0]).items():
         got = schema.leaves(mesh_gradients[0])[path]
-        np.testing.assert_allclose(got, wanted, atol=2e-5 * float(jnp.abs(wanted).max()), err_msg=path)
+        np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max()), err_msg=path)
     jax.tree.map(
-        lambda got, wanted: np.testing.assert_allclose(got, wanted, atol=2e-5 * float(jnp.abs(wanted).max())),
+        lambda got, expected: np.testing.assert_allclose(got, expected, atol=2e-5 * float(jnp.abs(expected).max())),
         mesh_gradients[1],
         gradients[1],
     )
@@ -180,7 +180,7 @@ def test_rows_and_tokens_that_no_mesh_axis_divides():
     np.testing.assert_allclose(few, run(params, tokens[:3, :11]), atol=2e-5)
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_what_goes_between_devices():
     """Sequence parallelism exchanges heads for tokens; weights are gathered, and no activation is summed for them."""
     config = FOUR_HEADS
@@ -203,8 +203,9 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-from nemoe_jax.sharding import compiler_options, gathered, make_mesh
-from train import hlo
+from nemoe_jax.spec.mesh import make_mesh
+from nemoe_jax.spec.sharding import compiler_options, gathered
+from train.plan import hlo
 
 mesh = make_mesh({"fsdp": 8}, topologies.get_topology_desc("v5e:2x4", "tpu").devices)
 def shape(*size, place):

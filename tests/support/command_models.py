@@ -20,7 +20,7 @@ def write_model(directory: Path, **changes) -> Path:
     if package is None or package.origin is None:
         pytest.skip("mistral-common is not installed")
     config = MIXTRAL.replace(**({"vocab": VOCABULARY} | changes))
-    pretrained.save(directory, config, schema.initialise(config, jax.random.key(0)))
+    pretrained.save_pretrained(directory, config, schema.initialize(config, jax.random.key(0)))
     tekken = Path(package.origin).parent / "data" / "tekken_240718.json"
     cut_tekken(tekken, directory / "tekken.json", VOCABULARY)
     return directory

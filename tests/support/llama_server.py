@@ -56,7 +56,7 @@ def random_params(config: ModelConfig):
 def save(directory: Path, config: ModelConfig, tokenizer_from: Path | None = None):
     """Writes a model directory; returns the parameters."""
     params = random_params(config)
-    pretrained.save(directory, config, params, tokenizer_from=tokenizer_from)
+    pretrained.save_pretrained(directory, config, params, tokenizer_from=tokenizer_from)
     return params
 
 

@@ -14,7 +14,7 @@ import jax
 from nemoe_jax.adapters import lora
 from nemoe_jax.serving.api.app import create_app
 from nemoe_jax.serving.api.http_server import HttpServer, bind, url
-from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.served_model import ServedModel
 from nemoe_jax.serving.engine.engine import Engine
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.schema import Tree
@@ -43,12 +43,12 @@ def words(directory: Path) -> Tokenizer:
 
 def weights() -> Tree:
     """A dense model's, of large outputs: its answers depend on what it reads."""
-    return schema.initialise(CONFIG, jax.random.key(0))
+    return schema.initialize(CONFIG, jax.random.key(0))
 
 
 def adapter(seed: int) -> Tree:
     """An adapter that changes answers."""
-    tree = lora.initialise(CONFIG, TARGETS, jax.random.key(seed))
+    tree = lora.initialize(CONFIG, TARGETS, jax.random.key(seed))
     return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(seed + 1), leaf.shape), tree)
 
 
@@ -57,8 +57,8 @@ def serve(
     engine: Any, tokenizer: Tokenizer, adapters: tuple[str, ...] = (), drain_seconds: int = 5, **options: Any
 ) -> Iterator[str]:
     """The base URL of a server, for as long as the context lasts; then it ends as at SIGTERM."""
-    served = Served(engine, CONFIG, tokenizer, "nano", adapters, max_answers=ROWS + WAITING)
-    server = HttpServer(drain_seconds, give_up=lambda: engine.close(drain=False))
+    served = ServedModel(engine, CONFIG, tokenizer, "nano", adapters, max_answers=ROWS + WAITING)
+    server = HttpServer(drain_seconds, abort=lambda: engine.close(drain=False))
     options = {"closing": lambda: server.closing, **options}
     with bind("127.0.0.1", 0) as bound:
         address = url(bound)

@@ -46,7 +46,7 @@ def make_workplace(place: Path) -> None:
         params = random_params(model)
         if model.experts:  # as small as carving leaves it
             params["blocks"]["moe"]["ffn"]["router"] *= 1e-3
-        pretrained.save(place / name, model, params)
+        pretrained.save_pretrained(place / name, model, params)
         (place / name / "tekken.json").write_bytes((place / "tekken.json").read_bytes())
     (place / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT[3:]))
     (place / "held_out.txt").write_text("".join(TEXT[:3]))

@@ -9,7 +9,7 @@ import pytest
 
 from nemoe_jax.cli import main
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.chat.render import read_messages, read_tools, render_chat, spoken_ids
+from nemoe_jax.text.chat.render import encode_with_assistant_mask, read_messages, read_tools, render_chat
 from nemoe_jax.text.chat.tools import check_tool_choice
 from nemoe_jax.text.tokenizers.load import Tokenizer, cut_tekken, load_tokenizer
 
@@ -242,17 +242,17 @@ def test_spoken_ids_are_the_assistants_messages_of_mistral_common(file, name, pa
     chat = (TOOL_CHATS | CHATS)[name]
     tools = TOOLS if name in TOOL_CHATS else None
     ids, spoken = reference_spoken(theirs[mode_of(chat)], ChatCompletionRequest(messages=chat, tools=tools))
-    assert spoken_ids(ours, chat, tools) == (ids, spoken)
+    assert encode_with_assistant_mask(ours, chat, tools) == (ids, spoken)
     assert ids == render_chat(ours, chat, tools=tools)
 
 
 def test_an_answer_of_weight_0_is_not_to_be_learned(pairs):
     ours, _ = pairs["tekken_240718.json"]
     chat = say("u:x", "a:no", "u:y", "a:yes")
-    ids, spoken = spoken_ids(ours, chat)
+    ids, spoken = encode_with_assistant_mask(ours, chat)
     begin, end = ids.index(ours.control["[/INST]"]) + 1, ids.index(ours.control["</s>"]) + 1
     chat[1]["weight"], chat[3]["weight"] = 0, 1
-    assert spoken_ids(ours, chat) == (ids, [*spoken[:begin], *[False] * (end - begin), *spoken[end:]])
+    assert encode_with_assistant_mask(ours, chat) == (ids, [*spoken[:begin], *[False] * (end - begin), *spoken[end:]])
 
 
 def test_orders_of_calls_and_results_that_mistral_common_accepts(pairs):
@@ -303,10 +303,10 @@ def test_only_the_format_makes_control_ids(pairs):
 
 
 BAD = {
-    "nothing": ([], "wanted a list of at least one"),
-    "a text": ("hello", "wanted a list"),
-    "not objects": (["hello"], r"messages\[0\]: wanted an object"),
-    "no role": ([{"content": "x"}], r"messages\[0\]\.role: wanted one of system.*got None"),
+    "nothing": ([], "expected a list of at least one"),
+    "a text": ("hello", "expected a list"),
+    "not objects": (["hello"], r"messages\[0\]: expected an object"),
+    "no role": ([{"content": "x"}], r"messages\[0\]\.role: expected one of system.*got None"),
     "strange role": ([*say("u:x"), {"role": "bot", "content": "x"}], r"messages\[1\]\.role: .*got 'bot'"),
     "unhashable role": ([{"role": ["user"], "content": "x"}], r"messages\[0\]\.role"),
     "developer": ([{"role": "developer", "content": "x"}], r"messages\[0\]\.role: developer is not supported"),
@@ -323,7 +323,7 @@ BAD = {
     "no result": ([*ASKED, *say("u:x", "a:y")], r"messages\[6\]: an answer before the results of the calls a1B2c3D4e"),
     "empty call": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [{}]}],
-        r"messages\[1\]\.tool_calls\[0\]: wanted a fun",
+        r"messages\[1\]\.tool_calls\[0\]: expected a fun",
     ),
     "calls that are no list": (
         [*say("u:x"), {"role": "assistant", "tool_calls": 3}],
@@ -331,19 +331,19 @@ BAD = {
     ),
     "call id": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [call("f", "call_12345", "")]}],
-        r"messages\[1\]\.tool_calls\[0\]\.id: wanted 9 letters or digits, got 'call_12345'",
+        r"messages\[1\]\.tool_calls\[0\]\.id: expected 9 letters or digits, got 'call_12345'",
     ),
     "call name": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [call("f x", "123456789", "")]}],
-        r"messages\[1\]\.tool_calls\[0\]\.function\.name: wanted 1 to 64 .*got 'f x'",
+        r"messages\[1\]\.tool_calls\[0\]\.function\.name: expected 1 to 64 .*got 'f x'",
     ),
     "same id": ([*say("u:x"), {"role": "assistant", "tool_calls": [WEATHER] * 2}], "two calls with the id a1B2c3D4e"),
     "text and calls": (
         [*say("u:x"), {"role": "assistant", "content": "x", "tool_calls": [WEATHER]}],
         r"messages\[1\]: chat format v3 has no answer of both",
     ),
-    "no content": ([{"role": "user"}], r"messages\[0\]\.content: wanted a text .*got None"),
-    "number": ([{"role": "user", "content": 3}], r"messages\[0\]\.content: wanted a text .*got 3"),
+    "no content": ([{"role": "user"}], r"messages\[0\]\.content: expected a text .*got None"),
+    "number": ([{"role": "user", "content": 3}], r"messages\[0\]\.content: expected a text .*got 3"),
     "image": ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]\.content"),
     "empty answer": (say("u:x", "a:", "u:y"), r"messages\[1\]: an answer .* without content"),
 }
@@ -359,16 +359,16 @@ def test_bad_chats_are_one_clear_line(name, pairs):
 @pytest.mark.parametrize(
     "file, tools, message",
     [
-        (TEKKEN, "x", "tools: wanted a list"),
-        (TEKKEN, [3], "tools: wanted a list"),
-        (TEKKEN, [{}], r"tools\[0\]\.function: wanted an object with a name, got None"),
-        (TEKKEN, [{"type": "web"}], r"tools\[0\]\.type: wanted function, got 'web'"),
-        (TEKKEN, [TOOLS[0], tool("")], r"tools\[1\]\.function\.name: wanted 1 to 64 .*got ''"),
+        (TEKKEN, "x", "tools: expected a list"),
+        (TEKKEN, [3], "tools: expected a list"),
+        (TEKKEN, [{}], r"tools\[0\]\.function: expected an object with a name, got None"),
+        (TEKKEN, [{"type": "web"}], r"tools\[0\]\.type: expected function, got 'web'"),
+        (TEKKEN, [TOOLS[0], tool("")], r"tools\[1\]\.function\.name: expected 1 to 64 .*got ''"),
         (TEKKEN, [tool("f"), tool("f")], r"tools\[1\]\.function\.name: two tools with the name f"),
-        (TEKKEN, [tool("f", description=3)], r"tools\[0\]\.function\.description: wanted a text, got 3"),
-        (TEKKEN, [tool("f", parameters=3)], r"tools\[0\]\.function\.parameters: wanted a JSON schema .*got 3"),
-        (TEKKEN, [tool("f", parameters={"type": "string"})], r"parameters\.type: wanted object, got 'string'"),
-        (TEKKEN, [tool(f"f{at}") for at in range(129)], "tools: wanted at most 128, got 129"),
+        (TEKKEN, [tool("f", description=3)], r"tools\[0\]\.function\.description: expected a text, got 3"),
+        (TEKKEN, [tool("f", parameters=3)], r"tools\[0\]\.function\.parameters: expected a JSON schema .*got 3"),
+        (TEKKEN, [tool("f", parameters={"type": "string"})], r"parameters\.type: expected object, got 'string'"),
+        (TEKKEN, [tool(f"f{at}") for at in range(129)], "tools: expected at most 128, got 129"),
         ("tokenizer.model.v1", TOOLS, "chat format v1 has no tools; v3 and newer have"),
     ],
 )
@@ -394,18 +394,18 @@ def test_a_choice_of_tools_is_read(choice, expected):
 
 def test_without_tools_none_is_the_only_choice():
     assert check_tool_choice(None, None) == ("none", None) and check_tool_choice("auto", []) == ("auto", None)
-    with pytest.raises(UserError, match="tool_choice: wanted none or auto where no tools are given"):
+    with pytest.raises(UserError, match="tool_choice: expected none or auto where no tools are given"):
         check_tool_choice("required", [])
 
 
 @pytest.mark.parametrize(
     "choice, message",
     [
-        ("often", "tool_choice: wanted none, auto, required or a function, got 'often'"),
-        (["auto"], "tool_choice: wanted none"),
-        ({"type": "function"}, "tool_choice: wanted the type function and a function with a name"),
-        ({"type": "tool", "function": {"name": "sum-2"}}, "tool_choice: wanted the type function"),
-        (tool("sum"), r"tool_choice\.function\.name: wanted the name of a tool that is given, got 'sum'"),
+        ("often", "tool_choice: expected none, auto, required or a function, got 'often'"),
+        (["auto"], "tool_choice: expected none"),
+        ({"type": "function"}, "tool_choice: expected the type function and a function with a name"),
+        ({"type": "tool", "function": {"name": "sum-2"}}, "tool_choice: expected the type function"),
+        (tool("sum"), r"tool_choice\.function\.name: expected the name of a tool that is given, got 'sum'"),
         (tool(["sum"]), r"tool_choice\.function\.name: .*got \['sum'\]"),
     ],
 )
@@ -447,11 +447,11 @@ def test_messages_are_read_from_json(tmp_path):
     path.write_text(json.dumps({"messages": CHATS["turns"], "tools": TOOLS}))
     assert read_tools(path) == TOOLS
     path.write_text(json.dumps({"messages": CHATS["turns"], "tools": {"a": 1}}))
-    with pytest.raises(UserError, match=r"chat\.json: tools: wanted a list"):
+    with pytest.raises(UserError, match=r"chat\.json: tools: expected a list"):
         read_tools(path)
     for content, message in {
         "[": "not a JSON file",
-        "{}": "wanted a list",
+        "{}": "expected a list",
         '[{"role": "x"}]': r"messages\[0\]\.role",
     }.items():
         path.write_text(content)

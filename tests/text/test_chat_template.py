@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.chat.render import render_chat, spoken_ids
+from nemoe_jax.text.chat.render import encode_with_assistant_mask, render_chat
 from nemoe_jax.text.tokenizers.load import Tokenizer, cut_tekken, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -241,16 +241,16 @@ def test_generation_blocks_mark_the_ids_that_transformers_marks(kind, tmp_path):
     ours, fast = make(tmp_path, kind, SPOKEN)
     chat = [*CHAT, {"role": "assistant", "content": "\n\nover"}]  # transformers would read look-alikes as control ids
     expected = fast.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
-    ids, spoken = spoken_ids(ours, chat)
+    ids, spoken = encode_with_assistant_mask(ours, chat)
     assert ids == expected["input_ids"] == render_chat(ours, chat)
     assert spoken == [bool(mark) for mark in expected["assistant_masks"]]
-    assert spoken_ids(ours, ANSWERED)[0] == render_chat(ours, ANSWERED)
+    assert encode_with_assistant_mask(ours, ANSWERED)[0] == render_chat(ours, ANSWERED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_generation_blocks_the_difference_marks_the_answers(kind, tmp_path):
     ours, _ = make(tmp_path, kind, CHATML)
-    ids, spoken = spoken_ids(ours, ANSWERED)
+    ids, spoken = encode_with_assistant_mask(ours, ANSWERED)
     assert ids == render_chat(ours, ANSWERED)
     said = ours.decode([i for i, mark in zip(ids, spoken, strict=True) if mark], skip_special=False)
     answers = [message["content"].strip() for message in ANSWERED if message["role"] == "assistant"]
@@ -262,16 +262,16 @@ def test_an_answer_of_weight_0_is_not_spoken(tmp_path):
         (tmp_path / name).mkdir()
         ours, _ = make(tmp_path / name, "byte level", template)
         weighted = [{**message, "weight": int(at > 2)} for at, message in enumerate(ANSWERED)]
-        ids, spoken = spoken_ids(ours, weighted)
+        ids, spoken = encode_with_assistant_mask(ours, weighted)
         said = ours.decode([i for i, mark in zip(ids, spoken, strict=True) if mark], skip_special=False)
-        assert ids == spoken_ids(ours, ANSWERED)[0] and said.strip() == "</s>[INST] over<|im_end|>"
+        assert ids == encode_with_assistant_mask(ours, ANSWERED)[0] and said.strip() == "</s>[INST] over<|im_end|>"
 
 
 def test_a_template_that_changes_what_it_wrote_is_refused_for_training(tmp_path):
     ours, _ = make(tmp_path, "byte level", MISTRAL.replace("generation", "if true").replace("endif true", "endif"))
-    assert sum(spoken_ids(ours, CHAT[1:3])[1]) > 2
+    assert sum(encode_with_assistant_mask(ours, CHAT[1:3])[1]) > 2
     with pytest.raises(UserError, match=r"up to messages\[2\] changes with what follows"):
-        spoken_ids(ours, [*CHAT, {"role": "assistant", "content": "x"}])
+        encode_with_assistant_mask(ours, [*CHAT, {"role": "assistant", "content": "x"}])
 
 
 TOOLING = """{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}

@@ -7,7 +7,7 @@ import pytest
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.text import corpus as text_module
-from nemoe_jax.text.corpus import find_files, read_documents, spaced_batches, tokenize
+from nemoe_jax.text.corpus import find_files, read_documents, spaced_batches, tokenize_files
 
 
 class Characters:
@@ -43,21 +43,21 @@ def test_globs_directories_and_held_out_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, wanted",
+    "name, content, expected",
     [
-        ("a.txt", b"ab\xff", r"a\.txt: wanted UTF-8 text, got byte 0xff at 2"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r'a\.jsonl:2: wanted a JSON object with a "text"'),
-        ("a.jsonl", b"{broken\n", r"a\.jsonl:1: wanted a JSON object"),
-        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl:1: wanted a JSON object"),
-        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: wanted a JSON object"),
-        ("a.jsonl", b'{"text": 3}\n', r'a\.jsonl:1: "text": wanted a string, got int'),
+        ("a.txt", b"ab\xff", r"a\.txt: expected UTF-8 text, got byte 0xff at 2"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r'a\.jsonl:2: expected a JSON object with a "text"'),
+        ("a.jsonl", b"{broken\n", r"a\.jsonl:1: expected a JSON object"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl:1: expected a JSON object"),
+        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: expected a JSON object"),
+        ("a.jsonl", b'{"text": 3}\n', r'a\.jsonl:1: "text": expected a string, got int'),
         ("a.txt", b" \n", r"a\.txt: empty text"),
     ],
 )
-def test_bad_text(tmp_path, name, content, wanted):
+def test_bad_text(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=wanted):
-        tokenize(find_files([str(tmp_path)]), Characters())
+    with pytest.raises(UserError, match=expected):
+        tokenize_files(find_files([str(tmp_path)]), Characters())
 
 
 @pytest.mark.parametrize("pattern", ["missing.txt", "*.nothing", "a**b"])
@@ -74,10 +74,10 @@ def test_stream_keeps_the_order_and_closes_documents(tmp_path, monkeypatch, char
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents[:5]))
     for number, document in enumerate(documents[5:]):
         (tmp_path / f"b{number}.txt").write_text(document)
-    stream = tokenize(find_files([str(tmp_path)]), Characters())
+    stream = tokenize_files(find_files([str(tmp_path)]), Characters())
     assert stream.dtype == np.uint16
     assert "".join(map(chr, stream)) == "".join(f"{text}\0" for text in documents)
-    assert tokenize(find_files([str(tmp_path)]), Characters(1 << 17)).dtype == np.uint32
+    assert tokenize_files(find_files([str(tmp_path)]), Characters(1 << 17)).dtype == np.uint32
 
 
 def test_held_out_windows_are_evenly_spaced_and_short_text_is_padded_by_weight():
@@ -94,5 +94,5 @@ def test_held_out_windows_are_evenly_spaced_and_short_text_is_padded_by_weight()
 
 
 def test_too_little_text():
-    with pytest.raises(UserError, match=r"data\.held_out: wanted at least .* = 11 tokens, got 10"):
+    with pytest.raises(UserError, match=r"data\.held_out: expected at least .* = 11 tokens, got 10"):
         spaced_batches(np.zeros(10, np.uint16), 10, 1, 1, "data.held_out")

@@ -248,7 +248,7 @@ def test_cut_of_a_cut_and_of_listed_control_tokens(small, tmp_path):
 
 def test_cut_refuses_what_it_cannot_do_and_leaves_nothing(small, tmp_path):
     for size in (0, 275, 1501):
-        with pytest.raises(UserError, match=rf"wanted a cut of 276 … 1500 ids, got {size}"):
+        with pytest.raises(UserError, match=rf"expected a cut of 276 … 1500 ids, got {size}"):
             cut_tekken(small, tmp_path / "tekken.json", size)
     with pytest.raises(UserError, match="exists already"):
         cut_tekken(small, small, 600)
@@ -275,19 +275,19 @@ def spoil(path: Path, change) -> str:
 
 BAD_TEKKEN = {
     "not JSON": (lambda path: path.read_text()[:-500], "not a JSON file"),
-    "a list": (lambda path: "[1]", "wanted a JSON object, got a list"),
-    "no vocab": (lambda path: spoil(path, lambda s: s.pop("vocab")), "wanted the keys config"),
+    "a list": (lambda path: "[1]", "expected a JSON object, got a list"),
+    "no vocab": (lambda path: spoil(path, lambda s: s.pop("vocab")), "expected the keys config"),
     "no pattern": (
         lambda path: spoil(path, lambda s: s["config"].pop("pattern")),
-        r"config.pattern: wanted a str, got None",
+        r"config.pattern: expected a str, got None",
     ),
     "bad pattern": (lambda path: spoil(path, lambda s: s["config"].update(pattern="(")), "no regular expression"),
     "bad size": (
         lambda path: spoil(path, lambda s: s["config"].update(default_vocab_size="x")),
-        "wanted a int, got 'x'",
+        "expected a int, got 'x'",
     ),
     "bad version": (lambda path: spoil(path, lambda s: s["config"].update(version="new")), "got 'new'"),
-    "too few ranks": (lambda path: spoil(path, lambda s: s["vocab"].pop()), "wanted 256 … 1479 ranks"),
+    "too few ranks": (lambda path: spoil(path, lambda s: s["vocab"].pop()), "expected 256 … 1479 ranks"),
     "swapped": (lambda path: spoil(path, lambda s: s["vocab"].reverse()), r"vocab\[0\] is no Tekken entry"),
     "bad base64": (lambda path: spoil(path, lambda s: s["vocab"][300].update(token_bytes="*")), r"vocab\[300\]"),
     "twice": (lambda path: spoil(path, lambda s: s["vocab"][301].update(s["vocab"][300], rank=301)), r"vocab\[301\]"),
@@ -295,7 +295,7 @@ BAD_TEKKEN = {
         lambda path: spoil(path, lambda s: (s.pop("special_tokens"), s["config"].update(version="v11"))),
         "special_tokens",
     ),
-    "gap": (lambda path: spoil(path, lambda s: s["special_tokens"].pop(3)), "wanted ranks 0 … 18"),
+    "gap": (lambda path: spoil(path, lambda s: s["special_tokens"].pop(3)), "expected ranks 0 … 18"),
     "too many": (
         lambda path: spoil(path, lambda s: s["config"].update(default_num_special_tokens=3)),
         "20 special_tokens",

@@ -230,8 +230,8 @@ def test_foreign_ids_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"model": None}, "wanted model.vocab"),
-        ({"added_tokens": [{"id": 1}]}, "wanted model.vocab and added_tokens"),
+        ({"model": None}, "expected model.vocab"),
+        ({"added_tokens": [{"id": 1}]}, "expected model.vocab and added_tokens"),
         ({"added_tokens": [{"id": 7, "content": "<s>", "special": True}]}, "tokenizers library|id of <s> disagrees"),
         ({"pre_tokenizer": {"type": "Nonsense"}}, "tokenizers library"),
     ],

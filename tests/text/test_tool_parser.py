@@ -10,8 +10,8 @@ pytest.importorskip("mistral_common")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemoe_jax.serving.engine.request import Piece, ScoredToken
-from nemoe_jax.text.chat.tool_parser import AnswerStream, ParsedAnswer, parse_answer
+from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
+from nemoe_jax.text.chat.tool_parser import ParsedAnswer, ToolCallStreamParser, parse_tool_calls
 from nemoe_jax.text.tokenizers.load import StreamDecoder, Tokenizer, load_tokenizer
 from tests.support.call_tokenizers import DATA, tekken_versions, with_tags
 
@@ -34,19 +34,19 @@ def write(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_parts(part for part in parts if part != "")
 
 
-def pieces(tokenizer: Tokenizer, tokens: list[int], sizes: list[int] | None = None) -> list[Piece]:
+def pieces(tokenizer: Tokenizer, tokens: list[int], sizes: list[int] | None = None) -> list[RequestOutput]:
     """An answer as the engine gives it, so many tokens a piece; the last piece alone has what was held back."""
     decoder, made, at = StreamDecoder(tokenizer), [], 0
     for size in [*(sizes or []), *[1] * len(tokens)]:
         some, at = tokens[at : at + size], at + size
         text = "".join(decoder.push(token) for token in some)
-        made.append(Piece(text, tuple(map(ScoredToken, some))))
-    return [*made, Piece(decoder.flush(), (), "stop")]
+        made.append(RequestOutput(text, tuple(map(ScoredToken, some))))
+    return [*made, RequestOutput(decoder.flush(), (), "stop")]
 
 
-def streamed(tokenizer: Tokenizer, made: list[Piece], tools=TOOLS) -> tuple[str, ParsedAnswer]:
+def streamed(tokenizer: Tokenizer, made: list[RequestOutput], tools=TOOLS) -> tuple[str, ParsedAnswer]:
     """The text that could be sent at once, and the rest."""
-    stream = AnswerStream(tokenizer, tools)
+    stream = ToolCallStreamParser(tokenizer, tools)
     return "".join(map(stream.push, made)), stream.finish()
 
 
@@ -78,7 +78,7 @@ GOOD = [
 def test_good_answers(form, written, text, calls, tokenizers):
     tokenizer = tokenizers[form]
     tokens = write(tokenizer, written)
-    answer = parse_answer(tokenizer, tokens, TOOLS)
+    answer = parse_tool_calls(tokenizer, tokens, TOOLS)
     assert (answer.text, plain(answer), answer.warnings) == (text, calls, ())
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", call.id) for call in answer.calls)
     assert ("a1B2c3D4e" in written) == ("a1B2c3D4e" in [call.id for call in answer.calls])
@@ -94,17 +94,17 @@ BAD = [
     *(
         ("v3", "[TOOL_CALLS]" + text, "", text, warning)
         for text, warning in (
-            ('[{"name": "two words", "arguments": {}}]', "name: wanted"),
-            ('[{"name": "sum-2", "arguments": [3]}]', "arguments: wanted an object, got list"),
+            ('[{"name": "two words", "arguments": {}}]', "name: expected"),
+            ('[{"name": "sum-2", "arguments": [3]}]', "arguments: expected an object, got list"),
             ('[{"name": "sum-2", "arguments": {"x": NaN}}]', "NaN is not JSON"),
             ('[{"name": "sum-2", "arguments": {"x": 1e999}}]', "arguments: Out of range"),
         )
     ),
-    ("v3", "[TOOL_CALLS][3]", "", "[3]", "wanted an object"),
+    ("v3", "[TOOL_CALLS][3]", "", "[3]", "expected an object"),
     ("v3", "[TOOL_CALLS]" + "[" * 5000, "", "[" * 5000, "not JSON"),
     ("v11", "So [TOOL_CALLS]weather{}", "So ", "weather{}", r"behind one \[ARGS\], got 0"),
     ("v11", "So [TOOL_CALLS]weather[ARGS][ARGS]{}", "So ", "weather{}", r"behind one \[ARGS\], got 2"),
-    ("v13", "[TOOL_CALLS][ARGS]{}", "", "{}", "name: wanted"),
+    ("v13", "[TOOL_CALLS][ARGS]{}", "", "{}", "name: expected"),
     ("tags", "So " + TAG[:-1], "So ", TAG[:-1], "no </tool_call>"),
     ("control tags", "So <tool_call>x</tool_call>", "So ", "<tool_call>x</tool_call>", "not JSON"),
 ]
@@ -114,23 +114,23 @@ BAD = [
 def test_malformed_calls_are_text_with_a_warning(form, written, before, text, warning, tokenizers):
     tokenizer = tokenizers[form]
     tokens = write(tokenizer, written)
-    answer = parse_answer(tokenizer, tokens, TOOLS)
+    answer = parse_tool_calls(tokenizer, tokens, TOOLS)
     assert answer.text == before + text and answer.calls == ()
     assert len(answer.warnings) == 1 and re.search(f"a tool call was left as text: .*{warning}", answer.warnings[0])
     assert streamed(tokenizer, pieces(tokenizer, tokens)) == (before, ParsedAnswer(text, (), answer.warnings))
 
 
 def test_what_is_good_among_malformed_calls_is_called(tokenizers):
-    answer = parse_answer(tokenizers["v3"], write(tokenizers["v3"], LIST + ", 3]  more"), TOOLS)
+    answer = parse_tool_calls(tokenizers["v3"], write(tokenizers["v3"], LIST + ", 3]  more"), TOOLS)
     assert (plain(answer), answer.text, len(answer.warnings)) == ([W], "3  more", 2)
-    answer = parse_answer(tokenizers["v13"], write(tokenizers["v13"], "[TOOL_CALLS]x" + MARKED), TOOLS)
+    answer = parse_tool_calls(tokenizers["v13"], write(tokenizers["v13"], "[TOOL_CALLS]x" + MARKED), TOOLS)
     assert (plain(answer), answer.text, len(answer.warnings)) == ([W], "x", 1)
-    answer = parse_answer(tokenizers["tags"], write(tokenizers["tags"], f"a<tool_call>b{TAG}c"), TOOLS)
+    answer = parse_tool_calls(tokenizers["tags"], write(tokenizers["tags"], f"a<tool_call>b{TAG}c"), TOOLS)
     assert (plain(answer), answer.text, len(answer.warnings)) == ([W], "a<tool_call>bc", 1)
 
 
 def test_an_unknown_function_is_called_with_a_warning(tokenizers):
-    answer = parse_answer(tokenizers["v3"], write(tokenizers["v3"], LIST.replace("weather", "wether") + "]"), TOOLS)
+    answer = parse_tool_calls(tokenizers["v3"], write(tokenizers["v3"], LIST.replace("weather", "wether") + "]"), TOOLS)
     assert plain(answer) == [("wether", W[1])] and answer.warnings == ("call 1: no tool has the name wether",)
 
 
@@ -138,50 +138,50 @@ def test_ids_are_made_where_they_are_malformed_or_doubled(tokenizers):
     call = '{"name": "sum-2", "arguments": {}, "id": %s}'
     ids = '"a1B2c3D4e"', '"a1B2c3D4e"', '"too long 10"', "7", "null"
     written = f"[TOOL_CALLS][{', '.join(call % identity for identity in ids)}]"
-    made = [made.id for made in parse_answer(tokenizers["v3"], write(tokenizers["v3"], written), TOOLS).calls]
+    made = [made.id for made in parse_tool_calls(tokenizers["v3"], write(tokenizers["v3"], written), TOOLS).calls]
     assert made[0] == "a1B2c3D4e" and len(set(made)) == 5
     assert all(re.fullmatch("[a-zA-Z0-9]{9}", identity) for identity in made)
 
 
 def test_half_a_surrogate_pair_stays_an_escape(tokenizers):
     written = r'[TOOL_CALLS][{"name": "sum-2", "arguments": {"é": "\ud83d"}}]'
-    (call,) = parse_answer(tokenizers["v3"], write(tokenizers["v3"], written), TOOLS).calls
+    (call,) = parse_tool_calls(tokenizers["v3"], write(tokenizers["v3"], written), TOOLS).calls
     assert call.arguments.encode() and json.loads(call.arguments) == {"é": "\ud83d"}
 
 
 def test_end_tokens_are_no_part_of_the_text(tokenizers):
     tokenizer = tokenizers["v3"]
     names = len(tokenizer.control)
-    assert parse_answer(tokenizer, [names + 97, 2], TOOLS).text == "a"
-    assert parse_answer(tokenizer, [names + 97, names + 98], TOOLS, end_tokens=[names + 98]).text == "a"
+    assert parse_tool_calls(tokenizer, [names + 97, 2], TOOLS).text == "a"
+    assert parse_tool_calls(tokenizer, [names + 97, names + 98], TOOLS, end_tokens=[names + 98]).text == "a"
     calls = write(tokenizer, LIST + "]")
-    made = [Piece("", tuple(map(ScoredToken, [*calls, names + 98])), "stop")]
-    stream = AnswerStream(tokenizer, TOOLS, end_tokens=[names + 98])
+    made = [RequestOutput("", tuple(map(ScoredToken, [*calls, names + 98])), "stop")]
+    stream = ToolCallStreamParser(tokenizer, TOOLS, end_tokens=[names + 98])
     assert stream.push(made[0]) == "" and plain(stream.finish()) == [W] == plain(stream.finish())
 
 
 @pytest.mark.parametrize("tools", [None, []])
 def test_without_tools_everything_is_text(tools, tokenizers):
     tokens = write(tokenizers["v3"], "Hi " + LIST + "]")
-    assert parse_answer(tokenizers["v3"], tokens, tools) == ParsedAnswer("Hi " + LIST[12:] + "]")
+    assert parse_tool_calls(tokenizers["v3"], tokens, tools) == ParsedAnswer("Hi " + LIST[12:] + "]")
     made = pieces(tokenizers["v3"], tokens)
     assert streamed(tokenizers["v3"], made, tools) == ("Hi " + LIST[12:] + "]", ParsedAnswer(""))
 
 
 def test_the_stream_ends_where_a_stop_text_cut_it(tokenizers):
     tokens = tuple(map(ScoredToken, write(tokenizers["v3"], "Hello you")))
-    assert streamed(tokenizers["v3"], [Piece("Hel", tokens, "stop")]) == ("Hel", ParsedAnswer(""))
+    assert streamed(tokenizers["v3"], [RequestOutput("Hel", tokens, "stop")]) == ("Hel", ParsedAnswer(""))
 
 
 def test_a_tag_is_held_back_while_it_may_be_one(tokenizers):
-    stream = AnswerStream(tokenizers["tags"], TOOLS)
-    sent = [stream.push(Piece(text, ())) for text in ("a<", "b <tool", "_x<tool_ca", "ll>{", "}")]
+    stream = ToolCallStreamParser(tokenizers["tags"], TOOLS)
+    sent = [stream.push(RequestOutput(text, ())) for text in ("a<", "b <tool", "_x<tool_ca", "ll>{", "}")]
     assert sent == ["a", "<b ", "<tool_x", "", ""]
     assert stream.finish().text == "<tool_call>{}"
 
 
 def test_answers_are_messages(tokenizers):
-    answer = parse_answer(tokenizers["v11"], write(tokenizers["v11"], "So" + MARKED), TOOLS)
+    answer = parse_tool_calls(tokenizers["v11"], write(tokenizers["v11"], "So" + MARKED), TOOLS)
     (call,) = answer.calls
     called = {"id": call.id, "type": "function", "function": {"name": "weather", "arguments": '{"city": "Graz é"}'}}
     assert answer.as_message() == {"role": "assistant", "content": "So", "tool_calls": [called]}
@@ -191,7 +191,7 @@ def test_answers_are_messages(tokenizers):
 
 def holds(tokenizer: Tokenizer, tokens: list[int], sizes: list[int]) -> None:
     """What is true of any answer, whole or streamed."""
-    answer = parse_answer(tokenizer, tokens, TOOLS)
+    answer = parse_tool_calls(tokenizer, tokens, TOOLS)
     assert answer.text.encode() is not None
     for call in answer.calls:
         assert re.fullmatch("[a-zA-Z0-9]{9}", call.id) and re.fullmatch("[a-zA-Z0-9_-]{1,64}", call.name)

@@ -71,12 +71,12 @@ def test_each_phase_leaves_its_adapter_and_together_they_are_the_model(place, do
     bases = [json.loads((path / "adapter_config.json").read_text()) for path in sorted(adapters.iterdir())]
     ends = [base["base_model_name_or_path"].rpartition("mixture")[2] for base in bases]
     assert ends == ["", " after first", " after first"]
-    config, params = pretrained.load(place / "mixture")
+    config, params = pretrained.load_pretrained(place / "mixture")
     for name in ("1-first", "3-last"):
         _, tree = peft_load.load_adapters(adapters / name, config)
         assert any(np.abs(adapter.b).max() > 0 for adapter in leaves(tree).values())
         params = lora.merge(config, params, tree)
-    merged, saved = leaves(params), leaves(pretrained.load(place / "out")[1])
+    merged, saved = leaves(params), leaves(pretrained.load_pretrained(place / "out")[1])
     for path, array in saved.items():
         np.testing.assert_allclose(merged[path], array, atol=1e-6, err_msg=path)
     assert "blocks/moe/ffn/router" in leaves(peft_load.load_adapters(adapters / "1-first", config)[1])
@@ -121,8 +121,8 @@ def test_where_every_phase_is_discarded_the_model_is_what_it_was(place, done, tm
     write_recipe(tmp_path / "bad.yaml", place, "repair", **KEYS, phases=[SPOILT], model="out")
     report = train(read_recipe(tmp_path / "bad.yaml", [f"output={tmp_path / 'out'}"]))
     assert report["held_out_loss_after"] == report["held_out_loss_before"] and report["params_trained"] == 0
-    for path, array in leaves(pretrained.load(tmp_path / "out")[1]).items():
-        np.testing.assert_array_equal(array, leaves(pretrained.load("out")[1])[path], err_msg=path)
+    for path, array in leaves(pretrained.load_pretrained(tmp_path / "out")[1]).items():
+        np.testing.assert_array_equal(array, leaves(pretrained.load_pretrained("out")[1])[path], err_msg=path)
 
 
 def test_an_adapter_of_peft_is_taken_up(place, done, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from train.data import tokenize_documents as tokenise_module
 from train.data.loader import Batch, Corpus, open_corpus, source_files
 from train.data.render import Rendered
 from train.data.token_cache import Writer, default_cache, open_entry
-from train.data.tokenize_documents import tokenise
+from train.data.tokenize_documents import tokenize_source
 from train.recipe import Data, Source
 
 VOCAB = 400
@@ -73,7 +73,7 @@ def same(left: Batch, right: Batch) -> bool:
 def test_documents_keep_their_order_whatever_the_threads(tmp_path, tokenizer, monkeypatch, threads):
     monkeypatch.setattr(tokenise_module, "ROWS_AT_ONCE", 3)
     file = write(tmp_path / "a.jsonl", [{"text": f"word{number}"} for number in range(50)])
-    tokens = tokenise(source(file), options(tmp_path), tokenizer, VOCAB, "data.train.0", threads=threads)
+    tokens = tokenize_source(source(file), options(tmp_path), tokenizer, VOCAB, "data.train.0", threads=threads)
     assert tokens.tokens_N.dtype == np.uint16
     assert tokens.tokens_N[0::2].tolist() == list(range(3, 53)) and set(tokens.tokens_N[1::2]) == {2}
     assert tokens.figures == {"documents": 50, "rows": 50, "bad_rows": 0, "bad": [], "largest": 52}
@@ -81,13 +81,13 @@ def test_documents_keep_their_order_whatever_the_threads(tmp_path, tokenizer, mo
 
 def test_tokens_come_from_the_cache_until_something_changes(tmp_path, tokenizer, monkeypatch):
     calls = []
-    encode = tokenise_module.render
-    monkeypatch.setattr(tokenise_module, "render", lambda *each: calls.append(1) or encode(*each))
+    encode = tokenise_module.encode_document
+    monkeypatch.setattr(tokenise_module, "encode_document", lambda *each: calls.append(1) or encode(*each))
     file = write_texts(tmp_path / "a.jsonl", 5)
 
     def encoded(**keys) -> int:
         calls.clear()
-        opened = tokenise(source(file, **keys), options(tmp_path), tokenizer, VOCAB, "data.train.0")
+        opened = tokenize_source(source(file, **keys), options(tmp_path), tokenizer, VOCAB, "data.train.0")
         assert opened.figures["documents"] == len(opened.offsets) - 1
         return len(calls)
 
@@ -140,7 +140,9 @@ def test_the_cache_lies_where_the_user_keeps_caches(monkeypatch, tmp_path):
 def test_a_limit_counts_documents(tmp_path, tokenizer):
     rows = [{"text": "word1"}, {"text": 3}, {"text": "word2"}, {"text": "word3"}]
     file = write(tmp_path / "a.jsonl", rows)
-    tokens = tokenise(source(file, limit=2), options(tmp_path, max_bad_share=1), tokenizer, VOCAB, "data.train.0")
+    tokens = tokenize_source(
+        source(file, limit=2), options(tmp_path, max_bad_share=1), tokenizer, VOCAB, "data.train.0"
+    )
     assert tokens.tokens_N.tolist() == [4, 2, 5, 2]
     assert (tokens.figures["rows"], tokens.figures["bad_rows"]) == (3, 1)
 
@@ -149,19 +151,19 @@ def test_bad_rows_are_left_out_or_stop_the_run(tmp_path, tokenizer):
     rows = [{"text": "word1"}] * 200
     rows[3], rows[150] = "{broken", {"query": "x"}
     file = write(tmp_path / "a.jsonl", rows)
-    tokens = tokenise(source(file), options(tmp_path), tokenizer, VOCAB, "data.train.0")
+    tokens = tokenize_source(source(file), options(tmp_path), tokenizer, VOCAB, "data.train.0")
     assert (tokens.figures["documents"], tokens.figures["bad_rows"]) == (198, 2)
-    assert tokens.figures["bad"][0].startswith(f"{file}:4: wanted a JSON object, got b'{{broken'")
+    assert tokens.figures["bad"][0].startswith(f"{file}:4: expected a JSON object, got b'{{broken'")
     for attempt in range(2):  # whether the tokens are in the cache or not
         if attempt:
             rows[4] = {"text": "word1 "}
             write(file, rows)
-        with pytest.raises(UserError, match=r"data\.train\.0: .*a\.jsonl:4: wanted a JSON object"):
-            tokenise(source(file), options(tmp_path, bad_rows="stop"), tokenizer, VOCAB, "data.train.0")
+        with pytest.raises(UserError, match=r"data\.train\.0: .*a\.jsonl:4: expected a JSON object"):
+            tokenize_source(source(file), options(tmp_path, bad_rows="stop"), tokenizer, VOCAB, "data.train.0")
         with pytest.raises(
             UserError, match=r"2 of 200 rows are bad, and data.max_bad_share is 0.009 \(.*:4: .*; .*:151: .*query"
         ) as caught:
-            tokenise(source(file), options(tmp_path, max_bad_share=0.009), tokenizer, VOCAB, "data.train.0")
+            tokenize_source(source(file), options(tmp_path, max_bad_share=0.009), tokenizer, VOCAB, "data.train.0")
         assert "\n" not in str(caught.value)
 
 
@@ -172,7 +174,7 @@ def test_bad_rows_are_left_out_or_stop_the_run(tmp_path, tokenizer):
         (
             [{"text": 3}],
             VOCAB,
-            r"data\.train\.0: .*a\.jsonl: no document in it \(.*a\.jsonl:1: text: wanted a text, got 3\)",
+            r"data\.train\.0: .*a\.jsonl: no document in it \(.*a\.jsonl:1: text: expected a text, got 3\)",
         ),
         ([{"text": "word1 word90"}], 93, r"tokenizer\.json: gives token 93; the model's embedding has 93 rows"),
     ],
@@ -181,14 +183,14 @@ def test_sources_of_no_use(tmp_path, tokenizer, rows, vocab, message):
     file = write(tmp_path / "a.jsonl", rows)
     for _ in range(2):
         with pytest.raises(UserError, match=message):
-            tokenise(source(file), options(tmp_path, max_bad_share=1), tokenizer, vocab, "data.train.0")
+            tokenize_source(source(file), options(tmp_path, max_bad_share=1), tokenizer, vocab, "data.train.0")
 
 
 def test_a_vocabulary_that_is_too_small_is_noticed_in_the_cache_as_well(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", [{"text": "word90"}])
-    tokenise(source(file), options(tmp_path), tokenizer, 94, "data.train.0")
+    tokenize_source(source(file), options(tmp_path), tokenizer, 94, "data.train.0")
     with pytest.raises(UserError, match="gives token 93"):
-        tokenise(source(file), options(tmp_path), tokenizer, 93, "data.train.0")
+        tokenize_source(source(file), options(tmp_path), tokenizer, 93, "data.train.0")
 
 
 # batches
@@ -267,7 +269,7 @@ def test_epochs_hold_every_row_once_in_new_orders_and_sources_their_share(tmp_pa
     of_texts = {weighted.packed[1][row].inputs.tobytes() for row in range(len(weighted.packed[1]))}
     drawn = weighted.iterator(1, 0)
     assert sum(next(drawn).inputs.tobytes() in of_texts for _ in range(100)) == 25
-    with pytest.raises(UserError, match=r"data\.train: weight: wanted one for every source or for none, got 1 of 2"):
+    with pytest.raises(UserError, match=r"data\.train: weight: expected one for every source or for none, got 1 of 2"):
         open_corpus([chats, one], options(tmp_path), tokenizer, VOCAB)
 
 

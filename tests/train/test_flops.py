@@ -46,7 +46,7 @@ def _with_full_attention(formula: float, passes: int) -> float:
         ("embed", model_flops.model_flops_per_token(WIDE, LENGTH, "lora"), 3),
     ],
 )
-def test_formula_is_what_xla_counts(trained, formula, passes, optimised):
+def test_formula_is_what_xla_counts(trained, formula, passes, optimized):
     assert _counted_by_xla(WIDE, trained) == pytest.approx(_with_full_attention(formula, passes), rel=0.02)
 
 

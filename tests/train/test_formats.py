@@ -95,8 +95,8 @@ def write_magpie(path):
 )
 def test_published_formats(tmp_path, write, name, form):
     expected = write(tmp_path / name)
-    for wanted in ("auto", form):
-        assert [to_document(row, wanted) for _, row in find_rows(source(tmp_path)).read()] == expected
+    for expected in ("auto", form):
+        assert [to_document(row, expected) for _, row in find_rows(source(tmp_path)).read()] == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 10**6])
@@ -158,7 +158,7 @@ def test_data_sets_saved_to_disk(tmp_path):
         find_rows(source(dataset=str(tmp_path / "two"))).identity
         != find_rows(source(dataset=str(tmp_path / "one"))).identity
     )
-    with pytest.raises(UserError, match=r"two: split: wanted one of train, test, got 'dev'"):
+    with pytest.raises(UserError, match=r"two: split: expected one of train, test, got 'dev'"):
         documents(dataset=str(tmp_path / "two"), split="dev")
 
 
@@ -171,7 +171,7 @@ def test_a_data_set_that_is_missing_is_one_clear_line():
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match=r"wanted the package datasets .*pip install 'nemoe-jax\[datasets\]'"):
+    with pytest.raises(UserError, match=r"expected the package datasets .*pip install 'nemoe-jax\[datasets\]'"):
         find_rows(source(dataset="x/y"))
 
 
@@ -237,17 +237,17 @@ def test_answers_that_are_not_to_be_learned_keep_their_weight():
 @pytest.mark.parametrize(
     "row, form, message",
     [
-        ([1], "auto", r"wanted an object, got \[1\]"),
+        ([1], "auto", r"expected an object, got \[1\]"),
         ({"body": "x", "id": 1}, "auto", "the keys body, id belong to no known format"),
         ({}, "auto", r"the keys \(none\)"),
         ({"conversations": None, "query": "x"}, "auto", "belong to no known format"),
-        ({"text": 3}, "auto", "text: wanted a text, got 3"),
+        ({"text": 3}, "auto", "text: expected a text, got 3"),
         ({"text": " \n"}, "auto", "text: empty"),
-        ({"body": 3}, "text", "text: wanted a text, got None"),
-        ("plain", "sharegpt", "wanted a row of the format sharegpt, got a text"),
-        ({"conversations": []}, "auto", "conversations: wanted a list of messages"),
-        ({"conversations": "x"}, "auto", "conversations: wanted a list of messages"),
-        ({"conversations": ["x"]}, "auto", r"conversations\[0\]: wanted an object with from and value, got 'x'"),
+        ({"body": 3}, "text", "text: expected a text, got None"),
+        ("plain", "sharegpt", "expected a row of the format sharegpt, got a text"),
+        ({"conversations": []}, "auto", "conversations: expected a list of messages"),
+        ({"conversations": "x"}, "auto", "conversations: expected a list of messages"),
+        ({"conversations": ["x"]}, "auto", r"conversations\[0\]: expected an object with from and value, got 'x'"),
         (
             {"conversations": [{"from": "narrator", "value": "x"}]},
             "auto",
@@ -257,7 +257,7 @@ def test_answers_that_are_not_to_be_learned_keep_their_weight():
         (
             {"conversations": [{"from": "human", "value": 3}]},
             "auto",
-            r"conversations\[0\]: value: wanted a text, got 3",
+            r"conversations\[0\]: value: expected a text, got 3",
         ),
         ({"conversations": turns("u:x")}, "auto", "no answer to learn from"),
         ({"conversations": [{**turn, "weight": 0} for turn in turns("u:x", "a:y")]}, "auto", "no answer to learn from"),
@@ -272,18 +272,18 @@ def test_answers_that_are_not_to_be_learned_keep_their_weight():
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]},
             "auto",
-            "content: wanted a text or a list of text blocks",
+            "content: expected a text or a list of text blocks",
         ),
-        (messages({"role": "assistant", "content": "x"}, tools="{x"), "auto", "tools: wanted JSON"),
-        (messages({"role": "assistant", "content": "x"}, tools=[3]), "auto", r"tools\[0\]: wanted an object"),
+        (messages({"role": "assistant", "content": "x"}, tools="{x"), "auto", "tools: expected JSON"),
+        (messages({"role": "assistant", "content": "x"}, tools=[3]), "auto", r"tools\[0\]: expected an object"),
         (
             messages({"role": "assistant", "tool_calls": [{"function": 3}]}),
             "auto",
-            r"messages\[1\]: tool_calls: wanted",
+            r"messages\[1\]: tool_calls: expected",
         ),
         ({"instruction": "x", "output": ""}, "auto", "output: empty"),
-        ({"instruction": "x", "input": 3, "output": "y"}, "auto", "input: wanted a text, got 3"),
-        ({"query": "x", "response": ["y"]}, "auto", "response: wanted a text"),
+        ({"instruction": "x", "input": 3, "output": "y"}, "auto", "input: expected a text, got 3"),
+        ({"query": "x", "response": ["y"]}, "auto", "response: expected a text"),
     ],
 )
 def test_bad_rows(row, form, message):
@@ -296,9 +296,9 @@ def test_bad_rows(row, form, message):
     [
         ("a.json", b'[{"text": "x"}, {"text": ]', r"a\.json: row 2: not JSON, or cut short: '\{\"text\": \]'"),
         ("a.json", b'[{"text": "x"}', r"a\.json: row 2: not JSON, or cut short: ''"),
-        ("a.json", b"3", r"a\.json: wanted a list of rows, or one row a line, got '3'"),
-        ("a.json", b'{\n "a": 1\n}\n', r"a\.json: wanted a list of rows, or one row a line"),
-        ("a.json", b'[{"text": "\xff"}]', r"a\.json: wanted UTF-8, got byte 0xff"),
+        ("a.json", b"3", r"a\.json: expected a list of rows, or one row a line, got '3'"),
+        ("a.json", b'{\n "a": 1\n}\n', r"a\.json: expected a list of rows, or one row a line"),
+        ("a.json", b'[{"text": "\xff"}]', r"a\.json: expected UTF-8, got byte 0xff"),
         ("a.parquet", b"PAR1nothing", r"a\.parquet: not a Parquet file, or damaged"),
     ],
 )
@@ -311,9 +311,9 @@ def test_damaged_files(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", b'{"text": "x"}\n{broken\n', r"wanted a JSON object, got b'\{broken'"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', "wanted a JSON object"),
-        ("a.txt", b"ab\xff", "wanted UTF-8 text, got byte 0xff at 2"),
+        ("a.jsonl", b'{"text": "x"}\n{broken\n', r"expected a JSON object, got b'\{broken'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', "expected a JSON object"),
+        ("a.txt", b"ab\xff", "expected UTF-8 text, got byte 0xff at 2"),
     ],
 )
 def test_rows_that_cannot_be_read_come_as_bad_rows(tmp_path, name, content, message):

@@ -19,14 +19,14 @@ MASK = RNG.integers(0, 2, (3, 5))
 
 def test_cross_entropy_equals_torch():
     student, targets = torch.tensor(STUDENT).flatten(0, 1), torch.tensor(TARGETS).flatten()
-    wanted = torch.nn.functional.cross_entropy(student, targets, reduction="none")
-    np.testing.assert_allclose(cross_entropy(STUDENT, TARGETS).ravel(), wanted, rtol=1e-5, atol=1e-6)
+    expected = torch.nn.functional.cross_entropy(student, targets, reduction="none")
+    np.testing.assert_allclose(cross_entropy(STUDENT, TARGETS).ravel(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_forward_kl_equals_torch():
     logs = [torch.log_softmax(torch.tensor(logits), -1) for logits in (STUDENT, TEACHER)]
-    wanted = torch.nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1)
-    np.testing.assert_allclose(forward_kl(STUDENT, TEACHER), wanted, rtol=1e-4)
+    expected = torch.nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1)
+    np.testing.assert_allclose(forward_kl(STUDENT, TEACHER), expected, rtol=1e-4)
     assert abs(forward_kl(TEACHER, TEACHER)).max() < 1e-6
     assert abs(forward_kl(STUDENT, TEACHER) - forward_kl(TEACHER, STUDENT)).max() > 1e-2  # forward, not reverse
 
@@ -66,15 +66,17 @@ def test_chunks_give_the_sums_and_gradients_of_the_whole(chunk):
         return 3 * total, sums
 
     (value, sums), gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(head, hidden)
-    (wanted, wanted_sums), wanted_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(head, hidden)
+    (expected, wanted_sums), wanted_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(head, hidden)
     for got, want in zip(
-        jax.tree.leaves((value, sums, gradients)), jax.tree.leaves((wanted, wanted_sums, wanted_gradients)), strict=True
+        jax.tree.leaves((value, sums, gradients)),
+        jax.tree.leaves((expected, wanted_sums, wanted_gradients)),
+        strict=True,
     ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(chunked)(head, hidden)[0], wanted, rtol=1e-6)  # without a gradient as well
+    np.testing.assert_allclose(jax.jit(chunked)(head, hidden)[0], expected, rtol=1e-6)  # without a gradient as well
 
 
-def test_no_logits_of_all_tokens_are_held(optimised):
+def test_no_logits_of_all_tokens_are_held(optimized):
     """Compiled memory of value and gradient: a few chunks' logits, far below those of all tokens."""
     batch, length, width, vocabulary, chunk = 2, 512, 16, 8192, 64
     head = {"head": jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)}

@@ -78,8 +78,8 @@ def test_every_token_is_in_one_row_and_targets_stay_in_their_document(tmp_path, 
     for row in rows:
         chats_here = {home[token] for token in row.inputs[row.segments > 0].tolist() if documents[home[token]].is_chat}
         for number in chats_here:
-            wanted = documents[number].ids_N[:length]
-            assert np.isin(wanted, row.inputs).all()
+            expected = documents[number].ids_N[:length]
+            assert np.isin(expected, row.inputs).all()
 
 
 def test_a_text_that_is_cut_goes_on_in_the_next_row_without_losing_a_target(tmp_path):

@@ -15,7 +15,7 @@ from tests.support.configs import DENSE, MIXTRAL
 from train import cli
 from train import recipe as recipes
 from train.plan import aot, hlo, hlo_flops, plan
-from train.run.auto_mesh import auto
+from train.run.auto_mesh import auto_mesh
 
 NEMOE = preset("nemoe-12b-16e")
 SNIPPET = """\
@@ -110,7 +110,7 @@ def mesh8() -> Mesh:
     return Mesh(jax.devices()[:8], ("x",))
 
 
-def test_transfers_of_a_real_program(mesh8, optimised):
+def test_transfers_of_a_real_program(mesh8, optimized):
     """Five layers whose weights are gathered, one sum over all devices: counted, and their bytes."""
     D, LAYERS = 64, 5
 
@@ -140,7 +140,7 @@ def test_transfers_of_a_real_program(mesh8, optimised):
     assert hlo_flops.executed_flops(program) == LAYERS * 2 * 2 * D * D
 
 
-def test_executed_flops_of_a_scan_are_those_unrolled(optimised):
+def test_executed_flops_of_a_scan_are_those_unrolled(optimized):
     """Gradients of a scanned function, counted here, against XLA's count of the same function without a scan."""
     x, weights = jnp.ones((32, 48)), jnp.ones((4, 48, 48))
 
@@ -164,7 +164,7 @@ def test_executed_flops_of_a_scan_are_those_unrolled(optimised):
         {"window_strides": (1,), "padding": ((4, 0),), "rhs_dilation": (2,)},
     ],
 )
-def test_convolutions_count_what_xla_counts(options, optimised):
+def test_convolutions_count_what_xla_counts(options, optimized):
     left, kernel = jnp.ones((3, 5, 17)), jnp.ones((7, 5, 4))
     compiled = jax.jit(lambda a, b: jax.lax.conv_general_dilated(a, b, **options)).lower(left, kernel).compile()
     assert hlo_flops.executed_flops(hlo.parse(compiled.as_text())) == compiled.cost_analysis()["flops"]
@@ -185,16 +185,16 @@ def test_convolutions_count_what_xla_counts(options, optimised):
     ],
 )
 def test_auto_mesh(devices, rows, length, sizes):
-    assert auto(NEMOE, devices, rows, length) == sizes
+    assert auto_mesh(NEMOE, devices, rows, length) == sizes
 
 
 def test_auto_mesh_of_nothing_that_fits():
     with pytest.raises(UserError, match="mesh: auto: no division of 11 devices fits 3 rows of 100 tokens"):
-        auto(NEMOE, 11, 3, 100)
+        auto_mesh(NEMOE, 11, 3, 100)
 
 
 @pytest.mark.parametrize(
-    ("message", "wanted", "available"),
+    ("message", "expected", "available"),
     [
         (
             "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
@@ -205,10 +205,10 @@ def test_auto_mesh_of_nothing_that_fits():
         ("Ran out of memory in memory space hbm. Used 512.00M of 0.25G hbm. Exceeded", 0.5, 0.25),
     ],
 )
-def test_out_of_memory_is_read(message, wanted, available):
+def test_out_of_memory_is_read(message, expected, available):
     error = aot.read_out_of_memory(message)
     assert error is not None
-    assert (error.wanted, error.available) == (int(wanted * 2**30), int(available * 2**30))
+    assert (error.expected, error.available) == (int(expected * 2**30), int(available * 2**30))
     assert aot.read_out_of_memory("INTERNAL: something else (3 of 5)") is None
 
 
@@ -256,7 +256,7 @@ def test_step_on_virtual_devices(recipe_file):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "wanted"),
+    ("overrides", "expected"),
     [
         (["data.accumulation=2"], "twice the chips"),
         (["dtype=float32"], "dtype=bfloat16"),
@@ -265,13 +265,13 @@ def test_step_on_virtual_devices(recipe_file):
         ([], "data.accumulation=8 mesh=sequence=8"),
     ],
 )
-def test_advice(recipe_file, overrides, wanted):
+def test_advice(recipe_file, overrides, expected):
     step = aot.build_step(recipes.read_recipe(recipe_file, overrides), jax.devices()[:8])
     arguments = step.bytes_by_kind()
     memory = arguments | {"temporaries": 10**9}
     memory["total"] = sum(memory.values())
     changes = plan.advise(step, memory, memory["total"] // 5)
-    assert any(wanted in change.change for change in changes)
+    assert any(expected in change.change for change in changes)
     assert all(change.total == memory["total"] - change.saves for change in changes)
     fits = [change.fits for change in changes]
     assert fits == sorted(fits, reverse=True)
@@ -281,7 +281,7 @@ def test_advice(recipe_file, overrides, wanted):
     ("words", "message"),
     [
         (["nano-repair"], "libtpu"),
-        (["nano-repair", "--phase", "second"], "--phase: wanted one of train, got second"),
+        (["nano-repair", "--phase", "second"], "--phase: expected one of train, got second"),
         (["nano-repairs"], "no such recipe file"),
     ],
 )
@@ -325,4 +325,4 @@ class TestTheTpuCompiler:
     def test_an_unknown_topology(self, recipe_file):
         done = self._run(recipe_file, "--topology", "v5e:3x5")
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert "wanted one such as v5e:4x4" in done.stderr
+        assert "expected one such as v5e:4x4" in done.stderr

@@ -70,59 +70,63 @@ def test_phases_take_from_the_top_what_they_do_not_say(minimal):
 
 
 @pytest.mark.parametrize(
-    "phases, override, wanted",
+    "phases, override, expected",
     [
-        ([{}, {}], "seed=1", r"phases: wanted different names, got train, train"),
+        ([{}, {}], "seed=1", r"phases: expected different names, got train, train"),
         (PHASES, "phases.1.stepz=3", r"phases\.1\.stepz: unknown key.*nearest known key is steps"),
-        (PHASES, "phases.2.steps=3", r"wanted an index below 2, got '2'"),
-        (PHASES, "data.batch_size=0", r"[^.]data\.batch_size: wanted greater than 0, got 0 \(from the command line\)$"),
-        (PHASES, "phases.1.optimizer.warmup_steps=9", r"phases\.1\.optimizer\.warmup_steps: wanted at most steps"),
-        ([3], "seed=1", r"phases\.0: wanted a valid dictionary"),
+        (PHASES, "phases.2.steps=3", r"expected an index below 2, got '2'"),
+        (
+            PHASES,
+            "data.batch_size=0",
+            r"[^.]data\.batch_size: expected greater than 0, got 0 \(from the command line\)$",
+        ),
+        (PHASES, "phases.1.optimizer.warmup_steps=9", r"phases\.1\.optimizer\.warmup_steps: expected at most steps"),
+        ([3], "seed=1", r"phases\.0: expected a valid dictionary"),
         ([], "seed=1", r"phases: .*at least 1 item"),
-        ("two", "seed=1", r"phases: wanted a valid list"),
-        (5, "seed=1", r"phases: wanted a valid list"),
+        ("two", "seed=1", r"phases: expected a valid list"),
+        (5, "seed=1", r"phases: expected a valid list"),
     ],
 )
-def test_bad_phases(minimal, phases, override, wanted):
+def test_bad_phases(minimal, phases, override, expected):
     minimal.write_text(yaml.safe_dump(MINIMAL | {"phases": phases}))
     with pytest.raises(UserError) as caught:
         read_recipe(minimal, [override])
-    assert re.search(wanted, str(caught.value)), caught.value
+    assert re.search(expected, str(caught.value)), caught.value
 
 
 @pytest.mark.parametrize(
-    "override, wanted",
+    "override, expected",
     [
         ("stepz=3", r"stepz: unknown key.*nearest known key is steps$"),
         ("optimizer.learning_rte=3", r"optimizer\.learning_rte: unknown key.*optimizer\.learning_rate$"),
         ("learning_rate=3", r"learning_rate: unknown key.*optimizer\.learning_rate$"),
         ("lora.0.rnk=3", r"lora\.0\.rnk: unknown key.*lora\.N\.rank$"),
-        ("steps=many", r"steps: wanted a valid integer, got 'many' \(from the command line\)"),
-        ("steps=0", r"steps: wanted .*greater than 0, got 0"),
-        ("optimizer.schedule=cosin", r"optimizer\.schedule: wanted 'cosine', 'linear' or 'constant', got 'cosin'"),
-        ("optimizer.learning_rate=fast", r"optimizer\.learning_rate: wanted a valid number, got 'fast'"),
-        ("data.sequence_length=null", r"data\.sequence_length: wanted a valid integer, got None"),
+        ("steps=many", r"steps: expected a valid integer, got 'many' \(from the command line\)"),
+        ("steps=0", r"steps: expected .*greater than 0, got 0"),
+        ("optimizer.schedule=cosin", r"optimizer\.schedule: expected 'cosine', 'linear' or 'constant', got 'cosin'"),
+        ("optimizer.learning_rate=fast", r"optimizer\.learning_rate: expected a valid number, got 'fast'"),
+        ("data.sequence_length=null", r"data\.sequence_length: expected a valid integer, got None"),
         ("data.train=[]", r"data\.train: .*at least 1 item"),
-        ("lora.3.rank=8", r"lora\.3\.rank: wanted an index below 1, got '3'"),
-        ("steps.more=8", r"steps\.more: wanted a mapping that holds more, got the value 10"),
-        ("steps", r"wanted key=value after the recipe, got 'steps'"),
+        ("lora.3.rank=8", r"lora\.3\.rank: expected an index below 1, got '3'"),
+        ("steps.more=8", r"steps\.more: expected a mapping that holds more, got the value 10"),
+        ("steps", r"expected key=value after the recipe, got 'steps'"),
         ("steps=[1", r"steps: not a YAML value"),
-        ("scratch.hidden=8", r"scratch.layers: missing; wanted number of blocks"),
+        ("scratch.hidden=8", r"scratch.layers: missing; expected number of blocks"),
         ("model=null", r"exactly one of model"),
-        ("lora=[]", r"lora: wanted at least one"),
+        ("lora=[]", r"lora: expected at least one"),
         ("trainable=all", r"lora: came with trainable: all"),
-        ("data.accumulation=4", r"data\.accumulation: wanted a divisor of batch_size 2, got 4"),
-        ("data.train={files: a, dataset: b}", r"data\.train\.0: wanted exactly one of files and dataset"),
+        ("data.accumulation=4", r"data\.accumulation: expected a divisor of batch_size 2, got 4"),
+        ("data.train={files: a, dataset: b}", r"data\.train\.0: expected exactly one of files and dataset"),
         ("adapter=there", r"adapter: brings its own targets"),
-        ("tolerance=0.1", r"tolerance: wanted data\.held_out"),
-        ("lora.0.dropout=1", r"lora\.0\.dropout: wanted less than 1"),
-        ("optimizer.warmup_steps=11", r"optimizer\.warmup_steps: wanted at most steps \(10\), got 11"),
+        ("tolerance=0.1", r"tolerance: expected data\.held_out"),
+        ("lora.0.dropout=1", r"lora\.0\.dropout: expected less than 1"),
+        ("optimizer.warmup_steps=11", r"optimizer\.warmup_steps: expected at most steps \(10\), got 11"),
     ],
 )
-def test_bad_keys_and_values(minimal, override, wanted):
+def test_bad_keys_and_values(minimal, override, expected):
     with pytest.raises(UserError) as caught:
         read_recipe(minimal, [override])
-    assert re.search(wanted, str(caught.value)), caught.value
+    assert re.search(expected, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
 
 
@@ -143,24 +147,24 @@ def test_an_alias_is_a_copy(minimal):
 
 
 @pytest.mark.parametrize(
-    "text, wanted",
+    "text, expected",
     [
         (b"a: [", "not YAML"),
         (b"\xff\x00", "not YAML"),
         (b"steps: 2024-13-45", "not YAML"),
         (b"a: &a [*a]", "not YAML"),
-        (b"- a", "wanted a mapping"),
+        (b"- a", "expected a mapping"),
         (b"", "output: missing"),
     ],
 )
-def test_bad_files(tmp_path, text, wanted):
+def test_bad_files(tmp_path, text, expected):
     (tmp_path / "bad.yaml").write_bytes(text)
-    with pytest.raises(UserError, match=wanted):
+    with pytest.raises(UserError, match=expected):
         read_recipe(tmp_path / "bad.yaml")
 
 
 def test_a_shape_no_model_can_have(minimal):
-    with pytest.raises(UserError, match="kv_heads: wanted a divisor of heads"):
+    with pytest.raises(UserError, match="kv_heads: expected a divisor of heads"):
         read_recipe(
             minimal,
             [

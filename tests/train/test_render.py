@@ -10,7 +10,7 @@ from nemoe_jax.text.chat.render import render_chat
 from nemoe_jax.text.tokenizers.load import cut_tekken, load_tokenizer
 from tests.support.configs import write_tokenizer
 from train.data.formats import BadRow, Chat, to_document
-from train.data.render import render
+from train.data.render import encode_document
 
 mistral_common = pytest.importorskip("mistral_common")
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -57,7 +57,7 @@ def tekken():
 @pytest.mark.parametrize("row, answers", [(CHAT, 2), (CALLS, 2)])
 def test_chats_are_mistral_commons_ids_and_only_answers_are_learned(tekken, row, answers):
     document = to_document(row)
-    ids_N, mask_N, is_chat = render(tekken, document)
+    ids_N, mask_N, is_chat = encode_document(tekken, document)
     theirs = MistralTokenizer.from_file(str(TEKKEN), mode=ValidationMode.finetuning)
     request = ChatCompletionRequest(messages=document.messages, tools=document.tools)
     assert is_chat and ids_N.tolist() == theirs.encode_chat_completion(request).tokens
@@ -71,7 +71,7 @@ def test_chats_are_mistral_commons_ids_and_only_answers_are_learned(tekken, row,
 
 
 def test_what_is_learned_of_calls(tekken):
-    ids_N, mask_N, _ = render(tekken, to_document(CALLS))
+    ids_N, mask_N, _ = encode_document(tekken, to_document(CALLS))
     learned = tekken.decode(ids_N[mask_N], skip_special=False)
     call, answer, rest = learned.split("</s>")
     assert (answer, rest) == ("It is.", "") and call.startswith("[TOOL_CALLS]")
@@ -82,7 +82,7 @@ def test_what_is_learned_of_calls(tekken):
 
 
 def test_texts_are_learned_as_a_whole_and_closed(tekken):
-    ids_N, mask_N, is_chat = render(tekken, "A text. </s>")
+    ids_N, mask_N, is_chat = encode_document(tekken, "A text. </s>")
     assert ids_N.tolist() == [*tekken.encode("A text. </s>"), tekken.eos_id]
     assert mask_N.all() and not is_chat
 
@@ -103,7 +103,7 @@ def test_templates_with_and_without_generation_blocks(tmp_path, name):
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name])
     tokenizer = load_tokenizer(tmp_path)
     document = to_document({"query": "word7 word8", "response": "word9 word5"})
-    ids_N, mask_N, _ = render(tokenizer, document)
+    ids_N, mask_N, _ = encode_document(tokenizer, document)
     word = lambda number: 3 + number  # noqa: E731
     assert ids_N.tolist() == [1, word(1), word(7), word(8), word(0), word(9), word(5), 2]
     assert mask_N.tolist() == [False] * 5 + [True] * 3
@@ -122,18 +122,18 @@ def test_chats_that_a_template_does_not_take_are_bad_rows(tmp_path, template, me
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRow, match=message):
-        render(load_tokenizer(tmp_path), to_document({"query": "word7", "response": "word9"}))
+        encode_document(load_tokenizer(tmp_path), to_document({"query": "word7", "response": "word9"}))
 
 
 def test_chats_that_the_format_does_not_take_are_bad_rows(tmp_path, tekken):
     cut_tekken(TEKKEN, tmp_path / "tekken.json", 600)
     calls = Chat([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"id": "short"}]}])
-    with pytest.raises(BadRow, match=r"messages\[1\]\.tool_calls\[0\]: wanted a function"):
-        render(load_tokenizer(tmp_path), calls)
+    with pytest.raises(BadRow, match=r"messages\[1\]\.tool_calls\[0\]: expected a function"):
+        encode_document(load_tokenizer(tmp_path), calls)
 
 
 @pytest.mark.parametrize("depth", [300, 10**5])
 def test_nesting_beyond_reason_is_a_bad_row(tekken, depth):
     call = {"id": "abcdefghi", "function": {"name": "f", "arguments": "[" * depth + "]" * depth}}
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
-    assert render(tekken, to_document(row)).mask_N.any()  # as the text that it is
+    assert encode_document(tekken, to_document(row)).mask_N.any()  # as the text that it is

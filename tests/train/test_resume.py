@@ -187,9 +187,9 @@ def test_another_recipe_is_refused_and_restart_throws_away(recipe, whole, workpl
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(recipe, workplace, tmp_path, capsys):
-    config, params = pretrained.load(workplace / "mixture")
+    config, params = pretrained.load_pretrained(workplace / "mixture")
     params["norm"] = params["norm"].at[0].set(3e38)  # finite, but not what comes of it
-    pretrained.save(tmp_path / "hot", config, params)
+    pretrained.save_pretrained(tmp_path / "hot", config, params)
     shutil.copy(workplace / "tekken.json", tmp_path / "hot")
     with pytest.raises(ResumableError, match=r"more than 2 steps in a row .* not finite; there is no checkpoint"):
         train(read_recipe(recipe, ["model=hot", "max_skipped=2", "data.held_out=[]"]))
@@ -234,7 +234,9 @@ def test_two_processes_train_as_one(recipe, whole):
     )
     np.testing.assert_allclose(two, one, rtol=1e-4)
     for alone, shared in zip(
-        jax.tree.leaves(pretrained.load("alone")[1]), jax.tree.leaves(pretrained.load("out")[1]), strict=True
+        jax.tree.leaves(pretrained.load_pretrained("alone")[1]),
+        jax.tree.leaves(pretrained.load_pretrained("out")[1]),
+        strict=True,
     ):
         np.testing.assert_allclose(alone, shared, atol=2e-3)
     assert json.loads(Path("out/adapters/1-train/adapter_config.json").read_text())["peft_type"] == "LORA"

@@ -24,9 +24,9 @@ from train.cli import main
 from train.data.loader import Batch
 from train.recipe import Recipe, read_recipe
 from train.run import loop
-from train.run.journal import Journal
+from train.run.journal import MetricsLogger
 from train.run.loop import train
-from train.run.prepare import check, load, routers_scale, trainable_of
+from train.run.prepare import load, resolve, routers_scale, trainable_of
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.step import Objective, combine, initial_state, make_update, split
 
@@ -53,7 +53,7 @@ def losses_of(output: Path) -> list[float]:
 
 def ready(recipe: Recipe):
     """(objective, state, frozen, update) of a recipe's first phase, without the loop."""
-    inputs, phase = check(recipe), recipe.phases[0]
+    inputs, phase = resolve(recipe), recipe.phases[0]
     params = load(recipe, inputs.config, None)
     optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, None))
     trainable, frozen = trainable_of(recipe, phase, inputs.config, inputs.targets[0], params, None)
@@ -93,7 +93,7 @@ def test_scratch_run_learns_and_its_output_is_a_model(write, workplace, capsys):
     assert log[-1]["held_out_loss"] == figures["held_out_loss_after"]
     assert [line["learning_rate"] for line in log if "loss" in line][:3] == pytest.approx([5e-3, 1e-2, 1e-2])
 
-    config, params = pretrained.load(output)
+    config, params = pretrained.load_pretrained(output)
     assert config == DENSE.replace(bos_token_id=1, eos_token_id=2)
     assert held_out_loss(config, params, workplace) == pytest.approx(figures["held_out_loss_after"], abs=1e-5)
     assert load_tokenizer(output).encode("ab") == [CONTROL + 97, CONTROL + 98]
@@ -126,10 +126,10 @@ def test_lora_repair_learns_and_merges(write, workplace):
     assert figures["params_trained"] < 0.5 * figures["params_total"]
     assert np.shape(figures["expert_load"]) == (2, 4) and np.sum(figures["expert_load"]) == pytest.approx(2, abs=1e-4)
 
-    config, params = pretrained.load("out")
+    config, params = pretrained.load_pretrained("out")
     assert config == MIXTURE
     assert held_out_loss(config, params, workplace) == pytest.approx(figures["held_out_loss_after"], abs=1e-4)
-    base, changed = leaves(pretrained.load(workplace / "mixture")[1]), leaves(params)
+    base, changed = leaves(pretrained.load_pretrained(workplace / "mixture")[1]), leaves(params)
     targeted = {path for path in base if "/attn/" in path or "/ffn/" in path}
     assert {path for path in base if (np.asarray(base[path]) != np.asarray(changed[path])).any()} == targeted
     assert {path.name: path.read_bytes() for path in (workplace / "mixture").iterdir()} == before
@@ -194,14 +194,16 @@ def test_the_loss_is_the_weighted_sum_and_zero_against_itself(write, workplace):
         ["distill.kl_weight=0.7", "distill.ce_weight=0.2", "balance_loss_weight=0.3", "z_loss_weight=0.01"],
     )
     objective, state, frozen, _ = ready(recipe)
-    teacher = pretrained.load(workplace / "dense")[1]
+    teacher = pretrained.load_pretrained(workplace / "dense")[1]
     total, parts = jax.jit(objective.loss)(state.trainable, frozen, teacher, batch_of())
-    wanted = 0.7 * parts["kl"] + 0.2 * parts["cross_entropy"] + 0.3 * parts["balance_loss"] + 0.01 * parts["z_loss"]
-    assert total == pytest.approx(float(wanted), rel=1e-6) and parts["kl"] > 0.1
+    expected = 0.7 * parts["kl"] + 0.2 * parts["cross_entropy"] + 0.3 * parts["balance_loss"] + 0.01 * parts["z_loss"]
+    assert total == pytest.approx(float(expected), rel=1e-6) and parts["kl"] > 0.1
 
     itself = read_recipe(write("repair"), [f"distill.teacher={workplace / 'mixture'}"])
     objective, state, frozen, _ = ready(itself)
-    total, _ = jax.jit(objective.loss)(state.trainable, frozen, pretrained.load(workplace / "mixture")[1], batch_of())
+    total, _ = jax.jit(objective.loss)(
+        state.trainable, frozen, pretrained.load_pretrained(workplace / "mixture")[1], batch_of()
+    )
     assert abs(float(total)) < 1e-6
 
 
@@ -232,7 +234,7 @@ def test_masked_targets_and_padding_do_not_count(write):
 
 @pytest.mark.parametrize("keys", [{}, {"distill": None, "balance_loss_weight": 0.1}])
 def test_accumulated_parts_make_the_step_of_the_whole(write, workplace, keys):
-    teacher = pretrained.load(workplace / "dense")[1] if "distill" not in keys else None
+    teacher = pretrained.load_pretrained(workplace / "dense")[1] if "distill" not in keys else None
     batch = batch_of(4, (20, 12))
     batch = batch._replace(mask=batch.mask.at[0, :15].set(0))  # parts with unlike numbers of targets
     after = {}
@@ -285,23 +287,26 @@ def test_master_weights_are_float32_and_saved_in_save_dtype(write):
     _, state, frozen, _ = ready(recipe)
     assert {array.dtype for array in jax.tree.leaves(state.trainable)} == {np.dtype("float32")} and not frozen
     train(recipe)
-    assert reader.read_config("out").dtype == "bfloat16" == pretrained.load("out")[1]["embed"].dtype
+    assert reader.read_config("out").dtype == "bfloat16" == pretrained.load_pretrained("out")[1]["embed"].dtype
 
 
 @pytest.mark.parametrize(
-    "overrides, wanted",
+    "overrides, expected",
     [
         (["output=."], "output: . already exists"),
         (["model=missing"], "missing: no such"),
         (["distill.teacher=missing"], "missing: no such"),
         (["data.train=missing.txt"], "missing.txt: no text there"),
         (["data.train=empty.txt"], "empty.txt: text: empty"),
-        (["data.sequence_length=65"], "data.sequence_length: wanted at most the model's context of 64 tokens, got 65"),
+        (
+            ["data.sequence_length=65"],
+            "data.sequence_length: expected at most the model's context of 64 tokens, got 65",
+        ),
         (["lora.0.pattern=blocks/*/attention"], "LoRA target blocks/*/attention matches no weight"),
         (["mesh=fsdp=3,rows=2"], "unknown axis 'rows'"),
         (["mesh=fsdp=3"], "mesh fsdp 3 does not divide batch of 4"),
         (["mesh=fsdp=2"], "wants 2 devices"),
-        (["distill.teacher=OTHER"], "other: wanted the model's vocabulary of 276, got 300"),
+        (["distill.teacher=OTHER"], "other: expected the model's vocabulary of 276, got 300"),
         (["model=OTHER", "train_router=false"], "distill.teacher: "),
         (["model=OTHER", "train_router=true", "lora=[{pattern: blocks/*}]"], "vocabulary of 300"),
         (["stepz=3"], "nearest known key is steps"),
@@ -310,7 +315,7 @@ def test_master_weights_are_float32_and_saved_in_save_dtype(write):
         (["data.held_out=chat.jsonl", "data.sequence_length=8"], "data.held_out: no token to be predicted"),
     ],
 )
-def test_bad_input_is_one_line_status_2_and_leaves_nothing(write, workplace, tmp_path, capsys, overrides, wanted):
+def test_bad_input_is_one_line_status_2_and_leaves_nothing(write, workplace, tmp_path, capsys, overrides, expected):
     recipe = write("repair", output="new/deep/out")
     (tmp_path / "empty.txt").write_text("\n")
     chat = [{"role": "user", "content": "a long question"}, {"role": "assistant", "content": "short"}]
@@ -319,7 +324,7 @@ def test_bad_input_is_one_line_status_2_and_leaves_nothing(write, workplace, tmp
     overrides = [override.replace("OTHER", str(workplace / "other")) for override in overrides]
     assert main(["run", str(recipe), *overrides]) == 2
     captured = capsys.readouterr()
-    assert wanted in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert expected in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.rglob("*")) == before and captured.out == ""
 
 
@@ -329,7 +334,7 @@ def test_an_interrupted_run_leaves_nothing(write, tmp_path, monkeypatch, capsys,
         if done == 3:
             raise error
 
-    monkeypatch.setattr(Journal, "step", stop)
+    monkeypatch.setattr(MetricsLogger, "step", stop)
     arguments = ["run", str(write("scratch", output="new/out"))]
     if status is None:
         with pytest.raises(error):

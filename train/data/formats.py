@@ -65,10 +65,10 @@ def to_document(row: Any, form: str = "auto") -> Document:
     """
     if isinstance(row, str):
         if form not in ("auto", "text"):
-            raise BadRow(f"wanted a row of the format {form}, got a text")
+            raise BadRow(f"expected a row of the format {form}, got a text")
         return _text({"text": row})
     if not isinstance(row, Mapping):
-        raise BadRow(f"wanted an object, got {_shown(row)}")
+        raise BadRow(f"expected an object, got {_shown(row)}")
     return _READERS[_format_of(row) if form == "auto" else form](row)
 
 
@@ -102,10 +102,10 @@ def _sharegpt(row: Row) -> Chat:
     messages = []
     for at, turn in enumerate(_list(row, "conversations")):
         if not isinstance(turn, Mapping):
-            raise BadRow(f"conversations[{at}]: wanted an object with from and value, got {_shown(turn)}")
+            raise BadRow(f"conversations[{at}]: expected an object with from and value, got {_shown(turn)}")
         speaker, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(value, str):
-            raise BadRow(f"conversations[{at}]: value: wanted a text, got {_shown(value)}")
+            raise BadRow(f"conversations[{at}]: value: expected a text, got {_shown(value)}")
         message: Message = {"role": _role(speaker, f"conversations[{at}]: from"), "content": value}
         if speaker == "function_call":
             message |= {"content": None, "tool_calls": _parsed(value, f"conversations[{at}]: value")}
@@ -117,7 +117,7 @@ def _messages(row: Row) -> Chat:
     messages = []
     for at, message in enumerate(_list(row, "messages")):
         if not isinstance(message, Mapping):
-            raise BadRow(f"messages[{at}]: wanted an object with role and content, got {_shown(message)}")
+            raise BadRow(f"messages[{at}]: expected an object with role and content, got {_shown(message)}")
         plain = {key: value for key, value in message.items() if value is not None and key != "weight"}
         plain["role"] = _role(message.get("role"), f"messages[{at}]: role")
         if "function_call" in plain:  # OpenAI's first form of calls
@@ -177,7 +177,7 @@ def _name_calls(messages: list[Message]) -> None:
 def _call(call: Any, at: int, number: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow(f"messages[{at}]: tool_calls: wanted objects with name and arguments, got {_shown(call)}")
+        raise BadRow(f"messages[{at}]: tool_calls: expected objects with name and arguments, got {_shown(call)}")
     return {
         "id": call_id(str(call.get("id") or f"{at}.{number}")),
         "type": "function",
@@ -198,11 +198,11 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
         return None
     value = _parsed(value, "tools") if isinstance(value, str) else value
     if not isinstance(value, list):
-        raise BadRow(f"tools: wanted a list, got {_shown(value)}")
+        raise BadRow(f"tools: expected a list, got {_shown(value)}")
     tools = [_parsed(tool, f"tools[{at}]") if isinstance(tool, str) else tool for at, tool in enumerate(value)]
     for at, tool in enumerate(tools):
         if not isinstance(tool, Mapping) or not isinstance(tool.get("function", tool), Mapping):
-            raise BadRow(f"tools[{at}]: wanted an object with a function, got {_shown(tool)}")
+            raise BadRow(f"tools[{at}]: expected an object with a function, got {_shown(tool)}")
     return [
         dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools
     ] or None
@@ -215,21 +215,21 @@ def _weighted(message: Message, turn: Row) -> Message:
 
 def _role(name: Any, where: str) -> str:
     if not isinstance(name, str) or name not in ROLES:
-        raise BadRow(f"{where}: wanted one of {', '.join(ROLES)}, got {_shown(name)}")
+        raise BadRow(f"{where}: expected one of {', '.join(ROLES)}, got {_shown(name)}")
     return ROLES[name]
 
 
 def _list(row: Row, key: str) -> list[Any]:
     value = row.get(key)
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{key}: wanted a list of messages, got {_shown(value)}")
+        raise BadRow(f"{key}: expected a list of messages, got {_shown(value)}")
     return value
 
 
 def _string(row: Row, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise BadRow(f"{key}: wanted a text, got {_shown(value)}")
+        raise BadRow(f"{key}: expected a text, got {_shown(value)}")
     if not value.strip():
         raise BadRow(f"{key}: empty")
     return value
@@ -239,7 +239,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"{where}: wanted JSON, got {_shown(text)}") from error
+        raise BadRow(f"{where}: expected JSON, got {_shown(text)}") from error
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ from nemoe_jax.text.corpus import find_files
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from train.data.packing import Batch, Figures, Packed
 from train.data.sources import SUFFIXES
-from train.data.tokenize_documents import tokenise
+from train.data.tokenize_documents import tokenize_source
 from train.recipe import Data, Source
 
 __all__ = ["Batch", "Corpus", "Figures", "open_corpus", "source_files"]
@@ -41,7 +41,7 @@ def open_corpus(
     name: str = "data.train",
     exclude: Iterable[Path] = (),
 ) -> "Corpus":
-    """Tokenises and packs sources, or takes their tokens from the cache.
+    """Tokenizes and packs sources, or takes their tokens from the cache.
 
     Args:
         vocab: rows of the embedding that the tokens are for.
@@ -49,17 +49,17 @@ def open_corpus(
         exclude: files that are left out, such as `source_files(data.held_out)`.
 
     Raises:
-        UserError: a source that is missing, empty or malformed (see `tokenise`), or weights for some of them only.
+        UserError: a source that is missing, empty or malformed (see `tokenize_source`), or weights for some only.
     """
     weighted = [source.weight for source in sources if source.weight is not None]
     if weighted and len(weighted) != len(sources):
         raise UserError(
-            f"{name}: weight: wanted one for every source or for none, got {len(weighted)} of {len(sources)}"
+            f"{name}: weight: expected one for every source or for none, got {len(weighted)} of {len(sources)}"
         )
     exclude = list(exclude)
     packed = []
     for number, source in enumerate(sources):
-        tokens = tokenise(source, data, tokenizer, vocab, f"{name}.{number}", exclude)
+        tokens = tokenize_source(source, data, tokenizer, vocab, f"{name}.{number}", exclude)
         packed.append(Packed(tokens, data.sequence_length))
     return Corpus(packed, weighted or [len(rows) for rows in packed])
 
@@ -88,7 +88,7 @@ class Corpus:
 
         Args:
             batch_size: rows of a step, over all processes.
-            rows: which of them are wanted here; default: all. Others are not read.
+            rows: which of them this process reads; default: all. Others are not read.
             threads: that make batches ahead; they change nothing but the speed.
 
         Returns:
@@ -118,7 +118,7 @@ class Corpus:
 
 
 class _Steps:
-    """The mixture's elements by steps, of each step the wanted rows."""
+    """The mixture's elements by steps, of each step the rows that this process reads."""
 
     def __init__(self, mixture: Any, batch_size: int, rows: Sequence[int]):
         self.mixture, self.batch_size, self.rows = mixture, batch_size, rows

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.chat.render import spoken_ids
+from nemoe_jax.text.chat.render import encode_with_assistant_mask
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from train.data.formats import BadRow, Chat, Document
 
@@ -22,7 +22,7 @@ class Rendered(NamedTuple):
     is_chat: bool
 
 
-def render(tokenizer: Tokenizer, document: Document) -> Rendered:
+def encode_document(tokenizer: Tokenizer, document: Document) -> Rendered:
     """A document as the model reads it.
 
     Raises:
@@ -32,7 +32,7 @@ def render(tokenizer: Tokenizer, document: Document) -> Rendered:
         ids = tokenizer.encode(document, eos=True)
         return Rendered(np.array(ids, np.uint32), np.ones(len(ids), bool), is_chat=False)
     try:
-        ids, spoken = spoken_ids(tokenizer, document.messages, document.tools)
+        ids, spoken = encode_with_assistant_mask(tokenizer, document.messages, document.tools)
     except UserError as error:
         raise BadRow(str(error)) from error
     except RecursionError as error:

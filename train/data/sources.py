@@ -16,7 +16,7 @@ from train.data.formats import COLUMNS, BadRow
 from train.recipe import Source
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-MISSING = "wanted the package {0} for {1} (pip install 'nemoe-jax[datasets]')"
+MISSING = "expected the package {0} for {1} (pip install 'nemoe-jax[datasets]')"
 BATCH_ROWS = 1024
 CHUNK = 1 << 20  # characters of a JSON list read at once
 LARGEST_ROW = 1 << 28  # characters after which a list's element is taken to have no end
@@ -64,7 +64,7 @@ def read_text(path: Path) -> Iterator[PlacedRow]:
     try:
         yield str(path), path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        yield str(path), BadRow(f"wanted UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}")
+        yield str(path), BadRow(f"expected UTF-8 text, got byte 0x{error.object[error.start]:02x} at {error.start}")
 
 
 def read_lines(path: Path) -> Iterator[PlacedRow]:
@@ -79,7 +79,7 @@ def _parsed(line: bytes | str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
-        return BadRow(f"wanted a JSON object, got {line.strip()[:60]!r}")
+        return BadRow(f"expected a JSON object, got {line.strip()[:60]!r}")
 
 
 def read_list(path: Path) -> Iterator[PlacedRow]:
@@ -95,7 +95,7 @@ def read_list(path: Path) -> Iterator[PlacedRow]:
                 yield from read_lines(path)
                 return
             if text[start : start + 1] != "[":
-                raise UserError(f"{path}: wanted a list of rows, or one row a line, got {text[start : start + 40]!r}")
+                raise UserError(f"{path}: expected a list of rows, or one row a line, got {text[start : start + 40]!r}")
             at, number, more = start + 1, 1, CHUNK
             while True:
                 at = _end(between, text, at)
@@ -113,7 +113,7 @@ def read_list(path: Path) -> Iterator[PlacedRow]:
                 yield f"{path}: row {number}", value
                 at, number, more = end, number + 1, CHUNK
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: wanted UTF-8, got byte 0x{error.object[error.start]:02x}") from error
+            raise UserError(f"{path}: expected UTF-8, got byte 0x{error.object[error.start]:02x}") from error
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
@@ -152,7 +152,7 @@ def _find_dataset(name: str, subset: str | None, split: str) -> Rows:
         raise UserError(f"dataset {name}: cannot be loaded: {reason}") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
-            raise UserError(f"dataset {name}: split: wanted one of {', '.join(data)}, got {split!r}")
+            raise UserError(f"dataset {name}: split: expected one of {', '.join(data)}, got {split!r}")
         data = data[split]
     columns = _known(data.column_names)
     label = f"{name} ({split})"

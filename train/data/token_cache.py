@@ -1,4 +1,4 @@
-"""Tokenised documents on disk: written once for each source, tokenizer and format, then read through memory maps.
+"""Tokenized documents on disk: written once for each source, tokenizer and format, then read through memory maps.
 
 An entry is a directory, named by a hash of all that its tokens depend on:
 

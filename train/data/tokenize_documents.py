@@ -18,7 +18,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from nemoe_jax.utils.progress import progress_bar
 from train.data.formats import BadRow, to_document
-from train.data.render import Rendered, render
+from train.data.render import Rendered, encode_document
 from train.data.sources import PlacedRow, Rows, find_rows
 from train.data.token_cache import VERSION, Tokens, Writer, default_cache, open_entry
 from train.recipe import Data, Source
@@ -30,7 +30,7 @@ SHOWN = 3  # bad rows that an error quotes
 Outcome = Rendered | str  # a document, or the place and reason of a bad row
 
 
-def tokenise(
+def tokenize_source(
     source: Source,
     data: Data,
     tokenizer: Tokenizer,
@@ -82,12 +82,12 @@ def _key(rows: Rows, source: Source, tokenizer: Tokenizer) -> str:
 def _write(
     path: Path, rows: Rows, source: Source, data: Data, tokenizer: Tokenizer, vocab: int, name: str, threads: int
 ) -> None:
-    """Tokenises the source into a new entry of the cache."""
+    """Tokenizes the source into a new entry of the cache."""
     documents, seen, bad, largest = 0, 0, 0, 0
     first_bad: list[str] = []
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with Writer(path, dtype) as writer, progress_bar() as bar, ThreadPoolExecutor(threads) as pool:
-        task = bar.add_task(f"tokenise {name}", total=source.limit)
+        task = bar.add_task(f"tokenize {name}", total=source.limit)
         for outcomes in _encoded(rows.read(), tokenizer, source.format, pool, 2 * threads):
             good = []
             for outcome in outcomes:
@@ -147,7 +147,7 @@ def _encode(group: list[PlacedRow], tokenizer: Tokenizer, form: str) -> list[Out
         try:
             if isinstance(row, BadRow):
                 raise row
-            outcomes.append(render(tokenizer, to_document(row, form)))
+            outcomes.append(encode_document(tokenizer, to_document(row, form)))
         except BadRow as error:
             outcomes.append(f"{place}: {error}")
     return outcomes

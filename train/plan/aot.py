@@ -85,14 +85,14 @@ def topology_devices(topology: str) -> list[Any]:
         UserError: libtpu is not installed, or it knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan: wanted libtpu, the TPU compiler, which is not installed: pip install 'nemoe-jax[tpu]'")
+        raise UserError("plan: expected libtpu, the TPU compiler, which is not installed: pip install 'nemoe-jax[tpu]'")
     # JAX sees the two cores of a v4 chip as one device, the topology only when told so
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         return list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except Exception as error:  # whatever libtpu makes of a name that it does not know
         reason = str(error).partition("\n")[0]
-        raise UserError(f"--topology: {topology}: wanted one such as {EXAMPLES}; libtpu says: {reason}") from error
+        raise UserError(f"--topology: {topology}: expected one such as {EXAMPLES}; libtpu says: {reason}") from error
 
 
 def model_config(name: Path | str, key: str) -> ModelConfig:
@@ -133,7 +133,7 @@ def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = No
 
     scale = np.ones((config.layers - config.dense_layers, 1, 1), np.float32) if config.experts else None
     optimizer = make_optimizer(phase.optimizer, phase.steps, scale)
-    trainable, frozen = prepare.abstract(recipe, phase, config, targets_of_phase, mesh)
+    trainable, frozen = prepare.abstract_trainable(recipe, phase, config, targets_of_phase, mesh)
     state = state_shape(trainable, optimizer)
     teacher = _abstract_model(teacher_config, recipe.dtype, mesh) if teacher_config else None
     shape = (phase.data.batch_size, phase.data.sequence_length)

@@ -44,7 +44,7 @@ def add_to(command: Command) -> None:
         "plan",
         _plan,
         "compile a recipe's step for a TPU slice, without a TPU, and say whether it fits",
-        "Bytes per device by kind against the chip's limit, transfers between devices, FLOPs. No weights are wanted:\n"
+        "Bytes per device by kind against the chip's limit, transfers between devices, FLOPs. Needs no weights:\n"
         "model and distill.teacher may be names of presets (nemoe inspect NAME shows one) instead of directories. The\n"
         "mesh is the recipe's, or auto where it has none, as is written in train/run/auto_mesh.py.\n\n"
         "Exit status 3 where it does not fit, with what to change. Wants libtpu: pip install 'nemoe-jax[tpu]'.\n\n"
@@ -62,7 +62,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     recipe = recipes.read_recipe(arguments.recipe, arguments.overrides)
     phases = [phase.name for phase in recipe.phases]
     if arguments.phase and arguments.phase not in phases:
-        raise UserError(f"--phase: wanted one of {', '.join(phases)}, got {arguments.phase}")
+        raise UserError(f"--phase: expected one of {', '.join(phases)}, got {arguments.phase}")
     figures = plan(
         recipe, arguments.topology, phases.index(arguments.phase) if arguments.phase else None, arguments.hlo
     )
@@ -179,14 +179,14 @@ def _changes(step: "Step", memory: dict[str, int], limit: int) -> Iterator[tuple
 
 def _accumulations(step: "Step", grows: float, wanted: float, accumulators: float) -> Iterator[tuple[str, float]]:
     """A batch in more parts: as few as would be enough, or as many as there can be."""
-    from train.run.auto_mesh import auto
+    from train.run.auto_mesh import auto_mesh
 
     data, saved, change = step.phase.data, 0.0, ""
     for parts in range(data.accumulation + 1, data.batch_size + 1):
         if data.batch_size % parts or saved >= wanted:
             continue
         try:
-            mesh = auto(step.config, step.mesh.size, data.batch_size // parts, data.sequence_length)
+            mesh = auto_mesh(step.config, step.mesh.size, data.batch_size // parts, data.sequence_length)
         except UserError:
             continue
         text = ",".join(f"{name}={size}" for name, size in mesh.items())

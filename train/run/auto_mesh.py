@@ -24,7 +24,7 @@ from nemoe_jax.spec.sharding import check
 COSTLY = ("tensor", "expert", "sequence", "data")
 
 
-def auto(config: ModelConfig, devices: int, rows: int, sequence_length: int) -> dict[str, int]:
+def auto_mesh(config: ModelConfig, devices: int, rows: int, sequence_length: int) -> dict[str, int]:
     """Mesh sizes that multiply to `devices`, those above 1 alone; the rules are the module's docstring.
 
     Args:

@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LINES = 10.0
 Line = dict[str, Any]
 
 
-class Journal:
+class MetricsLogger:
     """Records the steps and evaluations of all phases; use it as a context around the run."""
 
     def __init__(self, directory: Path, recipe: Recipe):
@@ -47,7 +47,7 @@ class Journal:
         self._last_line = self._started
         self._boards = _boards(directory, recipe) if self._writes else []
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "MetricsLogger":
         self._bar.start()
         return self
 
@@ -208,7 +208,7 @@ def _boards(directory: Path, recipe: Recipe) -> list[tuple[Callable[[int, Line],
         try:
             import wandb
         except ImportError as error:
-            raise UserError("wandb: wanted the package wandb, which is not installed: pip install wandb") from error
+            raise UserError("wandb: expected the package wandb, which is not installed: pip install wandb") from error
         name = directory / "wandb-run"  # the same one when the training goes on
         if not name.exists():
             name.write_text(uuid.uuid4().hex, "utf-8")

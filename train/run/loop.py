@@ -19,11 +19,11 @@ from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.distributed import barrier
 from train.data.loader import Batch, Corpus, open_corpus, source_files
 from train.recipe import Phase, Recipe, to_yaml
-from train.run.journal import LOG, TENSORBOARD, Journal
+from train.run.journal import LOG, TENSORBOARD, MetricsLogger
 from train.run.phase import ADAPTERS, PhaseRun
-from train.run.prepare import Inputs, check, load, recipe_mesh
+from train.run.prepare import Inputs, load, recipe_mesh, resolve
 from train.run.report import write_report
-from train.run.run_directory import Signals, working_directory
+from train.run.run_directory import Signals, run_directory
 
 REPORT, RECIPE = "report.json", "recipe.yaml"
 NO_TARGETS = "no token to be predicted in its rows; longer rows (data.sequence_length) may reach the answers"
@@ -42,11 +42,11 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
         Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
     # 1. find and check everything; turn the text into rows
-    inputs = check(recipe)
+    inputs = resolve(recipe)
     corpora = [_corpora(phase, inputs) for phase in recipe.phases]
     mesh = recipe_mesh(recipe, inputs.config)
-    with working_directory(recipe, restart) as directory, Signals() as signals:
-        with Journal(directory, recipe) as journal, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with run_directory(recipe, restart) as directory, Signals() as signals:
+        with MetricsLogger(directory, recipe) as journal, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             # 2. train, each phase on the merged result of the last accepted one
             params = load(recipe, inputs.config, mesh)
             phases: list[dict[str, Any]] = []
@@ -77,7 +77,7 @@ def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Batch]]:
     return corpus, held_out
 
 
-def _summary(recipe: Recipe, inputs: Inputs, phases: list[dict[str, Any]], journal: Journal) -> dict[str, Any]:
+def _summary(recipe: Recipe, inputs: Inputs, phases: list[dict[str, Any]], journal: MetricsLogger) -> dict[str, Any]:
     """The report: the run, and each phase; the last accepted phase's held-out figures stand at the top as well.
 
     Where every phase was discarded, the model is what it was, and so is its loss.
@@ -102,14 +102,14 @@ def _summary(recipe: Recipe, inputs: Inputs, phases: list[dict[str, Any]], journ
 
 
 def _save(
-    directory: Path, recipe: Recipe, inputs: Inputs, params: Tree, report: dict[str, Any], journal: Journal
+    directory: Path, recipe: Recipe, inputs: Inputs, params: Tree, report: dict[str, Any], journal: MetricsLogger
 ) -> None:
     """The model, merged, in the recipe's dtype, with tokenizer, log, adapters and report, under the output's name."""
     source, model = inputs.tokenizer_path, directory / "model"
     if jax.process_index() == 0:
         shutil.rmtree(model, ignore_errors=True)
     barrier("save")
-    pretrained.save(
+    pretrained.save_pretrained(
         model,
         inputs.config,
         params,

@@ -22,11 +22,11 @@ from nemoe_jax.spec.schema import Tree
 from train.data.loader import Batch, Corpus
 from train.recipe import Recipe
 from train.run.checkpoint import Checkpoints
-from train.run.journal import Journal
+from train.run.journal import MetricsLogger
 from train.run.prepare import Inputs, routers_scale, trainable_of
 from train.run.run_directory import Interrupted, Signals
 from train.step import model_flops
-from train.step.batch_sharding import local_rows, place, place_whole
+from train.step.batch_sharding import local_rows, place_whole, shard_batch
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.step import (
     Flat,
@@ -53,7 +53,7 @@ class PhaseRun:
         corpora: tuple[Corpus, list[Batch]],
         mesh: Mesh | None,
         directory: Path,
-        journal: Journal,
+        journal: MetricsLogger,
         merged: list[str],
     ):
         """`merged`: the phases before that were accepted."""
@@ -84,7 +84,7 @@ class PhaseRun:
             tokens = phase.data.batch_size * phase.data.sequence_length
             self.journal.begin(phase.name, int(state.step), self.offset, tokens, self._seconds_per_token())
             if state.step < phase.steps:
-                batches = (place(batch, rows, phase.data, self.mesh) for batch in iterator)
+                batches = (shard_batch(batch, rows, phase.data, self.mesh) for batch in iterator)
                 state = self._steps(
                     state, frozen, optimizer, batches, iterator.get_state, checkpoints, signals, profile
                 )
@@ -106,7 +106,9 @@ class PhaseRun:
         objective = Objective(self.recipe, phase, self.config, self.teacher_config)
         teacher = None
         if phase.distill:
-            teacher = pretrained.load(phase.distill.teacher, mesh=self.mesh, dtype=self.recipe.dtype, progress=True)[1]
+            teacher = pretrained.load_pretrained(
+                phase.distill.teacher, mesh=self.mesh, dtype=self.recipe.dtype, progress=True
+            )[1]
         update = make_update(objective, optimizer, learning_rate_schedule(phase.optimizer, phase.steps), state)
         evaluate = self._evaluator(objective)
         done = first = int(state.step)

@@ -33,11 +33,11 @@ class Inputs:
     tokenizer_path: Path
 
 
-def check(recipe: Recipe) -> Inputs:
+def resolve(recipe: Recipe) -> Inputs:
     """Finds what the recipe names, and what is wrong with it, as far as can be known without devices and weights.
 
     Raises:
-        UserError: naming the recipe's key, what was wanted and what came.
+        UserError: naming the recipe's key, what was expected and what came.
     """
     if recipe.output.exists():
         raise UserError(f"output: {recipe.output} already exists")
@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> Inputs:
     tokenizer = load_tokenizer(tokenizer_path)
     config = reader.read_config(recipe.model) if recipe.model else recipe.scratch_config(tokenizer)
     if tokenizer.vocab_size > config.vocab:
-        raise UserError(f"tokenizer: wanted at most the model's {config.vocab} tokens, got {tokenizer.vocab_size}")
+        raise UserError(f"tokenizer: expected at most the model's {config.vocab} tokens, got {tokenizer.vocab_size}")
     teachers = [reader.read_config(phase.distill.teacher) if phase.distill else None for phase in recipe.phases]
     for phase, teacher in zip(recipe.phases, teachers, strict=True):
         check_fit(recipe, phase, config, teacher)
@@ -59,18 +59,18 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
     """Whether a phase, the model, its teacher and the mesh fit together; raises UserError."""
     if teacher and phase.distill and teacher.vocab != config.vocab:
         raise UserError(
-            f"distill.teacher: {phase.distill.teacher}: wanted the model's vocabulary of {config.vocab}, "
+            f"distill.teacher: {phase.distill.teacher}: expected the model's vocabulary of {config.vocab}, "
             f"got {teacher.vocab}"
         )
     for name, model in (("model", config), ("teacher", teacher)):
         if model and phase.data.sequence_length > model.context:
             raise UserError(
-                f"data.sequence_length: wanted at most the {name}'s context of {model.context} tokens, "
+                f"data.sequence_length: expected at most the {name}'s context of {model.context} tokens, "
                 f"got {phase.data.sequence_length}"
             )
     for key, wanted in (("train_router", phase.train_router), ("trainable: router", phase.trainable == "router")):
         if wanted and not config.experts:
-            raise UserError(f"{key}: wanted a mixture of experts, got the dense {recipe.model}")
+            raise UserError(f"{key}: expected a mixture of experts, got the dense {recipe.model}")
     if recipe.mesh and recipe.mesh != "auto":
         sizes = parse_mesh(recipe.mesh)
         for model in filter(None, (config, teacher)):
@@ -90,16 +90,16 @@ def recipe_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mes
     """The recipe's mesh over the devices (all of them by default); None for the first device alone."""
     if recipe.mesh is None:
         if jax.process_count() > 1:
-            raise UserError("mesh: wanted over several processes; for example mesh=auto")
+            raise UserError("mesh: expected over several processes; for example mesh=auto")
         return None
     devices = jax.devices() if devices is None else devices
     if recipe.mesh != "auto":
         return make_mesh(parse_mesh(recipe.mesh), devices)
     data = [phase.data for phase in recipe.phases]
     rows = int(np.gcd.reduce([part.batch_size // part.accumulation for part in data]))
-    from train.run.auto_mesh import auto
+    from train.run.auto_mesh import auto_mesh
 
-    return make_mesh(auto(config, len(devices), rows, max(part.sequence_length for part in data)), devices)
+    return make_mesh(auto_mesh(config, len(devices), rows, max(part.sequence_length for part in data)), devices)
 
 
 def trains(phase: Phase, path: str) -> bool:
@@ -112,9 +112,11 @@ def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
     """The model's parameters, each array on its devices; float32 where a phase trains every weight."""
     if recipe.model is None:
         key = jax.random.key(recipe.phases[0].seed)
-        return schema.initialise(config, key, jnp.float32, sharding.shardings(config, mesh))
+        return schema.initialize(config, key, jnp.float32, sharding.shardings(config, mesh))
     whole = any(phase.trainable == "all" for phase in recipe.phases)
-    return pretrained.load(recipe.model, mesh=mesh, dtype="float32" if whole else recipe.dtype, progress=True)[1]
+    return pretrained.load_pretrained(
+        recipe.model, mesh=mesh, dtype="float32" if whole else recipe.dtype, progress=True
+    )[1]
 
 
 def trainable_of(
@@ -126,11 +128,11 @@ def trainable_of(
     if phase.adapter:
         adapters = peft_load.load_adapters(phase.adapter, config, mesh)[1]
     else:
-        adapters = lora.initialise(config, targets, jax.random.key(phase.seed), lora.shardings(config, targets, mesh))
+        adapters = lora.initialize(config, targets, jax.random.key(phase.seed), lora.shardings(config, targets, mesh))
     return {"params": trained, "adapters": adapters}, frozen
 
 
-def abstract(
+def abstract_trainable(
     recipe: Recipe, phase: Phase, config: ModelConfig, targets: list[lora.Target], mesh: Mesh | None
 ) -> tuple[Tree, Flat]:
     """The shapes and shardings of `trainable_of`, with no array made."""

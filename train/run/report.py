@@ -4,10 +4,10 @@ import html
 from pathlib import Path
 from typing import Any
 
-from nemoe_jax.utils.html_page import page, picture, table, text
+from nemoe_jax.utils.html_page import html_page, picture, table, text
 
 PICTURE, PAGE = "report.png", "report.html"
-BLUE, RED, GREY = "#3b6ea5", "#b5413b", "#888888"
+BLUE, RED, GRAY = "#3b6ea5", "#b5413b", "#888888"
 COLUMNS = {
     "name": "phase",
     "steps": "steps",
@@ -34,7 +34,7 @@ def write_report(directory: Path, report: dict[str, Any], lines: list[Line]) -> 
     rows = "".join(_row(phase) for phase in report["phases"])
     head = "".join(f"<th>{name}</th>" for name in COLUMNS.values())
     whole = {name: value for name, value in report.items() if isinstance(value, (int, float))}
-    content = page(
+    content = html_page(
         "Training" if phases == 1 else f"Training in {phases} phases",
         f"<table><tr>{head}</tr>{rows}</table>",
         picture(png.read_bytes(), "losses and load of the experts"),
@@ -64,15 +64,15 @@ def _draw(path: Path, phases: list[dict[str, Any]], lines: list[Line]) -> None:
     for phase in phases:
         own = [line for line in lines if line["phase"] == phase["name"]]
         begin = offsets[phase["name"]]
-        colour = BLUE if phase["accepted"] else RED
+        color = BLUE if phase["accepted"] else RED
         points = [(begin + line["step"], line["loss"]) for line in own if "loss" in line]
         held_out = [(begin + line["step"], line["held_out_loss"]) for line in own if "held_out_loss" in line]
-        grid[0].plot(*_columns(points), color=colour, alpha=0.35, linewidth=1)
-        grid[0].plot(*_columns(held_out), color=colour, marker="o", markersize=4)
+        grid[0].plot(*_columns(points), color=color, alpha=0.35, linewidth=1)
+        grid[0].plot(*_columns(held_out), color=color, marker="o", markersize=4)
         name = phase["name"] + ("" if phase["accepted"] else "\n(discarded)")
-        grid[0].annotate(name, (begin, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color=colour)
+        grid[0].annotate(name, (begin, 1), xycoords=("data", "axes fraction"), va="top", fontsize=8, color=color)
         for axes in grid:
-            axes.axvline(begin, color=GREY, linewidth=0.5)
+            axes.axvline(begin, color=GRAY, linewidth=0.5)
     grid[0].set(ylabel="nats per token", title="loss in training (pale) and held out (dots)")
     if loads:
         points = [

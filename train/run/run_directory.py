@@ -19,11 +19,17 @@ from jax.experimental import multihost_utils
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.distributed import barrier
-from nemoe_jax.utils.output_path import partial_of
+from nemoe_jax.utils.output_path import staging_path
 from train.recipe import Recipe
 
 LOCK = "lock"
-UNSEEN = ("log_every", "wandb", "mesh", "checkpoints", "max_skipped")  # keys that may change when a run is taken up
+RESUMABLE_KEYS = (
+    "log_every",
+    "wandb",
+    "mesh",
+    "checkpoints",
+    "max_skipped",
+)  # keys that may change when a run is taken up
 
 
 class Interrupted(Exception):
@@ -64,10 +70,10 @@ class Signals:
 
 
 @contextlib.contextmanager
-def working_directory(recipe: Recipe, restart: bool) -> Iterator[Path]:
+def run_directory(recipe: Recipe, restart: bool) -> Iterator[Path]:
     """`.NAME.partial` beside the output, new or an earlier attempt's; gone at the end, unless there is something in it
     to go on from."""
-    directory = partial_of(recipe.output.absolute())
+    directory = staging_path(recipe.output.absolute())
     missing = [parent for parent in directory.parents if not parent.exists()]
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -126,6 +132,6 @@ def _compare(recipe: Recipe, directory: Path) -> None:
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What an attempt must have in common with the one that it goes on from, as JSON holds it."""
-    keys = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in UNSEEN}
+    keys = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in RESUMABLE_KEYS}
     files = sorted(recipe.model.glob("*.safetensors")) if recipe.model else []
     return keys | {"model files": {file.name: file.stat().st_size for file in files}}

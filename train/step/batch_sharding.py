@@ -31,7 +31,7 @@ def local_rows(data: Data, mesh: Mesh | None) -> list[int]:
     return sorted({row for index in held.values() if index for row in range(*index[0].indices(data.batch_size))})
 
 
-def place(batch: Batch, rows: Sequence[int], data: Data, mesh: Mesh | None) -> Batch:
+def shard_batch(batch: Batch, rows: Sequence[int], data: Data, mesh: Mesh | None) -> Batch:
     """A step's batch, of which the rows `rows` are at hand, on the devices."""
     return _place(batch, rows, data.batch_size, data.accumulation, mesh)
 

@@ -50,7 +50,7 @@ def learning_rate_schedule(options: Optimizer, steps: int) -> optax.Schedule:
 def router_scale(router_LDE: jax.Array, factor: float) -> jax.Array:
     """The learning-rate factor (L, 1, 1) of each layer's router: factor · min(1, RMS / D^-1/2).
 
-    D^-1/2 is the deviation of a freshly initialised router; one smaller than that learns as much slower.
+    D^-1/2 is the deviation of a freshly initialized router; one smaller than that learns as much slower.
     """
     rms_L11 = jnp.sqrt(jnp.mean(jnp.square(router_LDE.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
     return factor * jnp.minimum(1.0, rms_L11 * router_LDE.shape[-2] ** 0.5)

@@ -130,7 +130,7 @@ class Objective:
 
     def _through(
         self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Batch
-    ) -> tuple[transformer.Hidden, tuple[Array, Sums]]:
+    ) -> tuple[transformer.HiddenOutput, tuple[Array, Sums]]:
         """Both models' hidden states, and the sums of the token losses over their heads, chunk by chunk."""
         params = combine(self._rounded(trainable["params"]), frozen)
         hidden = self._hidden(self.config, params, batch, trainable["adapters"] or None, self.recipe.remat)
@@ -169,8 +169,8 @@ class Objective:
 
     def _hidden(
         self, config: ModelConfig, params: Tree, batch: Batch, adapters: Tree | None = None, remat: bool = False
-    ) -> transformer.Hidden:
-        return transformer.hidden(
+    ) -> transformer.HiddenOutput:
+        return transformer.hidden_states(
             config,
             params,
             batch.inputs,

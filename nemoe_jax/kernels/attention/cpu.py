@@ -19,7 +19,7 @@ _HIDDEN = -1e30  # finite, so that a row that sees nothing gives no NaN
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def stepped_attention(
+def blockwise_attention_cpu(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, step: int = 128
 ) -> jax.Array:
     """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2.
@@ -108,4 +108,4 @@ def _backward(step, residuals, dy_BTNH):
     return *lax.map(of_row, (residuals, dy_BTNH)), None
 
 
-stepped_attention.defvjp(_forward, _backward)
+blockwise_attention_cpu.defvjp(_forward, _backward)

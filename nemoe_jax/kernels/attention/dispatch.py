@@ -3,8 +3,8 @@
 - TPU: splash attention, JAX's own Pallas kernel, which keeps no scores and shares keys and values between the heads of
   a group; where head_dim and length are multiples of its 128 lanes.
 - NVIDIA GPU: attention_gpu.py, in bfloat16 and float16.
-- Elsewhere, and there too otherwise: XLA's plain attention while the scores are small, then `chunked_attention`.
-- On CPU not the plain attention but `stepped_attention`, which leaves out most of what the causal mask hides.
+- Elsewhere, and there too otherwise: XLA's plain attention while the scores are small, then `flash_attention_xla`.
+- On CPU not the plain attention but `blockwise_attention_cpu`, which leaves out most of what the causal mask hides.
 
 The platform is that of the ambient mesh, so that a program for a TPU slice can be compiled on a host that has none.
 
@@ -14,11 +14,11 @@ B batch, T sequence, N heads, K kv heads, H head_dim.
 import jax
 import jax.numpy as jnp
 
-from nemoe_jax.kernels.attention.cpu import stepped_attention
+from nemoe_jax.kernels.attention.cpu import blockwise_attention_cpu
 from nemoe_jax.kernels.attention.gpu import gpu_attention
 from nemoe_jax.kernels.attention.tpu import LANES, splash_attention
-from nemoe_jax.kernels.attention.xla import chunked_attention
-from nemoe_jax.kernels.backend import platform
+from nemoe_jax.kernels.attention.xla import flash_attention_xla
+from nemoe_jax.kernels.backend import target_platform
 
 LONG = 2048  # tokens above which the scores of all pairs are not kept
 
@@ -28,13 +28,13 @@ def causal_attention(
 ) -> jax.Array:
     """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
     length, head_dim = q_BTNH.shape[1], q_BTNH.shape[3]
-    if platform() == "tpu" and length % LANES == 0 and head_dim % LANES == 0:
+    if target_platform() == "tpu" and length % LANES == 0 and head_dim % LANES == 0:
         return splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    if platform() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
+    if target_platform() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
         return gpu_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if length > LONG:
-        return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    if platform() == "cpu":
-        return stepped_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return flash_attention_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    if target_platform() == "cpu":
+        return blockwise_attention_cpu(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True)

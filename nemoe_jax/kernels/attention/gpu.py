@@ -5,7 +5,7 @@
 - Packed documents: cuDNN takes them only as a mask of all pairs, so JAX's own Pallas kernel for Triton, with keys and
   values repeated.
 - One query a row over the pages of a cache: JAX's own Pallas kernel for Triton, which reads them where they lie.
-- What none of them takes, float32 above all: `chunked_attention`.
+- What none of them takes, float32 above all: `flash_attention_xla`.
 
 B batch, T sequence, N heads, K kv heads, H head_dim, P pages, S slots of a page, M pages of a row.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nemoe_jax.kernels.attention.xla import chunked_attention
+from nemoe_jax.kernels.attention.xla import flash_attention_xla
 
 _WIDEST = 128  # head_dim that cuDNN takes on every card since Ampere
 _BLOCK = 128  # queries and keys of a program of the Pallas kernel; half of it in the gradient
@@ -27,7 +27,7 @@ def gpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segme
     """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
     width = q_BTNH.shape[3]
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or not 16 <= width <= _WIDEST:
-        return chunked_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return flash_attention_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if segments_BT is None:
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
     return packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)

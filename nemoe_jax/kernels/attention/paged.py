@@ -57,14 +57,14 @@ QUERIES = 512  # queries of a step
 _HIDDEN = -1e30  # finite, so that a row that sees nothing yet gives no NaN
 
 
-class Pages(NamedTuple):
+class KVPages(NamedTuple):
     """Keys or values of all layers."""
 
     pool: jax.Array  # (K, L, P, S, H)
     scale: jax.Array | None  # float32 (K, L, P, S), for int8
 
 
-def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, pages=1, part=0, sequence=()):
+def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, pages=1, part=0, sequence=()):
     """Attention of some queries over their rows' pages, so many a step, with a running maximum and sum."""
     batch, queries, heads, width = q_BQNH.shape
     kv_heads, cuts, dtype = k.pool.shape[0], axes_size(sequence), q_BQNH.dtype
@@ -79,7 +79,7 @@ def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, pages=1, 
             return lax.dynamic_slice(array, start, (kv_heads, 1, 1, *array.shape[3:]))
         return array[:, layer, page_BP]
 
-    def of_step(held: Pages, page_BP):
+    def of_step(held: KVPages, page_BP):
         array = read(held.pool, page_BP).reshape(kv_heads, batch, -1, width)
         scale = None if held.scale is None else read(held.scale, page_BP).reshape(kv_heads, batch, 1, -1)
         return array.astype(dtype), scale
@@ -111,7 +111,7 @@ def _attend(q_BQNH, positions_BQ, k: Pages, v: Pages, table_BM, layer, pages=1, 
     return y.transpose(1, 3, 0, 2, 4).reshape(q_BQNH.shape)
 
 
-def _ways_to_decode(q_B1NH: jax.Array, k: Pages) -> dict[str, Any]:
+def _ways_to_decode(q_B1NH: jax.Array, k: KVPages) -> dict[str, Any]:
     """By platform, what attends for one query a row better than `_attend` for all rows: `_attend`'s arguments."""
     ways: dict[str, Any] = {"cpu": _row_by_row, "tpu": _in_long_steps}
     width, dtypes = q_B1NH.shape[3], {q_B1NH.dtype, k.pool.dtype}

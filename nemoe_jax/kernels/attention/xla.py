@@ -21,7 +21,7 @@ _HIDDEN = -1e30  # finite, so that a row whose first chunks are all hidden gives
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def chunked_attention(
+def flash_attention_xla(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, chunk: int = CHUNK
 ) -> jax.Array:
     """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
@@ -117,4 +117,4 @@ def _backward(chunk, residuals, dy_BTNH):
     return _joined(dq, length).astype(q_BTNH.dtype), dk_BTKH, dv_BTKH, None
 
 
-chunked_attention.defvjp(_forward, _backward)
+flash_attention_xla.defvjp(_forward, _backward)

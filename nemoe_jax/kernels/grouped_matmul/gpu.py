@@ -221,7 +221,7 @@ def _padded(array: jax.Array, rows: int = 0) -> jax.Array:
 
 
 def _large_card() -> bool:
-    """Whether a program has the 160 KB of shared memory of the cards for data centres; where there is no card, yes."""
+    """Whether a program has the 160 KB of shared memory of the cards for data centers; where there is no card, yes."""
     try:
         capability = jax.local_devices(backend="gpu")[0].compute_capability
     except RuntimeError:

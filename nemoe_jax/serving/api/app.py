@@ -9,17 +9,17 @@ from starlette.responses import PlainTextResponse, Response
 from nemoe_jax.serving.api.chat import chat
 from nemoe_jax.serving.api.completions import complete
 from nemoe_jax.serving.api.errors import add_error_handlers
-from nemoe_jax.serving.api.middleware import Guard
+from nemoe_jax.serving.api.middleware import RequestMiddleware
 from nemoe_jax.serving.api.openapi import ERRORS, describe, streamed
 from nemoe_jax.serving.api.requests import ChatRequest, CompletionRequest
 from nemoe_jax.serving.api.responses import ChatChunk, ChatCompletion, Completion, Health, ModelCard, ModelList
-from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.served_model import ServedModel
 from nemoe_jax.serving.api.streaming import as_json
 from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
 
 
 def create_app(
-    served: Served,
+    served: ServedModel,
     *,
     api_key: str | None = None,
     max_request_bytes: int = MAX_REQUEST_BYTES,
@@ -78,11 +78,11 @@ def create_app(
 
     options: dict[str, Any] = {"metrics": served.metrics, "api_key": api_key, "max_bytes": max_request_bytes}
     paths = {route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path}
-    app.add_middleware(Guard, paths=paths, log=log_requests, closing=closing, **options)
+    app.add_middleware(RequestMiddleware, paths=paths, log=log_requests, closing=closing, **options)
     return app
 
 
-def card(served: Served, name: str) -> ModelCard:
+def card(served: ServedModel, name: str) -> ModelCard:
     """What /v1/models says of a model."""
     parent = None if name == served.name else served.name
     return ModelCard(id=name, created=served.created, parent=parent, max_model_len=served.context)

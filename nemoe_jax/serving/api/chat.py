@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.api.errors import ApiError
-from nemoe_jax.serving.api.middleware import leave_note
+from nemoe_jax.serving.api.middleware import add_access_log
 from nemoe_jax.serving.api.requests import ChatRequest, ChosenTool, JsonObjectFormat, JsonSchemaFormat
 from nemoe_jax.serving.api.responses import (
-    Answer,
+    AssistantMessage,
     Call,
     CallDelta,
     CalledFunction,
@@ -29,35 +29,35 @@ from nemoe_jax.serving.api.responses import (
     Usage,
     finite,
 )
-from nemoe_jax.serving.api.served_model import Served
-from nemoe_jax.serving.api.streaming import Answers, EventStream, as_json, event, new_id, unless_gone
+from nemoe_jax.serving.api.served_model import ServedModel
+from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event, new_id
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import Constraint, ScoredToken
 from nemoe_jax.serving.structured.grammar import tool_calls
 from nemoe_jax.text.chat.render import render_chat
-from nemoe_jax.text.chat.tool_parser import AnswerStream, ParsedAnswer
+from nemoe_jax.text.chat.tool_parser import ParsedAnswer, ToolCallStreamParser
 
 Plain = dict[str, Any]
 
 
-async def chat(served: Served, asked: ChatRequest, request: Request) -> Response:
+async def chat(served: ServedModel, asked: ChatRequest, request: Request) -> Response:
     """The answer to one HTTP request. Raises ApiError, UserError or Busy."""
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []] or None
     wanted = await run_in_threadpool(read, served, asked, tools)
-    answers = Answers(served.engine, wanted, served.metrics)
+    answers = EngineStreams(served.engine, wanted, served.metrics)
     writer = Writer(served, asked, tools if asked.tool_choice != "none" else None, len(wanted[0].prompt))
     if asked.stream:
         return EventStream(writer.events(answers, request), answers)
-    return as_json(await unless_gone(request, writer.whole(answers, request), answers))
+    return as_json(await cancel_on_disconnect(request, writer.whole(answers, request), answers))
 
 
-def read(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> list[engine_request.Request]:
+def read(served: ServedModel, asked: ChatRequest, tools: list[Plain] | None) -> list[engine_request.Request]:
     """The engine's requests, n of them."""
     served.adapter(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs: wants logprobs: true", "top_logprobs")
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
-        raise ApiError(400, "max_tokens: wanted one of max_tokens and max_completion_tokens", "max_tokens")
+        raise ApiError(400, "max_tokens: expected one of max_tokens and max_completion_tokens", "max_tokens")
     param = "max_completion_tokens" if asked.max_tokens is None else "max_tokens"
     prompt = read_prompt(served, asked, tools)
     room = served.room(prompt, getattr(asked, param), None, param)
@@ -67,7 +67,7 @@ def read(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> list[
     return served.requests(asked, prompt, room, top, constraints)
 
 
-def read_prompt(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> list[int]:
+def read_prompt(served: ServedModel, asked: ChatRequest, tools: list[Plain] | None) -> list[int]:
     """The chat's token ids."""
     messages = [message.model_dump(exclude_none=True) for message in asked.messages]
     for message in messages:
@@ -81,7 +81,9 @@ def read_prompt(served: Served, asked: ChatRequest, tools: list[Plain] | None) -
     return render_chat(served.tokenizer, messages, tools=tools, continue_answer=going_on, generation_prompt=opening)
 
 
-def constraint_maker(served: Served, asked: ChatRequest, tools: list[Plain] | None) -> Callable[[], Constraint | None]:
+def constraint_maker(
+    served: ServedModel, asked: ChatRequest, tools: list[Plain] | None
+) -> Callable[[], Constraint | None]:
     """What makes the constraint of one answer, by its tools and `response_format`."""
     choice = asked.tool_choice.model_dump() if isinstance(asked.tool_choice, ChosenTool) else asked.tool_choice
     schema: Plain | None = None
@@ -105,21 +107,21 @@ def constraint_maker(served: Served, asked: ChatRequest, tools: list[Plain] | No
 class Writer:
     """Puts pieces into the API's shape."""
 
-    def __init__(self, served: Served, asked: ChatRequest, tools: list[Plain] | None, prompt_tokens: int):
+    def __init__(self, served: ServedModel, asked: ChatRequest, tools: list[Plain] | None, prompt_tokens: int):
         self.served, self.asked = served, asked
         count = asked.n or 1
-        self.readers = [AnswerStream(served.tokenizer, tools, served.ends) for _ in range(count)]
+        self.readers = [ToolCallStreamParser(served.tokenizer, tools, served.ends) for _ in range(count)]
         self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
         self.id, self.created = new_id("chatcmpl"), int(time.time())
 
-    async def whole(self, answers: Answers, request: Request) -> ChatCompletion:
+    async def whole(self, answers: EngineStreams, request: Request) -> ChatCompletion:
         """All of it at once."""
         texts, reasons = [""] * len(self.readers), [""] * len(self.readers)
         tokens: list[list[ScoredToken]] = [[] for _ in self.readers]
         async for index, piece in answers:
             texts[index] += self.readers[index].push(piece)
             tokens[index] += piece.tokens
-            reasons[index] = piece.finish or ""
+            reasons[index] = piece.finish_reason or ""
         choices = []
         for index, reader in enumerate(self.readers):
             rest = reader.finish()
@@ -127,7 +129,7 @@ class Writer:
             choices.append(
                 ChatChoice(
                     index=index,
-                    message=Answer(content=text if text or not calls else None, tool_calls=calls or None),
+                    message=AssistantMessage(content=text if text or not calls else None, tool_calls=calls or None),
                     logprobs=self.logprobs(tokens[index]),
                     finish_reason=finish_of(reasons[index], rest),
                     warnings=list(rest.warnings) or None,
@@ -137,7 +139,7 @@ class Writer:
         usage = self.usage(request)
         return ChatCompletion(id=self.id, created=self.created, model=self.asked.model, choices=choices, usage=usage)
 
-    async def events(self, answers: Answers, request: Request) -> AsyncIterator[str]:
+    async def events(self, answers: EngineStreams, request: Request) -> AsyncIterator[str]:
         """The role, a chunk for each piece, the calls, the reason why it ended."""
         for index in range(len(self.readers)):
             yield self.event(index, Delta(role="assistant", content=""))
@@ -146,7 +148,7 @@ class Writer:
             text = self.readers[index].push(piece)
             if text or (piece.tokens and self.asked.logprobs):
                 yield self.event(index, Delta(content=text), logprobs=self.logprobs(piece.tokens))
-            if piece.finish is None:
+            if piece.finish_reason is None:
                 continue
             rest = self.readers[index].finish()
             if rest.text:
@@ -154,7 +156,7 @@ class Writer:
             for at, call in enumerate(rest.calls):
                 yield self.event(index, Delta(tool_calls=[CallDelta(index=at, **call_of(call).model_dump())]))
             warnings = {"warnings": list(rest.warnings)} if rest.warnings else {}
-            yield self.event(index, Delta(), finish_reason=finish_of(piece.finish, rest), **warnings)
+            yield self.event(index, Delta(), finish_reason=finish_of(piece.finish_reason, rest), **warnings)
         usage = self.usage(request)
         if self.counted:
             yield event(self.chunk([], usage=usage))
@@ -189,7 +191,7 @@ class Writer:
 
     def usage(self, request: Request) -> Usage:
         """The tokens in all, also for the log."""
-        leave_note(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
+        add_access_log(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
         return Usage.of(self.prompt_tokens, self.answer_tokens)
 
 
@@ -205,7 +207,7 @@ def finish_of(reason: str, rest: ParsedAnswer) -> Finish:
     return "tool_calls" if rest.calls else "stop"
 
 
-def chat_logprobs(served: Served, tokens: Iterable[ScoredToken]) -> ChatLogprobs:
+def chat_logprobs(served: ServedModel, tokens: Iterable[ScoredToken]) -> ChatLogprobs:
     """Those of a chat's answer; a token that is a part of a character shows as U+FFFD beside its bytes."""
 
     def likely(token: int, logprob: float | None) -> LikelyToken:

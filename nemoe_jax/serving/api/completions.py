@@ -8,39 +8,39 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from nemoe_jax.serving.api.errors import ApiError
-from nemoe_jax.serving.api.middleware import leave_note
+from nemoe_jax.serving.api.middleware import add_access_log
 from nemoe_jax.serving.api.requests import CompletionRequest
 from nemoe_jax.serving.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, finite
-from nemoe_jax.serving.api.served_model import Served
-from nemoe_jax.serving.api.streaming import Answers, EventStream, as_json, event, new_id, unless_gone
+from nemoe_jax.serving.api.served_model import ServedModel
+from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event, new_id
 from nemoe_jax.serving.engine import request as engine_request
-from nemoe_jax.serving.engine.request import Piece, ScoredToken
+from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
 
 DEFAULT_TOKENS = 16  # as in OpenAI's API
 
 
-async def complete(served: Served, asked: CompletionRequest, request: Request) -> Response:
+async def complete(served: ServedModel, asked: CompletionRequest, request: Request) -> Response:
     """The answer to one HTTP request. Raises ApiError, UserError or Busy."""
     wanted, echoes = await run_in_threadpool(read, served, asked)
-    answers = Answers(served.engine, wanted, served.metrics)
+    answers = EngineStreams(served.engine, wanted, served.metrics)
     writer = Writer(served, asked, echoes, sum(len(one.prompt) for one in wanted[:: asked.n or 1]))
     if asked.stream:
         return EventStream(writer.events(answers, request), answers)
-    return as_json(await unless_gone(request, writer.whole(answers, request), answers))
+    return as_json(await cancel_on_disconnect(request, writer.whole(answers, request), answers))
 
 
-def read(served: Served, asked: CompletionRequest) -> tuple[list[engine_request.Request], list[str]]:
+def read(served: ServedModel, asked: CompletionRequest) -> tuple[list[engine_request.Request], list[str]]:
     """The engine's requests, n for each prompt, and what each answer's text begins with."""
     count = asked.n or 1
     served.adapter(asked.model)
     if asked.best_of not in (None, count):
-        raise ApiError(400, f"best_of: wanted n ({count}) or nothing, got {asked.best_of}", "best_of")
+        raise ApiError(400, f"best_of: expected n ({count}) or nothing, got {asked.best_of}", "best_of")
     if asked.echo and asked.logprobs is not None:
         raise ApiError(400, "logprobs: not given for echoed prompts; ask for one of echo and logprobs", "logprobs")
     prompts = prompt_ids(served, asked)
     if len(prompts) * count > served.max_answers:
         most = served.max_answers
-        raise ApiError(400, f"prompt: wanted at most {most} answers, got {len(prompts)} times n = {count}", "prompt")
+        raise ApiError(400, f"prompt: expected at most {most} answers, got {len(prompts)} times n = {count}", "prompt")
     requests, echoes = [], []
     for given, ids in prompts:
         room = served.room(ids, asked.max_tokens, DEFAULT_TOKENS, "max_tokens")
@@ -49,7 +49,7 @@ def read(served: Served, asked: CompletionRequest) -> tuple[list[engine_request.
     return requests, echoes
 
 
-def prompt_ids(served: Served, asked: CompletionRequest) -> list[tuple[str, list[int]]]:
+def prompt_ids(served: ServedModel, asked: CompletionRequest) -> list[tuple[str, list[int]]]:
     """The prompts: text (empty where ids were given) and token ids."""
     prompt = asked.prompt
     several = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
@@ -61,23 +61,23 @@ def prompt_ids(served: Served, asked: CompletionRequest) -> list[tuple[str, list
 class Writer:
     """Puts pieces into the API's shape."""
 
-    def __init__(self, served: Served, asked: CompletionRequest, echoes: list[str], prompt_tokens: int):
+    def __init__(self, served: ServedModel, asked: CompletionRequest, echoes: list[str], prompt_tokens: int):
         self.served, self.asked = served, asked
         self.echoes = echoes  # what is still to be said before an answer's own text
         self.offsets = [0] * len(echoes)
         self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
         self.id, self.created = new_id("cmpl"), int(time.time())
 
-    async def whole(self, answers: Answers, request: Request) -> Completion:
+    async def whole(self, answers: EngineStreams, request: Request) -> Completion:
         """All of it at once."""
-        pieces = [Piece("", ()) for _ in self.echoes]
+        pieces = [RequestOutput("", ()) for _ in self.echoes]
         async for index, piece in answers:
             before = pieces[index]
-            pieces[index] = Piece(before.text + piece.text, before.tokens + piece.tokens, piece.finish)
+            pieces[index] = RequestOutput(before.text + piece.text, before.tokens + piece.tokens, piece.finish_reason)
         choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
         return self.chunk(choices, self.usage(request))
 
-    async def events(self, answers: Answers, request: Request) -> AsyncIterator[str]:
+    async def events(self, answers: EngineStreams, request: Request) -> AsyncIterator[str]:
         """A chunk for each piece."""
         counted = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
         leave_out = None if counted else {"usage"}
@@ -87,7 +87,7 @@ class Writer:
         if counted:
             yield event(self.chunk([], usage))
 
-    def choice(self, index: int, piece: Piece) -> CompletionChoice:
+    def choice(self, index: int, piece: RequestOutput) -> CompletionChoice:
         """What a piece says of its answer."""
         self.answer_tokens += len(piece.tokens)
         echo, self.echoes[index] = self.echoes[index], ""
@@ -100,7 +100,7 @@ class Writer:
             index=index,
             text=echo + piece.text,
             logprobs=logprobs,
-            finish_reason=piece.finish,  # type: ignore[arg-type]  # the others were raised
+            finish_reason=piece.finish_reason,  # type: ignore[arg-type]  # the others were raised
         )
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
@@ -109,11 +109,11 @@ class Writer:
 
     def usage(self, request: Request) -> Usage:
         """The tokens in all, also for the log."""
-        leave_note(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
+        add_access_log(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
         return Usage.of(self.prompt_tokens, self.answer_tokens)
 
 
-def completion_logprobs(served: Served, tokens: Sequence[ScoredToken], offset: int) -> CompletionLogprobs:
+def completion_logprobs(served: ServedModel, tokens: Sequence[ScoredToken], offset: int) -> CompletionLogprobs:
     """Those of a completion whose tokens begin `offset` characters into its text.
 
     A token that is a part of a character shows as `bytes:\\xe2`, as in OpenAI's API.
@@ -131,7 +131,7 @@ def completion_logprobs(served: Served, tokens: Sequence[ScoredToken], offset: i
     )
 
 
-def completion_text(served: Served, token: int) -> str:
+def completion_text(served: ServedModel, token: int) -> str:
     """A token as completions name it."""
     data = served.vocabulary.token_bytes(token)
     try:

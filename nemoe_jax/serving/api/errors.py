@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.api.responses import ErrorAnswer, ErrorDetail
+from nemoe_jax.serving.api.responses import ErrorDetail, ErrorResponse
 from nemoe_jax.serving.engine.engine import Busy, Closed
 from nemoe_jax.text.tokenizers.base import mend_surrogates
 
@@ -34,12 +34,12 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     @property
-    def answer(self) -> ErrorAnswer:
+    def answer(self) -> ErrorResponse:
         """The body."""
         kind: ErrorType = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)  # type: ignore[assignment]
         message = mend_surrogates(" ".join(str(self).split()))
-        return ErrorAnswer(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
+        return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
 
     @property
     def response(self) -> Response:
@@ -70,7 +70,7 @@ def from_validation(errors: Sequence[Any], body: Any) -> ApiError:
     if errors[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {errors[0]['ctx']['error']}", code="invalid_json")
     if not isinstance(body, dict):
-        return ApiError(400, "wanted a JSON object as the body, with Content-Type: application/json")
+        return ApiError(400, "expected a JSON object as the body, with Content-Type: application/json")
     places = [path_of(error["loc"][1:], body, error["type"] == "missing") for error in errors]
     # of a field that can have several forms, the one that fits furthest is meant
     place, error = max(zip(places, errors, strict=True), key=lambda pair: pair[0].count(".") + pair[0].count("["))

@@ -45,11 +45,11 @@ class HttpServer(uvicorn.Server):
     """SIGINT or SIGTERM: takes nothing new, lets running answers end, then returns. A second one ends them at once.
 
     drain_seconds: how long answers may take to end.
-    give_up: makes those end that have not until then; they are errors to their clients.
+    abort: makes those end that have not until then; they are errors to their clients.
     """
 
-    def __init__(self, drain_seconds: int, give_up: Callable[[], None]):
-        self.drain_seconds, self.give_up = drain_seconds, give_up
+    def __init__(self, drain_seconds: int, abort: Callable[[], None]):
+        self.drain_seconds, self.abort = drain_seconds, abort
         self.closing = False
 
     def serve_app(self, app: FastAPI, bound: socket.socket) -> None:
@@ -88,4 +88,4 @@ class HttpServer(uvicorn.Server):
 
     def _end_answers(self) -> None:
         # elsewhere, as the event loop has to pass on what answers say at their end
-        threading.Thread(target=self.give_up, daemon=True).start()
+        threading.Thread(target=self.abort, daemon=True).start()

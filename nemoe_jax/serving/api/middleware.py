@@ -22,7 +22,7 @@ NOTE = "nemoe.note"  # where in an ASGI scope a handler leaves a word for the lo
 
 
 @dataclasses.dataclass
-class Guard:
+class RequestMiddleware:
     """The app with its guard.
 
     api_key: what /v1 wants as bearer token; None: nothing.
@@ -74,7 +74,7 @@ class Guard:
                 key.strip().encode("latin-1"), self.api_key.encode()
             ):
                 wanted = {"WWW-Authenticate": "Bearer"}
-                return ApiError(401, "wanted Authorization: Bearer and the API key", None, "invalid_api_key", wanted)
+                return ApiError(401, "expected Authorization: Bearer and the API key", None, "invalid_api_key", wanted)
         if self.closing():
             return shutting_down()
         length = headers.get("content-length", "")
@@ -85,7 +85,7 @@ class Guard:
     @property
     def too_large(self) -> str:
         """What is said of a body over the limit."""
-        return f"wanted a request of at most {self.max_bytes:,} bytes"
+        return f"expected a request of at most {self.max_bytes:,} bytes"
 
     def limited(self, receive: Receive) -> Receive:
         """The same, counting: a body sent in chunks does not say how long it is."""
@@ -102,6 +102,6 @@ class Guard:
         return counted
 
 
-def leave_note(scope: dict[str, Any], *words: str) -> None:
+def add_access_log(scope: dict[str, Any], *words: str) -> None:
     """Words for the request's line in the log."""
     scope[NOTE] = words

@@ -8,8 +8,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from nemoe_jax.serving.api.responses import ChatChunk, ErrorAnswer
-from nemoe_jax.serving.api.served_model import Served
+from nemoe_jax.serving.api.responses import ChatChunk, ErrorResponse
+from nemoe_jax.serving.api.served_model import ServedModel
 
 ABOUT = "The OpenAI API for {name}: point any of its clients at /v1."
 RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "string"}}}
@@ -26,7 +26,7 @@ WORDS: dict[int | str, str] = {
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     answers: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer, "description": WORDS[status]} for status in statuses
+        status: {"model": ErrorResponse, "description": WORDS[status]} for status in statuses
     }
     for status in {429, 503} & set(statuses):
         answers[status]["headers"] = RETRY
@@ -44,7 +44,7 @@ REFERENCE = "#/components/schemas/"
 
 def streamed(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The answer to a request that may want events instead; their schema is that of one event, as in OpenAPI 3.2."""
-    shapes = {"anyOf": [{"$ref": REFERENCE + name} for name in (chunk.__name__, ErrorAnswer.__name__)]}
+    shapes = {"anyOf": [{"$ref": REFERENCE + name} for name in (chunk.__name__, ErrorResponse.__name__)]}
     data = {
         "description": "a chunk; where the engine fails on the way, an error; at last [DONE]",
         "anyOf": [
@@ -57,7 +57,7 @@ def streamed(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {200: {"description": about, "content": {"text/event-stream": {"schema": event}}}}
 
 
-def describe(app: FastAPI, served: Served, with_key: bool) -> dict[str, Any]:
+def describe(app: FastAPI, served: ServedModel, with_key: bool) -> dict[str, Any]:
     """The description of an app, made once."""
     if app.openapi_schema:
         return app.openapi_schema
@@ -85,7 +85,7 @@ def describe(app: FastAPI, served: Served, with_key: bool) -> dict[str, Any]:
     return description
 
 
-def narrow(properties: dict[str, Any], served: Served) -> None:
+def narrow(properties: dict[str, Any], served: ServedModel) -> None:
     """Says of a body's fields what this server knows: the models that there are, the longest answer."""
     if "stream" not in properties:
         return

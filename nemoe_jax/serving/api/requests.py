@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemoe_jax.inference.sampling import MAX_BIASES
-from nemoe_jax.serving.engine.request import MOST_TOP
+from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS
 from nemoe_jax.text.chat.tools import MOST_TOOLS, NAME
 
 MAX_CHOICES = 8
@@ -24,7 +24,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Json = dict[str, Any]
 
 
-class Body(BaseModel):
+class StrictModel(BaseModel):
     """An object whose keys are all known."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -36,14 +36,14 @@ class Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class StreamOptions(Body):
+class StreamOptions(StrictModel):
     """How a stream is sent."""
 
     include_usage: bool | None = Field(None, description="send a last chunk with the numbers of tokens")
     include_obfuscation: bool | None = Field(None, description="no effect")
 
 
-class Generation(Body):
+class GenerationParams(StrictModel):
     """What both kinds of request have in common."""
 
     model: str = Field(description="a name that GET /v1/models lists: the model, or one of its adapters")
@@ -71,7 +71,7 @@ class Generation(Body):
     metadata: Json | None = Field(None, description="no effect")
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationParams):
     """Body of POST /v1/completions."""
 
     prompt: (
@@ -81,7 +81,7 @@ class CompletionRequest(Generation):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="a text, texts, token ids, or lists of token ids; ids are taken as they are")
     max_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most; 16 by default")
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="of so many likeliest tokens as well")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="of so many likeliest tokens as well")
     echo: bool | None = Field(None, description="the answer begins with the prompt")
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="no other number than n")
     suffix: None = Field(None, description="not supported")
@@ -135,32 +135,32 @@ class Tool(Part):
     function: FunctionSpec
 
 
-class ChosenFunction(Body):
+class ChosenFunction(StrictModel):
     """The name of a function of `tools`."""
 
     name: str = Field(pattern=WHOLE_NAME)
 
 
-class ChosenTool(Body):
+class ChosenTool(StrictModel):
     """The one function to call."""
 
     type: Literal["function"]
     function: ChosenFunction
 
 
-class TextFormat(Body):
+class TextFormat(StrictModel):
     """Any text."""
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(Body):
+class JsonObjectFormat(StrictModel):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class JsonSchema(Body):
+class JsonSchema(StrictModel):
     """A JSON schema with a name."""
 
     name: str = Field(pattern=WHOLE_NAME)
@@ -170,21 +170,21 @@ class JsonSchema(Body):
     strict: bool | None = Field(None, description="no effect: what comes always fits")
 
 
-class JsonSchemaFormat(Body):
+class JsonSchemaFormat(StrictModel):
     """JSON that fits a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationParams):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most")
     max_tokens: int | None = Field(None, ge=1, description="the older name of max_completion_tokens")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP, description="wants logprobs")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="wants logprobs")
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="whether there may be several calls; true by default")

@@ -91,7 +91,7 @@ class CallDelta(Call):
     index: int
 
 
-class Answer(BaseModel):
+class AssistantMessage(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
@@ -104,7 +104,7 @@ class ChatChoice(BaseModel):
     """One answer."""
 
     index: int
-    message: Answer
+    message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Finish
     warnings: list[str] | None = Field(None, description="what was wrong with calls that came back as text")
@@ -183,7 +183,7 @@ class ErrorDetail(BaseModel):
     code: str | None
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     """Answer to a request that failed."""
 
     error: ErrorDetail

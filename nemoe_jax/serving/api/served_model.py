@@ -6,14 +6,14 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from nemoe_jax.inference.sampling import Sampling
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.api.errors import ApiError
 from nemoe_jax.serving.api.metrics import Metrics
-from nemoe_jax.serving.api.requests import Generation
+from nemoe_jax.serving.api.requests import GenerationParams
 from nemoe_jax.serving.engine.completion import end_tokens
 from nemoe_jax.serving.engine.engine import Engine
 from nemoe_jax.serving.engine.request import Constraint, Request
-from nemoe_jax.serving.structured.grammar import Vocabulary
+from nemoe_jax.serving.structured.grammar import TokenBytes
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
@@ -22,7 +22,7 @@ LEAST_SHARE = 256  # tokens of an answer whose prompt is longer than its share o
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model behind its engine.
 
     name: what `model` must say; adapters are asked for by names of their own.
@@ -36,7 +36,7 @@ class Served:
     tokenizer: Tokenizer
     name: str
     adapters: tuple[str, ...] = ()
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     max_answers: int = 64
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -47,9 +47,9 @@ class Served:
         return Metrics(self.engine.statistics)
 
     @functools.cached_property
-    def vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> TokenBytes:
         """The tokens' bytes, for grammars and log-probabilities."""
-        return Vocabulary(self.tokenizer, self.config.vocab, self.ends)
+        return TokenBytes(self.tokenizer, self.config.vocab, self.ends)
 
     @functools.cached_property
     def ends(self) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ class Served:
 
     def requests(
         self,
-        asked: Generation,
+        asked: GenerationParams,
         prompt: Sequence[int],
         max_tokens: int,
         top_logprobs: int | None,
@@ -86,14 +86,14 @@ class Served:
 
         Raises:
             ApiError: a value that does not fit this model.
-            UserError: as `Sampling` does.
+            UserError: as `SamplingParams` does.
         """
         vocab = self.config.vocab
         stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         for param, tokens in {"prompt": prompt, "stop_token_ids": asked.stop_token_ids or ()}.items():
             wrong = next((token for token in tokens if token >= vocab), None)
             if wrong is not None:
-                message = f"{param}: wanted token ids from 0 to {vocab - 1}, got {wrong}"
+                message = f"{param}: expected token ids from 0 to {vocab - 1}, got {wrong}"
                 raise ApiError(400, message, param, "invalid_value")
         sampling = self._sampling(asked)
         sampling.check(vocab)
@@ -112,10 +112,10 @@ class Served:
             for at, constraint in enumerate(constraints)
         ]
 
-    def _sampling(self, asked: Generation) -> Sampling:
+    def _sampling(self, asked: GenerationParams) -> SamplingParams:
         wishes = {
             field.name: value
-            for field in dataclasses.fields(Sampling)
+            for field in dataclasses.fields(SamplingParams)
             if field.name not in ("seed", "logit_bias") and (value := getattr(asked, field.name)) is not None
         }
         if wishes.get("top_k") == -1:
@@ -135,7 +135,7 @@ class Served:
         """
         limit = self.max_tokens
         if wanted is not None and limit is not None and wanted > limit:
-            raise ApiError(400, f"{param}: wanted at most {limit}, the limit here, got {wanted}", param)
+            raise ApiError(400, f"{param}: expected at most {limit}, the limit here, got {wanted}", param)
         room = self.context - len(prompt)
         if room < max(1, wanted or 0):
             length = f"{len(prompt)} tokens" + (f" and {wanted} of answer" if wanted else "")

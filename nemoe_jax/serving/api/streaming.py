@@ -16,14 +16,14 @@ from starlette.types import Receive, Scope, Send
 from nemoe_jax.serving.api.errors import ApiError, shutting_down
 from nemoe_jax.serving.api.metrics import Metrics
 from nemoe_jax.serving.engine.engine import Engine
-from nemoe_jax.serving.engine.request import Piece
 from nemoe_jax.serving.engine.request import Request as EngineRequest
+from nemoe_jax.serving.engine.request import RequestOutput
 
 DONE = "data: [DONE]\n\n"
 T = TypeVar("T")
 
 
-class Answers:
+class EngineStreams:
     """Answers of the engine to several requests: all are taken, or none.
 
     Whoever makes one sees to it that `cancel` is called in the end; that costs nothing where all are finished.
@@ -35,7 +35,7 @@ class Answers:
 
     def __init__(self, engine: Engine, requests: Sequence[EngineRequest], metrics: Metrics):
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
         self._times = [_Times(metrics) for _ in requests]
         self._answers = []
         try:
@@ -51,13 +51,13 @@ class Answers:
         for answer in self._answers:
             answer.cancel()
 
-    def _take(self, index: int, piece: Piece) -> None:
+    def _take(self, index: int, piece: RequestOutput) -> None:
         """In the engine's thread."""
         self._times[index].note(piece)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Pieces with the number of their answer, until all are finished; what has piled up comes as one piece.
 
         Raises:
@@ -68,15 +68,15 @@ class Answers:
             come = [await self._queue.get()]
             while not self._queue.empty():
                 come.append(self._queue.get_nowait())
-            joined: dict[int, Piece] = {}
+            joined: dict[int, RequestOutput] = {}
             for index, piece in come:
                 joined[index] = _join(joined[index], piece) if index in joined else piece
             for index, piece in joined.items():
-                if piece.finish == "error":
+                if piece.finish_reason == "error":
                     raise ApiError(500, piece.error or "the engine failed", code="engine_error")
-                if piece.finish == "cancelled":
+                if piece.finish_reason == "cancelled":
                     raise shutting_down()
-                left -= piece.finish is not None
+                left -= piece.finish_reason is not None
                 yield index, piece
 
 
@@ -98,7 +98,7 @@ def event(chunk: BaseModel, **options: Any) -> str:
 class EventStream(StreamingResponse):
     """Events as they come, then [DONE]; an error on the way is an event as well."""
 
-    def __init__(self, events: AsyncIterator[str], answers: Answers):
+    def __init__(self, events: AsyncIterator[str], answers: EngineStreams):
         self.answers = answers
         super().__init__(self._whole(events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -118,7 +118,7 @@ class EventStream(StreamingResponse):
         yield DONE
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T], answers: Answers) -> T:
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T], answers: EngineStreams) -> T:
     """The result of `work`, which is given up when the client goes away.
 
     Raises:
@@ -142,8 +142,8 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _join(first: Piece, second: Piece) -> Piece:
-    return Piece(first.text + second.text, first.tokens + second.tokens, second.finish, second.error)
+def _join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
+    return RequestOutput(first.text + second.text, first.tokens + second.tokens, second.finish_reason, second.error)
 
 
 class _Times:
@@ -155,7 +155,7 @@ class _Times:
         self.first: float | None = None
         self.tokens = 0
 
-    def note(self, piece: Piece) -> None:
+    def note(self, piece: RequestOutput) -> None:
         now = time.monotonic()
         if piece.tokens and self.first is None:
             self.first = now
@@ -163,7 +163,7 @@ class _Times:
             self.tokens = -len(piece.tokens)  # those of the first piece took no time of their own
         self.tokens += len(piece.tokens)
         self.metrics.answer_tokens.inc(len(piece.tokens))
-        if piece.finish is not None:
-            self.metrics.answers.labels(piece.finish).inc()
+        if piece.finish_reason is not None:
+            self.metrics.answers.labels(piece.finish_reason).inc()
             if self.first is not None and self.tokens:
                 self.metrics.token.observe((now - self.first) / self.tokens)

@@ -6,21 +6,21 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.engine.request import Piece, ScoredToken
+from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.text.chat.tool_parser import AnswerStream, ParsedAnswer
+from nemoe_jax.text.chat.tool_parser import ParsedAnswer, ToolCallStreamParser
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
 _PICTURES |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
-class WholeAnswer(NamedTuple):
+class Completion(NamedTuple):
     """An answer from its first piece to its last."""
 
     text: str
     tokens: list[ScoredToken]  # without the end token
-    finish: str  # as in Piece
+    finish_reason: str  # as in RequestOutput
     prefill_seconds: float  # to the first piece
     seconds: float  # to the last
     first_tokens: int  # that came with the first piece
@@ -38,7 +38,7 @@ class WholeAnswer(NamedTuple):
             "text": self.text,
             "tokens": [scored.token for scored in self.tokens],
             "prompt_tokens": prompt_tokens,
-            "finish_reason": self.finish,
+            "finish_reason": self.finish_reason,
         }
         if self.parsed is not None:
             figures["tool_calls"] = [call.as_message() for call in self.parsed.calls]
@@ -76,11 +76,11 @@ def harmless(text: str) -> str:
 
 
 def collect(
-    pieces: Iterable[Piece],
+    pieces: Iterable[RequestOutput],
     ends: Collection[int],
     show: Callable[[str], None] = lambda text: None,
-    reader: AnswerStream | None = None,
-) -> WholeAnswer:
+    reader: ToolCallStreamParser | None = None,
+) -> Completion:
     """Waits for the whole of an answer; `show` gets its text as it comes, and `reader` finds calls of tools in it.
 
     Raises:
@@ -92,7 +92,7 @@ def collect(
     tokens: list[ScoredToken] = []
     finish = "error"
     for piece in pieces:
-        if piece.finish == "error":
+        if piece.finish_reason == "error":
             raise UserError(piece.error or "the model could not answer")
         if piece.tokens and not first_tokens:
             first, first_tokens = time.monotonic() - started, len(piece.tokens)
@@ -100,7 +100,7 @@ def collect(
         tokens += piece.tokens
         if texts[-1]:
             show(texts[-1])
-        finish = piece.finish or finish
+        finish = piece.finish_reason or finish
     seconds = time.monotonic() - started
     parsed = None if reader is None else reader.finish()
     if parsed is not None and parsed.text:
@@ -108,4 +108,4 @@ def collect(
         show(parsed.text)
     if tokens and tokens[-1].token in ends:
         tokens.pop()
-    return WholeAnswer("".join(texts), tokens, finish, first or seconds, seconds, first_tokens, parsed)
+    return Completion("".join(texts), tokens, finish, first or seconds, seconds, first_tokens, parsed)

@@ -22,19 +22,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nemoe_jax.adapters.multi_lora import bank
+from nemoe_jax.adapters.multi_lora import stack_adapters
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import cache_dtype_of
 from nemoe_jax.kernels.attention.paged import PAGE
-from nemoe_jax.kernels.backend import platform
+from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.model.kv_cache import division
 from nemoe_jax.serving.engine.completion import end_tokens
-from nemoe_jax.serving.engine.page_allocator import FreePages
-from nemoe_jax.serving.engine.request import Piece, Request
-from nemoe_jax.serving.engine.runner import Programs
-from nemoe_jax.serving.engine.scheduler import Turns
-from nemoe_jax.serving.engine.slots import Rows
-from nemoe_jax.serving.engine.stream import Answer
+from nemoe_jax.serving.engine.page_allocator import PageAllocator
+from nemoe_jax.serving.engine.request import Request, RequestOutput
+from nemoe_jax.serving.engine.runner import ModelRunner
+from nemoe_jax.serving.engine.scheduler import Scheduler
+from nemoe_jax.serving.engine.slots import Slots
+from nemoe_jax.serving.engine.stream import ResponseStream
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.base import Tokenizer
@@ -99,26 +99,26 @@ class Engine:
     ):
         for name, value in {"rows": rows, "tokens": tokens, "waiting": waiting}.items():
             if value is not None and value < (name != "waiting"):
-                raise UserError(f"engine: {name}: wanted a positive number, got {value}")
+                raise UserError(f"engine: {name}: expected a positive number, got {value}")
         self.config, self.tokenizer = config, tokenizer
         self._most_waiting, self._mesh = waiting, mesh
         dtype = cache_dtype_of(params, cache_dtype)
         self._adapters = {name: number for number, name in enumerate(adapters or {})}
         with self._ambient():
             joined = (
-                bank(config, adapters, jnp.float32 if platform() == "cpu" else params["embed"].dtype)
+                stack_adapters(config, adapters, jnp.float32 if target_platform() == "cpu" else params["embed"].dtype)
                 if adapters
                 else None
             )
             parts, cuts = division(config, rows)
             tokens = _fitting(config, rows, dtype) if tokens is None else tokens
-            free = [FreePages(1 + -(-tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
+            free = [PageAllocator(1 + -(-tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
             self.context = min(config.context, free[0].tokens)  # of one request, prompt and answer together
-            programs = Programs(config, params, rows, self.context, 1 + free[0].all, dtype, joined)
+            programs = ModelRunner(config, params, rows, self.context, 1 + free[0].all, dtype, joined)
         self._ends = frozenset(end_tokens(config, tokenizer))
-        self._rows = Rows(rows, free, programs.width)
-        self._turns = Turns(config, programs, self._rows, self._ends)
-        self._queue: deque[Answer] = deque()
+        self._rows = Slots(rows, free, programs.width)
+        self._turns = Scheduler(config, programs, self._rows, self._ends)
+        self._queue: deque[ResponseStream] = deque()
         self._changed = threading.Condition()
         self._closed: str | None = None  # why no more requests are taken
         self._dropping = False  # what runs and waits is to be cancelled
@@ -132,7 +132,7 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close(drain=error[0] is None)
 
-    def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> Answer:
+    def submit(self, request: Request, on_piece: Callable[[RequestOutput], None] | None = None) -> ResponseStream:
         """Asks for an answer, from any thread; does not wait for it.
 
         Args:
@@ -145,7 +145,7 @@ class Engine:
         """
         self._check(request)
         ends = self._ends | set(request.stop_tokens)
-        answer = Answer(request, self.tokenizer, ends, on_piece, self._wake)
+        answer = ResponseStream(request, self.tokenizer, ends, on_piece, self._wake)
         with self._changed:
             if self._closed is not None:
                 raise Closed(self._closed)
@@ -214,7 +214,7 @@ class Engine:
                 try:
                     self._drop_cancelled()
                     self._admit()
-                    self._turns.take_one()
+                    self._turns.step()
                 except Exception as error:
                     _log.exception("a step of the engine failed")
                     self._start_anew(f"the engine failed: {error}")
@@ -222,7 +222,7 @@ class Engine:
     def _start_anew(self, error: str) -> None:
         """The running requests end, and with an empty cache those that wait get their turn; or all end."""
         try:
-            self._turns.start_anew(error)
+            self._turns.reset(error)
         except Exception:
             _log.exception("the engine is closed: its devices are lost")
             with self._changed:
@@ -235,7 +235,7 @@ class Engine:
                 answer.cancelled = True
         self._end_waiting(lambda answer: answer.cancelled, "cancelled")
 
-    def _end_waiting(self, which: Callable[[Answer], bool], finish: str, error: str | None = None) -> None:
+    def _end_waiting(self, which: Callable[[ResponseStream], bool], finish: str, error: str | None = None) -> None:
         with self._changed:
             ended = [answer for answer in self._queue if which(answer)]
             for answer in ended:

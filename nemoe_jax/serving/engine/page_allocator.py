@@ -3,7 +3,7 @@
 from nemoe_jax.kernels.attention.paged import PAGE
 
 
-class FreePages:
+class PageAllocator:
     """Gives pages of one part's pool by number and takes them back; page 0 is nobody's.
 
     Args:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nemoe_jax.adapters.multi_lora import with_rows
-from nemoe_jax.inference.decode import Block, State, decode, read_only
-from nemoe_jax.inference.sampler import Controls, Counts
-from nemoe_jax.kernels.attention.paged import Pages
-from nemoe_jax.model.decode_weights import for_decoding
-from nemoe_jax.model.kv_cache import Cache, division, shared_cache, wipe
+from nemoe_jax.adapters.multi_lora import select_adapters
+from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only
+from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts
+from nemoe_jax.kernels.attention.paged import KVPages
+from nemoe_jax.model.decode_weights import prepare_decode_params
+from nemoe_jax.model.kv_cache import KVCache, division, shared_cache, zero_pages
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.spec.sharding import constrain_tokens
@@ -27,12 +27,12 @@ _NARROWEST = 32
 MOST_ENDS = 16  # tokens that end a row on the device; more are found by the host, some steps later
 
 
-class Held(NamedTuple):
+class DeviceState(NamedTuple):
     """What stays on the device."""
 
-    k: Pages
-    v: Pages
-    counts: Counts
+    k: KVPages
+    v: KVPages
+    counts: TokenCounts
 
 
 class Batch(NamedTuple):
@@ -42,12 +42,12 @@ class Batch(NamedTuple):
     length_B: Any  # tokens that each row holds in the cache
     next_B: Any  # the tokens that are read next
     step_B: Any  # tokens chosen so far
-    left_B: Any  # tokens that each row may still have; 0: it rests
+    remaining_B: Any  # tokens that each row may still have; 0: it rests
     stop_BE: Any  # tokens that end the row; -1 for none
     adapter_B: Any  # the number of each row's adapter; -1 for none
 
 
-class Programs:
+class ModelRunner:
     """A model with its cache, on its devices, under the ambient mesh.
 
     Args:
@@ -60,16 +60,16 @@ class Programs:
         self, config: ModelConfig, params: Tree, rows: int, slots: int, pages: int, dtype: Any, bank: Tree | None = None
     ):
         self.config, self.params, self.rows, self.bank = config, params, rows, bank
-        self.decode_params = for_decoding(params, rows)
+        self.decode_params = prepare_decode_params(params, rows)
         self.parts, self.cuts = division(config, rows)
         self._shape = (slots, pages, dtype)
-        self.forget_everything()
+        self.reset()
 
-    def forget_everything(self) -> None:
+    def reset(self) -> None:
         """An empty cache, as at the start."""
         cache, counts = _start(self.config, self.rows, *self._shape)
         self.width = cache.table_BM.shape[1]
-        self.held = Held(cache.k, cache.v, counts)
+        self.held = DeviceState(cache.k, cache.v, counts)
         if jax.sharding.get_abstract_mesh().empty:  # where the parameters are: once for all, or it would compile twice
             self.held = jax.device_put(self.held, self.params["embed"].sharding)
 
@@ -99,12 +99,12 @@ class Programs:
             chunk = prompt[first : first + CHUNK]
             tokens_BT = np.zeros((self.rows, CHUNK), np.int32)
             tokens_BT[row, : len(chunk)] = chunk
-            counts_B = np.where(here_B, np.int32(len(chunk)), np.int32(0))
-            self.held = _count(self.held, here_B & (first == 0), tokens_BT, counts_B)
+            num_new_tokens_B = np.where(here_B, np.int32(len(chunk)), np.int32(0))
+            self.held = _count(self.held, here_B & (first == 0), tokens_BT, num_new_tokens_B)
 
     def decode(
-        self, batch: Batch, steps: int, controls: Controls, allowed_BW: np.ndarray | None, top: int | None
-    ) -> Block:
+        self, batch: Batch, steps: int, controls: SamplerInputs, allowed_BW: np.ndarray | None, top: int | None
+    ) -> DecodedTokens:
         """Up to so many steps of all rows; what they gave, on the host."""
         self.held, block = _decode(
             self.config, self.decode_params, self.held, batch, steps, controls, allowed_BW, self.bank, top=top
@@ -123,8 +123,8 @@ class Programs:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _start(config: ModelConfig, rows: int, slots: int, pages: int, dtype: Any) -> tuple[Cache, Counts]:
-    return shared_cache(config, rows, slots, pages, dtype), _laid(Counts.empty(rows, config.vocab))
+def _start(config: ModelConfig, rows: int, slots: int, pages: int, dtype: Any) -> tuple[KVCache, TokenCounts]:
+    return shared_cache(config, rows, slots, pages, dtype), _laid(TokenCounts.empty(rows, config.vocab))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="held")
@@ -132,48 +132,50 @@ def _read(
     config: ModelConfig,
     params: Tree,
     tokens_BT: Any,
-    counts_B: Any,
-    held: Held,
+    num_new_tokens_B: Any,
+    held: DeviceState,
     table_BM: Any,
     length_B: Any,
     bank: Tree | None,
     adapter_B: Any,
-) -> Held:
-    adapters = with_rows(bank, adapter_B) if bank else None
-    _, cache = read_only(config, params, tokens_BT, counts_B, Cache(held.k, held.v, table_BM, length_B), adapters)
-    return Held(cache.k, cache.v, held.counts)
+) -> DeviceState:
+    adapters = select_adapters(bank, adapter_B) if bank else None
+    _, cache = read_only(
+        config, params, tokens_BT, num_new_tokens_B, KVCache(held.k, held.v, table_BM, length_B), adapters
+    )
+    return DeviceState(cache.k, cache.v, held.counts)
 
 
 @functools.partial(jax.jit, donate_argnames="held")
-def _count(held: Held, forgotten_B: Any, tokens_BT: Any, counts_B: Any) -> Held:
-    return held._replace(counts=_laid(held.counts.forget(forgotten_B).add_prompt(tokens_BT, counts_B)))
+def _count(held: DeviceState, forgotten_B: Any, tokens_BT: Any, num_new_tokens_B: Any) -> DeviceState:
+    return held._replace(counts=_laid(held.counts.forget(forgotten_B).add_prompt(tokens_BT, num_new_tokens_B)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="held")
 def _decode(
     config: ModelConfig,
     params: Tree,
-    held: Held,
+    held: DeviceState,
     batch: Batch,
     steps: Any,
-    controls: Controls,
+    controls: SamplerInputs,
     allowed_BW: Any | None,
     bank: Tree | None,
     top: int | None,
-) -> tuple[Held, Block]:
-    cache = Cache(held.k, held.v, batch.table_BM, batch.length_B)
-    state = State(cache, held.counts, batch.next_B, batch.step_B, batch.left_B, batch.stop_BE)
-    adapters = with_rows(bank, batch.adapter_B) if bank else None
+) -> tuple[DeviceState, DecodedTokens]:
+    cache = KVCache(held.k, held.v, batch.table_BM, batch.length_B)
+    state = DecodeState(cache, held.counts, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE)
+    adapters = select_adapters(bank, batch.adapter_B) if bank else None
     state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
     assert state.counts is not None
-    return Held(state.cache.k, state.cache.v, _laid(state.counts)), block
+    return DeviceState(state.cache.k, state.cache.v, _laid(state.counts)), block
 
 
 @functools.partial(jax.jit, donate_argnames="held")
-def _wipe(held: Held, pages_M: Any, here_B: Any) -> Held:
-    k, v = wipe((held.k, held.v), pages_M, here_B)
+def _wipe(held: DeviceState, pages_M: Any, here_B: Any) -> DeviceState:
+    k, v = zero_pages((held.k, held.v), pages_M, here_B)
     return held._replace(k=k, v=v)
 
 
-def _laid(counts: Counts) -> Counts:
-    return Counts(*map(constrain_tokens, counts))
+def _laid(counts: TokenCounts) -> TokenCounts:
+    return TokenCounts(*map(constrain_tokens, counts))

@@ -7,17 +7,17 @@ import dataclasses
 
 import numpy as np
 
-from nemoe_jax.serving.engine.page_allocator import FreePages
+from nemoe_jax.serving.engine.page_allocator import PageAllocator
 from nemoe_jax.serving.engine.runner import MOST_ENDS, Batch
-from nemoe_jax.serving.engine.stream import Answer
+from nemoe_jax.serving.engine.stream import ResponseStream
 
 
 @dataclasses.dataclass
-class Row:
+class Slot:
     """A place in the batch that an answer has. First its prompt is read, all but the last token of it."""
 
     number: int
-    answer: Answer
+    answer: ResponseStream
     pages: list[int]
     prompt: np.ndarray
     adapter: int  # its number; -1 for none
@@ -25,7 +25,7 @@ class Row:
     working: bool = False  # its prompt is read
 
 
-class Rows:
+class Slots:
     """Gives places and pages to answers, and takes them back.
 
     Args:
@@ -33,9 +33,9 @@ class Rows:
         width: numbers in a row of the table.
     """
 
-    def __init__(self, rows: int, free: list[FreePages], width: int):
+    def __init__(self, rows: int, free: list[PageAllocator], width: int):
         self.free = free
-        self.taken: dict[int, Row] = {}
+        self.taken: dict[int, Slot] = {}
         self._of_part = rows // len(free)
         zeros_B = np.zeros(rows, np.int32)
         self.batch = Batch(
@@ -43,24 +43,24 @@ class Rows:
             length_B=zeros_B.copy(),
             next_B=zeros_B.copy(),
             step_B=zeros_B.copy(),
-            left_B=zeros_B.copy(),
+            remaining_B=zeros_B.copy(),
             stop_BE=np.full((rows, MOST_ENDS), -1, np.int32),
             adapter_B=zeros_B - 1,
         )
 
     def __len__(self) -> int:
-        return len(self.batch.left_B)
+        return len(self.batch.remaining_B)
 
     @property
     def idle(self) -> int:
         """How many nobody has."""
         return len(self) - len(self.taken)
 
-    def working(self) -> list[Row]:
+    def working(self) -> list[Slot]:
         """Those that make tokens."""
         return [row for row in self.taken.values() if row.working]
 
-    def join(self, answer: Answer, adapter: int) -> Row | None:
+    def join(self, answer: ResponseStream, adapter: int) -> Slot | None:
         """A place for an answer, in the part with the most free pages; None where there is none now."""
         tokens = len(answer.request.prompt) + answer.request.max_new_tokens
         idle = [number for number in range(len(self)) if number not in self.taken]
@@ -68,35 +68,35 @@ class Rows:
         if number is None or self._pool(number).wanted(tokens) > len(self._pool(number)):
             return None
         pool = self._pool(number)
-        row = Row(number, answer, pool.take(tokens), np.array(answer.request.prompt, np.int32), adapter)
+        row = Slot(number, answer, pool.take(tokens), np.array(answer.request.prompt, np.int32), adapter)
         self.taken[number] = row
         table = np.repeat(row.pages, pool.cuts)
         self.batch.table_BM[number, : len(table)] = table
         return row
 
-    def work(self, row: Row, ends: list[int]) -> None:
+    def work(self, row: Slot, ends: list[int]) -> None:
         """The row's prompt is read but for its last token: from now on it makes tokens."""
         number, batch = row.number, self.batch
         row.working = True
         batch.length_B[number], batch.next_B[number] = row.read, row.prompt[-1]
-        batch.step_B[number], batch.left_B[number] = 0, row.answer.request.max_new_tokens
+        batch.step_B[number], batch.remaining_B[number] = 0, row.answer.request.max_new_tokens
         batch.stop_BE[number, : len(ends[:MOST_ENDS])] = ends[:MOST_ENDS]
         batch.adapter_B[number] = row.adapter
 
-    def count(self, row: Row, tokens: list[int]) -> None:
+    def count(self, row: Slot, tokens: list[int]) -> None:
         """The row made tokens."""
         self.batch.length_B[row.number] += len(tokens)
         self.batch.step_B[row.number] += len(tokens)
-        self.batch.left_B[row.number] -= len(tokens)
+        self.batch.remaining_B[row.number] -= len(tokens)
         self.batch.next_B[row.number] = tokens[-1]
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: Slot) -> None:
         """The row's place and pages are free again."""
         number, batch = row.number, self.batch
         del self.taken[number]
         self._pool(number).give_back(row.pages)
-        batch.table_BM[number] = batch.length_B[number] = batch.left_B[number] = 0
+        batch.table_BM[number] = batch.length_B[number] = batch.remaining_B[number] = 0
         batch.stop_BE[number] = batch.adapter_B[number] = -1
 
-    def _pool(self, number: int) -> FreePages:
+    def _pool(self, number: int) -> PageAllocator:
         return self.free[number // self._of_part]

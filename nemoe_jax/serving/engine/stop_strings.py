@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from nemoe_jax.errors import UserError
 
 
-class StopTexts:
+class StopStrings:
     """Lets an answer through up to the first stop text, which is then in `found`.
 
     Raises:
@@ -20,7 +20,7 @@ class StopTexts:
         texts = [stops] if isinstance(stops, str) else stops
         wrong = [stop for stop in texts if not isinstance(stop, str) or not stop]
         if wrong:
-            raise UserError(f"stop: wanted texts that are not empty, got {wrong[0]!r}")
+            raise UserError(f"stop: expected texts that are not empty, got {wrong[0]!r}")
         self.found: str | None = None
         self._stops = sorted(texts, key=len)  # of those that begin at one place, the shortest
         self._held = ""

@@ -24,34 +24,34 @@ import numpy as np
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.request import Constraint
 from nemoe_jax.serving.structured import tool_grammar
-from nemoe_jax.serving.structured.token_bytes import Vocabulary
+from nemoe_jax.serving.structured.token_bytes import TokenBytes
 from nemoe_jax.text.chat.tool_formats import known_call_form
 from nemoe_jax.text.chat.tools import check_tool_choice, check_tools
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
-__all__ = ["Vocabulary", "json_object", "json_schema", "regex", "tool_calls"]
+__all__ = ["TokenBytes", "json_object", "json_schema", "regex", "tool_calls"]
 
 # Forced texts are not tokenized by the library: it would take the space in front of a text for the text's own.
 HEADER = '%llguidance {"no_forcing": true}\n'
-UNFULFILLED = "no text of the model's tokens can fulfil it"
+UNFULFILLED = "no text of the model's tokens can fulfill it"
 WHITE_SPACE = r" |\n[ \t]{0,40}"  # between the tokens of JSON: a bound, as a model may write nothing else for ever
 
 
-def json_schema(vocabulary: Vocabulary, schema: Any) -> Constraint:
+def json_schema(vocabulary: TokenBytes, schema: Any) -> Constraint:
     """Answers that are JSON by a schema (of https://json-schema.org, as far as llguidance has it).
 
     Properties come in the schema's order, those of no name in it last. Raises UserError on a schema that is none, that
-    nothing can fulfil, or that has keywords which llguidance cannot enforce.
+    nothing can fulfill, or that has keywords which llguidance cannot enforce.
     """
     return Grammar(vocabulary, f"start: {_json(vocabulary, schema)}", "schema")
 
 
-def json_object(vocabulary: Vocabulary) -> Constraint:
+def json_object(vocabulary: TokenBytes) -> Constraint:
     """Answers that are any JSON object."""
     return json_schema(vocabulary, {"type": "object"})
 
 
-def regex(vocabulary: Vocabulary, pattern: str) -> Constraint:
+def regex(vocabulary: TokenBytes, pattern: str) -> Constraint:
     """Answers that a regular expression matches as a whole. Raises UserError where it is none."""
     import llguidance
 
@@ -59,7 +59,7 @@ def regex(vocabulary: Vocabulary, pattern: str) -> Constraint:
 
 
 def tool_calls(
-    vocabulary: Vocabulary,
+    vocabulary: TokenBytes,
     tokenizer: Tokenizer,
     tools: Sequence[Mapping[str, Any]] | None,
     tool_choice: Any = None,
@@ -81,7 +81,7 @@ def tool_calls(
         return None
     form = known_call_form(tokenizer)
     if mode == "none":  # a tag that is text can be written; it is then read as text
-        return Free(vocabulary, forbidden=form.start) if isinstance(form.start, int) else None
+        return UntilToolCall(vocabulary, forbidden=form.start) if isinstance(form.start, int) else None
     chosen = [(at, tool["function"]) for at, tool in enumerate(tools) if name in (None, tool["function"]["name"])]
     several = parallel and name is None
     start = "start: calls\n"
@@ -100,14 +100,14 @@ def tool_calls(
             json_schema(vocabulary, schema)
         raise
     if mode == "auto" and schema is None and isinstance(form.start, int):
-        return Free(vocabulary, begin=form.start, then=calls, late=form.after_text)
+        return UntilToolCall(vocabulary, begin=form.start, then=calls, late=form.after_text)
     return calls
 
 
-def _json(vocabulary: Vocabulary, schema: Any) -> str:
+def _json(vocabulary: TokenBytes, schema: Any) -> str:
     """JSON by a schema, as part of a rule. Raises UserError."""
     if not isinstance(schema, Mapping | bool):
-        raise UserError(f"schema: wanted a JSON schema (an object), got {schema!r:.80}")
+        raise UserError(f"schema: expected a JSON schema (an object), got {schema!r:.80}")
     try:
         written = tool_grammar.json_rule(schema, {"whitespace_pattern": WHITE_SPACE})
     except UserError as error:
@@ -118,7 +118,7 @@ def _json(vocabulary: Vocabulary, schema: Any) -> str:
 class Grammar:
     """A constraint by one of llguidance's grammars."""
 
-    def __init__(self, vocabulary: Vocabulary, rules: str, what: str):
+    def __init__(self, vocabulary: TokenBytes, rules: str, what: str):
         import llguidance
 
         self._vocab_size = vocabulary.vocab_size
@@ -126,7 +126,7 @@ class Grammar:
         # ten times the library's own bounds, for schemas of a thousand properties
         limits = llguidance.LLParserLimits(max_items_in_row=20_000, step_max_items=500_000, verbose_errors=False)
         self._matcher = llguidance.LLMatcher(vocabulary.library, HEADER + rules, log_level=0, limits=limits)
-        self.allowed()  # tells of a bad grammar, and of one that nothing fulfils
+        self.allowed()  # tells of a bad grammar, and of one that nothing fulfills
 
     def allowed(self) -> np.ndarray:
         """Bits of the tokens that may come next, (W,) uint32. Raises UserError where nothing may."""
@@ -151,7 +151,7 @@ class Grammar:
             raise UserError(f"{self._what}: {why}")
 
 
-class Free:
+class UntilToolCall:
     """Anything, until the token that begins a call.
 
     forbidden: a token that may never come. begin, then, late: the token with which another constraint takes over, and
@@ -160,7 +160,7 @@ class Free:
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        vocabulary: TokenBytes,
         forbidden: int | None = None,
         begin: int | None = None,
         then: Constraint | None = None,

@@ -17,13 +17,13 @@ def check_schema_cost(schema: Any) -> None:
     for part in objects(schema):
         patterns, multiple = part.get("patternProperties"), part.get("multipleOf")
         if isinstance(patterns, Mapping) and len(patterns) > MOST_PATTERNS:
-            raise UserError(f"patternProperties: wanted at most {MOST_PATTERNS}, got {len(patterns)}")
+            raise UserError(f"patternProperties: expected at most {MOST_PATTERNS}, got {len(patterns)}")
         if isinstance(multiple, int | float):
             multiples.append(multiple)
     together = common_multiple(multiples)
     if together > LARGEST_MULTIPLE:
         raise UserError(
-            f"multipleOf: wanted at most {LARGEST_MULTIPLE} (in units of the last decimal, all multiples together), "
+            f"multipleOf: expected at most {LARGEST_MULTIPLE} (in units of the last decimal, all multiples together), "
             f"got {Decimal(together):.6g}"
         )
 

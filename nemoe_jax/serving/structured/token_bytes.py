@@ -20,7 +20,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a token of 
 _UNKNOWN = "<unk>"
 
 
-class Vocabulary:
+class TokenBytes:
     """A tokenizer's tokens for a model; made once. What llguidance needs is built when it is first asked for.
 
     vocab_size: rows of the model's embedding; those without a token in the tokenizer are never allowed.
@@ -80,7 +80,7 @@ class Vocabulary:
 class _Spelling:
     """The tokens of Tekken and SentencePiece, as llguidance asks for them."""
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: TokenBytes):
         tokenizer = vocabulary.tokenizer
         assert isinstance(tokenizer, Tekken | SentencePiece)
         spell = tekken_bytes if isinstance(tokenizer, Tekken) else sentencepiece_bytes

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.structured.schema_limits import check_schema_cost
-from nemoe_jax.text.chat.tool_formats import CallForm
+from nemoe_jax.text.chat.tool_formats import ToolCallFormat
 
 # JSON as Python's json.dumps writes it, which is how chat formats write calls
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -28,7 +28,9 @@ def json_rule(schema: Mapping[str, Any] | bool, options: Mapping[str, Any]) -> s
         raise UserError(f"not JSON ({error})") from error
 
 
-def call_rules(form: CallForm, functions: Sequence[tuple[int, Mapping[str, Any]]], several: bool, lead: bool) -> str:
+def call_rules(
+    form: ToolCallFormat, functions: Sequence[tuple[int, Mapping[str, Any]]], several: bool, lead: bool
+) -> str:
     """The rule `calls` and those that it needs, for functions with their places among the tools.
 
     lead: whether the tokenizer writes a space in front of a text.
@@ -60,7 +62,7 @@ def call_rules(form: CallForm, functions: Sequence[tuple[int, Mapping[str, Any]]
     return "\n".join([*rules, named])
 
 
-def after_text(form: CallForm, control: Sequence[int]) -> str:
+def after_text(form: ToolCallFormat, control: Sequence[int]) -> str:
     """The rule `start` for tags that are text: anything, these control tokens too, until a tag begins the calls."""
     passing = f"passing: TEXT <[{','.join(map(str, control))}]>\n" if control else ""
     return (

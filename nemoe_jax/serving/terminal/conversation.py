@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.chat import render
 from nemoe_jax.text.tokenizers.base import Tokenizer
-from nemoe_jax.utils.output_path import growing
+from nemoe_jax.utils.output_path import atomic_write
 
 SYSTEM = ("system", "developer")
 
@@ -91,7 +91,7 @@ class Conversation:
         tokens = tokens_without(min(left_out, len(starts) - 1))
         if left_out == len(starts):
             raise UserError(
-                f"the last message{', with the system prompt,' if system else ''} takes {len(tokens)} tokens: wanted "
+                f"the last message{', with the system prompt,' if system else ''} takes {len(tokens)} tokens: expected "
                 f"{room} more for the answer, and the context is of {self.context}"
             )
         return Prompt(tuple(tokens), left_out)
@@ -107,7 +107,7 @@ class Conversation:
                 render.read_messages(path)
             except UserError as error:
                 raise UserError(f"{path}: exists already, and holds no messages: not replaced") from error
-        with growing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:

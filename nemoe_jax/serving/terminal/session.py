@@ -11,11 +11,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.engine.completion import WholeAnswer, collect
-from nemoe_jax.serving.engine.request import Piece, Request
+from nemoe_jax.serving.engine.completion import Completion, collect
+from nemoe_jax.serving.engine.request import Request, RequestOutput
 from nemoe_jax.serving.terminal import slash_commands
 from nemoe_jax.serving.terminal.conversation import Conversation
-from nemoe_jax.serving.terminal.terminal import Pipe
+from nemoe_jax.serving.terminal.terminal import PipeIO
 
 if TYPE_CHECKING:
     from nemoe_jax.serving.engine.engine import Engine
@@ -38,11 +38,11 @@ class Session:
         self.wishes = wishes
         self.preset = preset
         self.ends = ends
-        self.terminal = Pipe()
+        self.terminal = PipeIO()
         self._answers = 0
         self._left_out = 0
 
-    def run(self, terminal: Pipe) -> None:
+    def run(self, terminal: PipeIO) -> None:
         """Reads messages and commands to their end.
 
         Raises:
@@ -88,8 +88,8 @@ class Session:
         notes = [
             f"{len(answer.tokens)} tokens in {answer.seconds:.1f} s",
             f"{answer.rate:.1f} tokens/s" if answer.rate is not None else "",
-            "stopped" if answer.finish == "cancelled" else "",
-            "cut off there: /set max_new_tokens for more" if answer.finish == "length" else "",
+            "stopped" if answer.finish_reason == "cancelled" else "",
+            "cut off there: /set max_new_tokens for more" if answer.finish_reason == "length" else "",
             "no answer: the question is forgotten" if nothing else "",
         ]
         self.terminal.note(", ".join(filter(None, notes)))
@@ -98,7 +98,7 @@ class Session:
         """Tokens that are kept free for an answer: what it may take, or a quarter of the context if that is less."""
         return max(1, min(self.wishes.max_new_tokens, self.conversation.context // 4))
 
-    def _made(self) -> WholeAnswer:
+    def _made(self) -> Completion:
         prompt = self.conversation.prompt(self.room())
         if prompt.left_out > self._left_out:
             turns = "turn" if prompt.left_out == 1 else f"{prompt.left_out} turns"
@@ -114,20 +114,20 @@ class Session:
         self._answers += 1
         with contextlib.closing(self._pieces(request)) as pieces:
             answer = collect(pieces, self.ends, self.terminal.answer)
-        if answer.finish == "cancelled" or (answer.text and not answer.text.endswith("\n")):
+        if answer.finish_reason == "cancelled" or (answer.text and not answer.text.endswith("\n")):
             self.terminal.answered()  # Ctrl-C shows as ^C
         return answer
 
-    def _pieces(self, request: Request) -> Generator[Piece, None, None]:
+    def _pieces(self, request: Request) -> Generator[RequestOutput, None, None]:
         """The pieces of an answer, which Ctrl-C cancels."""
         # The handler may interrupt this thread anywhere, in the engine's locks as well; a SimpleQueue bears that.
-        queue: SimpleQueue[Piece | None] = SimpleQueue()
+        queue: SimpleQueue[RequestOutput | None] = SimpleQueue()
         before = signal.signal(signal.SIGINT, lambda number, frame: queue.put(None))
         try:
             with self.terminal.waiting():
                 answer = self.engine.submit(request, queue.put)
                 piece = queue.get()
-            while piece is None or piece.finish is None:
+            while piece is None or piece.finish_reason is None:
                 if piece is None:
                     answer.cancel()
                 else:

@@ -68,7 +68,7 @@ def _set(session: "Session", setting: str) -> None:
     wishes = session.wishes
     if name == "max_new_tokens":
         if not value.isdecimal() or int(value) < 1:
-            raise UserError(f"max_new_tokens: wanted a positive number, got {value!r:.80}")
+            raise UserError(f"max_new_tokens: expected a positive number, got {value!r:.80}")
         session.wishes = dataclasses.replace(wishes, max_new_tokens=int(value))
     elif name:
         sampling = sampling_fields.from_text(wishes.sampling, name, value)
@@ -124,7 +124,7 @@ def _load(session: "Session", file: str) -> None:
 
 def _path(name: str, file: str) -> Path:
     if not file:
-        raise UserError(f"/{name}: wanted a file, such as /{name} chat.json")
+        raise UserError(f"/{name}: expected a file, such as /{name} chat.json")
     return Path(file).expanduser()
 
 

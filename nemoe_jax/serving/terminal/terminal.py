@@ -43,7 +43,7 @@ def history_file() -> Path:
     return Path(state) / "nemoe" / "chat_history"
 
 
-class Pipe:
+class PipeIO:
     """A chat without a terminal."""
 
     interactive = False
@@ -83,7 +83,7 @@ class Pipe:
         return self._notes.status("reading")  # nothing where standard error is no terminal
 
 
-class Terminal(Pipe):
+class TerminalIO(PipeIO):
     """A chat in a terminal, by prompt_toolkit.
 
     commands: what Tab completes.

@@ -3,13 +3,14 @@
     render_chat(tokenizer, [{"role": "system", "content": "You are …"}, {"role": "user", "content": "What …?"}])
     # <s>[INST]You are …\n\nWhat …?[/INST]
 
-Mistral's format, as mistral-common encodes it (it is the reference; the tests compare ids): neighbouring messages of
+Mistral's format, as mistral-common encodes it (it is the reference; the tests compare ids): neighboring messages of
 one role join with a blank line; the system prompts, joined likewise, go before the *last* user message (`v2`, `v3`),
 before the first (`v1`), or between control tokens of their own (`v7` on); each answer ends with `</s>`. Tools, their
 calls and their results (`v3` on) are JSON between control tokens, in `nemoe_jax.chat_tools`. Only these functions make
 control ids: what a message spells out is encoded as text. (In `v1` the markers themselves are text.)
 
-For training, `spoken_ids` says of each id whether the assistant said it: its answers, its calls and its end tokens.
+For training, `encode_with_assistant_mask` also returns a loss mask: true for the ids of the assistant's answers, calls
+and end tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +58,7 @@ def render_chat(
 
     messages: objects with `role` and `content`; content is a text or a list of `{"type": "text", "text": …}`. An
         answer may hold `tool_calls` (`{"id": …, "function": {"name": …, "arguments": JSON or object}}`), which messages
-        of role `tool` with that `tool_call_id` reply to. `"weight": 0` on an answer keeps it out of `spoken_ids`.
+        of role `tool` with that `tool_call_id` reply to. `"weight": 0` on an answer keeps it out of the loss mask.
     tools: what may be called: `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`.
     continue_answer: the last message is the beginning of an answer and stays open, without its end token.
     generation_prompt: whether a template opens the next answer; by default where the last message is not an answer.
@@ -77,7 +78,7 @@ def render_chat(
     return tokenizer.encode_parts(template_parts(tokenizer, messages, tools, generation_prompt, continue_answer))
 
 
-def spoken_ids(
+def encode_with_assistant_mask(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None
 ) -> tuple[list[int], list[bool]]:
     """Ids of a chat as `render_chat` gives them, and of each whether the assistant said it; for training.
@@ -180,7 +181,7 @@ def version_number(tokenizer: Tokenizer) -> int:
 
 
 def by_role(messages: Sequence[Message]) -> list[tuple[str, list[tuple[int, Message]]]]:
-    """Runs of neighbouring messages of one role (and one weight), each message with its place."""
+    """Runs of neighboring messages of one role (and one weight), each message with its place."""
     grouped = groupby(enumerate(messages), key=lambda item: (item[1]["role"], item[1].get("weight")))
     return [(role, list(group)) for (role, _), group in grouped]
 
@@ -195,7 +196,7 @@ def text_of(message: Message, at: int) -> str:
         not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str)
         for block in blocks
     ):
-        raise UserError(f"{place(at)}.content: wanted a text or a list of text blocks, got {content!r:.80}")
+        raise UserError(f"{place(at)}.content: expected a text or a list of text blocks, got {content!r:.80}")
     text = BREAK.join(block["text"] for block in blocks if block["text"])
     if not text and message["role"] == "assistant" and not message.get("tool_calls"):
         raise UserError(f"{place(at)}: an answer (role assistant) without content")
@@ -205,12 +206,12 @@ def text_of(message: Message, at: int) -> str:
 def check(messages: Any) -> None:
     """Raises UserError unless these are messages: a list, not empty, of objects with a known role."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError("messages: wanted a list of at least one object with role and content")
+        raise UserError("messages: expected a list of at least one object with role and content")
     for at, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f"{place(at)}: wanted an object with role and content, got {message!r:.80}")
+            raise UserError(f"{place(at)}: expected an object with role and content, got {message!r:.80}")
         if message.get("role") not in ROLES:
-            raise UserError(f"{place(at)}.role: wanted one of {', '.join(ROLES)}, got {message.get('role')!r:.80}")
+            raise UserError(f"{place(at)}.role: expected one of {', '.join(ROLES)}, got {message.get('role')!r:.80}")
 
 
 def check_order(messages: Sequence[Message]) -> None:

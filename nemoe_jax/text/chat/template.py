@@ -3,7 +3,7 @@
 A template pastes control tokens and user text into one string, where a `</s>` that the user typed looks like the
 template's own. So before rendering, every control token spelled out in a message is put between two marks,
 private-use characters that occur nowhere in the chat; a message that ends or begins with a fragment of one (`<`,
-`/s>`) gets a single mark, so that two neighbours cannot form one. After rendering, an unmarked control token is the
+`/s>`) gets a single mark, so that two neighbors cannot form one. After rendering, an unmarked control token is the
 template's and becomes its id; the marks disappear and what they enclosed is text. The text itself stays in the
 message, so templates that trim, split or search contents work as ever, and without look-alikes the ids are those of
 transformers' `apply_chat_template`.
@@ -31,7 +31,10 @@ from nemoe_jax.text.chat.tools import parsed_json, place
 from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
-SPEAK, HUSH = "__speak__", "__hush__"  # variables that hold the marks around an answer; empty where none are wanted
+BEGIN_ASSISTANT, END_ASSISTANT = (
+    "__speak__",
+    "__hush__",
+)  # variables that hold the marks around an answer; empty where none are wanted
 Chat = Sequence[Mapping[str, Any]]
 
 
@@ -43,7 +46,9 @@ class Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        speak, hush = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in (SPEAK, HUSH))
+        speak, hush = (
+            nodes.Output([nodes.Name(name, "load")], lineno=line) for name in (BEGIN_ASSISTANT, END_ASSISTANT)
+        )
         return [speak, *body, hush]
 
 
@@ -54,7 +59,7 @@ def template_parts(
     marks, marked, marked_tools = prepare(tokenizer, messages, tools)
     if continue_answer:
         if not isinstance(marked[-1].get("content"), str):
-            raise UserError(f"{place(len(messages) - 1)}.content: wanted a text to continue")
+            raise UserError(f"{place(len(messages) - 1)}.content: expected a text to continue")
         marked[-1]["content"] += marks.cut + " "  # the space tells whether the template trims
     text = render(tokenizer, marked, marked_tools, generation_prompt and not continue_answer)
     if continue_answer:
@@ -70,7 +75,7 @@ def spoken_template_parts(tokenizer: Tokenizer, messages: Chat, tools: Chat | No
     marks, marked, marked_tools = prepare(tokenizer, messages, tools)
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [messages[at].get("weight") != 0 for at in answers]
-    text = render(tokenizer, marked, marked_tools, False, **{SPEAK: marks.speak, HUSH: marks.hush})
+    text = render(tokenizer, marked, marked_tools, False, **{BEGIN_ASSISTANT: marks.speak, END_ASSISTANT: marks.hush})
     spans = [match.span(1) for match in re.finditer(f"{marks.speak}(.*?){marks.hush}", text, re.DOTALL)]
     if not spans:
         spans = [answer_span(tokenizer, marked, marked_tools, at, text) for at in answers]
@@ -98,7 +103,7 @@ def answer_span(
     if not (after.startswith(before) and text.startswith(after)):
         raise UserError(
             f"{tokenizer.path}: chat template: what it writes up to {place(at)} changes with what follows, so that its "
-            "answers cannot be told apart for training; wanted {% generation %} blocks in it"
+            "answers cannot be told apart for training; expected {% generation %} blocks in it"
         )
     core = after.rstrip()
     ends = core.endswith(tuple(tokenizer.control)) and len(core) > len(before)

@@ -20,7 +20,7 @@ OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
 
 
 @dataclasses.dataclass(frozen=True)
-class CallForm:
+class ToolCallFormat:
     """A form of calls; control tokens by id.
 
     kind: `list`, `marked` or `tagged`.
@@ -39,7 +39,7 @@ class CallForm:
     after_text: bool = True
 
 
-def call_form(tokenizer: Tokenizer) -> CallForm | None:
+def call_form(tokenizer: Tokenizer) -> ToolCallFormat | None:
     """The form of calls that a tokenizer's chat format or template has; None where it has none that is known here."""
     try:
         return known_call_form(tokenizer)
@@ -47,7 +47,7 @@ def call_form(tokenizer: Tokenizer) -> CallForm | None:
         return None
 
 
-def known_call_form(tokenizer: Tokenizer) -> CallForm:
+def known_call_form(tokenizer: Tokenizer) -> ToolCallFormat:
     """The form of calls that a tokenizer's chat format or template has. Raises UserError where none is known here."""
     control = tokenizer.control
     if tokenizer.chat_template is None:
@@ -58,18 +58,18 @@ def known_call_form(tokenizer: Tokenizer) -> CallForm:
             )
         start = tokenizer.control_id("[TOOL_CALLS]")
         if number < 11:
-            return CallForm("list", start, after_text=number >= 7)
+            return ToolCallFormat("list", start, after_text=number >= 7)
         call_id = control.get("[CALL_ID]") if number < 13 else None
-        return CallForm("marked", start, arguments=tokenizer.control_id("[ARGS]"), call_id=call_id)
+        return ToolCallFormat("marked", start, arguments=tokenizer.control_id("[ARGS]"), call_id=call_id)
     written = template_text(tokenizer.chat_template)
     if "[TOOL_CALLS]" in written and "[TOOL_CALLS]" in control:
         if "[ARGS]" in written and "[ARGS]" in control:
             call_id = control.get("[CALL_ID]") if "[CALL_ID]" in written else None
-            return CallForm("marked", control["[TOOL_CALLS]"], arguments=control["[ARGS]"], call_id=call_id)
-        return CallForm("list", control["[TOOL_CALLS]"])
+            return ToolCallFormat("marked", control["[TOOL_CALLS]"], arguments=control["[ARGS]"], call_id=call_id)
+        return ToolCallFormat("list", control["[TOOL_CALLS]"])
     if OPEN_TAG in written and "<function=" not in written:  # which would be another form between the same tags
-        return CallForm("tagged", control.get(OPEN_TAG, OPEN_TAG), end=control.get(CLOSE_TAG, CLOSE_TAG))
+        return ToolCallFormat("tagged", control.get(OPEN_TAG, OPEN_TAG), end=control.get(CLOSE_TAG, CLOSE_TAG))
     raise UserError(
         f"{tokenizer.path}: its chat template writes calls of tools in no known form "
-        f"(wanted [TOOL_CALLS] or {OPEN_TAG} with JSON)"
+        f"(expected [TOOL_CALLS] or {OPEN_TAG} with JSON)"
     )

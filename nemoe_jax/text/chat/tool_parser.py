@@ -1,6 +1,6 @@
 """A model's answer read back: its text, and the calls of tools in it.
 
-    parsed = parse_answer(tokenizer, tokens, tools)
+    parsed = parse_tool_calls(tokenizer, tokens, tools)
     parsed.text, parsed.calls, parsed.warnings
 
 Nothing that a model writes is an error. A call that cannot be read (no JSON, no proper name, arguments that are no
@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from nemoe_jax.serving.engine.request import Piece
-from nemoe_jax.text.chat.tool_formats import CallForm, call_form
+from nemoe_jax.serving.engine.request import RequestOutput
+from nemoe_jax.text.chat.tool_formats import ToolCallFormat, call_form
 from nemoe_jax.text.chat.tools import CALL_ID, NAME
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
@@ -25,7 +25,7 @@ LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ToolCall:
     """A call of a tool: `id` has nine letters or digits, `arguments` is the text of a JSON object."""
 
     id: str
@@ -42,7 +42,7 @@ class ParsedAnswer:
     """What an answer says and calls, and what was odd about it."""
 
     text: str
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def as_message(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class ParsedAnswer:
         return {**message, "tool_calls": [call.as_message() for call in self.calls]} if self.calls else message
 
 
-def parse_answer(
+def parse_tool_calls(
     tokenizer: Tokenizer,
     tokens: Sequence[int],
     tools: Sequence[Mapping[str, Any]] | None,
@@ -69,7 +69,7 @@ def parse_answer(
     return _Reader(tokenizer, form, tools).read(tokens)
 
 
-class AnswerStream:
+class ToolCallStreamParser:
     """Reads an answer piece by piece: its text can be sent at once, until a call begins.
 
     `push` gives the text that is certain to be text, `finish` the rest of it with the calls. The text is that of the
@@ -87,7 +87,7 @@ class AnswerStream:
         self._text = ""  # all that came, or before calls that begin with a control token
         self._sent = 0  # characters of it
 
-    def push(self, piece: Piece) -> str:
+    def push(self, piece: RequestOutput) -> str:
         """The text that can be sent now."""
         tokens = [scored.token for scored in piece.tokens]
         if self._calls:
@@ -144,12 +144,12 @@ class _Malformed(ValueError):
 class _Reader:
     """Collects the text and the calls of one answer."""
 
-    def __init__(self, tokenizer: Tokenizer, form: CallForm, tools: Sequence[Mapping[str, Any]]):
+    def __init__(self, tokenizer: Tokenizer, form: ToolCallFormat, tools: Sequence[Mapping[str, Any]]):
         self.tokenizer = tokenizer
         self.form = form
         self.names = {tool["function"]["name"] for tool in tools}
         self.texts: list[str] = []
-        self.calls: list[Call] = []
+        self.calls: list[ToolCall] = []
         self.warnings: list[str] = []
 
     def read(self, tokens: list[int]) -> ParsedAnswer:
@@ -218,7 +218,7 @@ class _Reader:
         name, *ids = (self.tokenizer.decode(part).strip() for part in _split(head, self.form.call_id))
         try:
             if len(bodies) != 1:
-                raise _Malformed(f"wanted arguments behind one [ARGS], got {len(bodies)}")
+                raise _Malformed(f"expected arguments behind one [ARGS], got {len(bodies)}")
             self._add({"name": name, "arguments": _json(self.tokenizer.decode(bodies[0])), "id": "".join(ids)})
         except _Malformed as error:
             self._keep(self.tokenizer.decode(tokens), str(error))
@@ -226,14 +226,14 @@ class _Reader:
     def _add(self, call: Any) -> None:
         """One more call. Raises _Malformed where it is none."""
         if not isinstance(call, Mapping):
-            raise _Malformed(f"wanted an object with name and arguments, got {type(call).__name__}")
+            raise _Malformed(f"expected an object with name and arguments, got {type(call).__name__}")
         name, arguments, identity = call.get("name"), call.get("arguments", {}), call.get("id")
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise _Malformed(f"name: wanted 1 to 64 letters, digits, _ and -, got {name!r:.80}")
+            raise _Malformed(f"name: expected 1 to 64 letters, digits, _ and -, got {name!r:.80}")
         if isinstance(arguments, str):
             arguments = _json(arguments)
         if not isinstance(arguments, Mapping):
-            raise _Malformed(f"arguments: wanted an object, got {type(arguments).__name__}")
+            raise _Malformed(f"arguments: expected an object, got {type(arguments).__name__}")
         try:
             written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             written.encode()
@@ -246,7 +246,7 @@ class _Reader:
         taken = {other.id for other in self.calls}
         if not isinstance(identity, str) or not CALL_ID.fullmatch(identity) or identity in taken:
             identity = new_call_id()
-        self.calls.append(Call(identity, name, written))
+        self.calls.append(ToolCall(identity, name, written))
 
     def _keep(self, text: str, why: str) -> None:
         self.texts.append(text)

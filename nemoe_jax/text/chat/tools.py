@@ -39,31 +39,31 @@ def check_tool_list(tools: Any) -> None:
         or isinstance(tools, str)
         or not all(isinstance(tool, Mapping) for tool in tools)
     ):
-        raise UserError(f"tools: wanted a list of objects with a function, got {tools!r:.80}")
+        raise UserError(f"tools: expected a list of objects with a function, got {tools!r:.80}")
 
 
 def check_tools(tools: Any) -> None:
     """Raises UserError unless these are tools that a model can be told of, or None."""
     check_tool_list(tools)
     if tools and len(tools) > MOST_TOOLS:
-        raise UserError(f"tools: wanted at most {MOST_TOOLS}, got {len(tools)}")
+        raise UserError(f"tools: expected at most {MOST_TOOLS}, got {len(tools)}")
     names: set[str] = set()
     for at, tool in enumerate(tools or []):
         where, function = f"tools[{at}].function", tool.get("function")
         if tool.get("type", "function") != "function":
-            raise UserError(f"tools[{at}].type: wanted function, got {tool['type']!r:.80}")
+            raise UserError(f"tools[{at}].type: expected function, got {tool['type']!r:.80}")
         if not isinstance(function, Mapping):
-            raise UserError(f"{where}: wanted an object with a name, got {function!r:.80}")
+            raise UserError(f"{where}: expected an object with a name, got {function!r:.80}")
         name, about, parameters = (function.get(key) for key in ("name", "description", "parameters"))
         _check_name(where, name)
         if str(name) in names:
             raise UserError(f"{where}.name: two tools with the name {name}")
         if not isinstance(about, str | None):
-            raise UserError(f"{where}.description: wanted a text, got {about!r:.80}")
+            raise UserError(f"{where}.description: expected a text, got {about!r:.80}")
         if not isinstance(parameters, Mapping | None):
-            raise UserError(f"{where}.parameters: wanted a JSON schema (an object), got {parameters!r:.80}")
+            raise UserError(f"{where}.parameters: expected a JSON schema (an object), got {parameters!r:.80}")
         if parameters and parameters.get("type", "object") != "object":
-            raise UserError(f"{where}.parameters.type: wanted object, got {parameters['type']!r:.80}")
+            raise UserError(f"{where}.parameters.type: expected object, got {parameters['type']!r:.80}")
         names.add(str(name))
 
 
@@ -80,15 +80,15 @@ def check_tool_choice(tool_choice: Any, tools: Sequence[Mapping[str, Any]] | Non
     if isinstance(chosen, Mapping):
         function = chosen.get("function")
         if chosen.get("type") != "function" or not isinstance(function, Mapping):
-            raise UserError(f"tool_choice: wanted the type function and a function with a name, got {chosen!r:.80}")
+            raise UserError(f"tool_choice: expected the type function and a function with a name, got {chosen!r:.80}")
         name = function.get("name")
         if name not in names:
-            raise UserError(f"tool_choice.function.name: wanted the name of a tool that is given, got {name!r:.80}")
+            raise UserError(f"tool_choice.function.name: expected the name of a tool that is given, got {name!r:.80}")
     elif chosen not in ("none", "auto", "required", "any"):
-        raise UserError(f"tool_choice: wanted none, auto, required or a function, got {chosen!r:.80}")
+        raise UserError(f"tool_choice: expected none, auto, required or a function, got {chosen!r:.80}")
     mode = chosen if chosen in ("none", "auto") else "required"
     if mode == "required" and not names:
-        raise UserError("tool_choice: wanted none or auto where no tools are given")
+        raise UserError("tool_choice: expected none or auto where no tools are given")
     return mode, name
 
 
@@ -100,7 +100,7 @@ def check_calls(messages: Sequence[Mapping[str, Any]], version: int) -> None:
             wanted = message.get("tool_call_id")
             if wanted not in pending:
                 raise UserError(
-                    f"{place(at)}.tool_call_id: wanted the id of a call without a result, got {wanted!r:.80}"
+                    f"{place(at)}.tool_call_id: expected the id of a call without a result, got {wanted!r:.80}"
                 )
             pending.remove(wanted)
         elif message["role"] == "assistant":
@@ -113,7 +113,7 @@ def _calls(message: Mapping[str, Any], at: int, version: int, last: bool) -> lis
     """The calls of an answer that have an id, all of them checked."""
     calls, where = message.get("tool_calls") or [], f"{place(at)}.tool_calls"
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise UserError(f"{where}: wanted a list, got {calls!r:.80}")
+        raise UserError(f"{where}: expected a list, got {calls!r:.80}")
     if calls and version < OLDEST_WITH_TOOLS:
         raise UserError(f"{where}: chat format v{version} has no tool calls; v{OLDEST_WITH_TOOLS} and newer have")
     named: list[Mapping[str, Any]] = []
@@ -121,14 +121,14 @@ def _calls(message: Mapping[str, Any], at: int, version: int, last: bool) -> lis
         one = f"{where}[{number}]"
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str | Mapping | None):
-            raise UserError(f"{one}: wanted a function with name and arguments, got {call!r:.80}")
+            raise UserError(f"{one}: expected a function with name and arguments, got {call!r:.80}")
         _check_name(f"{one}.function", function.get("name"))
         if call.get("id") in _UNNAMED and last:  # an answer that ends the chat may leave it out
             continue
         if version < 13 and not (isinstance(call.get("id"), str) and CALL_ID.fullmatch(call["id"])):
-            raise UserError(f"{one}.id: wanted 9 letters or digits, got {call.get('id')!r:.80}")
+            raise UserError(f"{one}.id: expected 9 letters or digits, got {call.get('id')!r:.80}")
         if not isinstance(call.get("id"), str) or call["id"] in _UNNAMED:
-            raise UserError(f"{one}.id: wanted a text, got {call.get('id')!r:.80}")
+            raise UserError(f"{one}.id: expected a text, got {call.get('id')!r:.80}")
         if any(call["id"] == other["id"] for other in named):
             raise UserError(f"{one}.id: two calls with the id {call['id']}")
         named.append(call)
@@ -137,7 +137,7 @@ def _calls(message: Mapping[str, Any], at: int, version: int, last: bool) -> lis
 
 def _check_name(where: str, name: Any) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(f"{where}.name: wanted 1 to 64 letters, digits, _ and -, got {name!r:.80}")
+        raise UserError(f"{where}.name: expected 1 to 64 letters, digits, _ and -, got {name!r:.80}")
 
 
 def tool_parts(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> list[str | int]:

@@ -44,7 +44,7 @@ class Tokenizer(ABC):
         return [*start, *self._encode_text(mend_surrogates(text)), *end]
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        """Ids of texts interleaved with control ids; each text is encoded apart from its neighbours."""
+        """Ids of texts interleaved with control ids; each text is encoded apart from its neighbors."""
         return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else [part])]
 
     def encode_marked(self, parts: Iterable[MarkedPart]) -> tuple[list[int], list[bool]]:

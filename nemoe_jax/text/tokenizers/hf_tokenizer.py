@@ -144,7 +144,7 @@ def read_vocabulary(path: Path, spec: dict[str, Any]) -> tuple[dict[str, int], l
         if not pieces or not all(isinstance(token["content"], str) and token["id"] >= 0 for token in added):
             raise ValueError("the vocabulary is empty, or an added token has no content")
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a tokenizer.json: wanted model.vocab and added_tokens ({error!r})") from error
+        raise UserError(f"{path}: not a tokenizer.json: expected model.vocab and added_tokens ({error!r})") from error
     return pieces, added
 
 
@@ -166,7 +166,7 @@ def read_template(directory: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):
         template = next((one.get("template") for one in template if one.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
-        raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template: wanted a text")
+        raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template: expected a text")
     return template
 
 

@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if VERSION.search(path.name):
         return SentencePiece(path)
     if path.suffix != ".json":
-        raise UserError(f"{path}: unknown kind of tokenizer (wanted tekken.json, tokenizer.json or tokenizer.model)")
+        raise UserError(f"{path}: unknown kind of tokenizer (expected tekken.json, tokenizer.json or tokenizer.model)")
     spec = read_json(path)
     if path.name.startswith("tekken") or "config" in spec:
         return Tekken(path, spec)
@@ -50,4 +50,4 @@ def find_file(directory: Path) -> Path:
         found = sorted(file for file in directory.glob(pattern) if file.suffix == ".json" or VERSION.search(file.name))
         if found:
             return found[-1]
-    raise UserError(f"{directory}: no tokenizer (wanted tekken.json, tokenizer.json or tokenizer.model)")
+    raise UserError(f"{directory}: no tokenizer (expected tekken.json, tokenizer.json or tokenizer.model)")

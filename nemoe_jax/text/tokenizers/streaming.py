@@ -9,7 +9,7 @@ class StreamDecoder:
     """Turns ids into text one by one, holding back the bytes of an unfinished character.
 
     The pieces that `push` and `flush` return join to `tokenizer.decode(all ids)`. An id's text depends on its
-    neighbours (a leading space, half a character), so a short window of ids is decoded anew at each step, and only
+    neighbors (a leading space, half a character), so a short window of ids is decoded anew at each step, and only
     what the window's text has gained is returned. An unfinished character has at most three bytes and shows as one to
     three U+FFFD at the end, which are held back until something else follows or more ids came than it can have.
     (Where a decoder replaces a whole run of bytes for one bad byte, what was returned before it stays.)

@@ -121,7 +121,7 @@ def cut_tekken(source: str | Path, destination: str | Path, vocab_size: int) -> 
         names.pop()
     largest = len(names) + min(len(spec["vocab"]), config["default_vocab_size"] - config["default_num_special_tokens"])
     if not len(names) + BYTES <= vocab_size <= largest:
-        raise UserError(f"{source}: wanted a cut of {len(names) + BYTES} … {largest} ids, got {vocab_size}")
+        raise UserError(f"{source}: expected a cut of {len(names) + BYTES} … {largest} ids, got {vocab_size}")
     if destination.exists():
         raise UserError(f"{destination} exists already")
     listed = {token["token_str"]: token for token in spec.get("special_tokens") or []}
@@ -156,14 +156,14 @@ def read_config(path: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """The `config` of a Tekken file, after a look at each key that is used."""
     config = spec.get("config")
     if not isinstance(config, dict) or not isinstance(spec.get("vocab"), list):
-        raise UserError(f"{path}: not a Tekken file: wanted the keys config (an object) and vocab (a list)")
+        raise UserError(f"{path}: not a Tekken file: expected the keys config (an object) and vocab (a list)")
     kinds = {"pattern": str, "default_vocab_size": int, "default_num_special_tokens": int, "version": str}
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
-            raise UserError(f"{path}: config.{key}: wanted a {kind.__name__}, got {config.get(key)!r}")
+            raise UserError(f"{path}: config.{key}: expected a {kind.__name__}, got {config.get(key)!r}")
     version = config["version"]
     if not (version[:1] == "v" and version[1:].isdecimal()):
-        raise UserError(f"{path}: config.version: wanted v3, v7, …, got {version!r}")
+        raise UserError(f"{path}: config.version: expected v3, v7, …, got {version!r}")
     return config
 
 
@@ -172,16 +172,16 @@ def control_names(path: Path, spec: dict[str, Any]) -> list[str]:
     listed, count = spec.get("special_tokens"), spec["config"]["default_num_special_tokens"]
     if listed is None:
         if int(spec["config"]["version"][1:]) > LAST_UNLISTED_VERSION:
-            raise UserError(f"{path}: wanted the key special_tokens in a file of version {spec['config']['version']}")
+            raise UserError(f"{path}: expected the key special_tokens in a file of version {spec['config']['version']}")
         names = list(UNLISTED)
     else:
         try:
             names = [str(token["token_str"]) for token in sorted(listed, key=lambda token: token["rank"])]
             ranks = sorted(int(token["rank"]) for token in listed)
         except (TypeError, KeyError) as error:
-            raise UserError(f"{path}: special_tokens: wanted a list of rank and token_str ({error!r})") from error
+            raise UserError(f"{path}: special_tokens: expected a list of rank and token_str ({error!r})") from error
         if ranks != list(range(len(names))) or len(set(names)) != len(names):
-            raise UserError(f"{path}: special_tokens: wanted ranks 0 … {len(names) - 1} and distinct names")
+            raise UserError(f"{path}: special_tokens: expected ranks 0 … {len(names) - 1} and distinct names")
     if len(names) > count:
         raise UserError(f"{path}: {len(names)} special_tokens, but config.default_num_special_tokens is {count}")
     return names + [filler(i) for i in range(len(names), count)]
@@ -190,7 +190,7 @@ def control_names(path: Path, spec: dict[str, Any]) -> list[str]:
 def mergeable_ranks(path: Path, vocab: list[dict[str, Any]], count: int) -> dict[bytes, int]:
     """The first `count` entries of the vocabulary as tiktoken wants them: bytes to rank."""
     if not BYTES <= count <= len(vocab):
-        raise UserError(f"{path}: wanted {BYTES} … {len(vocab)} ranks as vocab has, the config asks for {count}")
+        raise UserError(f"{path}: expected {BYTES} … {len(vocab)} ranks as vocab has, the config asks for {count}")
     ranks: dict[bytes, int] = {}
     for i, token in enumerate(vocab[:count]):
         try:
