@@ -66,11 +66,9 @@ def test_chunks_give_the_sums_and_gradients_of_the_whole(chunk):
         return 3 * total, sums
 
     (value, sums), gradients = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(head, hidden)
-    (expected, wanted_sums), wanted_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(head, hidden)
+    (expected, sums_), gradients_ = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(head, hidden)
     for got, want in zip(
-        jax.tree.leaves((value, sums, gradients)),
-        jax.tree.leaves((expected, wanted_sums, wanted_gradients)),
-        strict=True,
+        jax.tree.leaves((value, sums, gradients)), jax.tree.leaves((expected, sums_, gradients_)), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(jax.jit(chunked)(head, hidden)[0], expected, rtol=1e-6)  # without a gradient as well
