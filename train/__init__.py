@@ -13,3 +13,5 @@ workspace    where a run works, and how it is stopped; journal: what it tells; r
 plan         does a step fit a TPU slice? aot compiles it, hlo reads the program, flops counts its work
 cli          `nemoe-train run | plan | show | recipes | keys`
 """
+
+import nemoe_jax  # noqa: F401  former module names (nemoe_jax/moved.py)
