@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,42 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that still takes former names of its flags, which no help shows."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.former_flags: dict[str, str] = {}
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        for at, word in enumerate(words):
+            if word == "--":
+                break
+            flag, equals, value = word.partition("=")
+            if flag in self.former_flags:
+                words[at] = self.former_flags[flag] + equals + value
+                _print_new_name(flag, self.former_flags[flag])
+        return super().parse_known_args(words, namespace)
+
+
+def rename_flags(parser: argparse.ArgumentParser, former: Mapping[str, str]) -> None:
+    """Keeps former names of flags as hidden aliases; using one says on standard error how the flag is called now.
+
+    Args:
+        parser: what `Command.add` returned.
+        former: the new flag by its former name, such as `{"--rows": "--max-num-seqs"}`.
+    """
+    assert isinstance(parser, _Parser)
+    parser.former_flags.update(former)
+
+
 class Command:
     """A command with sub-commands; each handler takes the parsed arguments and returns an exit status or None."""
 
     def __init__(self, name: str, description: str):
-        self.parser = argparse.ArgumentParser(
-            prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        self._former: dict[str, str] = {}  # sub-commands by their former names
+        self.parser = _Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.subparsers = self.parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
 
@@ -37,8 +66,15 @@ class Command:
         details: str = "",
         *,
         reports: bool = False,
+        former: Sequence[str] = (),
     ) -> argparse.ArgumentParser:
-        """Adds a sub-command; `reports` gives it `--json`, for `report` below."""
+        """Adds a sub-command.
+
+        Args:
+            reports: gives it `--json`, for `print_figures` below.
+            former: names that it had; they go on working as hidden aliases.
+        """
+        self._former.update(dict.fromkeys(former, name))
         parser = self.subparsers.add_parser(
             name,
             help=summary,
@@ -54,7 +90,7 @@ class Command:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Parses, runs the handler, and turns a UserError into one line and exit status 2."""
-        arguments = self.parser.parse_args(self._join_name(sys.argv[1:] if argv is None else argv))
+        arguments = self.parser.parse_args(self._join_name(self._renamed(sys.argv[1:] if argv is None else argv)))
         try:
             return arguments.handler(arguments) or 0
         except UserError as error:
@@ -75,11 +111,24 @@ class Command:
             sys.stderr.close()
             return 0
 
+    def _renamed(self, argv: Sequence[str]) -> list[str]:
+        """The words with the sub-command's new name where a former one was given."""
+        words = list(argv)
+        first = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+        if first < len(words) and words[first] in self._former:
+            _print_new_name(words[first], self._former[words[first]])
+            words[first] = self._former[words[first]]
+        return words
+
     def _join_name(self, argv: Sequence[str]) -> list[str]:
         """A sub-command whose name is two words, such as `tokenize compare`, as the one word that argparse knows."""
         first = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
         name = " ".join(argv[first : first + 2])
         return [*argv[:first], name, *argv[first + 2 :]] if name in self.subparsers.choices else list(argv)
+
+
+def _print_new_name(former: str, name: str) -> None:
+    print(f"note: {former} is now called {name}", file=sys.stderr)
 
 
 def _missing_backend() -> str:
