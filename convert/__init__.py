@@ -1,3 +1,42 @@
-"""Transformations of model directories: carve, and what it stands on."""
+"""Conversions of model directories: one function and one class of options for each command of `nemoe-convert`.
+
+    from convert import CarveOptions, carve_model
+    carve_model("models/nemo-12b", "models/nemoe-12b-16e", CarveOptions(experts=16, top_k=4))
+
+Each reads a layer, transforms it and writes it, goes on where it was interrupted, and returns its manifest. The names
+are imported when they are first used.
+
+carve                 experts from the neurons of a dense model
+experts               upcycling, expert pruning, router distillation
+minitron              width pruning
+merge_lora, layout    adapters merged in; Hugging Face's and Mistral's layouts
+gguf                  llama.cpp's files
+verify                logits and routing of two models compared
+streaming, command    the layer-by-layer engine, and how a conversion becomes a command
+layerwise             a model run layer by layer over calibration text
+"""
+
+from typing import TYPE_CHECKING
 
 import nemoe_jax  # noqa: F401  former module names (nemoe_jax/moved.py)
+from nemoe_jax.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from convert.carve.carve import CarveOptions
+    from convert.carve.carve import carve as carve_model
+    from convert.experts.prune import PruneOptions
+    from convert.experts.prune import prune as prune_experts
+    from convert.experts.router_distillation import RelayOptions as DistillRoutersOptions
+    from convert.experts.router_distillation import relay as distill_routers
+    from convert.experts.upcycle import UpcycleOptions, upcycle
+    from convert.gguf.export import GgufOptions, to_gguf
+    from convert.layout import LayoutOptions, change_layout
+    from convert.merge_lora import MergeOptions
+    from convert.merge_lora import merge as merge_adapter
+    from convert.minitron.minitron import MinitronOptions
+    from convert.minitron.minitron import minitron as prune_width
+    from convert.streaming import ConversionSettings
+    from convert.verify.logits import LogitComparison
+    from convert.verify.logits import verify as compare_logits
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 _TEXT, _CHAT, _SERVING = "nemoe_jax.text.tokenizers", "nemoe_jax.text.chat", "nemoe_jax.serving"
 MOVED = {
@@ -67,11 +68,21 @@ RENAMED = {
 }
 
 
+class _FormerModule(types.ModuleType):
+    """Callable, since some former modules had the name of what is now a public function, such as `generate`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _FormerModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         name = module.__name__

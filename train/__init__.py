@@ -1,17 +1,26 @@
-"""Training: a recipe names a model, its text and what may learn; `loop.train` turns it into a new model directory.
+"""Training: a recipe names a model, its data and what may learn; `train` turns it into a new model directory.
 
-recipe       the YAML file: phases, keys, defaults, help texts, overrides, errors
-sources      files and datasets → rows; formats: rows → texts and chats; render: → token ids and what is learned of them
-tokenize     a source's tokens on disk (token_cache); packing: rows of T tokens; data: their order, by Grain
-prepare      from a recipe to weights on devices, everything checked before
-place        batches on devices; mesh: what `mesh: auto` chooses
-loss         cross-entropy and forward KL, the vocabulary's logits in chunks of tokens
-optimizer    AdamW, schedule, and the routers' own learning rate
-step         what is trained and what is frozen; one compiled update, one compiled evaluation
-phase        one phase: steps, evaluations, gate, adapter; checkpoint: what it goes on from; loop: all phases
-workspace    where a run works, and how it is stopped; journal: what it tells; report: what it leaves for people
-plan         does a step fit a TPU slice? aot compiles it, hlo reads the program, flops counts its work
-cli          `nemoe-train run | plan | show | recipes | keys`
+    from train import read_recipe, train
+    report = train(read_recipe("nano-repair", ["steps=100"]))
+
+recipe      the YAML file: phases, keys, defaults, help texts, overrides, errors
+data        files and datasets → documents → token ids with a loss mask → packed rows in a resumable order
+step        what is trained and what is frozen; the loss, the optimizer, one compiled update
+run         one phase or several: preparing, checkpoints, metrics, acceptance tests, reports
+plan        does a step fit a TPU slice? compiled ahead of time, its program read
+cli         `nemoe-train run | plan | show | recipes | keys`
+
+The names are imported when they are first used.
 """
 
+from typing import TYPE_CHECKING
+
 import nemoe_jax  # noqa: F401  former module names (nemoe_jax/moved.py)
+from nemoe_jax.utils.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from train.plan.plan import plan as plan_step
+    from train.recipe import Recipe, read_recipe
+    from train.run.loop import train
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
