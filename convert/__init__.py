@@ -18,7 +18,6 @@ layerwise             a model run layer by layer over calibration text
 
 from typing import TYPE_CHECKING
 
-import nemoe_jax  # noqa: F401  former module names (nemoe_jax/moved.py)
 from nemoe_jax.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:

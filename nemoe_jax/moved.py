@@ -82,7 +82,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self) if name in MOVED else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _FormerModule(spec.name)
+        return _FormerModule(spec.name, f"Former name of {MOVED[spec.name]}.")
 
     def exec_module(self, module: types.ModuleType) -> None:
         name = module.__name__

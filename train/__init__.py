@@ -15,7 +15,6 @@ The names are imported when they are first used.
 
 from typing import TYPE_CHECKING
 
-import nemoe_jax  # noqa: F401  former module names (nemoe_jax/moved.py)
 from nemoe_jax.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
