@@ -69,7 +69,7 @@ def save_adapters(
         raise UserError(f"{directory}: no adapters to write")
     parts = list(adapter_parts(config, updates, experts))
     shapes = {_PREFIX + name: shape for part in parts for name, shape in part.shapes.items()}
-    header, offsets = header_of(shapes, "float32")
+    header, offsets, _ = header_of({name: (shape, "float32") for name, shape in shapes.items()})
     content = _config(config, updates, parts, base_model)
     with _written(target) as file, progress_bar(visible=progress and file is not None) as bar:
         if file is not None:

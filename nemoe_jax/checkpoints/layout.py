@@ -9,6 +9,7 @@ import numpy as np
 
 from nemoe_jax.checkpoints import mistral_format
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import ParamSpec
 
 CONFIG = "config.json"
 PARAMS = "params.json"
@@ -29,6 +30,8 @@ class Layout:
     key: Callable[[str], str | None]  # name -> key; None where a name does not belong here
     to_disk: Callable[[str, np.ndarray, int], np.ndarray]  # (key, tensor, head_dim)
     from_disk: Callable[[str, np.ndarray, int], np.ndarray]
+    stored: Callable[[ParamSpec, str, str], dict[str, tuple[tuple[int, ...], str]]]  # see `_one_tensor`
+    encode: Callable[[ParamSpec, str, np.ndarray], dict[str, np.ndarray]]  # (spec, name, tensor) -> what is written
 
     @property
     def index(self) -> str:
@@ -44,11 +47,22 @@ class Layout:
         return any((Path(directory) / name).is_file() for name in (self.single, self.index))
 
 
+def _one_tensor(spec: ParamSpec, name: str, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{name on disk: (shape, dtype)} of what a tensor is written as."""
+    return {name: (spec.torch_shape, dtype)}
+
+
+def _unchanged(spec: ParamSpec, name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: tensor}
+
+
 def _as_it_is(key: str, tensor: np.ndarray, head_dim: int) -> np.ndarray:
     return tensor
 
 
-HUGGING_FACE = Layout(CONFIG, SINGLE, ModelConfig.from_hf, ModelConfig.to_hf, str, str, _as_it_is, _as_it_is)
+HUGGING_FACE = Layout(
+    CONFIG, SINGLE, ModelConfig.from_hf, ModelConfig.to_hf, str, str, _as_it_is, _as_it_is, _one_tensor, _unchanged
+)
 MISTRAL = Layout(
     PARAMS,
     CONSOLIDATED,
@@ -58,6 +72,8 @@ MISTRAL = Layout(
     mistral_format.from_mistral_key,
     mistral_format.to_mistral_rows,
     mistral_format.from_mistral_rows,
+    _one_tensor,
+    _unchanged,
 )
 
 

@@ -61,7 +61,7 @@ _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_
 _READ = {**_PARAMS, "max_seq_len": "max_position_embeddings", "sliding_window": "sliding_window", **_OPTIONAL}
 _DEFAULTS = {"rope_theta": 1e6, "max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2}
 # Parts of other models; null, 0 and false are as good as absent.
-_UNSUPPORTED = ("_sliding_window", "llama_4_scaling", "lora", "q_lora_rank", "quantization", "vision_encoder", "yarn")
+_UNSUPPORTED = ("_sliding_window", "llama_4_scaling", "lora", "q_lora_rank", "vision_encoder", "yarn")
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
 
 

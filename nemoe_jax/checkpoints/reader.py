@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nemoe_jax.checkpoints import fp8
 from nemoe_jax.checkpoints.layout import CONFIG, MISTRAL, PARAMS, Layout, layout_of
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
 from nemoe_jax.errors import UserError, listed
@@ -41,7 +42,9 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise UserError(f"{directory}: no such directory")
     if not path.is_file():
         raise UserError(f"{directory}: not a model directory: no {CONFIG} (nor {PARAMS})")
-    config = layout.parse(_read_json(path, "not JSON"), str(path))
+    content = _read_json(path, "not JSON")
+    config = layout.parse(content, str(path))
+    fp8.format_of(path.parent, content, str(path))
     if layout is MISTRAL and layout.has_weights(directory):  # params.json does not say the dtype
         config = config.replace(dtype=SafetensorsFile(_weight_files(Path(directory), layout)[0]).dtype or config.dtype)
     return config
@@ -106,13 +109,21 @@ class Checkpoint:
         self.directory, self.layout = Path(directory), layout_of(directory)
         self.config_file = self.layout.config_file
         self.config = read_config(directory)
+        config_file = self.directory / self.config_file
+        self.fp8 = fp8.format_of(self.directory, _read_json(config_file, "not JSON"), str(config_file))
         self.files: dict[str, SafetensorsFile] = {}
+        self._scales: dict[str, tuple[SafetensorsFile, str]] = {}  # {key of an FP8 weight: its scales' file and name}
         problems = []
         for path in _weight_files(self.directory, self.layout):
             file = SafetensorsFile(path)
             for name, entry in file.entries.items():
-                key = self.layout.key(name)
-                if key is None:
+                weight = fp8.scaled_weight(name) if self.fp8 else None
+                key = self.layout.key(weight or name)
+                if self.fp8 and fp8.is_activation_scale(name):
+                    continue
+                if weight is not None and key is not None:
+                    self._scales[key] = file, name
+                elif key is None:
                     problems.append(f"unexpected {name} {entry.shape} in {path.name}")
                 elif key in self.files:
                     problems.append(f"{name} is in both {self.files[key].path.name} and {path.name}")
@@ -155,15 +166,37 @@ class Checkpoint:
                 problems.append(
                     f"{spec.path}: expected {name} of shape {spec.torch_shape}, got {shape} from {file.path.name}"
                 )
-            if problem := file.dtype_problem(name):
+            if problem := file.dtype_problem(name) or self._scale_problem(key, shape):
                 problems.append(f"{problem} ({file.path.name})")
             if listed.get(name, file.path.name) != file.path.name:
                 problems.append(f"{name} is in {file.path.name}; {self.layout.index} has it in {listed[name]}")
         return problems
 
+    def _scale_problem(self, key: str, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with the scales of a weight, if anything: FP8 weights have them, others do not."""
+        name = self.layout.name(key)
+        if self.files[key].entries[name].dtype != fp8.ON_DISK:
+            unwanted = self._scales.get(key)
+            return unwanted and f"{unwanted[1]}: scales of {name}, which is not {fp8.ON_DISK}"
+        if self.fp8 is None:
+            return f"{name} is {fp8.ON_DISK}, and {self.config_file} announces no quantization"
+        if key not in self._scales:
+            return f"missing the scales of {name}"
+        file, scales = self._scales[key]
+        if problem := file.dtype_problem(scales):
+            return problem
+        return fp8.scale_problem(scales, name, shape, file.view(scales), self.fp8)
+
     def view(self, key: str) -> np.ndarray:
-        """A tensor as Hugging Face's layout has it: mapped from disk, or copied where the rows' order is another."""
+        """A tensor as Hugging Face's layout has it: mapped from disk, or copied where the rows' order is another.
+
+        FP8 weights come as float32, multiplied by their scales.
+        """
         tensor = self.files[key].view(self.layout.name(key))
+        if key in self._scales:
+            file, scales = self._scales[key]
+            assert self.fp8 is not None
+            tensor = fp8.dequantize(tensor, file.view(scales), self.fp8.block)
         return self.layout.from_disk(key, tensor, self.config.head_dim)
 
     def finite(self, key: str) -> np.ndarray:

@@ -16,7 +16,8 @@ import numpy as np
 
 from nemoe_jax.errors import UserError
 
-_DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+_FLOATS: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+_DTYPES: dict[str, Any] = {**_FLOATS, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 _ALIGNMENT = 8  # bytes; of the header, and so of the first tensor
 _CHECKED_AT_ONCE = 1 << 18  # elements: stays in cache
 
@@ -60,8 +61,8 @@ class SafetensorsFile:
 
     @property
     def dtype(self) -> str | None:
-        """NumPy's name of the dtype of most elements; None where none can be read."""
-        sizes = dict.fromkeys(_DTYPES, 0)
+        """NumPy's name of the dtype of most elements of 2 or 4 bytes; None where none can be read."""
+        sizes = dict.fromkeys(_FLOATS, 0)
         for entry in self.entries.values():
             if entry.dtype in sizes:
                 sizes[entry.dtype] += math.prod(entry.shape)
@@ -69,7 +70,7 @@ class SafetensorsFile:
         return np.dtype(_DTYPES[most]).name if sizes[most] else None
 
     def dtype_problem(self, name: str) -> str | None:
-        """What is wrong with a tensor's dtype, if anything: bf16, f16 and f32 can be read."""
+        """What is wrong with a tensor's dtype, if anything: bf16, f16, f32 and float8_e4m3fn can be read."""
         dtype = self.entries[name].dtype
         return None if dtype in _DTYPES else f"tensor {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}"
 
@@ -77,7 +78,7 @@ class SafetensorsFile:
         """A tensor mapped from disk, read-only; copy what you need and drop it.
 
         Raises:
-            UserError: a dtype other than bf16, f16 or f32.
+            UserError: a dtype that cannot be read.
         """
         entry = self.entries[name]
         if problem := self.dtype_problem(name):
@@ -141,18 +142,25 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def header_of(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> tuple[bytes, dict[str, int]]:
-    """The header of a file that holds those tensors one after another, and the byte where each begins."""
-    name = next(name for name, known in _DTYPES.items() if np.dtype(known).name == dtype)
+def header_of(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[bytes, dict[str, int], int]:
+    """The header of a file that holds tensors one after another.
+
+    Args:
+        tensors: {name: (shape, NumPy's name of the dtype)}.
+
+    Returns:
+        The header, the byte of the file where each tensor begins, and the size of the file.
+    """
+    names = {np.dtype(known).name: name for name, known in _DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
-    for key, shape in shapes.items():
-        offsets[key], end = end, end + _bytes_of(name, shape)
-        entries[key] = {"dtype": name, "shape": list(shape), "data_offsets": [offsets[key], end]}
+    for key, (shape, dtype) in tensors.items():
+        offsets[key], end = end, end + _bytes_of(names[dtype], shape)
+        entries[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[key], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    return header, {key: len(header) + offset for key, offset in offsets.items()}
+    return header, {key: len(header) + offset for key, offset in offsets.items()}, len(header) + end
 
 
 def is_finite(tensor: np.ndarray) -> bool:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, Layout
-from nemoe_jax.checkpoints.reader import units
+from nemoe_jax.checkpoints.reader import TensorRef, units
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, header_of, is_finite
 from nemoe_jax.errors import ResumableError, UserError
 from nemoe_jax.spec.config import ModelConfig
@@ -67,11 +67,15 @@ class WeightFile(NamedTuple):
 def plan(config: ModelConfig, shard_bytes: int = SHARD_BYTES, layout: Layout = HUGGING_FACE) -> list[WeightFile]:
     """The weight files of a model: whole units up to about `shard_bytes`, and at least one."""
     by_unit = units(config)
-    itemsize = jnp.dtype(config.dtype).itemsize
+
+    def stored(unit: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        parts = (layout.stored(ref.spec, layout.name(ref.key), config.dtype) for ref in by_unit[unit])
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
     groups: list[list[int]] = []
     filled = 0
-    for unit, refs in enumerate(by_unit):
-        size = sum(ref.spec.torch_size for ref in refs) * itemsize
+    for unit in range(len(by_unit)):
+        size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in stored(unit).values())
         if not groups or filled + size > shard_bytes:
             groups.append([])
             filled = 0
@@ -80,9 +84,7 @@ def plan(config: ModelConfig, shard_bytes: int = SHARD_BYTES, layout: Layout = H
     files = []
     for number, group in enumerate(groups, 1):
         name = layout.single if len(groups) == 1 else layout.shard(number, len(groups))
-        shapes = {layout.name(ref.key): ref.spec.torch_shape for unit in group for ref in by_unit[unit]}
-        header, offsets = header_of(shapes, config.dtype)
-        size = len(header) + sum(math.prod(shape) for shape in shapes.values()) * itemsize
+        header, offsets, size = header_of({name: tensor for unit in group for name, tensor in stored(unit).items()})
         files.append(WeightFile(name, tuple(group), header, offsets, size))
     return files
 
@@ -174,8 +176,8 @@ class Writer:
             descriptor = os.open(self.model / file.name, os.O_WRONLY)
             try:
                 for ref in units(self.config)[unit]:
-                    offset = file.offsets[self.layout.name(ref.key)]
-                    self._write_tensor(descriptor, offset, ref.key, ref.spec.torch_shape, tensors)
+                    for name, tensor in self._encoded(ref, tensors[ref.key]).items():
+                        write_at(descriptor, file.offsets[name], np.ascontiguousarray(tensor))
             finally:
                 os.close(descriptor)
             row = json.dumps({"unit": unit, "figures": figures}) + "\n"
@@ -187,8 +189,10 @@ class Writer:
             raise ResumableError(f"{self.model / file.name}: {error.strerror}; {KEPT}") from error
         self.finished[unit] = figures
 
-    def _write_tensor(self, descriptor, offset, key, shape, tensors) -> None:
-        tensor = self.layout.to_disk(key, tensors[key], self.config.head_dim)
+    def _encoded(self, ref: TensorRef, tensor: np.ndarray) -> dict[str, np.ndarray]:
+        """What a tensor is written as."""
+        key, shape = ref.key, ref.spec.torch_shape
+        tensor = self.layout.to_disk(key, tensor, self.config.head_dim)
         with np.errstate(over="ignore"):  # what is too large for the dtype is refused below
             dtype = jnp.dtype(self.config.dtype)
             if tensor.dtype != dtype or not tensor.flags.c_contiguous:
@@ -196,7 +200,7 @@ class Writer:
         assert tensor.shape == shape, f"{key}: expected {shape}, got {tensor.shape}"
         if not is_finite(tensor):
             raise UserError(f"{key}: NaN or infinite values")
-        write_at(descriptor, offset, tensor)
+        return self.layout.encode(ref.spec, self.layout.name(key), tensor)
 
     def read(self, unit: int) -> dict[str, np.ndarray]:
         """The tensors of a finished unit as `write` was given them, cast; mapped where their layout is that on disk."""

@@ -260,8 +260,6 @@ def _refuse_unsupported(config: dict[str, Any], rope: dict[str, Any], source: st
         problems.append(f"sliding_window = {window} (only full attention is supported)")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act = {config['hidden_act']} (only silu is supported)")
-    if config.get("quantization_config"):
-        problems.append("quantization_config (only bf16, f16 and f32 weights are supported)")
     if problems:
         raise UserError(f"{source}: " + "; ".join(problems))
 

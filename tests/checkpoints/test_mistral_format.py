@@ -157,7 +157,6 @@ def test_the_params_of_mistral_nemo_are_its_preset():
         ({"norm_eps": float("nan")}, "norm_eps: expected a finite number, got nan"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"vision_encoder": {"hidden_size": 1024}}, r"vision_encoder \(not supported\)"),
-        ({"quantization": {"qformat_weight": "fp8_e4m3"}}, r"quantization \(not supported\)"),
         ({"model_type": "mamba"}, r"model_type \(not supported\)"),
         ({"moe": 8}, "moe: expected an object, got 8"),
         ({"moe": {"num_experts": 8}}, "moe: num_experts_per_tok is missing"),

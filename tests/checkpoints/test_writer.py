@@ -118,7 +118,7 @@ def test_the_files_are_what_safetensors_reads(source, tmp_path):
 
 def test_the_header_is_aligned():
     for width in range(20):
-        header, offsets = header_of({"a" * width: (3,), "b": (2, 5)}, "float16")
+        header, offsets, _ = header_of({"a" * width: ((3,), "float16"), "b": ((2, 5), "float16")})
         assert len(header) % 8 == 0 and list(offsets.values()) == [len(header), len(header) + 6]
         assert len(header) == 8 + int.from_bytes(header[:8], "little")
 
