@@ -72,7 +72,6 @@ def test_transformers_opens_blocks_with_the_same_logits(models, tmp_path, name):
 
 
 def test_compressed_tensors_opens_rows_with_the_same_logits(models, tmp_path):
-    pytest.importorskip("compressed_tensors")
     for name in ("dense", "moe"):
         quantize(models / name, tmp_path / name, QuantizeOptions(to="fp8-dynamic"))
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
