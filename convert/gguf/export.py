@@ -90,7 +90,7 @@ def to_gguf(
         "type": kind.name.lower(),
         "tensors": len(tensors),
         "tokens": len(vocabulary.pieces),
-        "chat_template": vocabulary.chat_template is not None,
+        "chat_template": bool(vocabulary.chat_templates),
         "bytes": sum(tensor.size for tensor in tensors),
         "written": not options.dry_run,
     }

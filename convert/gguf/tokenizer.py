@@ -24,7 +24,7 @@ from convert.gguf.chat_template import mistral_template
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.text.tokenizers.base import Tokenizer
-from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson, read_side_files, read_template
+from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson, read_side_files, read_templates
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import SPACE, VERSION
 from nemoe_jax.text.tokenizers.tekken import control_names, mergeable_ranks
@@ -61,7 +61,7 @@ class Vocabulary:
     pieces: list[Piece]
     merges: list[str]
     space_prefix: bool
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
 
     def add_to(self, writer: GGUFWriter, config: ModelConfig) -> None:
         """Adds the keys, the vocabulary padded to the rows of the embedding, and the config's end tokens with ours."""
@@ -85,11 +85,11 @@ class Vocabulary:
             token = named.get(self.tokenizer.template_variables.get(key, f"<{key[:3]}>"))
             if token is not None:
                 add(token)
-        writer.add_add_bos_token(self.tokenizer.bos_id is not None)
-        writer.add_add_eos_token(False)
+        writer.add_add_bos_token(bool(self.tokenizer.before))
+        writer.add_add_eos_token(bool(self.tokenizer.after))
         writer.add_add_space_prefix(self.space_prefix)
-        if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
+        if self.chat_templates:
+            writer.add_chat_template([{"name": name, "template": one} for name, one in self.chat_templates.items()])
 
 
 def read_vocabulary(directory: Path, rows: int) -> Vocabulary:
@@ -102,12 +102,11 @@ def read_vocabulary(directory: Path, rows: int) -> Vocabulary:
     """
     tokenizer = load_tokenizer(directory)
     if isinstance(tokenizer, TokenizerJson):
-        template = tokenizer.chat_template
-        vocabulary = _from_json(tokenizer, template or mistral_template(tokenizer.version))
+        vocabulary = _from_json(tokenizer, tokenizer.chat_templates or _own_format(tokenizer))
     else:
-        template = read_template(directory, read_side_files(directory)) or mistral_template(tokenizer.version)
+        templates = read_templates(directory, read_side_files(directory)) or _own_format(tokenizer)
         make = _from_tekken if tokenizer.kind == "tekken" else _from_sentencepiece
-        vocabulary = make(tokenizer, template)
+        vocabulary = make(tokenizer, templates)
     if len(vocabulary.pieces) > rows:
         raise UserError(
             f"{tokenizer.path}: {len(vocabulary.pieces)} tokens, but the embedding of {directory} has {rows} rows"
@@ -115,7 +114,12 @@ def read_vocabulary(directory: Path, rows: int) -> Vocabulary:
     return vocabulary
 
 
-def _from_tekken(tokenizer: Tokenizer, template: str | None) -> Vocabulary:
+def _own_format(tokenizer: Tokenizer) -> dict[str, str]:
+    template = mistral_template(tokenizer.version)
+    return {"default": template} if template else {}
+
+
+def _from_tekken(tokenizer: Tokenizer, templates: Mapping[str, str]) -> Vocabulary:
     spec = read_json(tokenizer.path)
     names = control_names(tokenizer.path, spec)
     ranks = mergeable_ranks(tokenizer.path, spec["vocab"], tokenizer.vocab_size - len(names))
@@ -123,7 +127,7 @@ def _from_tekken(tokenizer: Tokenizer, template: str | None) -> Vocabulary:
     pieces += [Piece(_spelled(piece), TokenType.NORMAL) for piece in ranks]
     merges = [" ".join(map(_spelled, merge)) for piece in ranks if (merge := last_merge(piece, ranks))]
     pre = _name_of(spec["config"]["pattern"], tokenizer.path)
-    return Vocabulary(tokenizer, "gpt2", pre, pieces, merges, False, template)
+    return Vocabulary(tokenizer, "gpt2", pre, pieces, merges, False, templates)
 
 
 def last_merge(piece: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
@@ -152,7 +156,7 @@ def _name_of(pattern: str, path: Path) -> str:
     return PRE_TOKENIZERS[pattern]
 
 
-def _from_json(tokenizer: TokenizerJson, template: str | None) -> Vocabulary:
+def _from_json(tokenizer: TokenizerJson, templates: Mapping[str, str]) -> Vocabulary:
     spec = read_json(tokenizer.path)
     added = {token["id"]: token["content"] for token in spec.get("added_tokens") or []}
     added_pieces = {
@@ -166,13 +170,13 @@ def _from_json(tokenizer: TokenizerJson, template: str | None) -> Vocabulary:
             raise UserError(
                 f"{tokenizer.path}: gguf wants a byte-level BPE without normalizer, or a tokenizer.model beside it"
             )
-        original = _from_sentencepiece(load_tokenizer(originals[-1]), template)
+        original = _from_sentencepiece(load_tokenizer(originals[-1]), templates)
         pieces = _in_order(added_pieces | dict(enumerate(original.pieces)))
         return dataclasses.replace(original, tokenizer=tokenizer, pieces=pieces)
     normal = {i: Piece(text, TokenType.NORMAL) for text, i in spec["model"]["vocab"].items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
     pieces = _in_order(normal | added_pieces)
-    return Vocabulary(tokenizer, "gpt2", _name_of(pattern, tokenizer.path), pieces, merges, False, template)
+    return Vocabulary(tokenizer, "gpt2", _name_of(pattern, tokenizer.path), pieces, merges, False, templates)
 
 
 def _byte_level_pattern(spec: dict[str, Any]) -> str | None:
@@ -191,7 +195,7 @@ def _byte_level_pattern(spec: dict[str, Any]) -> str | None:
     return splits[0]["pattern"].get("Regex")
 
 
-def _from_sentencepiece(tokenizer: Tokenizer, template: str | None) -> Vocabulary:
+def _from_sentencepiece(tokenizer: Tokenizer, templates: Mapping[str, str]) -> Vocabulary:
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.path.read_bytes())  # type: ignore[attr-defined]
     if model.trainer_spec.model_type != SPM_BPE or not model.trainer_spec.byte_fallback:
         raise UserError(f"{tokenizer.path}: gguf wants a SentencePiece model of type BPE with byte fallback")
@@ -202,7 +206,7 @@ def _from_sentencepiece(tokenizer: Tokenizer, template: str | None) -> Vocabular
         Piece(_searched(piece.piece) if piece.type == TokenType.USER_DEFINED else piece.piece, piece.type, piece.score)
         for piece in model.pieces
     ]
-    return Vocabulary(tokenizer, "llama", "default", pieces, [], rules.add_dummy_prefix, template)
+    return Vocabulary(tokenizer, "llama", "default", pieces, [], rules.add_dummy_prefix, templates)
 
 
 def _searched(text: str) -> str:

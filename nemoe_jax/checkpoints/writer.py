@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 _STATE = "state.json"
@@ -48,10 +49,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def carry_tokenizer(source: str | Path, directory: Path) -> None:
-    """Copies the tokenizer, chat template and generation settings of a model directory."""
+    """Copies the tokenizer, chat templates and generation settings of a model directory."""
     for pattern in TOKENIZER_FILES:
         for path in sorted(Path(source).glob(pattern)):
-            shutil.copyfile(path, directory / path.name)
+            copy = directory / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 class WeightFile(NamedTuple):

@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tokenizers
-
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.chat.render import check, mistral_parts
 from nemoe_jax.text.chat.template import template_parts
@@ -19,15 +17,10 @@ from nemoe_jax.text.tokenizers.load import Tokenizer
 
 
 class HarnessText:
-    """Encodes a harness's texts, and writes chats as one.
-
-    before, after: ids that every text gets, unless it begins with the begin-of-sequence token already.
-    """
+    """Encodes a harness's texts, and writes chats as one."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self.before, self.after = _surroundings(tokenizer) if tokenizer.kind == "tokenizer.json" else (bos, [])
         self.reads_control = tokenizer.kind == "tokenizer.json"
         names = sorted(filter(None, tokenizer.control), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")  # which matches nothing
@@ -41,11 +34,11 @@ class HarnessText:
         raise UserError(f"{self.tokenizer.path}: expected a begin- or end-of-sequence token, to score texts from")
 
     def encode(self, text: str, surrounded: bool | None = None) -> list[int]:
-        """Ids; by default `surrounded` as the tokenizer does it."""
+        """Ids; `surrounded` by what the tokenizer puts around a text, by default unless its beginning is there."""
         if surrounded is None:
             surrounded = not text.startswith(self.tokenizer.decode([self.prefix_id], skip_special=False))
         ids = self.tokenizer.encode_parts(self._parts(text)) if self.reads_control else self.tokenizer.encode(text)
-        return [*self.before, *ids, *self.after] if surrounded else ids
+        return [*self.tokenizer.before, *ids, *self.tokenizer.after] if surrounded else ids
 
     def _parts(self, text: str) -> list[str | int]:
         parts: list[str | int] = []
@@ -78,13 +71,3 @@ class HarnessText:
         else:
             parts = template_parts(self.tokenizer, messages, None, answer_follows, not answer_follows)
         return "".join(part if isinstance(part, str) else self.tokenizer.piece(part) for part in parts)
-
-
-def _surroundings(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What the post-processor of a `tokenizer.json` puts before and behind a text."""
-    encoding = tokenizers.Tokenizer.from_file(str(tokenizer.path)).encode("a")
-    own = [at for at, added in enumerate(encoding.special_tokens_mask) if not added]
-    if not own:  # a vocabulary without that letter
-        half = encoding.ids.index(tokenizer.bos_id) + 1 if tokenizer.bos_id in encoding.ids else 0
-        return encoding.ids[:half], encoding.ids[half:]
-    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]

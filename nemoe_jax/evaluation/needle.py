@@ -73,7 +73,7 @@ def haystack(
     question, answer = _continued(tokenizer, number)
     _, wrong = _continued(tokenizer, wrong_number)
     planted = tokenizer.encode(f"{LINE} {number}.\n")
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    before = tokenizer.before
     lines = len(before) + len(planted) + len(question) + max(len(answer), len(wrong))
     if length < lines:
         raise UserError(f"needle: expected lengths of at least the {lines} tokens of its lines, got {length}")

@@ -35,7 +35,7 @@ class RequestBuilder:
 
     def of_text(self, wishes: Request, text: str, schema: Any = None) -> Request:
         """The continuation of a text, as JSON by a schema if there is one. Raises UserError."""
-        return self._checked(wishes, self.tokenizer.encode(text, bos=True), schema=schema)
+        return self._checked(wishes, self.tokenizer.encode_prompt(text), schema=schema)
 
     def of_chat(
         self, wishes: Request, messages: Any, tools: Tools = None, tool_choice: Any = None, schema: Any = None

@@ -28,6 +28,7 @@ def write_characters(directory):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
 
@@ -44,6 +45,14 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(directory):
     return load_tokenizer(directory)
+
+
+def test_a_tokenizer_that_puts_no_bos_before_a_text_puts_none_before_a_haystack(directory, tmp_path):
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": None}))
+    tokenizer = load_tokenizer(tmp_path)
+    hay = haystack(tokenizer, np.array(tokenizer.encode(FILLER)), 150, 50, 4711234, 9876543)
+    assert tokenizer.bos_id == 1 and 1 not in hay.prompt and len(hay.prompt + hay.answer) == 150
 
 
 @pytest.mark.parametrize("length", [101, 150, 256])

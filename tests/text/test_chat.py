@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from nemoe_jax.cli import main
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.chat.render import encode_with_assistant_mask, read_messages, read_tools, render_chat
-from nemoe_jax.text.chat.tools import check_tool_choice
+from nemoe_jax.text.chat.tools import check_tool_choice, nine_character_ids
 from nemoe_jax.text.tokenizers.load import Tokenizer, cut_tekken, load_tokenizer
 
 mistral_common = pytest.importorskip("mistral_common")
@@ -280,6 +281,25 @@ def test_orders_of_calls_and_results_that_mistral_common_accepts(pairs):
     assert min(counts) > 20
 
 
+@pytest.mark.parametrize("file", TOOL_FILES)
+def test_ids_of_other_makers_are_mapped_to_nine_characters_each_to_its_own(file, pairs):
+    ours, theirs = pairs[file]
+
+    def chat(first: str, second: str) -> list[dict]:
+        results = [{"role": "tool", "content": "21", "tool_call_id": name} for name in (second, first)]
+        calls = [{"id": name, "type": "function", "function": WEATHER["function"]} for name in (first, second)]
+        return [*say("u:x"), {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+
+    foreign = chat("call_abcdefghijklmnop", "chatcmpl-tool-0123456789abcdef")
+    names = [call["id"] for call in nine_character_ids(foreign)[1]["tool_calls"]]
+    assert len(set(names)) == 2 and all(re.fullmatch("[a-zA-Z0-9]{9}", name) for name in names)
+    assert nine_character_ids(chat(*names)) == chat(*names)  # those of that form stay
+    expected = reference(theirs, chat(*names), TOOLS)
+    assert render_chat(ours, foreign, tools=TOOLS) == expected == render_chat(ours, chat(*names), tools=TOOLS)
+    with pytest.raises(UserError, match=r"messages\[2\]\.tool_call_id: .*got 'call_of_another'"):
+        render_chat(ours, chat("call_x", "call_y")[:2] + chat("call_of_another", "call_y")[3:])
+
+
 def test_a_last_call_may_lack_an_id(pairs):
     ours, theirs = pairs["tekken_240718.json"]
     for extra in ({}, {"id": "null"}):
@@ -330,8 +350,8 @@ BAD = {
         r"messages\[1\]\.tool_calls: .*3",
     ),
     "call id": (
-        [*say("u:x"), {"role": "assistant", "tool_calls": [call("f", "call_12345", "")]}],
-        r"messages\[1\]\.tool_calls\[0\]\.id: expected 9 letters or digits, got 'call_12345'",
+        [*say("u:x"), {"role": "assistant", "tool_calls": [call("f", 12345, "")]}],
+        r"messages\[1\]\.tool_calls\[0\]\.id: expected a string, got 12345",
     ),
     "call name": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [call("f x", "123456789", "")]}],

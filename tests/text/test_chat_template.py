@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nemoe_jax.checkpoints.writer import carry_tokenizer
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.chat.render import encode_with_assistant_mask, render_chat
+from nemoe_jax.text.chat.tools import nine_character_ids
 from nemoe_jax.text.tokenizers.load import Tokenizer, cut_tekken, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -293,3 +295,75 @@ def test_tools_have_the_ids_of_transformers(tmp_path):
     assert render_chat(ours, chat, tools=tools) == expected
     lookalike = json.loads(json.dumps(tools).replace("\\u00e9<", "</s>"))
     assert ours.control["</s>"] not in render_chat(ours, chat, tools=lookalike)
+
+
+TOOL_TEMPLATE = "<|im_start|>tools{{ tools | tojson }}<|im_end|>" + CHATML
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"é": {}}}}}]
+NAMED = {
+    "a list": {"tokenizer_config.json": [("default", CHATML), ("tool_use", TOOL_TEMPLATE), ("rag", "x")]},
+    "files": {"chat_template.jinja": CHATML, "additional_chat_templates/tool_use.jinja": TOOL_TEMPLATE},
+    "a list behind files": {
+        "tokenizer_config.json": [("default", "x")],
+        "chat_template.jinja": CHATML,
+        "additional_chat_templates/tool_use.jinja": TOOL_TEMPLATE,
+    },
+    "no default": {"tokenizer_config.json": [("tool_use", TOOL_TEMPLATE)]},
+    "no default file": {"additional_chat_templates/tool_use.jinja": TOOL_TEMPLATE},
+    "default alone": {"tokenizer_config.json": [("default", CHATML)]},
+}
+
+
+@pytest.mark.parametrize("form", NAMED)
+def test_named_templates_are_taken_as_transformers_takes_them(form, tmp_path):
+    make(tmp_path, "byte level", None)
+    for name, content in NAMED[form].items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, list):
+            config = json.loads(path.read_text())
+            config["chat_template"] = [{"name": key, "template": template} for key, template in content]
+            path.write_text(json.dumps(config))
+        else:
+            path.write_text(content)
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for tools in (TOOLS, None):
+        try:
+            expected = theirs.apply_chat_template(CHAT, tools=tools, add_generation_prompt=True, return_dict=False)
+        except ValueError:  # no template named default
+            with pytest.raises(UserError, match="expected one named default, got tool_use"):
+                render_chat(ours, CHAT, tools=tools)
+            with pytest.raises(UserError, match="expected one named default, got tool_use"):
+                encode_with_assistant_mask(ours, ANSWERED, tools)
+        else:
+            assert render_chat(ours, CHAT, tools=tools) == expected
+            assert encode_with_assistant_mask(ours, ANSWERED, tools)[0] == render_chat(ours, ANSWERED, tools=tools)
+    carried = tmp_path / "carried"
+    carried.mkdir()
+    carry_tokenizer(tmp_path, carried)
+    assert load_tokenizer(carried).chat_templates == ours.chat_templates
+
+
+@pytest.mark.parametrize("wrong", [3, [CHATML], [{"name": "default"}], [{"name": 1, "template": CHATML}]])
+def test_a_chat_template_of_another_form_is_refused(wrong, tmp_path):
+    make(tmp_path, "byte level", None)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": wrong}))
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: chat_template: expected a string, or a list"):
+        load_tokenizer(tmp_path)
+
+
+IDS = """{% for m in messages %}[INST]{{ m.role }}{% for call in m.tool_calls %}{% if call.id | length != 9 %}
+{{ raise_exception("Tool call IDs should be alphanumeric strings with length 9!") }}{% endif %}
+[TOOL_CALLS]{{ call.id }}{% endfor %}{{ m.tool_call_id }}{% endfor %}"""
+
+
+def test_mistral_s_templates_get_ids_of_nine_characters_and_others_the_ids_as_they_are(tmp_path):
+    def chat(name: str) -> list[dict]:
+        called = {"role": "assistant", "tool_calls": [{"id": name, "function": {"name": "f", "arguments": {}}}]}
+        return [*CHAT[1:2], called, {"role": "tool", "content": "12", "tool_call_id": name}]
+
+    for template, kept in ((IDS, False), (IDS.replace("[TOOL_CALLS]", "").replace("!= 9", "> 99"), True)):
+        ours, fast = make(tmp_path / str(kept), "byte level", template)
+        name = "call_abcdefghijkl" if kept else nine_character_ids(chat("call_abcdefghijkl"))[2]["tool_call_id"]
+        expected = fast.apply_chat_template(chat(name), return_dict=False)
+        assert render_chat(ours, chat("call_abcdefghijkl")) == expected

@@ -53,9 +53,7 @@ def prompt_ids(served: ServedModel, asked: CompletionRequest) -> list[tuple[str,
     """The prompts: text (empty where ids were given) and token ids."""
     prompt = asked.prompt
     several = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    return [
-        (one, served.tokenizer.encode(one, bos=True)) if isinstance(one, str) else ("", list(one)) for one in several
-    ]
+    return [(one, served.tokenizer.encode_prompt(one)) if isinstance(one, str) else ("", list(one)) for one in several]
 
 
 class Writer:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.api.responses import ErrorDetail, ErrorResponse
 from nemoe_jax.serving.engine.engine import Busy, Closed
-from nemoe_jax.text.tokenizers.base import mend_surrogates
+from nemoe_jax.text.tokenizers.base import replace_surrogates
 
 ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
@@ -38,7 +38,7 @@ class ApiError(Exception):
         """The body."""
         kind: ErrorType = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)  # type: ignore[assignment]
-        message = mend_surrogates(" ".join(str(self).split()))
+        message = replace_surrogates(" ".join(str(self).split()))
         return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
 
     @property

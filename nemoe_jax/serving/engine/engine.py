@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave a running batch, whose keys and values lie in one paged cache.
 
     with Engine(config, params, tokenizer) as engine:
-        for piece in engine.submit(Request(tuple(tokenizer.encode("Hello", bos=True)))):
+        for piece in engine.submit(Request(tuple(tokenizer.encode_prompt("Hello")))):
             print(piece.text, end="", flush=True)
 
 The batch has a fixed number of rows. A request that comes gets an idle row and pages for its prompt and all tokens that

@@ -26,6 +26,7 @@ from nemoe_jax.text.chat.tools import (
     check_calls,
     check_tool_list,
     check_tools,
+    nine_character_ids,
     place,
     result_parts,
     tool_parts,
@@ -122,6 +123,8 @@ def mistral_parts(
     number = version_number(tokenizer)
     check_order(messages)
     check_calls(messages, number)
+    if number < 13:  # later formats have no ids
+        messages = nine_character_ids(messages)
     check_tools(tools)
     if tools and number < OLDEST_WITH_TOOLS:
         raise UserError(f"{tokenizer.path}: chat format v{number} has no tools; v{OLDEST_WITH_TOOLS} and newer have")

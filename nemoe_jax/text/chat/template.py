@@ -27,7 +27,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.chat.tools import parsed_json, place
+from nemoe_jax.text.chat.tools import nine_character_ids, parsed_json, place
 from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -113,12 +113,14 @@ def answer_span(
 def prepare(
     tokenizer: Tokenizer, messages: Chat, tools: Chat | None
 ) -> tuple["Marks", list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """Messages and tools as a template wants them (arguments of calls as objects), look-alikes marked."""
+    """Messages and tools as a template takes them (arguments of calls as objects), look-alikes marked."""
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if "[TOOL_CALLS]" in (tokenizer.template_for(bool(tools)) or ""):  # Mistral's, which refuse longer ids
+        plain = nine_character_ids(plain)
     for message in plain:
         if message.get("tool_calls"):
             message["tool_calls"] = [with_parsed_arguments(call) for call in message["tool_calls"]]
-    marks = Marks(tokenizer.control, [tokenizer.chat_template, plain, tools])
+    marks = Marks(tokenizer.control, [dict(tokenizer.chat_templates), plain, tools])
     return marks, [{**marks.put(message), "role": message["role"]} for message in plain], marks.put(tools or None)
 
 
@@ -188,8 +190,9 @@ def render(
     **variables: str,
 ) -> str:
     """The template's text. Whatever fails in a template, its own `raise_exception` included, is a UserError."""
+    template = tokenizer.template_for(bool(tools))
     try:
-        return compiled(tokenizer.chat_template or "").render(
+        return compiled(template or "").render(
             messages=messages,
             tools=tools,
             documents=None,

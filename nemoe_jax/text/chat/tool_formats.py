@@ -13,7 +13,7 @@ import dataclasses
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.chat.render import version_number
 from nemoe_jax.text.chat.tools import OLDEST_WITH_TOOLS
-from nemoe_jax.text.tokenizers.base import Tokenizer
+from nemoe_jax.text.tokenizers.base import TOOL_USE, Tokenizer
 from nemoe_jax.text.tokenizers.hf_tokenizer import template_text
 
 OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
@@ -61,7 +61,7 @@ def known_call_form(tokenizer: Tokenizer) -> ToolCallFormat:
             return ToolCallFormat("list", start, after_text=number >= 7)
         call_id = control.get("[CALL_ID]") if number < 13 else None
         return ToolCallFormat("marked", start, arguments=tokenizer.control_id("[ARGS]"), call_id=call_id)
-    written = template_text(tokenizer.chat_template)
+    written = template_text(tokenizer.chat_templates.get(TOOL_USE) or tokenizer.chat_template)
     if "[TOOL_CALLS]" in written and "[TOOL_CALLS]" in control:
         if "[ARGS]" in written and "[ARGS]" in control:
             call_id = control.get("[CALL_ID]") if "[CALL_ID]" in written else None

@@ -6,10 +6,12 @@ All three are JSON, encoded as text between control tokens that only this format
     [TOOL_CALLS][{"name": "weather", "arguments": {"city": "Graz"}, "id": "a1b2c3d4e"}]</s>
     [TOOL_RESULTS]{"content": 21.5, "call_id": "a1b2c3d4e"}[/TOOL_RESULTS]
 
-Newer formats put names and ids between control tokens of their own. A call's id has exactly nine letters or digits.
-The reference is mistral-common; the tests compare ids.
+Newer formats put names and ids between control tokens of their own. A call's id has exactly nine letters or digits up
+to v11; other ids, such as OpenAI's `call_…`, are mapped to such by `nine_character_ids`. The reference is
+mistral-common; the tests compare ids.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,34 @@ MOST_TOOLS = 128
 CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _UNNAMED = (None, "", "null")  # how a call says that it has no id
+
+
+def nine_character_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of a chat with every tool call's id, and every reference to one, brought to nine letters and digits.
+
+    An id that is of that form stays; any other becomes the beginning of its hash, the same wherever it occurs. What is
+    not a string is left as it is, for the checks to name.
+    """
+
+    def short(holder: Mapping[str, Any], key: str) -> dict[str, Any]:
+        given = holder.get(key)
+        return {**holder, key: short_id(given)} if isinstance(given, str) and given not in _UNNAMED else dict(holder)
+
+    mapped = []
+    for message in messages:
+        changed = short(message, "tool_call_id")
+        calls = changed.get("tool_calls")
+        if isinstance(calls, Sequence) and not isinstance(calls, str):
+            changed["tool_calls"] = [short(call, "id") if isinstance(call, Mapping) else call for call in calls]
+        mapped.append(changed)
+    return mapped
+
+
+def short_id(name: str) -> str:
+    """The name itself if it has exactly nine letters and digits, as Mistral's format needs; else nine of its hash."""
+    if CALL_ID.fullmatch(name):
+        return name
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 
 def place(at: int) -> str:
@@ -125,10 +155,8 @@ def _calls(message: Mapping[str, Any], at: int, version: int, last: bool) -> lis
         _check_name(f"{one}.function", function.get("name"))
         if call.get("id") in _UNNAMED and last:  # an answer that ends the chat may leave it out
             continue
-        if version < 13 and not (isinstance(call.get("id"), str) and CALL_ID.fullmatch(call["id"])):
-            raise UserError(f"{one}.id: expected 9 letters or digits, got {call.get('id')!r:.80}")
         if not isinstance(call.get("id"), str) or call["id"] in _UNNAMED:
-            raise UserError(f"{one}.id: expected a text, got {call.get('id')!r:.80}")
+            raise UserError(f"{one}.id: expected a string, got {call.get('id')!r:.80}")
         if any(call["id"] == other["id"] for other in named):
             raise UserError(f"{one}.id: two calls with the id {call['id']}")
         named.append(call)

@@ -1,8 +1,17 @@
-"""What every tokenizer can do, whatever file it came from, and how its output is streamed.
+"""What every tokenizer can do, whatever file it came from.
 
-Text and control tokens never mix: `encode` reads everything in a text as text, so that a user who types `[INST]` or
-`</s>` gets the characters; control ids enter only as integers, through `encode_parts` (which the chat formats use) or
-through the `bos` and `eos` flags.
+Text and control tokens never mix: `encode` reads everything in a string as text, so that a user who types `[INST]` or
+`</s>` gets the characters; control ids enter only as integers, through `encode_parts` (which the chat formats use),
+through the `bos` and `eos` flags, or because the tokenizer itself puts them around a text.
+
+Whether a text begins with the begin-of-sequence token is the tokenizer's own rule, kept in `before` and `after` and
+followed by whatever gives plain text to a model: `encode_prompt` for generation, scoring and the API,
+`encode_document` for training, calibration and perplexity.
+
+    tekken.json                        BOS before a text, as mistral-common does
+    tokenizer.json                     what its post-processor adds, as transformers does
+    tokenizer.model                    BOS before a text; beside a tokenizer_config.json, what its `add_bos_token` and
+                                       `add_eos_token` say (nothing where they are missing), as transformers does
 """
 
 from abc import ABC, abstractmethod
@@ -13,18 +22,23 @@ from typing import SupportsIndex
 
 from nemoe_jax.errors import UserError
 
-MarkedPart = tuple[str | int, bool]  # a text or a control id, and a mark that its ids take over
+MarkedPart = tuple[str | int, bool]  # a string or a control id, and a mark that its ids take over
+TOOL_USE = "tool_use"  # the name of the chat template for chats with tools
 
 
 class Tokenizer(ABC):
     """Text to ids and back.
 
-    path: the file that it came from; kind: `tekken`, `sentencepiece` or `tokenizer.json`.
-    vocab_size: ids are 0 … vocab_size − 1, control tokens included.
-    bos_id, eos_id: None where the tokenizer has none.
-    control: ids of the control tokens by name (`</s>`, `[INST]`, …).
-    version: Mistral's chat format (`v1`, `v3`, `v7`, …), None where it is not known.
-    chat_template, template_variables: a Hugging Face chat template and the names that it may use (`bos_token`, …).
+    Attributes:
+        path: the file that it came from.
+        kind: `tekken`, `sentencepiece` or `tokenizer.json`.
+        vocab_size: ids are 0 … vocab_size − 1, control tokens included.
+        bos_id, eos_id: None where the tokenizer has none.
+        before, after: ids that the tokenizer puts around a text.
+        control: ids of the control tokens by name (`</s>`, `[INST]`, …).
+        version: Mistral's chat format (`v1`, `v3`, `v7`, …), None where it is not known.
+        chat_templates: Hugging Face chat templates by name: mostly `default` alone, or `tool_use` beside it.
+        template_variables: the names that a template may use (`bos_token`, …).
     """
 
     kind: str
@@ -33,18 +47,55 @@ class Tokenizer(ABC):
     bos_id: int | None
     eos_id: int | None
     control: Mapping[str, int]
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
     version: str | None = None
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = {}
     template_variables: Mapping[str, str] = {}
 
+    @property
+    def chat_template(self) -> str | None:
+        """The default chat template, or another one where there is no default; None where there is none at all."""
+        return self.chat_templates.get("default") or next(iter(self.chat_templates.values()), None)
+
+    def template_for(self, tools: bool) -> str | None:
+        """The template of a chat: with tools the one named `tool_use`, if there is one, and otherwise the default.
+
+        Raises:
+            UserError: there are templates, but none for such a chat.
+        """
+        if tools and TOOL_USE in self.chat_templates:
+            return self.chat_templates[TOOL_USE]
+        if self.chat_templates and "default" not in self.chat_templates:
+            names = ", ".join(sorted(self.chat_templates))
+            raise UserError(f"{self.path}: chat template: expected one named default, got {names}")
+        return self.chat_templates.get("default")
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that the tokenizer was read from, for keys of caches."""
+        return [self.path]
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of a text, all of it read as text; `bos` and `eos` add those ids where the tokenizer has them."""
+        """Ids of a string, all of it read as text; `bos` and `eos` add those ids where the tokenizer has them."""
         start = [self.bos_id] if bos and self.bos_id is not None else []
         end = [self.eos_id] if eos and self.eos_id is not None else []
-        return [*start, *self._encode_text(mend_surrogates(text)), *end]
+        return [*start, *self._encode_text(replace_surrogates(text)), *end]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to be continued or scored, between what the tokenizer itself puts around a text."""
+        return [*self.before, *self.encode(text), *self.after]
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a text to be learned or measured: as `encode_prompt`, and closed by the end-of-sequence token."""
+        return self.closed(self.encode_prompt(text))
+
+    def closed(self, ids: list[int]) -> list[int]:
+        """The ids with the end-of-sequence token behind them, where the tokenizer has one and it is not there yet."""
+        return ids if self.eos_id is None or ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        """Ids of texts interleaved with control ids; each text is encoded apart from its neighbors."""
+        """Ids of strings interleaved with control ids; each string is encoded apart from its neighbors."""
         return [i for part in parts for i in (self.encode(part) if isinstance(part, str) else [part])]
 
     def encode_marked(self, parts: Iterable[MarkedPart]) -> tuple[list[int], list[bool]]:
@@ -53,11 +104,15 @@ class Tokenizer(ABC):
         return [i for ids, _ in encoded for i in ids], [mark for ids, mark in encoded for _ in ids]
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
-        """Text of ids; control tokens are left out, or written by name. Bytes that are no UTF-8 become U+FFFD."""
+        """Text of ids; control tokens are left out, or written by name. Bytes that are not UTF-8 become U+FFFD."""
         return self._decode(self._check(ids), skip_special)
 
     def control_id(self, name: str) -> int:
-        """Id of a control token by name. Raises UserError where the tokenizer has none of that name."""
+        """Id of a control token by name.
+
+        Raises:
+            UserError: the tokenizer has none of that name.
+        """
         if name not in self.control:
             raise UserError(f"{self.path}: no control token {name}")
         return self.control[name]
@@ -85,7 +140,7 @@ def runs(ids: Sequence[int], control: set[int]) -> Iterable[tuple[bool, list[int
     return ((is_control, list(run)) for is_control, run in groupby(ids, control.__contains__))
 
 
-def mend_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Joins surrogate pairs and replaces lone surrogates, which no UTF-8 text can hold, by U+FFFD, as tiktoken does."""
     try:
         text.encode()

@@ -1,11 +1,11 @@
 """Hugging Face's `tokenizer.json`, on the tokenizers library.
 
-The library reads control tokens out of any text, and some models (Unigram, merged BPE) even form them from pieces. So
-the tokenizer is loaded with its control tokens renamed to strings that nobody can type: a random number between
+The library reads control tokens out of any text, and some models (Unigram, merged BPE) even form them from tokens. So
+the tokenizer is loaded with its control tokens renamed to strings that cannot be typed: a random number between
 private-use characters. A text that spells `</s>` then finds no such token, and `encode_parts` writes the secret name
 where a control id is meant, so that the library still sees the whole text at once, with each token's stripping rules.
 
-Control tokens are those marked special, bos, eos and unk, and any other added token that the chat template itself
+Control tokens are those marked special, bos, eos and unk, and any other added token that a chat template itself
 writes (`<|im_start|>` is not always marked): transformers' `sanitize_control_tokens` draws the line at the same
 place.
 """
@@ -21,16 +21,22 @@ import jinja2
 import tokenizers
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer, mend_surrogates
+from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer, replace_surrogates
 from nemoe_jax.utils.json_file import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ALWAYS_CONTROL = ("bos_token", "eos_token", "unk_token")
 FALLBACK = {"bos_token": "<s>", "eos_token": "</s>"}  # for a tokenizer.json alone
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
 
 
 class TokenizerJson(Tokenizer):
-    """A tokenizer from the parsed JSON of a `tokenizer.json` and the files beside it."""
+    """A tokenizer from the parsed JSON of a `tokenizer.json` and the files beside it.
+
+    Attributes:
+        read_spec: reads that JSON again, which is too large to keep.
+    """
 
     kind = "tokenizer.json"
 
@@ -42,15 +48,16 @@ class TokenizerJson(Tokenizer):
             if key not in config and name in ids:
                 config[key] = name
         self.path = path
-        self.chat_template = read_template(path.parent, config)
+        self.chat_templates = read_templates(path.parent, config)
+        self.before, self.after = surroundings(path, spec)
         self.template_variables = {key: token_text(config[key]) for key in NAMED if token_text(config.get(key))}
         self.bos_id, self.eos_id = (ids.get(self.template_variables.get(key, "")) for key in FALLBACK)
         self._special = {token["content"] for token in added if token.get("special")} | marked_special(config)
         self._special |= {self.template_variables[key] for key in ALWAYS_CONTROL if key in self.template_variables}
-        written = template_text(self.chat_template or "")
+        written = "\0".join(map(template_text, self.chat_templates.values()))
         names = self._special | {token["content"] for token in added if in_template(token["content"], written)}
         self.control = {name: ids[name] for name in sorted(names & ids.keys(), key=ids.__getitem__)}
-        self.version = "v3" if not self.chat_template and {"[INST]", "[/INST]"} <= self.control.keys() else None
+        self.version = "v3" if not self.chat_templates and {"[INST]", "[/INST]"} <= self.control.keys() else None
         self.vocab_size = 1 + max(ids.values())
 
         secret = secrets.token_hex(8)
@@ -67,6 +74,15 @@ class TokenizerJson(Tokenizer):
         if moved:
             raise UserError(f"{path}: added_tokens: the id of {moved[0]} disagrees with the vocabulary")
 
+    def read_spec(self) -> dict[str, Any]:
+        return read_json(self.path)
+
+    @property
+    def files(self) -> list[Path]:
+        directory = self.path.parent
+        beside = [directory / name for name in SIDE_FILES] + sorted(directory.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
+        return [self.path, *filter(Path.is_file, beside)]
+
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         """As in the base class, except that the library sees all parts as one text, as it would see a rendered chat."""
         return self._encode_text("".join(map(self._written, parts)))
@@ -81,7 +97,7 @@ class TokenizerJson(Tokenizer):
     def _written(self, part: str | int) -> str:
         """A part as the library reads it: a control id by its secret name."""
         if isinstance(part, str):
-            return mend_surrogates(part)
+            return replace_surrogates(part)
         if part not in self._hidden:
             raise UserError(f"{self.path}: no control token with id {part}")
         return self._hidden[part]
@@ -149,25 +165,69 @@ def read_vocabulary(path: Path, spec: dict[str, Any]) -> tuple[dict[str, int], l
 
 
 def read_side_files(directory: Path) -> dict[str, Any]:
-    """What `special_tokens_map.json` and, before it, `tokenizer_config.json` say; empty where there is neither."""
-    files = [directory / "special_tokens_map.json", directory / "tokenizer_config.json"]
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged |= read_json(file) if file.is_file() else {}
-    return merged
+    """What `tokenizer_config.json` and `special_tokens_map.json` say together; empty where there is neither.
+
+    As in transformers, the map goes before a config that lists no `added_tokens_decoder`, and behind one that does.
+    """
+    files = [directory / "tokenizer_config.json", directory / "special_tokens_map.json"]
+    config, names = (read_json(file) if file.is_file() else {} for file in files)
+    return names | config if "added_tokens_decoder" in config else config | names
 
 
-def read_template(directory: Path, config: dict[str, Any]) -> str | None:
-    """`chat_template.jinja`, or the template of `tokenizer_config.json` (of several, the one named default)."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
+def read_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The chat templates of a directory by name, as transformers finds them.
+
+    `chat_template.jinja` (named default) and the files of `additional_chat_templates/` go before those of
+    `tokenizer_config.json`, which holds a single template or a list of named ones.
+
+    Raises:
+        UserError: something else is there, or a file that is not UTF-8.
+    """
+    files = {file.stem: file for file in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (directory / TEMPLATE_FILE).is_file():
+        files["default"] = directory / TEMPLATE_FILE
+    if files:
+        return {name: _text(file) for name, file in files.items()}
+    found = config.get("chat_template")
+    if found is None:
+        return {}
+    try:
+        named = {one["name"]: one["template"] for one in found} if isinstance(found, list) else {"default": found}
+    except (KeyError, TypeError):
+        named = {"": None}
+    if not all(isinstance(text, str) for one in named.items() for text in one):
+        raise UserError(
+            f"{directory / 'tokenizer_config.json'}: chat_template: expected a string, or a list of objects with name "
+            f"and template, got {found!r:.80}"
+        )
+    return named
+
+
+def _text(file: Path) -> str:
+    try:
         return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template: expected a text")
-    return template
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: expected UTF-8 text ({error})") from error
+
+
+def surroundings(path: Path, spec: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor of a `tokenizer.json` puts before and behind a text.
+
+    Found by a tokenizer with that post-processor and the single word `a`, whose id no other can be mistaken for.
+    """
+    processor = spec.get("post_processor")
+    if not processor:
+        return (), ()
+    word = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    try:
+        alone = tokenizers.Tokenizer.from_str(
+            json.dumps({"version": "1.0", "model": word, "post_processor": processor})
+        )
+        encoding = alone.encode("a")
+        at = list(encoding.special_tokens_mask).index(0)
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(f"{path}: post_processor: not one that the tokenizers library reads ({error})") from error
+    return tuple(encoding.ids[:at]), tuple(encoding.ids[at + 1 :])
 
 
 def marked_special(config: dict[str, Any]) -> set[str]:

@@ -1,11 +1,12 @@
 """SentencePiece tokenizers from a `.model` file, on the sentencepiece library.
 
-The library never reads a control piece from text. Mistral's file names say which chat format belongs to the model
-(`tokenizer.model.v3`, `….model.v7m1`); a plain `tokenizer.model` says nothing, and its control pieces decide: those of
+The library never reads a control token from text. Mistral's file names say which chat format belongs to the model
+(`tokenizer.model.v3`, `….model.v7m1`); a plain `tokenizer.model` says nothing, and its control tokens decide: those of
 `[SYSTEM_PROMPT]` mean v7, those of `[INST]` v3, none v1.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -15,6 +16,12 @@ from nemoe_jax.text.tokenizers.base import Tokenizer, runs
 
 SPACE = "▁"
 VERSION = re.compile(r"\.model(?:\.(v\d+)(?:m\d+)?)?$")
+
+
+def version_of(path: Path, control: Collection[str]) -> str:
+    """The chat format of a SentencePiece model, by the name of its file and its control tokens."""
+    named = VERSION.search(path.name)
+    return (named and named[1]) or ("v7" if "[SYSTEM_PROMPT]" in control else "v3" if "[INST]" in control else "v1")
 
 
 class SentencePiece(Tokenizer):
@@ -31,11 +38,9 @@ class SentencePiece(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._optional(self._model.bos_id())
         self.eos_id = self._optional(self._model.eos_id())
+        self.before = () if self.bos_id is None else (self.bos_id,)
         self.control = {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self._model.is_control(i)}
-        named = VERSION.search(path.name)
-        self.version = (named and named[1]) or (
-            "v7" if "[SYSTEM_PROMPT]" in self.control else "v3" if "[INST]" in self.control else "v1"
-        )
+        self.version = version_of(path, self.control)
 
     def piece(self, token: int) -> str:
         return self._model.id_to_piece(self._check([token])[0]).replace(SPACE, " ")

@@ -48,7 +48,7 @@ BYTES = 256
 
 
 def filler(token: int) -> str:
-    """The name of a control token that is reserved but has no use."""
+    """The name of a reserved control token."""
     return f"<SPECIAL_{token}>"
 
 
@@ -67,6 +67,7 @@ class Tekken(Tokenizer):
         self.control = {name: i for i, name in enumerate(names)}
         self.bos_id = self.control_id("<s>")
         self.eos_id = self.control_id("</s>")
+        self.before = (self.bos_id,)
         self._names = names
         self._control_ids = set(self.control.values())
         try:
@@ -188,7 +189,7 @@ def control_names(path: Path, spec: dict[str, Any]) -> list[str]:
 
 
 def mergeable_ranks(path: Path, vocab: list[dict[str, Any]], count: int) -> dict[bytes, int]:
-    """The first `count` entries of the vocabulary as tiktoken wants them: bytes to rank."""
+    """The first `count` entries of the vocabulary as tiktoken expects them: bytes to rank."""
     if not BYTES <= count <= len(vocab):
         raise UserError(f"{path}: expected {BYTES} … {len(vocab)} ranks as vocab has, the config asks for {count}")
     ranks: dict[bytes, int] = {}
