@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Conversion:
     streams: bool = True  # whether the flags of `Run` apply
     source_help: str = "model directory"
     destination_help: str = "directory to make; must not exist"
+    last_words: Callable[[Manifest], str] = lambda manifest: ""  # printed at the end, on standard error
 
     def add_to(self, command: Command) -> None:
         """Declares the sub-command."""
@@ -63,6 +65,8 @@ class Conversion:
         manifest = self.convert(arguments.source, arguments.destination, options, run)
         if not run.dry_run:
             print_figures({"destination": arguments.destination, **self.figures(manifest)}, arguments.json)
+            if words := self.last_words(manifest):
+                print("note:", words, file=sys.stderr)
             return
         files = manifest["files"]
         print_figures(

@@ -5,9 +5,8 @@
     middle_BTD, normed_BTD = stream.attend(layer, weights, x_BTD)
     after_BTD = middle_BTD + stream.feed_forward(layer, weights, normed_BTD)
 
-Whoever calibrates keeps the residual streams, one array for each batch, and decides what goes from layer to layer: the
-model's own FFN or what is to replace it. On several devices the batches are cut over all of them and the weights are on
-each.
+The caller keeps the residual streams, one array for each batch, and decides what goes from layer to layer: the model's
+own FFN or what is to replace it. On several devices the batches are cut over all of them and the weights are on each.
 
 B batch, T sequence, D embed, V vocabulary.
 """
@@ -26,6 +25,7 @@ from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.attention import Context
 from nemoe_jax.model.layers import NO_ADAPTERS, project, rms_norm
+from nemoe_jax.model.next_token import NextTokenFigures, NextTokenSums, mean_figures, next_token_sums
 from nemoe_jax.model.transformer import Block
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import make_mesh
@@ -99,7 +99,6 @@ class LayerwiseModel:
 
     def weights(self, layer: int) -> Tree:
         """One block's arrays, float32, without the axis of layers."""
-
         return jax.device_put(block_weights(self.config, layer, self.source.view), self.whole)
 
     def attend(self, layer: int, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -112,17 +111,28 @@ class LayerwiseModel:
         with jax.set_mesh(self.mesh):
             return feed_forward(self.config, kind_of(self.config, layer), weights, normed_BTD)
 
-    def loss(self, streams: Sequence[jax.Array], batches: Sequence[np.ndarray]) -> float:
-        """Mean next-token loss, nats, of residual streams that have passed the last layer."""
+    def next_token(
+        self,
+        streams: Sequence[jax.Array],
+        reference: Sequence[jax.Array],
+        batches: Sequence[np.ndarray],
+        unigram: float,
+    ) -> NextTokenFigures:
+        """Figures of residual streams that have passed the last layer, against those of another model with this head.
+
+        Args:
+            unigram: the unigram model's loss, for the figures.
+        """
         specs = declare(self.config)
         head_VD = self.source.view(specs["embed" if self.config.tied else "head"].key)
         norm_D = jax.device_put(np.asarray(self.source.view(specs["norm"].key), np.float32), self.whole)
         head_VD = jax.device_put(np.asarray(head_VD), self.whole)
-        losses = in_turn(
-            _loss(self.config.norm_eps, norm_D, head_VD, x_BTD, jax.device_put(tokens[:, 1:], self.cut))
-            for x_BTD, tokens in zip(streams, batches, strict=True)
+        eps = self.config.norm_eps
+        sums = in_turn(
+            _next_token(eps, norm_D, head_VD, x_BTD, other_BTD, jax.device_put(tokens_BS[:, 1:], self.cut))
+            for x_BTD, other_BTD, tokens_BS in zip(streams, reference, batches, strict=True)
         )
-        return float(np.mean([float(loss) for loss in losses]))
+        return mean_figures(jax.device_get(list(sums)), sum(tokens[:, 1:].size for tokens in batches), unigram)
 
 
 def kind_of(config: ModelConfig, layer: int) -> str:
@@ -170,13 +180,10 @@ def hidden(ffn: Tree, x_BTD: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _loss(eps: float, norm_D: jax.Array, head_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Mean loss of a batch; logits of one sequence at a time."""
+def _next_token(
+    eps: float, norm_D: jax.Array, head_VD: jax.Array, x_BTD: jax.Array, reference_BTD: jax.Array, targets_BT: jax.Array
+) -> NextTokenSums:
+    def logits(x_BCD):
+        return jnp.einsum("BCD,VD->BCV", rms_norm(x_BCD, norm_D, eps), head_VD.astype(jnp.float32))
 
-    def sequence(pair):
-        x_TD, targets_T = pair
-        logits_TV = jnp.einsum("TD,VD->TV", rms_norm(x_TD, norm_D, eps), head_VD.astype(jnp.float32))
-        picked_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-        return jnp.mean(jax.nn.logsumexp(logits_TV, axis=-1) - picked_T)
-
-    return jax.lax.map(sequence, (x_BTD, targets_BT)).mean()
+    return next_token_sums(targets_BT, jnp.ones(len(targets_BT)), logits, x_BTD, logits, reference_BTD)

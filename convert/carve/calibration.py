@@ -39,6 +39,7 @@ from convert.layerwise import (
 )
 from convert.streaming import Figures, Tensors
 from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.model.next_token import unigram_loss
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 
@@ -70,6 +71,11 @@ class LayerText:
     def hidden(self, number: int) -> jax.Array:
         """The hidden activations (B, T, F) of a batch."""
         return hidden(self.ffn, self.inputs[number])
+
+    def restricted(self, neurons_S: np.ndarray) -> "LayerText":
+        """The same text for an FFN of some of the neurons."""
+        ffn = {name: self.ffn[name][:, neurons_S] for name in ("gate", "up")} | {"down": self.ffn["down"][neurons_S]}
+        return dataclasses.replace(self, ffn=ffn)
 
 
 class CalibrationStreams:
@@ -114,13 +120,18 @@ class CalibrationStreams:
             with jax.set_mesh(self.layers.mesh):
                 self.carved[number] = middle_BTD + feed_forward(config, kind, carved, x_BTD)
 
-    def losses(self) -> Figures:
-        """Loss on the held-out text after the last layer, nats per token."""
-        held_out = self.batches[self.fitted :]
+    def figures(self) -> Figures:
+        """What the carved model keeps of the dense one, on the held-out text: means over tokens, losses in nats."""
+        batches = self.batches[self.fitted :]
+        unigram = unigram_loss(*(np.concatenate(part)[:, 1:] for part in (batches, self.batches)))
+        figures = self.layers.next_token(self.carved[self.fitted :], self.dense[self.fitted :], batches, unigram)
+        held_out = {f"held_out_{name}": value for name, value in figures.as_dict("dense").items()}
         return {
-            "held_out_tokens": sum(tokens_BS[:, 1:].size for tokens_BS in held_out),
-            "held_out_loss_dense": self.layers.loss(self.dense[self.fitted :], held_out),
-            "held_out_loss_carved": self.layers.loss(self.carved[self.fitted :], held_out),
+            "held_out_tokens": sum(tokens_BS[:, 1:].size for tokens_BS in batches),
+            "held_out_loss_carved": held_out.pop("held_out_loss"),
+            **held_out,
+            "destroyed": figures.destroyed,
+            "verdict": figures.verdict(),
         }
 
 
@@ -136,9 +147,8 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: i
     Args:
         logit_std: the logits' standard deviation on this text, about each token's mean.
     """
-    targets = [
-        _energy_shares(text.hidden(number), text.ffn["down"], label_F, experts) for number in range(len(text.inputs))
-    ]
+    members_EF = _members(label_F, experts)
+    targets = [_energy_shares(text.hidden(number), text.ffn["down"], members_EF) for number in range(len(text.inputs))]
     gram_DD, moment_DE = 0.0, 0.0
     for gram, moment in in_turn(map(_ridge_sums, text.inputs, targets)):
         gram_DD, moment_DE = gram_DD + gram, moment_DE + moment
@@ -156,9 +166,12 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: i
 
 
 def normal_equations(
-    text: LayerText, label_F: jax.Array, router_ED: jax.Array, top_k: int
+    text: LayerText, label_F: jax.Array | None = None, router_ED: jax.Array | None = None, top_k: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the mixture's hidden activations and the expected outputs, means over tokens."""
+    """ΦᵀΦ (F, F) and Φᵀy (F, D) of the hidden activations and the expected outputs, means over tokens.
+
+    The activations are times their experts' routing weights, or as they are where there is no router.
+    """
     neurons, width = text.ffn["down"].shape
     gram_FF, moment_FD = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, width))
     sums = in_turn(
@@ -201,8 +214,9 @@ def ridge_solve(gram: jax.Array, moment: jax.Array, ridge: float, towards: jax.A
 
 def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: jax.Array, top_k: int) -> Figures:
     """How a carved layer does on a text: error, recall of the experts that matter, load."""
+    members_EF = _members(label_F, len(router_ED))
     sums = in_turn(
-        _measures(text.hidden(number), x_BTD, label_F, router_ED, text.ffn["down"], down_FD, top_k)
+        _measures(text.hidden(number), x_BTD, label_F, members_EF, router_ED, text.ffn["down"], down_FD, top_k)
         for number, x_BTD in enumerate(text.inputs)
     )
     error, energy, recall, load_E = (
@@ -215,18 +229,40 @@ def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: 
     }
 
 
-def _energies(hidden_BTF, down_FD, label_F, experts):
+def reconstruction_error(dense: LayerText, other: LayerText, down_SD: jax.Array) -> float:
+    """Squared error of another FFN's output to the dense one's on the same inputs, relative to that output."""
+    sums = in_turn(
+        _squares(dense.hidden(number), dense.ffn["down"], other.hidden(number), down_SD)
+        for number in range(len(dense.inputs))
+    )
+    error, energy = (float(np.sum(jax.device_get(parts))) for parts in zip(*sums, strict=True))
+    return error / energy
+
+
+@jax.jit
+def _squares(hidden_BTF, down_FD, other_BTS, down_SD):
+    y_BTD = _einsum("BTF,FD->BTD", hidden_BTF, down_FD)
+    return jnp.sum((_einsum("BTS,SD->BTD", other_BTS, down_SD) - y_BTD) ** 2), jnp.sum(y_BTD**2)
+
+
+def _members(label_F: jax.Array, experts: int) -> np.ndarray:
+    """Each expert's neurons, (E, F/E): all experts have as many, and a shared one's are the last."""
+    labels = np.asarray(label_F)
+    return np.argsort(labels, kind="stable")[: np.sum(labels < experts)].reshape(experts, -1)
+
+
+def _energies(hidden_BTF, down_FD, members_EF):
     """‖output‖² of each expert, (B, T, E)."""
 
-    def of_expert(expert):
-        return jnp.sum(_einsum("BTF,FD->BTD", hidden_BTF * (label_F == expert), down_FD) ** 2, axis=-1)
+    def of_expert(members_F):
+        return jnp.sum(_einsum("BTF,FD->BTD", hidden_BTF[..., members_F], down_FD[members_F]) ** 2, axis=-1)
 
-    return jnp.moveaxis(jax.lax.map(of_expert, jnp.arange(experts)), 0, -1)
+    return jnp.moveaxis(jax.lax.map(of_expert, members_EF), 0, -1)
 
 
-@functools.partial(jax.jit, static_argnames="experts")
-def _energy_shares(hidden_BTF, down_FD, label_F, experts):
-    energies_BTE = _energies(hidden_BTF, down_FD, label_F, experts)
+@jax.jit
+def _energy_shares(hidden_BTF, down_FD, members_EF):
+    energies_BTE = _energies(hidden_BTF, down_FD, members_EF)
     return energies_BTE / jnp.maximum(energies_BTE.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
@@ -279,16 +315,19 @@ def _mean_squares(hidden_BTF):
 
 @functools.partial(jax.jit, static_argnames="top_k")
 def _normal_sums(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, top_k):
-    weighted_BTF = hidden_BTF * _by_neuron(_routing_weights(x_BTD, router_ED, top_k), label_F)
+    if router_ED is None:
+        weighted_BTF = hidden_BTF
+    else:
+        weighted_BTF = hidden_BTF * _by_neuron(_routing_weights(x_BTD, router_ED, top_k), label_F)
     return _einsum("BTF,BTG->FG", weighted_BTF, weighted_BTF), _einsum("BTF,BTD->FD", weighted_BTF, y_BTD)
 
 
 @functools.partial(jax.jit, static_argnames="top_k")
-def _measures(hidden_BTF, x_BTD, label_F, router_ED, dense_down_FD, down_FD, top_k):
+def _measures(hidden_BTF, x_BTD, label_F, members_EF, router_ED, dense_down_FD, down_FD, top_k):
     y_BTD = _einsum("BTF,FD->BTD", hidden_BTF, dense_down_FD)
     weights_BTE = _routing_weights(x_BTD, router_ED, top_k)
     output_BTD = _einsum("BTF,FD->BTD", hidden_BTF * _by_neuron(weights_BTE, label_F), down_FD)
-    energies_BTE = _energies(hidden_BTF, dense_down_FD, label_F, len(router_ED))
+    energies_BTE = _energies(hidden_BTF, dense_down_FD, members_EF)
     least_BT1 = jax.lax.top_k(energies_BTE, top_k)[0][..., -1:]
     chosen_BTE = weights_BTE > 0
     recall = jnp.mean(jnp.sum(chosen_BTE & (energies_BTE >= least_BT1), axis=-1)) / top_k

@@ -21,7 +21,11 @@ def add(command: Command) -> None:
         _perplexity,
         "loss and perplexity on text, and how evenly the experts are used",
         """\
-Text is cut into evenly spaced windows; every token after a window's first is scored.
+Text is cut into evenly spaced windows; every token after a window's first is scored. accuracy is the share of tokens
+that the model finds likeliest; loss_unigram is the loss of a model that knows nothing but how often each token comes:
+above it a model is destroyed. With --reference, the dense model of a carved one, say, the report tells what was lost:
+loss_above_reference and kl_divergence (of the reference's next token from the model's) in nats, and argmax_agreement,
+the share of tokens after which both find the same one likeliest.
 With --window, windows slide over the whole text, and each token is scored once with much before it.
 With --needle, the text is the hay: a line that tells a number is planted in it and asked for at its end.""",
         reports=True,
@@ -38,6 +42,9 @@ With --needle, the text is the hay: a line that tells a number is planted in it 
     parser.add_argument("--window", type=int, metavar="TOKENS", help="slide windows of so many tokens over the text")
     parser.add_argument(
         "--stride", type=int, metavar="TOKENS", help="how far the window moves each time (default half of it)"
+    )
+    parser.add_argument(
+        "--reference", metavar="DIR", help="a model of the same vocabulary to compare with, as the dense one of a carve"
     )
     parser.add_argument("--needle", action="store_true", help="look for a planted line instead of scoring the text")
     parser.add_argument(
@@ -89,6 +96,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
         _needle(arguments)
         return
     from nemoe_jax.checkpoints import reader
+    from nemoe_jax.checkpoints.pretrained import load_pretrained
     from nemoe_jax.evaluation.perplexity import check_window, evaluate, sliding_loss
     from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
     from nemoe_jax.text.tokenizers.load import load_tokenizer
@@ -104,8 +112,12 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     stream = tokenize_files(find_files(arguments.texts), load_tokenizer(arguments.directory), vocab=config.vocab)
     if window is None:
         spaced = spaced_batches(stream, length, arguments.batch_size, BATCHES if batches is None else batches)
+        reference = arguments.reference
+        if reference and (vocab := reader.read_config(reference).vocab) != config.vocab:
+            raise UserError(f"{reference}: expected {arguments.directory}'s vocabulary of {config.vocab}, got {vocab}")
         _, params, mesh = model_flags.load_model_from_args(arguments)
-        result = evaluate(config, params, spaced, mesh)
+        compared = load_pretrained(reference, mesh=mesh, dtype=arguments.dtype, progress=True) if reference else None
+        result = evaluate(config, params, spaced, mesh, reference=compared, corpus=stream)
     else:
         windows = None if batches is None else batches * arguments.batch_size
         _, params, mesh = model_flags.load_model_from_args(arguments)
@@ -115,6 +127,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     figures: dict[str, Any] = {
         "loss": result.loss,
         "perplexity": result.perplexity,
+        **result.figures.as_dict(),
         "tokens": result.tokens,
         "seconds": result.seconds,
     }
@@ -122,7 +135,11 @@ def _perplexity(arguments: argparse.Namespace) -> None:
         figures["load_max_over_mean"] = result.load_max_over_mean
         if arguments.json:
             figures["expert_load"] = result.load_LE.tolist()
+    if arguments.json:
+        figures["destroyed"] = result.figures.destroyed
     print_figures(figures, arguments.json)
+    if verdict := result.figures.verdict():
+        print("warning:", verdict, file=sys.stderr)
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -134,7 +151,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     of_way = {
         "--needle": ("lengths", "depths", "seed", "kv_cache"),
         "--window": ("stride",),
-        "neither --window nor --needle": ("sequence_length",),
+        "neither --window nor --needle": ("sequence_length", "reference"),
         "no --needle": ("window", "batches"),
     }
     holds = {

@@ -7,19 +7,20 @@ A small stride gives much context, and costs window / stride times the computati
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.scoring import Ending, score
-from nemoe_jax.model.transformer import forward
+from nemoe_jax.model.next_token import NextTokenFigures, mean_figures, next_token_sums, unigram_loss
+from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.progress import progress_bar
@@ -28,10 +29,15 @@ from nemoe_jax.utils.progress import progress_bar
 class PerplexityResult(NamedTuple):
     """Figures over all evaluated tokens."""
 
-    loss: float  # nats per token
+    figures: NextTokenFigures
     tokens: int
     seconds: float
     load_LE: np.ndarray | None  # share of each layer's choices that went to each expert; None for a dense model
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.figures.loss
 
     @property
     def perplexity(self) -> float:
@@ -88,33 +94,54 @@ def sliding_loss(
     if not spans:
         raise UserError(f"text: expected at least 2 tokens, got {len(stream)}")
     endings = [Ending(stream[start:end].astype(np.int32), count) for start, end, count in spans]
-    losses = np.concatenate([-scores.logprobs for scores in score(config, params, endings, batch_size, mesh)])
-    return PerplexityResult(float(losses.mean(dtype=np.float64)), losses.size, time.monotonic() - started, None)
+    scores = score(config, params, endings, batch_size, mesh)
+    logprobs = np.concatenate([one.logprobs for one in scores])
+    figures = NextTokenFigures(
+        loss=float(-logprobs.mean(dtype=np.float64)),
+        accuracy=float(np.concatenate([one.greedy for one in scores]).mean()),
+        loss_unigram=unigram_loss(np.concatenate([one.tokens[-one.last :] for one in endings]), stream),
+    )
+    return PerplexityResult(figures, logprobs.size, time.monotonic() - started, None)
 
 
 def evaluate(
-    config: ModelConfig, params: Tree, batches: Sequence[tuple[np.ndarray, np.ndarray]], mesh: Mesh | None = None
+    config: ModelConfig,
+    params: Tree,
+    batches: Sequence[tuple[np.ndarray, np.ndarray]],
+    mesh: Mesh | None = None,
+    *,
+    reference: tuple[ModelConfig, Tree] | None = None,
+    corpus: np.ndarray | None = None,
 ) -> PerplexityResult:
-    """Mean next-token loss over batches of tokens (B, T + 1) with row weights (B,), as `text.spaced_batches` gives."""
+    """Next-token figures over batches of tokens (B, T + 1) with weights (B,), as `corpus.spaced_batches` gives.
+
+    Args:
+        reference: a model of the same vocabulary that the predictions are compared with.
+        corpus: tokens whose frequencies the unigram model knows; by default the batches' own.
+    """
 
     @jax.jit
-    def measure(params, tokens, weights_B):
-        output = forward(config, params, tokens[:, :-1])
-        losses_BT = -jnp.take_along_axis(jax.nn.log_softmax(output.logits), tokens[:, 1:, None], axis=-1)[..., 0]
-        return jnp.sum(losses_BT.mean(axis=1) * weights_B), output.routing
+    def measure(params, reference_params, tokens, weights_B):
+        output = hidden_states(config, params, tokens[:, :-1])
+        against: tuple[Any, ...] = ()
+        if reference is not None:
+            reference_BTD = hidden_states(reference[0], reference_params, tokens[:, :-1]).x_BTD
+            against = functools.partial(logits, reference[0], reference_params), reference_BTD
+        head = functools.partial(logits, config, params)
+        return next_token_sums(tokens[:, 1:], weights_B, head, output.x_BTD, *against), output.routing
 
     started = time.monotonic()
-    total, rows, load = 0.0, 0.0, None
+    sums, load = [], None
     with progress_bar() as bar, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         for tokens, weights_B in bar.track(batches, description="evaluating"):
-            loss, routing = measure(params, tokens, weights_B)
-            total, rows = total + float(loss), rows + float(weights_B.sum())
+            of_batch, routing = measure(params, reference and reference[1], tokens, weights_B)
+            sums.append(jax.device_get(of_batch))
             if routing is not None:
                 load = routing.load_E if load is None else load + routing.load_E
-    tokens_scored = int(rows) * (batches[0][0].shape[1] - 1)
+    targets = np.concatenate([tokens[weights_B > 0, 1:] for tokens, weights_B in batches])
     return PerplexityResult(
-        loss=total / rows,
-        tokens=tokens_scored,
+        mean_figures(sums, targets.size, unigram_loss(targets, targets if corpus is None else corpus)),
+        tokens=targets.size,
         seconds=time.monotonic() - started,
         load_LE=None if load is None else np.asarray(load) / len(batches),
     )

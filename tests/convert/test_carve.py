@@ -9,8 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from convert import cli, streaming
 from convert.carve.carve import CarveOptions, carve, data_free_scale
+from convert.layerwise import LayerwiseModel, calibration_batches
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.layout import INDEX, SINGLE
+from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
 from tests.support.configs import write_tokenizer
@@ -135,7 +137,8 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
         (["--experts", "4", "--keep-dense", "1"], "Mixtral's layout cannot express them"),
         (["--experts", "4", "--layout", "shared", "--keep-dense", "3"], "--keep-dense: expected 0 to 2, got 3"),
         (["--experts", "5", "--layout", "shared"], "39 of the 48 FFN neurons do not divide into --experts 5"),
-        (["--experts", "4", "--router", "distilled"], "--router distilled: wants --calibration text"),
+        (["--experts", "4", "--router", "distilled"], "--router distilled: expected --calibration text"),
+        (["--experts", "4", "--control"], "--control: expected --calibration text"),
         (["--experts", "4", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
     ],
 )
@@ -227,13 +230,20 @@ def test_torch_agrees_on_the_shared_layout(dense_directory, tmp_path):
     assert cli.main(["verify", str(tmp_path / "moe")]) == 0
 
 
-@pytest.mark.parametrize("layout", ["mixtral", "shared"])
-def test_an_interrupted_calibrated_carve_gives_the_same_bytes(dense_directory, tmp_path, monkeypatch, layout):
+@pytest.fixture
+def calibration(dense_directory, tmp_path):
+    """Options for a carve with calibration text, which is written beside the model."""
     write_tokenizer(dense_directory)
     words = np.random.default_rng(0).integers(0, 69, 2000)
     (tmp_path / "text.txt").write_text(" ".join(f"word{number}" for number in words))
+    return {"calibration": (str(tmp_path / "text.txt"),), "calibration_tokens": 1500}
+
+
+@pytest.mark.parametrize("layout", ["mixtral", "shared"])
+def test_an_interrupted_calibrated_carve_gives_the_same_bytes(
+    dense_directory, tmp_path, monkeypatch, layout, calibration
+):
     more = {"shared_ffn": 8, "keep_dense": 1} if layout == "shared" else {}
-    calibration = {"calibration": (str(tmp_path / "text.txt"),), "calibration_tokens": 1500}
     options = dataclasses.replace(OPTIONS, layout=layout, **more, **calibration)
     expected = carve(dense_directory, tmp_path / "whole", options)
     last = expected["layers"][-1]
@@ -249,3 +259,62 @@ def test_an_interrupted_calibrated_carve_gives_the_same_bytes(dense_directory, t
     assert len(seen) == 2 - len(more) // 2  # the first carved layer was there
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_control_keeps_the_most_active_neurons_and_refits_them(dense_directory, tmp_path, calibration, capsys):
+    """The first layer against NumPy's least squares on the dense model's own activations."""
+    text, tokens = calibration["calibration"][0], str(calibration["calibration_tokens"])
+    flags = ["--experts", "4", "--top-k", "2", "--calibration", text, "--calibration-tokens", tokens, "--control"]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "control"), *flags, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    config, _ = pretrained.load_pretrained(tmp_path / "control")
+    assert (config.experts, config.ffn, printed["ffn"]) == (0, 24, 24)
+    assert config.family == pretrained.load_pretrained(dense_directory)[0].family
+    assert printed["held_out_loss_above_dense"] == pytest.approx(
+        printed["held_out_loss_carved"] - printed["held_out_loss_dense"]
+    )
+
+    checkpoint = Checkpoint(dense_directory)
+    batches = calibration_batches(checkpoint, calibration["calibration"], calibration["calibration_tokens"])
+    layers = LayerwiseModel(checkpoint)
+    weights = layers.weights(0)
+    normed = np.concatenate([layers.attend(0, weights, layers.embed(batch[:, :-1]))[1] for batch in batches[:-1]])
+    x = np.float64(normed.reshape(-1, normed.shape[-1]))
+    ffn = {name: np.float64(weights["ffn"][name]) for name in ("gate", "up", "down")}
+    gate = x @ ffn["gate"]
+    hidden = gate / (1 + np.exp(-gate)) * (x @ ffn["up"])
+    activity = (hidden**2).mean(0) * (ffn["down"] ** 2).sum(1)
+    kept = np.sort(np.argsort(-activity)[:24])
+    control = tensors_of(tmp_path / "control")
+    dense = tensors_of(dense_directory)
+    np.testing.assert_array_equal(
+        control["model.layers.0.mlp.up_proj.weight"], dense["model.layers.0.mlp.up_proj.weight"][kept]
+    )
+    gram = hidden[:, kept].T @ hidden[:, kept] / len(x)
+    ridge = 2 * 24 / len(x) * np.trace(gram) / 24 * np.eye(24)
+    expected = np.linalg.solve(
+        gram + ridge, hidden[:, kept].T @ hidden @ ffn["down"] / len(x) + ridge @ ffn["down"][kept]
+    )
+    got = np.float64(control["model.layers.0.mlp.down_proj.weight"].astype(np.float32)).T
+    np.testing.assert_allclose(got, expected, atol=2**-7 * np.abs(expected).max())  # bfloat16 on disk
+
+
+def test_a_carve_says_what_it_has_lost_or_that_it_has_not_looked(dense_directory, tmp_path, calibration, capsys):
+    flags = ["--experts", "4", "--top-k", "2"]
+    assert cli.main(["carve", str(dense_directory), str(tmp_path / "blind"), *flags]) == 0
+    assert "wants repair" in capsys.readouterr().err.splitlines()[-1]
+    manifest = carve(dense_directory, tmp_path / "moe", dataclasses.replace(OPTIONS, **calibration))
+    batches = calibration_batches(Checkpoint(dense_directory), *calibration.values())[-1:]
+    losses, log_p = {}, {}
+    for name, directory in (("dense", dense_directory), ("carved", tmp_path / "moe")):
+        config, params = pretrained.load_pretrained(directory, dtype=jnp.float32)
+        log_p[name] = np.float64(jax.nn.log_softmax(forward(config, params, batches[0][:, :-1]).logits))
+        losses[name] = -np.take_along_axis(log_p[name], batches[0][:, 1:, None], axis=-1).mean()
+    for name, loss in losses.items():
+        assert manifest[f"held_out_loss_{name}"] == pytest.approx(loss, abs=2e-4)
+    kl = (np.exp(log_p["dense"]) * (log_p["dense"] - log_p["carved"])).sum(-1).mean()
+    assert manifest["held_out_kl_divergence"] == pytest.approx(kl, rel=0.01)
+    agreement = (log_p["dense"].argmax(-1) == log_p["carved"].argmax(-1)).mean()
+    assert manifest["held_out_argmax_agreement"] == pytest.approx(agreement, abs=0.01)
+    # a model that was never trained is worse than the words' frequencies, and so is what is carved of it
+    assert manifest["destroyed"] and "the model is destroyed" in manifest["verdict"]

@@ -128,7 +128,45 @@ def test_sliding_perplexity_is_that_of_a_plain_loop(directory, capsys, window, s
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
 
 
+def test_a_model_is_compared_with_its_reference(directory, tmp_path, capsys):
+    config = MIXTRAL.replace(vocab=DENSE.vocab)
+    params = schema.initialize(config, jax.random.key(2))
+    pretrained.save_pretrained(tmp_path / "moe", config, params)
+    write_tokenizer(tmp_path / "moe")
+    text = str(directory.parent / "text.txt")
+    flags = ["--sequence-length", "32", "--batch-size", "3", "--json"]
+    assert main(["perplexity", str(tmp_path / "moe"), text, "--reference", str(directory), *flags]) == 0
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+    ids = np.array(load_tokenizer(directory).encode((directory.parent / "text.txt").read_text(), eos=True))
+    starts = np.linspace(0, len(ids) - 33, (len(ids) - 1) // 32).astype(int)
+    windows = np.stack([ids[start : start + 33] for start in starts]).astype(np.int32)
+    log_p, log_q = (
+        np.float64(jax.nn.log_softmax(LOGITS(*model, windows[:, :-1])))
+        for model in (pretrained.load_pretrained(directory), (config, params))
+    )
+    loss, loss_reference = (-np.take_along_axis(log, windows[:, 1:, None], axis=-1).mean() for log in (log_q, log_p))
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["loss_above_reference"] == pytest.approx(loss - loss_reference, abs=1e-5)
+    assert figures["kl_divergence"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(-1).mean(), rel=1e-4)
+    assert figures["argmax_agreement"] == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).mean())
+    assert figures["accuracy"] == pytest.approx((log_q.argmax(-1) == windows[:, 1:]).mean())
+    counts = np.bincount(ids, minlength=config.vocab)
+    unigram = -np.log(counts[windows[:, 1:]] / (len(ids) + 1)).mean()
+    assert figures["loss_unigram"] == pytest.approx(unigram)
+    assert figures["destroyed"] == (loss > unigram) and ("destroyed" in printed.err) == (loss > unigram)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(directory, tmp_path, capsys):
+    config = DENSE.replace(vocab=80)
+    pretrained.save_pretrained(tmp_path / "other", config, schema.initialize(config, jax.random.key(2)))
+    text = str(directory.parent / "text.txt")
+    assert main(["perplexity", str(directory), text, "--reference", str(tmp_path / "other")]) == 2
+    assert "expected" in (error := capsys.readouterr().err) and "vocabulary of 72, got 80" in error
+
+
 ERRORS = {
+    "reference in windows": (["--window", "8", "--reference", "x"], "--reference: only with neither"),
     "window beyond the context": (["--window", "97"], "window: expected 2 to the context of 96 tokens, got 97"),
     "window of one": (["--window", "1"], "window: expected 2 to"),
     "stride as large as the window": (["--window", "8", "--stride", "8"], "stride: expected 1 to 7"),
