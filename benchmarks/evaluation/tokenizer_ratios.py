@@ -12,8 +12,8 @@ their own client into a temporary directory, or taken from DIR where they lie al
     code         Python's standard library and C headers, and the JavaScript of Django's administration pages
 
 `--texts` keeps the texts, one directory for each kind and language, for `nemoe tokenize compare`. The manual's and the
-catalogues' untranslated paragraphs are left out. Writes benchmarks/results/tokenizers.json and docs/tokenizers.svg,
-where the bars are the declaration and the code.
+catalogues' untranslated paragraphs are left out. Writes benchmarks/results/tokenizers.json and
+docs/images/tokenizers.svg, where the bars are the declaration and the code.
 """
 
 import argparse
@@ -50,7 +50,7 @@ OLDER = (  # all of Mistral's SentencePiece models, oldest first
     "mistral_instruct_tokenizer_241114.model.v7",
 )
 LABELS = ("Tekken", "SentencePiece of Mistral 7B")
-PICTURE = Path(__file__).parents[2] / "docs" / "tokenizers.svg"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "tokenizers.svg"
 
 # What the announcement of Mistral NeMo says Tekken gains, as the tokens of the older vocabulary over Tekken's.
 PUBLISHED = dict.fromkeys(("python", "c", "javascript", "zh", "it", "fr", "de", "es", "ru"), 1.3) | {"ko": 2, "ar": 3}
