@@ -10,6 +10,7 @@ carve                 experts from the neurons of a dense model
 experts               upcycling, expert pruning, router distillation
 minitron              width pruning
 merge_lora, layout    adapters merged in; Hugging Face's and Mistral's layouts
+quantize              FP8, and back
 gguf                  llama.cpp's files
 verify                logits and routing of two models compared
 streaming, command    the layer-by-layer engine, and how a conversion becomes a command
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from convert.merge_lora import merge as merge_adapter
     from convert.minitron.minitron import MinitronOptions
     from convert.minitron.minitron import minitron as prune_width
+    from convert.quantize import QuantizeOptions
+    from convert.quantize import quantize as quantize_model
     from convert.streaming import ConversionSettings
     from convert.verify.logits import LogitComparison
     from convert.verify.logits import verify as compare_logits

@@ -47,6 +47,10 @@ COLUMNS: dict[str, dict[str, str]] = {
         "tests/train/test_train.py::test_scratch_run_learns_and_its_output_is_a_model": "mistral",
         "tests/train/test_train.py::test_lora_repair_learns_and_merges": "mixtral",
     },
+    "FP8 in, out": {
+        "tests/checkpoints/test_fp8.py::test_transformers_opens_blocks_with_the_same_logits": "",
+        "tests/checkpoints/test_fp8.py::test_mistrals_own_layout_there_and_back": "mistral",
+    },
     "GGUF out": {"tests/convert/test_gguf.py::test_llama_cpp_continues_as_we_do": ""},
     "serve": {
         "tests/serving/test_server.py::test_a_chat_is_the_rendered_prompt_continued": "mistral",
@@ -60,9 +64,9 @@ FILES = sorted({test.partition("::")[0] for tests in COLUMNS.values() for test i
 
 HEAD = """# Support matrix
 
-Generated from the tests by `python -m tests.docs.support_matrix`; a test fails while this page is out of date. Every mark stands
-for tests that pass on small models with random weights, whose right values come from transformers, PEFT, llama.cpp or the
-mathematics.
+Generated from the tests by `python -m tests.docs.support_matrix`; a test fails while this page is out of date. Every
+mark stands for tests that pass on small models with random weights, whose right values come from transformers, PEFT,
+llama.cpp or the mathematics.
 
 ✓ tested · ✗ refused by name, tested · a blank: no test shows it
 """
