@@ -119,7 +119,9 @@ def peer(options: argparse.Namespace) -> dict[str, Any]:
     place = "cpu" if options.tiny else "cuda"
     if options.tiny:
         torch.set_num_threads(1)
-    config = AutoConfig.for_model(**model_config(options.tiny).to_hf())
+    from nemoe_jax.spec.hf_config import to_hf
+
+    config = AutoConfig.for_model(**to_hf(model_config(options.tiny)))
     with torch.device(place):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         tokens_BT = torch.randint(0, config.vocab_size, (options.rows, options.length))

@@ -31,6 +31,7 @@ from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
 from nemoe_jax.checkpoints.safetensors_file import is_finite
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.utils.file_copy import is_mapped_whole, write_at
 from nemoe_jax.utils.output_path import atomic_write, check_room, refuse_existing
 from nemoe_jax.utils.progress import progress_bar
@@ -78,8 +79,9 @@ def to_gguf(
     """
     checkpoint, target = Checkpoint(source), Path(destination)
     config = checkpoint.config
-    if config.family == "nekomind":
-        raise UserError(f"{source}: llama.cpp has no architecture for NekoMind; gguf wants mistral, llama or mixtral")
+    if FAMILIES[config.family].gguf != "llama":
+        able = [family.name for family in FAMILIES.values() if family.gguf == "llama"]
+        raise UserError(f"{source}: gguf writes models of family {', '.join(able)}, not {config.family}")
     refuse_existing(target)
     vocabulary = read_vocabulary(checkpoint.directory, config.vocab)
     kind = KINDS[options.type] if options.type != "auto" else _kind_of(config.dtype)

@@ -19,6 +19,7 @@ from nemoe_jax.checkpoints import pretrained, reader
 from nemoe_jax.checkpoints.layout import MISTRAL, layout_of
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 
@@ -140,7 +141,7 @@ def torch_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
         import transformers
     except ImportError as error:
         raise UserError(f"verify needs torch and transformers ({error}): pip install 'nemoe-jax[verify]'") from error
-    if reader.read_config(directory).family == "nekomind":
+    if not FAMILIES[reader.read_config(directory).family].in_transformers:
         from convert.verify.nekomind_torch import load_nekomind  # needs torch at import
 
         model = load_nekomind(directory)

@@ -15,6 +15,7 @@ from transformers import Qwen2MoeConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.hf_config import from_hf
 
 
 def build_nekomind(config: ModelConfig) -> Qwen3ForCausalLM:
@@ -52,7 +53,7 @@ def build_nekomind(config: ModelConfig) -> Qwen3ForCausalLM:
 def load_nekomind(directory: str | Path) -> Qwen3ForCausalLM:
     """The torch model of a NekoMind directory, float32."""
     directory = Path(directory)
-    config = ModelConfig.from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    config = from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     tensors: dict[str, torch.Tensor] = {}
     for path in directory.glob("*.safetensors"):
         tensors |= {name: tensor.float() for name, tensor in load_file(path).items()}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo.report import STAGES, write_report
-from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.hf_config import from_hf
 from nemoe_jax.spec.schema import count
 from nemoe_jax.text.tokenizers.load import cut_tekken
 
@@ -128,7 +128,7 @@ def run(*command: str) -> dict[str, Any]:
 
 def stage(directory: Path, measured: dict[str, dict[str, Any]], name: str, seconds: float) -> dict[str, Any]:
     """A model's row of the report."""
-    total, active = count(ModelConfig.from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
+    total, active = count(from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
     loss, dense, reference = (measured[key]["loss"] for key in (name, "dense", "reference"))
     return {
         "loss": loss,

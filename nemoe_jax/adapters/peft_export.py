@@ -15,6 +15,7 @@ import numpy as np
 from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.spec.schema import ParamSpec, leaves
 from nemoe_jax.spec.sharding import on_host
 
@@ -58,12 +59,6 @@ def adapter_parts(config: ModelConfig, adapters: dict[str, Adapter], experts: Ex
         yield from _fused_parts(config, own, triple) if experts == "fused" else _linear_parts(own, triple)
 
 
-def module_of(config: ModelConfig, key: str) -> str:
-    """transformers' module that holds a checkpoint tensor."""
-    module = key.removesuffix(".weight")
-    return module.replace(".block_sparse_moe.", ".mlp.") if config.family == "mixtral" else module
-
-
 def _on_host(array: Any, place: tuple[int, ...]) -> np.ndarray:
     """Part of an array in float32, gathered from all processes where they hold it together."""
     return on_host(array[place]).astype(np.float32)
@@ -78,12 +73,12 @@ def _plain_parts(config: ModelConfig, spec: ParamSpec, adapter: Adapter, experts
     """A module for each layer."""
     (inputs, outputs), rank = spec.matrix_shape, adapter.a.shape[-1]
     for place, key in spec.tensors():
-        module = key.removesuffix(".weight") if experts == "linear" else module_of(config, key)
+        module = key.removesuffix(".weight") if experts == "linear" else FAMILIES[config.family].module_of(key)
         shapes = _pair(module, rank, inputs, outputs)
         if spec.lookup:
             shapes = {f"{module}.lora_embedding_A": (rank, inputs), f"{module}.lora_embedding_B": (outputs, rank)}
         # transformers' router is a module of its own kind: PEFT takes its weight as a parameter
-        parameter = experts == "fused" and config.family == "mixtral" and spec.path.endswith("/router")
+        parameter = experts == "fused" and FAMILIES[config.family].router_is_parameter and spec.path.endswith("/router")
         names = [Name(f"{module}.weight" if parameter else module, rank, adapter.scale, parameter)]
         if spec.lookup and config.tied:  # PEFT writes the head's view of it as well
             names.append(Name("lm_head", rank, adapter.scale))
@@ -105,7 +100,7 @@ def _fused_parts(config: ModelConfig, specs: dict[str, ParamSpec], triple: _Trip
     rank = sum(half.a.shape[-1] for half in halves.values())
     for layer in range(layers):
         key = specs["gate"].key_of(specs["gate"].first_layer + layer)
-        module = module_of(config, key).partition(".experts.")[0] + ".experts"
+        module = FAMILIES[config.family].module_of(key).partition(".experts.")[0] + ".experts"
         if halves:
             inner = f"{module}.base_layer" if "down" in triple else module  # PEFT wraps it once for each parameter
             names = [Name(f"{module}.gate_up_proj", rank, next(iter(halves.values())).scale, True)]

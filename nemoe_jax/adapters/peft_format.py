@@ -27,6 +27,7 @@ from nemoe_jax.checkpoints.reader import TensorRef, units
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.spec.schema import ParamSpec
 from nemoe_jax.utils.progress import progress_bar
 
@@ -129,7 +130,7 @@ class PeftAdapter:
             if "experts" in ref.spec.stacked:
                 experts.setdefault(ref.key.partition(".experts.")[0] + ".experts", []).append(ref)
         for (module, _), parts in self._groups().items():
-            own = module.replace(".mlp.", ".block_sparse_moe.") if model.family == "mixtral" else module
+            own = FAMILIES[model.family].key_of(module)
             if model.tied and module == "lm_head" and self.config.ties:
                 continue  # the embedding's update over again
             if model.tied and own == "model.embed_tokens" and not self.config.ties:

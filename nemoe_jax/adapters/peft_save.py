@@ -24,12 +24,13 @@ import numpy as np
 from nemoe_jax.adapters import lora
 from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.adapters.peft_config import CONFIG
-from nemoe_jax.adapters.peft_export import Experts, Part, adapter_parts, module_of
+from nemoe_jax.adapters.peft_export import Experts, Part, adapter_parts
 from nemoe_jax.adapters.peft_format import WEIGHTS
 from nemoe_jax.checkpoints.safetensors_file import header_of, is_finite
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.spec.schema import Tree, leaves, unflatten
 from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.file_copy import write_at
@@ -185,7 +186,7 @@ def _shortened(config: ModelConfig, sizes: Mapping[str, Any]) -> dict[str, str]:
         return re.sub(r"^model\.layers\.\d+\.(block_sparse_moe\.(experts\.\d+\.)?)?", "", name)
 
     keys = [key for spec in leaves(schema.declare(config)).values() for _, key in spec.tensors()]
-    there = Counter(short(module_of(config, key)) for key in keys)
+    there = Counter(short(FAMILIES[config.family].module_of(key)) for key in keys)
     found: dict[str, list[Any]] = {}
     for name, size in sizes.items():
         found.setdefault(short(name), []).append(size)

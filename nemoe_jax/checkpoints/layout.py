@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nemoe_jax.checkpoints import mistral_format
+from nemoe_jax.spec import hf_config
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec
 
@@ -61,7 +62,7 @@ def _as_it_is(key: str, tensor: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 HUGGING_FACE = Layout(
-    CONFIG, SINGLE, ModelConfig.from_hf, ModelConfig.to_hf, str, str, _as_it_is, _as_it_is, _one_tensor, _unchanged
+    CONFIG, SINGLE, hf_config.from_hf, hf_config.to_hf, str, str, _as_it_is, _as_it_is, _one_tensor, _unchanged
 )
 MISTRAL = Layout(
     PARAMS,

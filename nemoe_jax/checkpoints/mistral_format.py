@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.spec import hf_config
+from nemoe_jax.spec import config_values, hf_config
 from nemoe_jax.spec.config import ModelConfig
 
 # {Hugging Face's name: Mistral's}, without `.weight`; {} is a number.
@@ -59,7 +59,7 @@ _OPTIONAL = {
 }
 _MOE = {"num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"}
 _READ = {**_PARAMS, "max_seq_len": "max_position_embeddings", "sliding_window": "sliding_window", **_OPTIONAL}
-_DEFAULTS = {"rope_theta": 1e6, "max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2}
+_DEFAULTS = {"rope_theta": 1e6, "max_position_embeddings": 131072, "sliding_window": None}
 # Parts of other models; null, 0 and false are as good as absent.
 _UNSUPPORTED = ("_sliding_window", "llama_4_scaling", "lora", "q_lora_rank", "vision_encoder", "yarn")
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM"}
@@ -115,9 +115,9 @@ def from_params(content: Any, source: str = "params.json") -> ModelConfig:
     Raises:
         UserError: a missing key, a value of the wrong kind, or a feature that this model does not have.
     """
-    kinds = {ours: hf_config.HUGGING_FACE[theirs] for ours, theirs in {**_READ, **_MOE}.items()}
-    params = hf_config.given(content, source, kinds | hf_config.MOE)
-    moe = hf_config.given(params.get("moe", {}), f"{source}: moe", kinds)
+    kinds = {ours: config_values.HUGGING_FACE[theirs] for ours, theirs in {**_READ, **_MOE}.items()}
+    params = config_values.given(content, source, kinds | config_values.MOE)
+    moe = config_values.given(params.get("moe", {}), f"{source}: moe", kinds)
     missing = [key for key in _PARAMS if key not in params]
     missing += [f"moe: {key}" for key in _MOE if "moe" in params and key not in moe]
     unsupported = [key for key in _UNSUPPORTED if params.get(key)]
@@ -131,7 +131,7 @@ def from_params(content: Any, source: str = "params.json") -> ModelConfig:
     config = {"architectures": [architecture], "dtype": "bfloat16", **_DEFAULTS}
     config |= {theirs: params[ours] for ours, theirs in _READ.items() if ours in params}
     config |= {theirs: moe[ours] for ours, theirs in _MOE.items() if ours in moe}
-    return ModelConfig.from_hf(config, source)
+    return hf_config.from_hf(config, source)
 
 
 def to_params(config: ModelConfig) -> dict[str, Any]:
@@ -142,8 +142,10 @@ def to_params(config: ModelConfig) -> dict[str, Any]:
     """
     if config.family not in _ARCHITECTURES:
         raise UserError(f"Mistral's layout holds models of family {' or '.join(_ARCHITECTURES)}, not {config.family}")
-    theirs = config.to_hf()
+    theirs = hf_config.to_hf(config)
     params = {ours: theirs[key] for ours, key in {**_PARAMS, **_OPTIONAL}.items()}
+    if config.sliding_window:
+        params["sliding_window"] = config.sliding_window
     if config.experts:
         params["moe"] = {ours: theirs[key] for ours, key in _MOE.items()}
     again = from_params(params).replace(dtype=config.dtype)

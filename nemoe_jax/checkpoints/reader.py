@@ -222,6 +222,8 @@ class Checkpoint:
             if spec.transposed:  # (produced…, contracted…) on disk
                 tensor = tensor.reshape(*inner[inputs:], *inner[:inputs])
                 tensor = tensor.transpose(*range(len(inner) - inputs, len(inner)), *range(len(inner) - inputs))
+            else:
+                tensor = tensor.reshape(inner)
             block[place] = tensor[index[stacked:]]
         return block
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention with RoPE, optional QK-norm, and a key/value cache (cache.py).
+"""Grouped-query attention with RoPE, optional biases and QK-norm, and a key/value cache (kv_cache.py).
 
 B batch, T new tokens, D embed, N heads, K kv heads, H head_dim.
 """
@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec
 from nemoe_jax.errors import UserError
 from nemoe_jax.kernels.attention.dispatch import causal_attention
 from nemoe_jax.model.kv_cache import LayerCache, update_and_attend
-from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm, rope, rope_cos_sin
+from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm
+from nemoe_jax.model.rope import CosSin, rope, rope_cos_sin
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import Tree
@@ -25,30 +26,42 @@ class Context(NamedTuple):
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None  # packed documents: a token attends within its own segment alone
-    turned: tuple[jax.Array, jax.Array] | None = None  # `rotation` of the positions, where all layers share it
+    cos_sin: CosSin | None = None  # of the positions, where all layers share it
 
 
 class Attention(SpecModule):
     def __init__(self, config: ModelConfig, specs: Tree):
         super().__init__(specs)
-        self.theta, self.eps, self.qk_norm = config.rope_theta, config.norm_eps, config.qk_norm
+        self.config, self.eps = config, config.norm_eps
+        if config.sliding_window is not None:
+            raise UserError(f"sliding_window = {config.sliding_window}: only full attention is supported")
+        self.biased = config.attention_bias.removeprefix("none")
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None, adapters: Adapters = NO_ADAPTERS
     ) -> tuple[jax.Array, LayerCache | None]:
         """(B, T, D) -> (B, T, D) and the cache with the new keys and values in it."""
-        q = self.project("q", x_BTD, adapters)
-        k = self.project("k", x_BTD, adapters)
-        v = self.project("v", x_BTD, adapters)
-        if self.qk_norm:
-            q, k = rms_norm(q, self.weight("q_norm"), self.eps), rms_norm(k, self.weight("k_norm"), self.eps)
-        turned = context.turned or rope_cos_sin(context.positions_BT, q.shape[-1], self.theta)
-        q, k = rope(q, turned), rope(k, turned)
+        q, k, v = (self._biased(name, self.project(name, x_BTD, adapters)) for name in "qkv")
+        if self.config.qk_norm:
+            q, k = self._normed("q_norm", q), self._normed("k_norm", k)
+        cos_sin = context.cos_sin or rope_cos_sin(self.config, context.positions_BT)
+        q, k = rope(q, cos_sin), rope(k, cos_sin)
         if cache is None:
             y_BTNH = attend(q, k, v, context.segments_BT)
         else:
             y_BTNH, cache = update_and_attend(q, k, v, context.positions_BT, cache)
-        return self.project("o", y_BTNH, adapters), cache
+        return self._biased("o", self.project("o", y_BTNH, adapters)), cache
+
+    def _biased(self, name: str, y: jax.Array) -> jax.Array:
+        return y + self.weight(f"{name}_bias").astype(y.dtype) if name in self.biased else y
+
+    def _normed(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """RMSNorm of each head, or of all heads of a token together where the weight has both axes."""
+        weight = self.weight(name)
+        if weight.ndim == 1:
+            return rms_norm(x_BTNH, weight, self.eps)
+        whole = rms_norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1), weight.reshape(-1), self.eps)
+        return whole.reshape(x_BTNH.shape)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

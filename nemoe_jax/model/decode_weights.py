@@ -62,7 +62,9 @@ def prepare_decode_params(params: Tree, rows: int) -> Tree:
     ):
         return params
     matrices = {name: tree for name, tree in params.items() if name in ("blocks", "head")}
-    return params | map_with_path(lambda path, array: array if "norm" in path else as_uint16(array), matrices)
+    return params | map_with_path(
+        lambda path, array: array if path.endswith(("norm", "bias")) else as_uint16(array), matrices
+    )
 
 
 def decode_experts(

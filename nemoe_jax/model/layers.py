@@ -1,9 +1,9 @@
-"""What every module is made of: parameters declared by the schema, one way to multiply with them, RMSNorm, RoPE.
+"""What every module is made of: parameters declared by the schema, one way to multiply with them, RMSNorm.
 
 A module built from stacked specs holds stacked arrays; the transformer scans over their first axis and calls the
 module on one layer's slice.
 
-B batch, T sequence, D embed, N heads, H head_dim, R rank.
+B batch, T sequence, D embed, R rank.
 """
 
 import math
@@ -81,21 +81,3 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * weight.astype(x.dtype)
-
-
-def rope_cos_sin(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 (B, T, H/2), of the angles position · theta^(-2i/H) (Su et al., 2021).
-
-    Made once for all layers: on CPU XLA computes them anew for every head wherever they are fused with what they turn.
-    """
-    half = head_dim // 2
-    frequencies_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
-    return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
-
-
-def rope(x_BTNH: jax.Array, turned: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each head's halves, in Hugging Face's order, by what `rotation` gave."""
-    cos, sin = (part_BTH[:, :, None] for part_BTH in turned)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -27,8 +27,9 @@ from nemoe_jax.model.decode_weights import LayerSlice, use_inplace_weights
 from nemoe_jax.model.embedding import embed_tokens
 from nemoe_jax.model.ffn import SwiGLU
 from nemoe_jax.model.kv_cache import KVCache, LayerCache
-from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm, rope_cos_sin
+from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, project, rms_norm
 from nemoe_jax.model.moe import MoE, Routing
+from nemoe_jax.model.rope import rope_cos_sin
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, map_with_path
 from nemoe_jax.spec.sharding import constrain_tokens, gathered, partition_spec, used_spec
@@ -106,8 +107,10 @@ class Transformer(SpecModule):
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.length_B[:, None])
             positions = jnp.broadcast_to(positions, tokens_BT.shape)
-        turned = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
-        context = Context(positions, segments, turned)
+        counted = None
+        if num_new_tokens_B is not None:
+            counted = jnp.arange(tokens_BT.shape[1]) < num_new_tokens_B[:, None]
+        context = Context(positions, segments, rope_cos_sin(self.config, positions, counted))
         spec = declare(self.config)["embed"]
         x_BTD = embed_tokens(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
         held = None

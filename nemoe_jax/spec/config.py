@@ -1,8 +1,6 @@
 """ModelConfig: the mathematics of a model, and nothing of how it is run.
 
-One dataclass covers the four families (a dense Mistral or Llama, a Mixtral, and NekoMind's mixture with a gated
-shared expert, QK-norm and dense first layers). `from_hf` and `to_hf` translate config.json, in the spelling of
-transformers 4 (`rope_theta`, `torch_dtype`) and of transformers 5 (`rope_parameters`, `dtype`).
+One dataclass covers all families of families.py, dense models and MoEs. hf_config.py translates config.json.
 """
 
 import dataclasses
@@ -10,26 +8,69 @@ import difflib
 from typing import Any, Literal, NamedTuple
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.spec import hf_config
+from nemoe_jax.spec import families
+from nemoe_jax.spec.families import FAMILIES, Biases, FamilyName
 
-Family = Literal["mistral", "llama", "mixtral", "nekomind"]
 DTYPES = ("bfloat16", "float16", "float32")
 _LARGEST_SIZE = 2**31 - 1  # what an index on a device can count
-
-_ARCHITECTURES: dict[str, Family] = {
-    "MistralForCausalLM": "mistral",
-    "LlamaForCausalLM": "llama",
-    "MixtralForCausalLM": "mixtral",
-    "NekoMindForCausalLM": "nekomind",
-}
 
 
 class LayerGroup(NamedTuple):
     """Consecutive layers of one kind; they are stacked and scanned together."""
 
     kind: Literal["dense", "moe"]
-    first: int  # absolute number of the run's first layer
+    first: int  # absolute number of the group's first layer
     layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched to a longer context than the model was first trained with.
+
+    - linear: all of them divided by the factor (Chen et al., 2023).
+    - dynamic: their base grows with the length of the sequence once that is beyond the context ("NTK-aware").
+    - yarn: the slow ones divided, the fast ones not, a ramp between, and a temperature (Peng et al., 2023).
+    - llama3: that of Llama 3.1 to 3.3: the same by wavelength, without the temperature.
+    """
+
+    type: Literal["linear", "dynamic", "yarn", "llama3"]
+    factor: float
+    original_context: int = 0  # tokens; of yarn and llama3
+    low_freq_factor: float = 1.0  # of llama3
+    high_freq_factor: float = 4.0
+    attention_factor: float = 1.0  # of yarn: what cosine and sine are multiplied by
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __post_init__(self):
+        if not self.factor > 0:
+            raise UserError(f"RoPE scaling: factor: expected a positive number, got {self.factor}")
+        if self.type in ("yarn", "llama3") and self.original_context < 1:
+            raise UserError(
+                "RoPE scaling: original_max_position_embeddings: expected a positive number, "
+                f"got {self.original_context}"
+            )
+        if self.type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise UserError(
+                "RoPE scaling: expected 0 < low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}"
+            )
+        if self.type == "yarn" and not (self.beta_fast > 0 and self.beta_slow > 0):
+            raise UserError(
+                f"RoPE scaling: expected positive beta_fast and beta_slow, got {self.beta_fast} and {self.beta_slow}"
+            )
+
+    def to_hf(self) -> dict[str, Any]:
+        """What config.json says of it."""
+        content: dict[str, Any] = {"rope_type": self.type, "factor": self.factor}
+        if self.type in ("yarn", "llama3"):
+            content["original_max_position_embeddings"] = self.original_context
+        keys: dict[str, tuple[str, ...]] = {
+            "llama3": ("low_freq_factor", "high_freq_factor"),
+            "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
+        }
+        return content | {key: getattr(self, key) for key in keys.get(self.type, ())}
 
 
 def _field(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -38,9 +79,9 @@ def _field(help: str, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU dense or mixed, no biases."""
+    """A decoder-only transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU dense or sparse."""
 
-    family: Family = _field("which Hugging Face architecture the checkpoint keys and config.json follow")
+    family: FamilyName = _field("which Hugging Face architecture the checkpoint keys and config.json follow")
     hidden: int = _field("width of the residual stream")
     layers: int = _field("number of blocks")
     heads: int = _field("query heads")
@@ -56,7 +97,10 @@ class ModelConfig:
     normalize_top_k: bool = _field("softmax over the chosen experts only (else over all)", True)
     qk_norm: bool = _field("RMSNorm on each query and key head, before RoPE", False)
     tied: bool = _field("the output head is the embedding", False)
+    attention_bias: Biases = _field("which projections of the attention have a bias: none, qkv or qkvo", "none")
+    sliding_window: int | None = _field("how many tokens a token sees, itself included; all by default", None)
     rope_theta: float = _field("base of the rotary frequencies", 1e6)
+    rope_scaling: RopeScaling | None = _field("how they are stretched to a longer context", None)
     norm_eps: float = _field("epsilon of every RMSNorm", 1e-5)
     context: int = _field("longest sequence, tokens", 131072)
     dtype: str = _field("dtype of the weights on disk", "bfloat16")
@@ -64,6 +108,10 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = _field("end-of-sequence token or tokens", 2)
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if self.family not in FAMILIES:
+            raise UserError(f"model config: family: expected one of {', '.join(FAMILIES)}, got {self.family}")
         problems = []
         for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "vocab", "context"):
             if getattr(self, name) < 1:
@@ -81,7 +129,7 @@ class ModelConfig:
         if self.kv_heads > 0 and self.heads % self.kv_heads:
             problems.append(f"kv_heads: expected a divisor of heads = {self.heads}, got {self.kv_heads}")
         if self.head_dim % 2:
-            problems.append(f"head_dim: RoPE wants an even size, got {self.head_dim}")
+            problems.append(f"head_dim: RoPE needs an even size, got {self.head_dim}")
         if self.experts:
             if not 1 <= self.top_k <= self.experts:
                 problems.append(f"top_k: expected 1 to experts = {self.experts}, got {self.top_k}")
@@ -90,23 +138,48 @@ class ModelConfig:
             if not 0 <= self.dense_layers < self.layers:
                 problems.append(f"dense_layers: expected 0 to {self.layers - 1}, got {self.dense_layers}")
         if self.ffn < 1 and (self.dense_layers or not self.experts):
-            problems.append(f"ffn: the model has dense layers and wants a positive number, got {self.ffn}")
+            problems.append(f"ffn: expected a positive number for its dense layers, got {self.ffn}")
         if self.dtype not in DTYPES:
             problems.append(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.family != "nekomind":
-            if self.shared_ffn or self.qk_norm or self.dense_layers or not self.normalize_top_k:
-                problems.append(
-                    f"family {self.family} cannot express a shared expert, QK-norm, dense first layers or "
-                    "top-k weights that are not normalized; family nekomind can"
-                )
-            if bool(self.experts) != (self.family == "mixtral"):
-                problems.append(f"family {self.family} with experts = {self.experts}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            problems.append(f"sliding_window: expected a positive number, got {self.sliding_window}")
+        problems += self._unlike_family()
         if problems:
             raise UserError("model config: " + "; ".join(problems))
 
     @property
+    def features(self) -> set[str]:
+        """What it has beyond a plain dense decoder, by the words of families.py."""
+        has = {
+            families.EXPERTS: self.experts,
+            families.SHARED: self.shared_ffn,
+            families.QK_NORM: self.qk_norm,
+            families.FIRST_DENSE: self.dense_layers,
+            families.UNNORMALIZED: not self.normalize_top_k,
+            families.WINDOW: self.sliding_window,
+        }
+        return {name for name, value in has.items() if value}
+
+    def _unlike_family(self) -> list[str]:
+        """What the family cannot express, or cannot be without."""
+        family = FAMILIES[self.family]
+        problems: list[str] = []
+        beyond = sorted(name for name in self.features if not family.can(name))
+        if beyond:
+            able = [other.name for other in FAMILIES.values() if all(map(other.can, self.features))]
+            hint = f"; family {' or '.join(able)} can" if able else ""
+            problems.append(f"family {family.name} cannot express {', '.join(beyond)}{hint}")
+        lacking = sorted(family.always - self.features)
+        if lacking:
+            problems.append(f"family {family.name} always has {', '.join(lacking)}")
+        if self.attention_bias not in family.biases:
+            expected = " or ".join(family.biases)
+            problems.append(f"attention_bias: family {family.name}: expected {expected}, got {self.attention_bias}")
+        return problems
+
+    @property
     def runs(self) -> tuple[LayerGroup, ...]:
-        """The model's layers as runs of equal blocks, in order."""
+        """The model's layers as groups of equal blocks, in order."""
         if not self.experts:
             return (LayerGroup("dense", 0, self.layers),)
         dense = (LayerGroup("dense", 0, self.dense_layers),) if self.dense_layers else ()
@@ -115,153 +188,6 @@ class ModelConfig:
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Reads the content of a config.json; `source` names it in errors.
-
-        Raises:
-            UserError: unknown architecture, a missing key, a value of the wrong kind, or a feature that this model does
-                not have.
-        """
-        config = hf_config.given(config, source, hf_config.HUGGING_FACE)
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope = hf_config.given(rope, f"{source}: RoPE", hf_config.ROPE)
-        architecture = (config.get("architectures") or ["(none)"])[0]
-        if architecture not in _ARCHITECTURES:
-            raise UserError(f"{source}: unknown architecture {architecture}; known: {', '.join(_ARCHITECTURES)}")
-        family = _ARCHITECTURES[architecture]
-        _refuse_unsupported(config, rope, source)
-
-        def need(key: str) -> Any:
-            if key not in config:
-                raise UserError(f"{source}: {key} is missing")
-            return config[key]
-
-        fields: dict[str, Any] = {
-            "family": family,
-            "hidden": need("hidden_size"),
-            "layers": need("num_hidden_layers"),
-            "heads": need("num_attention_heads"),
-            "kv_heads": config.get("num_key_value_heads") or need("num_attention_heads"),
-            # transformers itself falls back to hidden/heads where the config gives no head_dim
-            "head_dim": config.get("head_dim") or need("hidden_size") // max(need("num_attention_heads"), 1),
-            "vocab": need("vocab_size"),
-            "tied": config.get("tie_word_embeddings", False),
-            "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-            "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-            "context": need("max_position_embeddings"),
-            "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-            "bos_token_id": config.get("bos_token_id"),
-            "eos_token_id": _hashable(config.get("eos_token_id")),
-        }
-        if family == "mixtral":
-            fields |= {
-                "experts": need("num_local_experts"),
-                "top_k": need("num_experts_per_tok"),
-                "expert_ffn": need("intermediate_size"),
-            }
-        elif family == "nekomind":
-            fields |= {
-                "experts": need("num_experts"),
-                "top_k": need("num_experts_per_tok"),
-                "expert_ffn": need("moe_intermediate_size"),
-                "shared_ffn": config.get("shared_expert_intermediate_size") or 0,
-                "dense_layers": _leading_dense_layers(config, source),
-                "normalize_top_k": config.get("norm_topk_prob", True),
-                "qk_norm": config.get("qk_norm", True),
-                "ffn": config.get("intermediate_size") or 0,
-            }
-        else:
-            fields["ffn"] = need("intermediate_size")
-        try:
-            return cls(**fields)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
-
-    def to_hf(self) -> dict[str, Any]:
-        """The content of config.json, with both spellings of what transformers 5 renamed."""
-        architecture = next(name for name, family in _ARCHITECTURES.items() if family == self.family)
-        config: dict[str, Any] = {
-            "architectures": [architecture],
-            "model_type": self.family,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "hidden_act": "silu",
-            "rms_norm_eps": self.norm_eps,
-            "max_position_embeddings": self.context,
-            "rope_theta": self.rope_theta,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "tie_word_embeddings": self.tied,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
-            "torch_dtype": self.dtype,
-            "dtype": self.dtype,
-            "initializer_range": 0.02,
-            "use_cache": True,
-        }
-        if self.family in ("mistral", "mixtral"):
-            config["sliding_window"] = None
-        if self.family == "mixtral":
-            config |= {
-                "intermediate_size": self.expert_ffn,
-                "num_local_experts": self.experts,
-                "num_experts_per_tok": self.top_k,
-            }
-        elif self.family == "nekomind":
-            config |= {
-                "intermediate_size": self.ffn,
-                "moe_intermediate_size": self.expert_ffn,
-                "shared_expert_intermediate_size": self.shared_ffn,
-                "num_experts": self.experts,
-                "num_experts_per_tok": self.top_k,
-                "mlp_only_layers": list(range(self.dense_layers)),
-                "decoder_sparse_step": 1,
-                "norm_topk_prob": self.normalize_top_k,
-                "qk_norm": self.qk_norm,
-            }
-        else:
-            config["intermediate_size"] = self.ffn
-        return config
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _leading_dense_layers(config: dict[str, Any], source: str) -> int:
-    dense = config.get("mlp_only_layers")
-    if dense is None:
-        return config.get("first_k_dense_replace") or 0
-    if sorted(dense) != list(range(len(dense))) or config.get("decoder_sparse_step", 1) != 1:
-        raise UserError(
-            f"{source}: mlp_only_layers = {dense} with decoder_sparse_step = {config.get('decoder_sparse_step', 1)}; "
-            "only dense layers before all MoE layers are supported"
-        )
-    return len(dense)
-
-
-def _refuse_unsupported(config: dict[str, Any], rope: dict[str, Any], source: str) -> None:
-    """Raises on what would silently change the logits if it were ignored."""
-    rope_type = rope.get("rope_type") or rope.get("type")
-    window = config.get("sliding_window")
-    problems = [
-        f"{key} = {config[key]} (biases are not supported)"
-        for key in ("attention_bias", "mlp_bias", "qkv_bias")
-        if config.get(key)
-    ]
-    if rope_type not in (None, "default"):
-        problems.append(f"RoPE scaling of type {rope_type} (only the plain rotary embedding is supported)")
-    if window is not None and window < config.get("max_position_embeddings", 0):
-        problems.append(f"sliding_window = {window} (only full attention is supported)")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        problems.append(f"hidden_act = {config['hidden_act']} (only silu is supported)")
-    if problems:
-        raise UserError(f"{source}: " + "; ".join(problems))
 
 
 _NEMO = ModelConfig(

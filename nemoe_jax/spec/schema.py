@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.spec.config import LayerGroup, ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 
 Tree = dict[str, Any]  # a nested dict; leaves are ParamSpecs, arrays, or whatever was derived from them
 
@@ -53,8 +54,10 @@ class ParamSpec:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """Shape of one checkpoint tensor: (out, in) for a linear map, as it stands for the rest."""
-        return self.matrix_shape[::-1] if self.transposed else self.shape[len(self.stacked) :]
+        """Shape of one checkpoint tensor: (out, in) for a linear map, flat for biases and norms, a table as it is."""
+        if self.transposed:
+            return self.matrix_shape[::-1]
+        return self.matrix_shape if self.lookup else self.matrix_shape[1:]
 
     @property
     def torch_size(self) -> int:
@@ -78,7 +81,7 @@ class ParamSpec:
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """One unstacked array of this spec in the checkpoint's layout (a view where NumPy can)."""
-        return array.reshape(self.matrix_shape).T if self.transposed else array
+        return array.reshape(self.matrix_shape).T if self.transposed else array.reshape(self.torch_shape)
 
 
 def declare(config: ModelConfig) -> Tree:
@@ -97,10 +100,16 @@ def declare(config: ModelConfig) -> Tree:
         "scalar": 1,
     }
     residual_scale = (2 * config.layers) ** -0.5  # each block adds to the stream twice
-    names = _MIXTRAL_FFN if config.family == "mixtral" else _QWEN_FFN
+    family = FAMILIES[config.family]
 
     def p(
-        roles: str, key: str, *, run: LayerGroup | None = None, scale: float = 1.0, lookup: bool = False
+        roles: str,
+        key: str,
+        *,
+        run: LayerGroup | None = None,
+        scale: float = 1.0,
+        lookup: bool = False,
+        suffix: str = ".weight",
     ) -> ParamSpec:
         stacked, _, linear = roles.rpartition("|")
         contracted, arrow, produced = linear.rpartition("->")
@@ -117,9 +126,9 @@ def declare(config: ModelConfig) -> Tree:
             contracted=axes[1],
             produced=axes[2],
             shape=tuple(shape),
-            key=key + ".weight",
+            key=key + suffix,
             first_layer=run.first if run else 0,
-            std=scale * fan_in**-0.5 if arrow else None,
+            std=0.0 if suffix == ".bias" else scale * fan_in**-0.5 if arrow else None,
             lookup=lookup,
         )
 
@@ -130,10 +139,14 @@ def declare(config: ModelConfig) -> Tree:
             "v": p("embed -> kv_heads head_dim", "self_attn.v_proj", run=run),
             "o": p("heads head_dim -> embed", "self_attn.o_proj", run=run, scale=residual_scale),
         }
+        for name in config.attention_bias.removeprefix("none"):
+            produced = "embed" if name == "o" else " ".join(tree[name].produced)
+            tree[f"{name}_bias"] = p(produced, f"self_attn.{name}_proj", run=run, suffix=".bias")
         if config.qk_norm:
+            whole = family.qk_norm_over == "projection"
             tree |= {
-                "q_norm": p("head_dim", "self_attn.q_norm", run=run),
-                "k_norm": p("head_dim", "self_attn.k_norm", run=run),
+                "q_norm": p("heads head_dim" if whole else "head_dim", "self_attn.q_norm", run=run),
+                "k_norm": p("kv_heads head_dim" if whole else "head_dim", "self_attn.k_norm", run=run),
             }
         return tree
 
@@ -149,12 +162,12 @@ def declare(config: ModelConfig) -> Tree:
         if run.kind == "dense":
             return swiglu(run, "", "ffn", _DENSE_FFN)
         tree = {
-            "router": p("embed -> experts", names["router"], run=run),
-            **swiglu(run, "experts | ", "expert_ffn", names["experts"]),
+            "router": p("embed -> experts", family.router, run=run),
+            **swiglu(run, "experts | ", "expert_ffn", family.experts),
         }
         if config.shared_ffn:
-            tree["shared"] = swiglu(run, "", "shared_ffn", names["shared"])
-            tree["shared_gate"] = p("embed -> scalar", names["shared_gate"], run=run)
+            tree["shared"] = swiglu(run, "", "shared_ffn", _SHARED)
+            tree["shared_gate"] = p("embed -> scalar", "mlp.shared_expert_gate", run=run)
         return tree
 
     def block(run: LayerGroup) -> Tree:
@@ -176,16 +189,7 @@ def declare(config: ModelConfig) -> Tree:
 
 
 _DENSE_FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_MIXTRAL_FFN: dict[str, Any] = {
-    "router": "block_sparse_moe.gate",
-    "experts": tuple(f"block_sparse_moe.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2")),
-}
-_QWEN_FFN: dict[str, Any] = {
-    "router": "mlp.gate",
-    "experts": tuple(f"mlp.experts.{{expert}}.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
-    "shared": tuple(f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
-    "shared_gate": "mlp.shared_expert_gate",
-}
+_SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Tree, prefix: str = "") -> Tree:

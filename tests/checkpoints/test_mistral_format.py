@@ -15,7 +15,7 @@ from nemoe_jax.checkpoints.layout import CONSOLIDATED, HUGGING_FACE, MISTRAL, PA
 from nemoe_jax.checkpoints.reader import Checkpoint, read_config, units
 from nemoe_jax.checkpoints.writer import Writer
 from nemoe_jax.errors import UserError
-from nemoe_jax.model.layers import rope, rope_cos_sin
+from nemoe_jax.model.rope import rope, rope_cos_sin
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import PRESETS
@@ -94,7 +94,7 @@ def test_attention_scores_are_those_of_the_reference_definition(tmp_path):
     wq, wk = (theirs[f"layers.1.attention.{name}.weight"] for name in ("wq", "wk"))
     expected = scores(*(rotated_neighbours(heads(weight), config.rope_theta) for weight in (wq, wk)))
     q, k = (ours[f"model.layers.1.self_attn.{name}_proj.weight"] for name in ("q", "k"))
-    turned = rope_cos_sin(jnp.arange(len(x_TD))[None], config.head_dim, config.rope_theta)
+    turned = rope_cos_sin(config, jnp.arange(len(x_TD))[None])
     halves = [np.asarray(rope(heads(w)[None], turned))[0] for w in (q, k)]
     np.testing.assert_allclose(scores(*halves), expected, atol=1e-4 * np.abs(expected).max())
     assert not np.array_equal(q, wq) and not np.array_equal(k, wk)
@@ -152,15 +152,15 @@ def test_the_params_of_mistral_nemo_are_its_preset():
     ("change", "message"),
     [
         ({"dim": None, "n_heads": None}, "dim is missing; n_heads is missing"),
-        ({"dim": "5120"}, "dim: expected a whole number, got '5120'"),
+        ({"dim": "5120"}, "dim: expected an integer, got '5120'"),
         ({"n_layers": -1}, "layers: expected a positive number, got -1"),
         ({"norm_eps": float("nan")}, "norm_eps: expected a finite number, got nan"),
-        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"sliding_window": [4096, 131072]}, r"sliding_window: expected an integer, got \[4096, 131072\]"),
         ({"vision_encoder": {"hidden_size": 1024}}, r"vision_encoder \(not supported\)"),
         ({"model_type": "mamba"}, r"model_type \(not supported\)"),
         ({"moe": 8}, "moe: expected an object, got 8"),
         ({"moe": {"num_experts": 8}}, "moe: num_experts_per_tok is missing"),
-        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2.0}}, "moe: num_experts_per_tok: expected a whole number"),
+        ({"moe": {"num_experts": 8, "num_experts_per_tok": 2.0}}, "moe: num_experts_per_tok: expected an integer"),
         ({"moe": {"num_experts": 8, "num_experts_per_tok": 2, "shared": 1}}, r"moe: 'shared' \(not supported\)"),
     ],
 )

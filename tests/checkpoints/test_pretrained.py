@@ -11,6 +11,7 @@ from nemoe_jax.checkpoints import pretrained, reader
 from nemoe_jax.checkpoints.layout import INDEX, SINGLE
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema, sharding
+from nemoe_jax.spec.hf_config import to_hf
 from nemoe_jax.spec.mesh import make_mesh
 from tests.support.configs import DENSE, MIXTRAL
 
@@ -145,7 +146,7 @@ def test_not_a_model_directory(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not JSON"):
         pretrained.load_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(DENSE.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(DENSE)))
     with pytest.raises(UserError, match="no weights"):
         pretrained.load_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

@@ -6,6 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.hf_config import to_hf
 
 COMMON = {"hidden": 24, "heads": 6, "kv_heads": 2, "head_dim": 10, "vocab": 72, "context": 96, "dtype": "float32"}
 DENSE = ModelConfig(family="mistral", layers=3, ffn=48, **COMMON)
@@ -25,7 +26,7 @@ NEKOMIND = ModelConfig(
 )
 # the sizes of DENSE as transformers' configs want them
 TORCH_SIZES = {
-    name: DENSE.to_hf()[name]
+    name: to_hf(DENSE)[name]
     for name in (
         "hidden_size",
         "num_hidden_layers",

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import preset
+from nemoe_jax.spec.hf_config import to_hf
 from tests.support.configs import DENSE, MIXTRAL
 from train import cli
 from train import recipe as recipes
@@ -218,7 +219,7 @@ def recipe_file(tmp_path_factory):
     directory = tmp_path_factory.mktemp("plan")
     (directory / "model").mkdir()
     config = MIXTRAL.replace(hidden=256, heads=8, kv_heads=2, head_dim=128, vocab=512, expert_ffn=128, context=2048)
-    (directory / "model" / "config.json").write_text(json.dumps(config.to_hf()))
+    (directory / "model" / "config.json").write_text(json.dumps(to_hf(config)))
     path = directory / "recipe.yaml"
     path.write_text(
         f"""
@@ -293,7 +294,7 @@ def test_errors_of_the_command(words, message, capsys, monkeypatch):
 
 def test_a_model_is_a_directory_or_a_preset(tmp_path):
     assert aot.model_config("minitron-8b", "model") == preset("minitron-8b")
-    (tmp_path / "config.json").write_text(json.dumps(DENSE.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(DENSE)))
     assert aot.model_config(tmp_path, "model") == DENSE
     with pytest.raises(UserError, match="nemo: neither a directory nor a preset"):
         aot.model_config("nemo", "distill.teacher")
