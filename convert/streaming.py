@@ -83,7 +83,7 @@ def convert_layers(
         UserError: the destination exists, the source turns out bad (nothing is left behind then), no room on the disk.
     """
     by_unit = units(config)
-    take = copy or (lambda ref: source.view(ref.key))
+    take = copy or (lambda ref: source.view(ref.key, config.dtype))
 
     def make(unit: int) -> tuple[Tensors, Figures]:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, by name, when it is written

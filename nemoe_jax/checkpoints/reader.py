@@ -1,4 +1,4 @@
-"""Reading model directories: the config, and the tensors of the safetensors shards, checked against the schema.
+"""Reading model directories: the config, and the tensors of the weight files, checked against the schema.
 
 A directory has one of two layouts, Hugging Face's or Mistral's own. Here a tensor's key is always Hugging Face's, and
 so are its values; `Layout` says what they are on disk.
@@ -15,11 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemoe_jax.checkpoints import fp8
+from nemoe_jax.checkpoints.gguf.directory import gguf_files, model_directory
+from nemoe_jax.checkpoints.gguf.header import read_header
+from nemoe_jax.checkpoints.gguf.weights import GgufWeights
 from nemoe_jax.checkpoints.layout import CONFIG, MISTRAL, PARAMS, Layout, layout_of
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, declare, leaves
+
+Weights = SafetensorsFile | GgufWeights
 
 
 class TensorRef(NamedTuple):
@@ -31,11 +36,12 @@ class TensorRef(NamedTuple):
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The config.json or params.json of a model directory.
+    """The config.json or params.json of a model directory, or the config of a GGUF file.
 
     Raises:
         UserError: not a model directory, or a model that this package does not know.
     """
+    directory = model_directory(directory)
     layout = layout_of(directory)
     path = Path(directory) / layout.config_file
     if not Path(directory).is_dir():
@@ -94,8 +100,15 @@ def _weight_files(directory: Path, layout: Layout) -> list[Path]:
     raise UserError(f"{directory}: no weights: neither {layout.single} nor {layout.index}")
 
 
+def _open_weights(directory: Path, layout: Layout, config: ModelConfig) -> list[Weights]:
+    if not layout.has_weights(directory) and (links := gguf_files(directory)):
+        header = read_header(links[0])
+        return [GgufWeights(path, header, config) for path in header.paths]
+    return [SafetensorsFile(path) for path in _weight_files(directory, layout)]
+
+
 class Checkpoint:
-    """The tensors of a model directory of either layout, checked against the schema of its config.
+    """The tensors of a model directory of either layout or of a GGUF file, checked against the schema of its config.
 
     files: {key: the file that holds the tensor}, with the tensors' names on disk in the file's entries.
     """
@@ -106,16 +119,16 @@ class Checkpoint:
         Raises:
             UserError: anything missing, unexpected, misshapen or damaged; tensors are listed together.
         """
-        self.directory, self.layout = Path(directory), layout_of(directory)
+        self.directory = model_directory(directory)
+        self.layout = layout_of(self.directory)
         self.config_file = self.layout.config_file
-        self.config = read_config(directory)
+        self.config = read_config(self.directory)
         config_file = self.directory / self.config_file
         self.fp8 = fp8.format_of(self.directory, _read_json(config_file, "not JSON"), str(config_file))
-        self.files: dict[str, SafetensorsFile] = {}
-        self._scales: dict[str, tuple[SafetensorsFile, str]] = {}  # {key of an FP8 weight: its scales' file and name}
+        self.files: dict[str, Weights] = {}
+        self._scales: dict[str, tuple[Weights, str]] = {}  # {key of an FP8 weight: its scales' file and name}
         problems = []
-        for path in _weight_files(self.directory, self.layout):
-            file = SafetensorsFile(path)
+        for file in _open_weights(self.directory, self.layout, self.config):
             for name, entry in file.entries.items():
                 weight = fp8.scaled_weight(name) if self.fp8 else None
                 key = self.layout.key(weight or name)
@@ -124,9 +137,9 @@ class Checkpoint:
                 if weight is not None and key is not None:
                     self._scales[key] = file, name
                 elif key is None:
-                    problems.append(f"unexpected {name} {entry.shape} in {path.name}")
+                    problems.append(f"unexpected {name} {entry.shape} in {file.path.name}")
                 elif key in self.files:
-                    problems.append(f"{name} is in both {self.files[key].path.name} and {path.name}")
+                    problems.append(f"{name} is in both {self.files[key].path.name} and {file.path.name}")
                 else:
                     self.files[key] = file
         self._refuse_another_size()
@@ -187,12 +200,13 @@ class Checkpoint:
             return problem
         return fp8.scale_problem(scales, name, shape, file.view(scales), self.fp8)
 
-    def view(self, key: str) -> np.ndarray:
+    def view(self, key: str, dtype: Any = None) -> np.ndarray:
         """A tensor as Hugging Face's layout has it: mapped from disk, or copied where the rows' order is another.
 
-        FP8 weights come as float32, multiplied by their scales.
+        FP8 weights come as float32, multiplied by their scales; quantized GGUF tensors in `dtype`, or in float32.
         """
-        tensor = self.files[key].view(self.layout.name(key))
+        file, name = self.files[key], self.layout.name(key)
+        tensor = file.view(name, dtype) if isinstance(file, GgufWeights) else file.view(name)
         if key in self._scales:
             file, scales = self._scales[key]
             assert self.fp8 is not None
@@ -218,7 +232,7 @@ class Checkpoint:
         inner = spec.shape[stacked:]
         inputs = len(spec.contracted)
         for place, key in _positions(spec, spans[:stacked]):
-            tensor = self.view(key)
+            tensor = self.view(key, dtype)
             if spec.transposed:  # (produced…, contracted…) on disk
                 tensor = tensor.reshape(*inner[inputs:], *inner[:inputs])
                 tensor = tensor.transpose(*range(len(inner) - inputs, len(inner)), *range(len(inner) - inputs))

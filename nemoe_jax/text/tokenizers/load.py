@@ -9,6 +9,7 @@ Text is read as text: control tokens that it spells out stay characters. Chats a
 
 from pathlib import Path
 
+from nemoe_jax.checkpoints.gguf.directory import model_directory
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.tokenizers.base import Tokenizer, text_from_bytes
 from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson
@@ -24,12 +25,12 @@ FILES = ("tekken.json", "tekken*.json", "tokenizer.json", "tokenizer.model*", "*
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory, or of one file: Tekken's JSON, `tokenizer.json` or a SentencePiece model.
+    """The tokenizer of a model directory, or of one file: Tekken's JSON, `tokenizer.json`, a SentencePiece model, GGUF.
 
     A directory's `tekken.json` goes before its `tokenizer.json`, and that before `tokenizer.model`. Beside a
     `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` are read as well. Raises UserError.
     """
-    path = Path(path)
+    path = model_directory(path)
     if path.is_dir():
         path = find_file(path)
     if not path.is_file():

@@ -1,0 +1,1 @@
+"""Models in the one-file format of llama.cpp, read as if they were model directories."""
