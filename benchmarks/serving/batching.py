@@ -66,7 +66,7 @@ def measure(directory: str, turns: int) -> dict[str, float]:
         for answer in [engine.submit(Request(tuple(prompt), NEW)) for prompt in prompts[:requests]]:
             answer.result()
 
-    with Engine(config, params, tokenizer, rows=ROWS, tokens=ROWS * 512) as engine:
+    with Engine(config, params, tokenizer, max_num_seqs=ROWS, kv_tokens=ROWS * 512) as engine:
         runs: dict[str, tuple[int, Any]] = {
             "generate, 1 row": (1, lambda: fixed(1)),
             "generate, 8 rows": (8, lambda: fixed(8)),

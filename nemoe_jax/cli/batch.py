@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, maker: RequestBuilder, wishes: Request) -
         todo = jobs(lines[done:], source, maker, wishes)
         with (
             engine_from_args(
-                arguments, maker.tokenizer, rows=rows, tokens=rows * longest, waiting=AHEAD * rows
+                arguments, maker.tokenizer, max_num_seqs=rows, kv_tokens=rows * longest, max_queued=AHEAD * rows
             ) as engine,
             _opened(target) as out,
             progress_bar() as bar,
@@ -142,7 +142,7 @@ def _answers(
     def first() -> tuple[Job, dict[str, Any]]:
         job, answer = under_way.popleft()
         try:
-            whole = collect(answer, maker.ends, reader=maker.reader(job.tools) if job.tools else None)
+            whole = collect(answer, maker.ends, parser=maker.reader(job.tools) if job.tools else None)
         except UserError as error:
             return job, {"error": str(error)}
         return job, whole.figures(maker.tokenizer, len(job.request.prompt), job.request.top_logprobs is not None)

@@ -76,7 +76,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     if arguments.system is not None:
         conversation.system = arguments.system
 
-    with engine_from_args(arguments, tokenizer, rows=1, tokens=context) as engine:
+    with engine_from_args(arguments, tokenizer, max_num_seqs=1, kv_tokens=context) as engine:
         session = Session(conversation, engine, wishes, arguments.preset, end_tokens(config, tokenizer))
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             session.run(PipeIO())

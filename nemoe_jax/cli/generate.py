@@ -107,7 +107,9 @@ def _answer(arguments: argparse.Namespace, maker: "RequestBuilder", wishes: Requ
     prompt_tokens = len(request.prompt)
     show = (lambda text: None) if arguments.json else shown
     tool_reader = maker.reader(tools) if tools else None
-    with engine_from_args(arguments, maker.tokenizer, rows=1, tokens=prompt_tokens + wishes.max_new_tokens) as engine:
+    with engine_from_args(
+        arguments, maker.tokenizer, max_num_seqs=1, kv_tokens=prompt_tokens + wishes.max_new_tokens
+    ) as engine:
         answer = collect(engine.submit(request), maker.ends, show, tool_reader)
     if arguments.json:
         figures = answer.figures(maker.tokenizer, prompt_tokens, wishes.top_logprobs is not None)

@@ -72,16 +72,16 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def engine_from_args(
-    arguments: argparse.Namespace, tokenizer: Tokenizer, *, rows: int, tokens: int, waiting: int = 64
+    arguments: argparse.Namespace, tokenizer: Tokenizer, *, max_num_seqs: int, kv_tokens: int, max_queued: int = 64
 ) -> "Iterator[Engine]":
     """An engine with the model of `arguments.directory`, for as long as the context lasts.
 
     Its requests name the adapter as the flag does.
 
     Args:
-        rows: answers that are made together.
-        tokens: of the cache of keys and values, in all.
-        waiting: requests that may wait.
+        max_num_seqs: requests that run at a time.
+        kv_tokens: size of the KV cache.
+        max_queued: requests that may wait.
 
     Raises:
         UserError: a model or an adapter that cannot be loaded.
@@ -97,9 +97,9 @@ def engine_from_args(
         config,
         params,
         tokenizer,
-        rows=rows,
-        tokens=tokens,
-        waiting=waiting,
+        max_num_seqs=max_num_seqs,
+        kv_tokens=kv_tokens,
+        max_queued=max_queued,
         mesh=mesh,
         cache_dtype=arguments.kv_cache,
         adapters=adapters or None,

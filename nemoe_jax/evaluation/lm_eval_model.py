@@ -152,8 +152,8 @@ class NemoeLM(TemplateLM):
             self.model_config,
             self.params,
             self.tokenizer,
-            rows=self.batch_size,
-            waiting=len(wanted),
+            max_num_seqs=self.batch_size,
+            max_queued=len(wanted),
             mesh=self.mesh,
             cache_dtype=self.cache_dtype,
         )

@@ -2,7 +2,7 @@
 
 One compiled program serves a batch of unlike requests, greedy ones and sampled ones, and what no row asks for costs
 nothing. The order is that of transformers' processors: repetition penalty, then OpenAI's penalties and bias, the tokens
-that a constraint allows, temperature, top-k, top-p, min-p.
+that a constraint allows and that the tokenizer has, temperature, top-k, top-p, min-p.
 
 Nothing is sorted. Once the constraint is applied, only a token's distance from the likeliest counts, 0 or more; what
 remains are all tokens up to some distance, which top-k and top-p find by bisection on the bits of a float32 (tokens of
@@ -28,7 +28,7 @@ _INFINITE = 0x7F800000  # the bits of infinity
 
 
 class SamplerInputs(NamedTuple):
-    """Each row's wishes, arrays of NumPy or JAX; their shapes depend on the number of rows alone: one compilation."""
+    """Each slot's sampling parameters, arrays of NumPy or JAX; the shapes depend on B and V alone: one compilation."""
 
     temperature_B: Any
     top_k_B: Any
@@ -40,10 +40,15 @@ class SamplerInputs(NamedTuple):
     bias_token_BN: Any  # the vocabulary's size where there is none
     bias_BN: Any
     seed_B2: Any  # upper and lower 32 bits
+    known_V: Any | None = None  # bool: embedding rows that stand for a token; the others are never chosen. None: all do
 
 
-def controls(samplings: Sequence[SamplingParams], vocab: int) -> SamplerInputs:
-    """The wishes of a batch's rows, as NumPy arrays.
+def controls(samplings: Sequence[SamplingParams], vocab: int, known_V: np.ndarray | None = None) -> SamplerInputs:
+    """The sampling parameters of a batch's slots, as NumPy arrays.
+
+    Args:
+        vocab: embedding rows.
+        known_V: which of them stand for a token of the tokenizer, bool; None: all.
 
     Raises:
         UserError: a bias for a token that is not in the vocabulary.
@@ -69,6 +74,7 @@ def controls(samplings: Sequence[SamplingParams], vocab: int) -> SamplerInputs:
         bias_token_BN,
         bias_BN,
         np.array([divmod(sampling.seed % 2**64, 2**32) for sampling in samplings], np.uint32).reshape(-1, 2),
+        known_V,
     )
 
 
@@ -117,7 +123,7 @@ def sample(
         step_B: how many tokens each row's request has chosen before.
         allowed_BW: bits of the tokens that may come, uint32 (B, ceil(V / 32)), the lowest bit first; None: all.
     """
-    wishes = SamplerInputs(*map(jnp.asarray, controls))
+    wishes = jax.tree.map(jnp.asarray, controls)
     logits_BV = adjusted(logits_BV, wishes, counts, allowed_BW)
     best_B = logits_BV.max(axis=-1)
     greedy_B = argmax(logits_BV)
@@ -129,7 +135,7 @@ def sample(
 def adjusted(
     logits_BV: jax.Array, wishes: SamplerInputs, counts: TokenCounts | None, allowed_BW: jax.Array | None = None
 ) -> jax.Array:
-    """The logits in float32 behind penalties and bias; what is not allowed has −∞."""
+    """The logits in float32 behind penalties and bias; what is not allowed, or no token, has −∞."""
     logits_BV = logits_BV.astype(jnp.float32)
     if counts is not None:
         asked_B = (wishes.repetition_B != 1) | (wishes.presence_B != 0) | (wishes.frequency_B != 0)
@@ -138,6 +144,8 @@ def adjusted(
     logits_BV = lax.cond(biased_BN.any(), lambda: _biased(logits_BV, wishes), lambda: logits_BV)
     if allowed_BW is not None:
         logits_BV = jnp.where(_bits(allowed_BW, logits_BV.shape[1]), logits_BV, -jnp.inf)
+    if wishes.known_V is not None:
+        logits_BV = jnp.where(wishes.known_V, logits_BV, -jnp.inf)
     return logits_BV
 
 

@@ -280,7 +280,7 @@ BAD = {
     "tools without a chat": (["--prompt", "x", "--tool-choice", "auto"], "--tool-choice: needs --chat"),
     "no schema": (["--prompt", "x", "--schema", "none.json"], "none.json: No such file or directory"),
     "many logprobs": (["--prompt", "x", "--logprobs", "21", "--json"], "logprobs: expected 0 to 20, got 21"),
-    "empty stop": (["--prompt", "x", "--stop", ""], "stop: expected texts that are not empty"),
+    "empty stop": (["--prompt", "x", "--stop", ""], "stop: expected strings that are not empty"),
     "no bias": (["--prompt", "x", "--logit-bias", "5"], "logit_bias: expected TOKEN=BIAS, such as 5=-100, got '5'"),
     "no such token": (["--prompt", "x", "--logit-bias", "400=1"], "logit_bias: expected tokens from 0 to 399, got 400"),
     "min-p": (["--prompt", "x", "--min-p", "2"], "min_p: expected a number from 0 to 1, got 2"),

@@ -120,6 +120,22 @@ def test_only_what_a_constraint_allows(given, counts):
     assert got_B[-1] == np.where(allowed_BV[-1], logits_BV[-1], -np.inf).argmax()
 
 
+def test_rows_without_a_token_are_never_chosen(given, counts):
+    """As transformers' processors would have it after `suppress_tokens`."""
+    logits_BV, prompt_BT, answer_BT = given
+    known_V = np.arange(VOCAB) < VOCAB - 5
+    known_V[logits_BV[0].argmax()] = False
+    wishes = controls(WISHES, VOCAB, known_V)
+    weight_BV = np.asarray(jit_weights(jit_adjusted(logits_BV, wishes, counts), wishes))
+    got_B = np.asarray(jit_choose(logits_BV, wishes, counts, STEPS))
+    for sampling, logits_V, tokens_T, weight_V, got in zip(
+        WISHES, logits_BV, np.concatenate([prompt_BT, answer_BT], axis=1), weight_BV, got_B, strict=True
+    ):
+        expected_V = by_transformers(sampling, np.where(known_V, logits_V, -np.inf), tokens_T)
+        np.testing.assert_array_equal(weight_V > 0, torch.isfinite(expected_V).numpy(), err_msg=str(sampling))
+        assert known_V[got] and weight_V[got] > 0
+
+
 def test_logits_that_are_no_numbers_show(given, counts):
     logits_BV = given[0].copy()
     logits_BV[[0, 4, 7], [5, 1200, 600]] = np.nan

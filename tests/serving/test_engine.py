@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(params, tokenizer):
     """Four rows, and pages for fewer; every test leaves it as it was."""
-    with Engine(CONFIG, params, tokenizer, rows=4, tokens=PAGES * PAGE, waiting=100) as engine:
+    with Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE, max_queued=100) as engine:
         yield engine
 
 
@@ -52,7 +52,7 @@ def nothing_is_left(engine):
     yield
     now = engine.statistics()
     assert (now.running, now.waiting, now.free_tokens) == (0, 0, now.tokens)
-    assert sorted(engine._rows.free[0]._free) == list(range(1, PAGES + 1))
+    assert sorted(engine._slots.pools[0]._free) == list(range(1, PAGES + 1))
 
 
 def prompt(seed, length):
@@ -153,7 +153,7 @@ def test_rows_go_on_between_the_chunks_of_a_long_prompt(engine, monkeypatch):
 
 def test_too_many_requests(params, tokenizer):
     hold, begun = threading.Event(), threading.Event()
-    with Engine(CONFIG, params, tokenizer, rows=1, tokens=PAGE, waiting=1) as engine:
+    with Engine(CONFIG, params, tokenizer, max_num_seqs=1, kv_tokens=PAGE, max_queued=1) as engine:
         first = engine.submit(Request((5,), 99), lambda piece: (begun.set(), hold.wait(60)))
         assert begun.wait(60)
         second = engine.submit(Request((5,), 9))
@@ -182,7 +182,7 @@ def test_cancel_frees_a_row_at_the_next_turn(engine):
 
 @pytest.mark.parametrize("drain", [True, False])
 def test_close(params, tokenizer, drain):
-    engine = Engine(CONFIG, params, tokenizer, rows=1, tokens=PAGE)
+    engine = Engine(CONFIG, params, tokenizer, max_num_seqs=1, kv_tokens=PAGE)
     answers = [engine.submit(Request((5, 6), 50)) for _ in range(3)]
     if not drain:
         next(iter(answers[0]))
@@ -205,7 +205,7 @@ def test_logits_that_are_no_numbers_end_their_own_answer_alone(params, tokenizer
     expected = tokens_of(engine.submit(request))
     bad = next(token for token in range(3, CONFIG.vocab) if token not in (*request.prompt, *expected))
     poisoned = params | {"embed": params["embed"].at[bad].set(jnp.nan)}
-    with Engine(CONFIG, poisoned, tokenizer, rows=4, tokens=PAGES * PAGE) as own:
+    with Engine(CONFIG, poisoned, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE) as own:
         for _ in range(2):
             given = request, Request((*prompt(3, 140), bad, *prompt(4, 100)), 40), Request((5, bad), 40), request
             answers = [own.submit(one) for one in given]
@@ -232,7 +232,7 @@ def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(engine, monkeyp
 
 
 def test_a_lost_device_closes_the_engine(params, tokenizer, monkeypatch):
-    engine = Engine(CONFIG, params, tokenizer, rows=1, tokens=PAGE)
+    engine = Engine(CONFIG, params, tokenizer, max_num_seqs=1, kv_tokens=PAGE)
 
     def fail(*given, **options):
         raise RuntimeError("device lost")
@@ -328,7 +328,7 @@ def test_constraints(engine):
         (Request((5,), top_logprobs=21), "top_logprobs: expected 0 to 20, got 21"),
         (Request((5,), adapter="sql"), "no adapter 'sql'; there are: none"),
         (Request((5,), sampling=SamplingParams(logit_bias=((72, 1.0),))), "logit_bias: expected tokens from 0 to 71"),
-        (Request((5,), stop=("",)), "stop: expected texts that are not empty"),
+        (Request((5,), stop=("",)), "stop: expected strings that are not empty"),
     ],
 )
 def test_bad_requests(engine, request_, message):
@@ -337,19 +337,19 @@ def test_bad_requests(engine, request_, message):
 
 
 def test_bad_engines(params, tokenizer):
-    for options in ({"rows": 0}, {"tokens": 0}, {"waiting": -1}, {"cache_dtype": "int4"}):
+    for options in ({"max_num_seqs": 0}, {"kv_tokens": 0}, {"max_queued": -1}, {"cache_dtype": "int4"}):
         with pytest.raises(UserError, match="expected"):
             Engine(CONFIG, params, tokenizer, **options)
 
 
 def test_free_pages():
     pages = PageAllocator(6, cuts=2)
-    taken = pages.take(2 * PAGE + 1)
+    taken = pages.allocate(2 * PAGE + 1)
     assert len(taken) == 2 and 0 not in taken and pages.tokens == 6 * PAGE
-    more = pages.take(6 * PAGE)
+    more = pages.allocate(6 * PAGE)
     assert sorted(taken + more) == [1, 2, 3, 4, 5] and not len(pages)
-    pages.give_back(taken)
-    assert sorted(pages.take(4 * PAGE)) == sorted(taken)
+    pages.free(taken)
+    assert sorted(pages.allocate(4 * PAGE)) == sorted(taken)
 
 
 def test_rows_with_adapters_of_their_own(params, tokenizer):
@@ -362,7 +362,7 @@ def test_rows_with_adapters_of_their_own(params, tokenizer):
         for seed, name in enumerate(("sql", "poems"))
     }
     ids, seen = prompt(1, 40), set()
-    with Engine(CONFIG, params, tokenizer, rows=4, tokens=PAGES * PAGE, adapters=adapters) as engine:
+    with Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE, adapters=adapters) as engine:
         answers = {name: engine.submit(Request(ids, 5, adapter=name)) for name in (None, "sql", "poems")}
         for name, answer in answers.items():
             tree, got = adapters.get(name), tokens_of(answer)
@@ -382,7 +382,7 @@ def test_over_a_mesh(engine, params, tokenizer):
     requests.append(Request(prompt(5, 9), 8, SamplingParams(temperature=1, repetition_penalty=1.2, seed=4)))
     expected = [tokens_of(engine.submit(request)) for request in requests]
     before = runner._decode._cache_size()
-    with Engine(CONFIG, placed, tokenizer, rows=4, tokens=8 * PAGE, mesh=mesh) as own:
+    with Engine(CONFIG, placed, tokenizer, max_num_seqs=4, kv_tokens=8 * PAGE, mesh=mesh) as own:
         assert own.context == 4 * PAGE  # a part's own
         answers = [own.submit(request) for request in requests]
         assert [tokens_of(answer) for answer in answers] == expected

@@ -428,6 +428,8 @@ def test_the_api_key_is_wanted(engine, tokenizer):
 class Scripted:
     """An engine that does as a test says."""
 
+    failure = None
+
     context = CONFIG.context
 
     def __init__(self, *pieces, full=False):
@@ -468,6 +470,15 @@ def test_a_full_queue_of_the_engine(client, engine):
         stream.close()
     wait_for(lambda: engine.statistics().running + engine.statistics().waiting == 0)
     assert complete(client).choices[0].text
+
+
+def test_a_dead_engine_is_no_healthy_server(tokenizer):
+    engine = Scripted()
+    with serve(engine, tokenizer) as address:
+        assert httpx.get(f"{address}/health", trust_env=False).json() == {"status": "ok"}
+        engine.failure = "the engine failed: device lost"
+        response = httpx.get(f"{address}/health", trust_env=False)
+    assert response.status_code == 503 and "device lost" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -72,5 +72,5 @@ def test_no_stop_texts_hold_nothing():
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], "", [3], [None], [b"a"]])
 def test_refuses_what_is_no_text(stops):
-    with pytest.raises(UserError, match=r"^stop: expected texts that are not empty, got "):
+    with pytest.raises(UserError, match=r"^stop: expected strings that are not empty, got "):
         StopStrings(stops)

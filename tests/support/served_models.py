@@ -76,7 +76,7 @@ def serve(
 @contextlib.contextmanager
 def started(tokenizer: Tokenizer, adapters: dict[str, Tree] | None = None) -> Iterator[Engine]:
     """An engine with the small model."""
-    engine = Engine(CONFIG, weights(), tokenizer, rows=ROWS, waiting=WAITING, adapters=adapters)
+    engine = Engine(CONFIG, weights(), tokenizer, max_num_seqs=ROWS, max_queued=WAITING, adapters=adapters)
     try:
         yield engine
     finally:

@@ -174,15 +174,19 @@ def test_sentencepiece_pieces_and_names():
     assert tokenizer.decode([1, *tokenizer.encode("Hi"), 2], skip_special=False) == "<s>Hi</s>"
 
 
-def test_every_kind_takes_integers_of_numpy_and_refuses_foreign_ids(tekken):
+def test_every_kind_takes_integers_of_numpy_and_ids_beyond_its_vocabulary(tekken):
     for tokenizer in (tekken, load_tokenizer(SENTENCEPIECE[0])):
-        ids = tokenizer.encode("Hello there")
+        ids, beyond = tokenizer.encode("Hello there"), tokenizer.vocab_size
         assert tokenizer.decode(np.asarray(ids)) == "Hello there"
-        for wrong in (-1, tokenizer.vocab_size):
-            with pytest.raises(UserError, match=f"token id {wrong} is outside"):
-                tokenizer.decode([5, wrong])
-            with pytest.raises(UserError, match=f"token id {wrong} is outside"):
-                tokenizer.piece(wrong)
+        assert tokenizer.decode([beyond, *ids, beyond + 5]) == "Hello there" and tokenizer.piece(beyond) == ""
+        stream = StreamDecoder(tokenizer)
+        assert "".join([*map(stream.push, [ids[0], beyond, *ids[1:], beyond]), stream.flush()]) == "Hello there"
+        assert tokenizer.known(beyond) is None
+        assert tokenizer.known(beyond + 2).tolist() == [True] * beyond + [False] * 2
+        with pytest.raises(UserError, match="token id -1 is outside"):
+            tokenizer.decode([5, -1])
+        with pytest.raises(UserError, match="token id -1 is outside"):
+            tokenizer.piece(-1)
 
 
 @pytest.mark.parametrize("name", TEXTS)

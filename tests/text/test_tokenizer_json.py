@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
@@ -219,10 +220,27 @@ def test_streamed_pieces_join_to_the_whole(kind, tmp_path):
             assert "".join([*map(stream.push, ids), stream.flush()]) == ours.decode(ids, skip)
 
 
-def test_foreign_ids_are_refused(tmp_path):
+def test_ids_without_a_token_are_nothing(tmp_path):
+    """As in transformers: ids beyond the vocabulary, and gaps in it."""
+    tokenizer = byte_level()
+    spec = json.loads(tokenizer.to_str())
+    first = tokenizer.get_vocab_size() + 3
+    spec["model"]["vocab"]["late"] = first
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = (
+        load_tokenizer(tmp_path),
+        transformers.PreTrainedTokenizerFast(tokenizer_file=f"{tmp_path}/tokenizer.json"),
+    )
+    assert ours.vocab_size == first + 1
+    ids = [*ours.encode("sky"), first - 1, first + 9, *ours.encode("blue")]
+    assert ours.decode(ids) == theirs.decode(ids) == "skyblue"
+    assert [ours.piece(first - 1), ours.piece(first + 9)] == ["", ""]
+    assert np.flatnonzero(~ours.known(first + 3)).tolist() == [first - 3, first - 2, first - 1, first + 1, first + 2]
+
+
+def test_foreign_control_ids_are_refused(tmp_path):
     ours = load_tokenizer(save(byte_level(), tmp_path))
-    with pytest.raises(UserError, match="outside the vocabulary"):
-        ours.decode([ours.vocab_size])
     with pytest.raises(UserError, match="no control token with id 40"):
         ours.encode_parts(["a", 40])
 

@@ -10,7 +10,6 @@ pytest.importorskip("mistral_common")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
 from nemoe_jax.text.chat.tool_parser import ParsedAnswer, ToolCallStreamParser, parse_tool_calls
 from nemoe_jax.text.tokenizers.load import StreamDecoder, Tokenizer, load_tokenizer
 from tests.support.call_tokenizers import DATA, tekken_versions, with_tags
@@ -34,20 +33,20 @@ def write(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_parts(part for part in parts if part != "")
 
 
-def pieces(tokenizer: Tokenizer, tokens: list[int], sizes: list[int] | None = None) -> list[RequestOutput]:
+def pieces(tokenizer: Tokenizer, tokens: list[int], sizes: list[int] | None = None) -> list[tuple[str, list[int]]]:
     """An answer as the engine gives it, so many tokens a piece; the last piece alone has what was held back."""
     decoder, made, at = StreamDecoder(tokenizer), [], 0
     for size in [*(sizes or []), *[1] * len(tokens)]:
         some, at = tokens[at : at + size], at + size
         text = "".join(decoder.push(token) for token in some)
-        made.append(RequestOutput(text, tuple(map(ScoredToken, some))))
-    return [*made, RequestOutput(decoder.flush(), (), "stop")]
+        made.append((text, some))
+    return [*made, (decoder.flush(), [])]
 
 
-def streamed(tokenizer: Tokenizer, made: list[RequestOutput], tools=TOOLS) -> tuple[str, ParsedAnswer]:
+def streamed(tokenizer: Tokenizer, made: list[tuple[str, list[int]]], tools=TOOLS) -> tuple[str, ParsedAnswer]:
     """The text that could be sent at once, and the rest."""
     stream = ToolCallStreamParser(tokenizer, tools)
-    return "".join(map(stream.push, made)), stream.finish()
+    return "".join(stream.push(*one) for one in made), stream.finish()
 
 
 def plain(answer: ParsedAnswer) -> list[tuple[str, object]]:
@@ -155,9 +154,9 @@ def test_end_tokens_are_no_part_of_the_text(tokenizers):
     assert parse_tool_calls(tokenizer, [names + 97, 2], TOOLS).text == "a"
     assert parse_tool_calls(tokenizer, [names + 97, names + 98], TOOLS, end_tokens=[names + 98]).text == "a"
     calls = write(tokenizer, LIST + "]")
-    made = [RequestOutput("", tuple(map(ScoredToken, [*calls, names + 98])), "stop")]
+    made = [("", [*calls, names + 98])]
     stream = ToolCallStreamParser(tokenizer, TOOLS, end_tokens=[names + 98])
-    assert stream.push(made[0]) == "" and plain(stream.finish()) == [W] == plain(stream.finish())
+    assert stream.push(*made[0]) == "" and plain(stream.finish()) == [W] == plain(stream.finish())
 
 
 @pytest.mark.parametrize("tools", [None, []])
@@ -169,13 +168,13 @@ def test_without_tools_everything_is_text(tools, tokenizers):
 
 
 def test_the_stream_ends_where_a_stop_text_cut_it(tokenizers):
-    tokens = tuple(map(ScoredToken, write(tokenizers["v3"], "Hello you")))
-    assert streamed(tokenizers["v3"], [RequestOutput("Hel", tokens, "stop")]) == ("Hel", ParsedAnswer(""))
+    tokens = write(tokenizers["v3"], "Hello you")
+    assert streamed(tokenizers["v3"], [("Hel", tokens)]) == ("Hel", ParsedAnswer(""))
 
 
 def test_a_tag_is_held_back_while_it_may_be_one(tokenizers):
     stream = ToolCallStreamParser(tokenizers["tags"], TOOLS)
-    sent = [stream.push(RequestOutput(text, ())) for text in ("a<", "b <tool", "_x<tool_ca", "ll>{", "}")]
+    sent = [stream.push(text, []) for text in ("a<", "b <tool", "_x<tool_ca", "ll>{", "}")]
     assert sent == ["a", "<b ", "<tool_x", "", ""]
     assert stream.finish().text == "<tool_call>{}"
 

@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from nemoe_jax.serving.api.chat import chat
 from nemoe_jax.serving.api.completions import complete
-from nemoe_jax.serving.api.errors import add_error_handlers
+from nemoe_jax.serving.api.errors import ApiError, add_error_handlers
 from nemoe_jax.serving.api.middleware import RequestMiddleware
 from nemoe_jax.serving.api.openapi import ERRORS, describe, streamed
 from nemoe_jax.serving.api.requests import ChatRequest, CompletionRequest
@@ -41,6 +41,8 @@ def create_app(
 
     @app.get("/health", summary="Whether requests are taken", response_model=Health, responses=ERRORS["always"])
     async def health() -> Response:
+        if served.engine.failure is not None:
+            raise ApiError(503, f"the engine is dead: {served.engine.failure}", code="engine_dead")
         return as_json(Health())
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse, responses=ERRORS["always"])

@@ -119,7 +119,7 @@ class Writer:
         texts, reasons = [""] * len(self.readers), [""] * len(self.readers)
         tokens: list[list[ScoredToken]] = [[] for _ in self.readers]
         async for index, piece in answers:
-            texts[index] += self.readers[index].push(piece)
+            texts[index] += self.readers[index].push(piece.text, piece.token_ids)
             tokens[index] += piece.tokens
             reasons[index] = piece.finish_reason or ""
         choices = []
@@ -145,7 +145,7 @@ class Writer:
             yield self.event(index, Delta(role="assistant", content=""))
         async for index, piece in answers:
             self.answer_tokens += len(piece.tokens)
-            text = self.readers[index].push(piece)
+            text = self.readers[index].push(piece.text, piece.token_ids)
             if text or (piece.tokens and self.asked.logprobs):
                 yield self.event(index, Delta(content=text), logprobs=self.logprobs(piece.tokens))
             if piece.finish_reason is None:

@@ -20,7 +20,7 @@ WORDS: dict[int | str, str] = {
     413: "too large a request",
     429: "too many requests are waiting",
     500: "the engine failed",
-    503: "the server is shutting down",
+    503: "the server is shutting down, or its engine is dead",
 }
 
 

@@ -105,9 +105,9 @@ class ServedModel:
                 dataclasses.replace(sampling, seed=(seed + at) % SEEDS),
                 tuple(stop),
                 tuple(asked.stop_token_ids or ()),
-                top_logprobs,
-                self.adapter(asked.model),
-                constraint,
+                top_logprobs=top_logprobs,
+                adapter=self.adapter(asked.model),
+                constraint=constraint,
             )
             for at, constraint in enumerate(constraints)
         ]
@@ -145,5 +145,5 @@ class ServedModel:
             return wanted
         if default is None:
             statistics = self.engine.statistics()
-            default = max(LEAST_SHARE, statistics.tokens // statistics.rows - len(prompt))
+            default = max(LEAST_SHARE, statistics.tokens // statistics.slots - len(prompt))
         return min(room, default, limit or default)

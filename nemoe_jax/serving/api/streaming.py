@@ -51,11 +51,13 @@ class EngineStreams:
         for answer in self._answers:
             answer.cancel()
 
-    def _take(self, index: int, piece: RequestOutput) -> None:
+    def _take(self, index: int, output: RequestOutput) -> None:
         """In the engine's thread."""
-        self._times[index].note(piece)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
+        try:
+            self._times[index].note(output)
+        finally:  # whatever comes of the figures
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, output))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Pieces with the number of their answer, until all are finished; what has piled up comes as one piece.

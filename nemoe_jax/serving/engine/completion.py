@@ -1,4 +1,4 @@
-"""The pieces of an answer put together: its text, its tokens and how long it took."""
+"""A completed response: the outputs put together, with its text, its tokens and its times."""
 
 import sys
 import time
@@ -16,19 +16,19 @@ _PICTURES |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
 class Completion(NamedTuple):
-    """An answer from its first piece to its last."""
+    """A response from its first output to its last."""
 
     text: str
     tokens: list[ScoredToken]  # without the end token
     finish_reason: str  # as in RequestOutput
-    prefill_seconds: float  # to the first piece
+    prefill_seconds: float  # to the first output
     seconds: float  # to the last
-    first_tokens: int  # that came with the first piece
-    parsed: ParsedAnswer | None = None  # where it was read for calls of tools
+    first_tokens: int  # that came with the first output
+    parsed: ParsedAnswer | None = None  # where it was parsed for tool calls
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second after the first piece; None where nothing came after it."""
+        """Tokens per second after the first output; None where nothing came after it."""
         tokens, seconds = len(self.tokens) - self.first_tokens, self.seconds - self.prefill_seconds
         return tokens / seconds if tokens > 0 and seconds > 0 else None
 
@@ -60,7 +60,7 @@ class Completion(NamedTuple):
 
 
 def end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end an answer of this model."""
+    """The tokens that end a response of this model."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
     return {token for token in (tokenizer.eos_id, *ends) if token is not None}
 
@@ -76,36 +76,40 @@ def harmless(text: str) -> str:
 
 
 def collect(
-    pieces: Iterable[RequestOutput],
-    ends: Collection[int],
+    outputs: Iterable[RequestOutput],
+    end_tokens: Collection[int],
     show: Callable[[str], None] = lambda text: None,
-    reader: ToolCallStreamParser | None = None,
+    parser: ToolCallStreamParser | None = None,
 ) -> Completion:
-    """Waits for the whole of an answer; `show` gets its text as it comes, and `reader` finds calls of tools in it.
+    """Waits for a whole response.
+
+    Args:
+        show: gets the text as it comes.
+        parser: finds tool calls in it.
 
     Raises:
-        UserError: the model could not answer.
+        UserError: the model could not respond.
     """
     started = time.monotonic()
     first, first_tokens = 0.0, 0
     texts: list[str] = []
     tokens: list[ScoredToken] = []
     finish = "error"
-    for piece in pieces:
-        if piece.finish_reason == "error":
-            raise UserError(piece.error or "the model could not answer")
-        if piece.tokens and not first_tokens:
-            first, first_tokens = time.monotonic() - started, len(piece.tokens)
-        texts.append(piece.text if reader is None else reader.push(piece))
-        tokens += piece.tokens
+    for output in outputs:
+        if output.finish_reason == "error":
+            raise UserError(output.error or "the model could not answer")
+        if output.tokens and not first_tokens:
+            first, first_tokens = time.monotonic() - started, len(output.tokens)
+        texts.append(output.text if parser is None else parser.push(output.text, output.token_ids))
+        tokens += output.tokens
         if texts[-1]:
             show(texts[-1])
-        finish = piece.finish_reason or finish
+        finish = output.finish_reason or finish
     seconds = time.monotonic() - started
-    parsed = None if reader is None else reader.finish()
+    parsed = None if parser is None else parser.finish()
     if parsed is not None and parsed.text:
         texts.append(parsed.text)
         show(parsed.text)
-    if tokens and tokens[-1].token in ends:
+    if tokens and tokens[-1].token in end_tokens:
         tokens.pop()
     return Completion("".join(texts), tokens, finish, first or seconds, seconds, first_tokens, parsed)

@@ -1,19 +1,21 @@
-"""Continuous batching: requests join and leave a running batch, whose keys and values lie in one paged cache.
+"""Continuous batching: requests join and leave a running batch, whose keys and values are in one paged cache.
 
     with Engine(config, params, tokenizer) as engine:
-        for piece in engine.submit(Request(tuple(tokenizer.encode_prompt("Hello")))):
-            print(piece.text, end="", flush=True)
+        for output in engine.submit(Request(tuple(tokenizer.encode_prompt("Hello")))):
+            print(output.text, end="", flush=True)
 
-The batch has a fixed number of rows. A request that comes gets an idle row and pages for its prompt and all tokens that
-it may make, so that nothing is ever taken from it again; it waits while there are none, and nobody overtakes it. A
-thread takes turns (turns.py): requests join, some tokens of prompts are read, all rows make some tokens (Yu et al.,
-2022, Orca: scheduling by iteration).
+The batch has a fixed number of slots. A request gets an idle slot and pages for its prompt and all tokens that it may
+generate, so that it is never preempted; it waits while there are none, first come, first served. A thread runs the
+scheduler (scheduler.py).
+
+Whatever fails ends as little as possible: a response whose text or constraint fails ends alone; a step that fails ends
+the running requests, and the waiting ones are served from an empty cache; where the cache cannot be made anew, or the
+thread itself ends, everything ends with an error, nothing more is taken and `failure` says why.
 """
 
 import contextlib
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -40,10 +42,12 @@ from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
 _log = logging.getLogger(__name__)
+LONGEST_RETRY = 30.0  # seconds: clients obey, and some give up where they are told to wait for minutes
+MOST_VAIN_FAILURES = 8
 
 
 class Busy(Exception):
-    """As many requests wait already as may. One might find a place after `retry_after` seconds."""
+    """As many requests are queued as may be. There may be room after `retry_after` seconds."""
 
     def __init__(self, retry_after: float):
         super().__init__(f"too many requests are waiting; try again in {retry_after:.0f} s")
@@ -59,24 +63,24 @@ class Statistics(NamedTuple):
 
     running: int
     waiting: int
-    rows: int
+    slots: int
     free_tokens: int  # of the cache
     tokens: int  # of the cache in all
     requests: int
     prompt_tokens: int
     answer_tokens: int
-    finished: Mapping[str, int]  # requests by the reason why they ended
+    finished: Mapping[str, int]  # requests by finish reason
 
 
 class Engine:
-    """Answers requests, several at a time. Close it, or use it as a context manager.
+    """Serves requests, several at a time. Close it, or use it as a context manager.
 
     Args:
         params: the schema's tree; over the mesh where there is one.
-        rows: requests that run at a time; up to 8 on CPU are the fastest each.
-        tokens: of the cache in all, prompts and answers, rounded up to whole pages; by default as many as there is
-            memory for, and 4096 a row on CPU.
-        waiting: requests that may wait for a place.
+        max_num_seqs: requests that run at a time; up to 8 on CPU are the fastest each.
+        kv_tokens: size of the KV cache in tokens, prompts and responses, rounded up to whole pages; by default as many
+            as there is memory for, and 4096 a slot on CPU.
+        max_queued: requests that may wait for a slot.
         adapters: LoRA adapters by the names that requests give.
         cache_dtype: one of `generate.CACHE_DTYPES`, or None for the model's own.
 
@@ -90,39 +94,46 @@ class Engine:
         params: Tree,
         tokenizer: Tokenizer,
         *,
-        rows: int = 8,
-        tokens: int | None = None,
-        waiting: int = 64,
+        max_num_seqs: int = 8,
+        kv_tokens: int | None = None,
+        max_queued: int = 64,
         mesh: Mesh | None = None,
         cache_dtype: str | None = None,
         adapters: Mapping[str, Tree] | None = None,
     ):
-        for name, value in {"rows": rows, "tokens": tokens, "waiting": waiting}.items():
-            if value is not None and value < (name != "waiting"):
+        sizes = {"max_num_seqs": max_num_seqs, "kv_tokens": kv_tokens, "max_queued": max_queued}
+        for name, value in sizes.items():
+            if value is not None and value < (name != "max_queued"):
                 raise UserError(f"engine: {name}: expected a positive number, got {value}")
         self.config, self.tokenizer = config, tokenizer
-        self._most_waiting, self._mesh = waiting, mesh
+        self._max_queued, self._mesh = max_queued, mesh
         dtype = cache_dtype_of(params, cache_dtype)
         self._adapters = {name: number for number, name in enumerate(adapters or {})}
+        self._end_tokens = frozenset(end_tokens(config, tokenizer))
+        known_V = tokenizer.known(config.vocab)
+        if known_V is not None:  # an end token may be a row that the tokenizer does not have
+            known_V[[token for token in self._end_tokens if token < config.vocab]] = True
         with self._ambient():
-            joined = (
+            stacked = (
                 stack_adapters(config, adapters, jnp.float32 if target_platform() == "cpu" else params["embed"].dtype)
                 if adapters
                 else None
             )
-            parts, cuts = division(config, rows)
-            tokens = _fitting(config, rows, dtype) if tokens is None else tokens
-            free = [PageAllocator(1 + -(-tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
-            self.context = min(config.context, free[0].tokens)  # of one request, prompt and answer together
-            programs = ModelRunner(config, params, rows, self.context, 1 + free[0].all, dtype, joined)
-        self._ends = frozenset(end_tokens(config, tokenizer))
-        self._rows = Slots(rows, free, programs.width)
-        self._turns = Scheduler(config, programs, self._rows, self._ends)
+            parts, cuts = division(config, max_num_seqs)
+            kv_tokens = _fitting(config, max_num_seqs, dtype) if kv_tokens is None else kv_tokens
+            pools = [PageAllocator(1 + -(-kv_tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
+            self.context = min(config.context, pools[0].tokens)  # of one request, prompt and response together
+            runner = ModelRunner(config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked)
+        self._slots = Slots(max_num_seqs, pools, runner.width)
+        self._scheduler = Scheduler(config, runner, self._slots, self._end_tokens, known_V)
         self._queue: deque[ResponseStream] = deque()
+        self._running: list[ResponseStream] = []  # those that were admitted and have no end yet
         self._changed = threading.Condition()
         self._closed: str | None = None  # why no more requests are taken
-        self._dropping = False  # what runs and waits is to be cancelled
+        self._failure: str | None = None
+        self._cancelling = False  # what runs and waits is to be cancelled
         self._requests = 0
+        self._vain_failures = 0  # one after another, with no request that they could have come from
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -132,55 +143,61 @@ class Engine:
     def __exit__(self, *error: object) -> None:
         self.close(drain=error[0] is None)
 
-    def submit(self, request: Request, on_piece: Callable[[RequestOutput], None] | None = None) -> ResponseStream:
-        """Asks for an answer, from any thread; does not wait for it.
+    @property
+    def failure(self) -> str | None:
+        """Why the engine is dead; None while it works, and after it was closed."""
+        return self._failure
+
+    def submit(self, request: Request, on_output: Callable[[RequestOutput], None] | None = None) -> ResponseStream:
+        """Queues a request, from any thread; does not wait for the response.
 
         Args:
-            on_piece: takes the pieces, in the engine's thread, which it must not hold up; else iterate over the answer.
+            on_output: takes the outputs, in the engine's thread, which it must not block; otherwise iterate over the
+                response.
 
         Raises:
-            UserError: a request that can never be answered.
+            UserError: a request that can never be served.
             Busy: too many requests wait.
             Closed: the engine is closed.
         """
         self._check(request)
-        ends = self._ends | set(request.stop_tokens)
-        answer = ResponseStream(request, self.tokenizer, ends, on_piece, self._wake)
+        ends = request.end_tokens(self._end_tokens)
+        response = ResponseStream(request, self.tokenizer, ends, on_output, self._wake)
         with self._changed:
             if self._closed is not None:
                 raise Closed(self._closed)
-            if len(self._queue) >= self._most_waiting + self._rows.idle:
-                raise Busy(self._seconds_to_a_place())
-            self._queue.append(answer)
+            if len(self._queue) >= self._max_queued + self._slots.idle:
+                raise Busy(self._seconds_to_a_slot())
+            self._queue.append(response)
             self._requests += 1
             self._changed.notify()
-        return answer
+        return response
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests, and returns when the engine's thread has ended.
 
         Args:
-            drain: the answers under way and those that wait are finished; otherwise they end as "cancelled".
+            drain: running and waiting requests are finished; otherwise they end as "cancelled".
         """
         with self._changed:
             self._closed = self._closed or "the engine is closed"
-            self._dropping |= not drain
+            self._cancelling |= not drain
             self._changed.notify()
         self._thread.join()
 
     def statistics(self) -> Statistics:
-        """What goes on, and totals since the start."""
+        """The current load, and totals since the start."""
         with self._changed:
             return Statistics(
-                running=len(self._rows.taken),
+                running=len(self._slots.taken),
                 waiting=len(self._queue),
-                rows=len(self._rows),
-                free_tokens=sum(pool.tokens for pool in self._rows.free),
-                tokens=sum(pool.all * PAGE * pool.cuts for pool in self._rows.free),
+                slots=len(self._slots),
+                free_tokens=sum(pool.tokens for pool in self._slots.pools),
+                tokens=sum(pool.all * PAGE * pool.cuts for pool in self._slots.pools),
                 requests=self._requests,
-                prompt_tokens=self._turns.totals["prompt"],
-                answer_tokens=self._turns.totals["answer"],
-                finished=dict(self._turns.finished),
+                prompt_tokens=self._scheduler.totals["prompt"],
+                answer_tokens=self._scheduler.totals["answer"],
+                finished=dict(self._scheduler.finished),
             )
 
     def _check(self, request: Request) -> None:
@@ -190,10 +207,13 @@ class Engine:
         if request.adapter is not None and request.adapter not in self._adapters:
             raise UserError(f"no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or 'none'}")
 
-    def _seconds_to_a_place(self) -> float:
-        """As long as it took lately until one more request was finished, at least a second."""
-        times = self._turns.finished_at
-        return max(1.0, (time.monotonic() - times[0]) / len(times)) if times else 1.0
+    def _seconds_to_a_slot(self) -> float:
+        """How long until one more request is likely to be finished: of busy time alone, from 1 s to `LONGEST_RETRY`."""
+        durations = self._scheduler.durations
+        if not durations:
+            return 1.0
+        seconds = sum(durations) / len(durations) / max(len(self._slots.taken), 1)
+        return min(max(1.0, seconds), LONGEST_RETRY)
 
     def _wake(self) -> None:
         with self._changed:
@@ -204,63 +224,99 @@ class Engine:
 
     def _run(self) -> None:
         """The engine's thread."""
-        with self._ambient():
-            while True:
-                with self._changed:
-                    while not (self._queue or self._rows.taken):
-                        if self._closed is not None:
-                            return
-                        self._changed.wait()
-                try:
-                    self._drop_cancelled()
-                    self._admit()
-                    self._turns.step()
-                except Exception as error:
-                    _log.exception("a step of the engine failed")
-                    self._start_anew(f"the engine failed: {error}")
-
-    def _start_anew(self, error: str) -> None:
-        """The running requests end, and with an empty cache those that wait get their turn; or all end."""
+        failure = None
         try:
-            self._turns.reset(error)
-        except Exception:
-            _log.exception("the engine is closed: its devices are lost")
-            with self._changed:
-                self._closed = error
-            self._end_waiting(lambda answer: True, "error", error)
+            with self._ambient():
+                going_on = True
+                while going_on:
+                    try:
+                        going_on = self._iterate()
+                    except Exception as error:
+                        _log.exception("a step of the engine failed")
+                        self._recover(error)
+        except BaseException as error:  # the thread ends in order, whatever it is
+            _log.exception("the engine is closed")
+            failure = f"the engine failed: {error}"
+        with self._changed:
+            self._failure = failure
+            self._closed = self._closed or failure
+            left = [*self._running, *self._queue]
+            self._queue.clear()
+        for response in left:
+            self._end(response, "error", failure or "the engine is closed")
+
+    def _iterate(self) -> bool:
+        """Waits for work and does a step of it; False where the engine is closed and nothing is left to do."""
+        with self._changed:
+            while not (self._queue or self._running):
+                if self._closed is not None:
+                    return False
+                self._changed.wait()
+        self._drop_cancelled()
+        self._admit()
+        self._scheduler.step()
+        self._running = [response for response in self._running if not response.finished]
+        lost = set(self._running) - {slot.response for slot in self._slots.taken.values()}
+        if lost:
+            raise RuntimeError(f"{len(lost)} responses have no slot")
+        self._vain_failures = 0
+        return True
+
+    def _recover(self, error: Exception) -> None:
+        """The running requests end, or else the first that waits; the others are served from an empty cache."""
+        with self._changed:
+            ended = [response for response in self._running if not response.finished]
+            if not ended and self._queue:
+                ended = [self._queue.popleft()]
+            self._running = ended
+        self._vain_failures = 0 if ended else self._vain_failures + 1
+        if self._vain_failures == MOST_VAIN_FAILURES:
+            raise error
+        self._scheduler.reset()  # where that fails, the devices are lost
+        for response in ended:
+            self._scheduler.finished["error"] += 1
+            self._end(response, "error", f"the engine failed: {error}")
+        self._running = []
+
+    def _end(self, response: ResponseStream, reason: str, error: str | None = None) -> None:
+        """Gives a response its end, come what may."""
+        for _ in range(2):
+            try:
+                return response.finish(reason, error)
+            except Exception:
+                _log.exception("a response could not be finished")
 
     def _drop_cancelled(self) -> None:
-        if self._dropping:
-            for answer in [*self._queue, *(row.answer for row in self._rows.taken.values())]:
-                answer.cancelled = True
-        self._end_waiting(lambda answer: answer.cancelled, "cancelled")
-
-    def _end_waiting(self, which: Callable[[ResponseStream], bool], finish: str, error: str | None = None) -> None:
+        """Ends waiting requests that are cancelled; running ones are the scheduler's."""
         with self._changed:
-            ended = [answer for answer in self._queue if which(answer)]
-            for answer in ended:
-                self._queue.remove(answer)
-        for answer in ended:
-            self._turns.finished[finish] += 1
-            answer.end(finish, error)
+            if self._cancelling:
+                for response in [*self._queue, *self._running]:
+                    response.cancelled = True
+            ended = [response for response in self._queue if response.cancelled]
+            for response in ended:
+                self._queue.remove(response)
+            self._running += ended  # until they have their ends
+        for response in ended:
+            self._scheduler.finished["cancelled"] += 1
+            self._end(response, "cancelled")
 
     def _admit(self) -> None:
-        """First come, first served: whoever is too large for what is free now holds up those behind."""
+        """First come, first served: a request that is too large for what is free now holds up those behind it."""
         with self._changed:
             while self._queue:
-                answer = self._queue[0]
-                adapter = -1 if answer.request.adapter is None else self._adapters[answer.request.adapter]
-                if not self._turns.join(answer, adapter):
+                response = self._queue[0]
+                adapter = -1 if response.request.adapter is None else self._adapters[response.request.adapter]
+                if not self._scheduler.admit(response, adapter):
                     return
-                self._queue.popleft()
+                self._running.append(self._queue.popleft())
 
 
-def _fitting(config: ModelConfig, rows: int, dtype: Any) -> int:
-    """Tokens for which the devices have memory, but for a fifth of what is free; on CPU 4096 a row."""
-    most = rows * config.context
+def _fitting(config: ModelConfig, slots: int, dtype: Any) -> int:
+    """Tokens for which the devices have memory, but for a fifth of what is free; on CPU 4096 a slot."""
+    most = slots * config.context
     memory = [device.memory_stats() for device in jax.local_devices()]
     if any(not one or "bytes_limit" not in one for one in memory):
-        return min(most, rows * 4096)
+        return min(most, slots * 4096)
     free = sum(one["bytes_limit"] - one["bytes_in_use"] for one in memory if one)
     of_token = 2 * config.layers * config.kv_heads * (config.head_dim * dtype.itemsize + 4 * (dtype.name == "int8"))
     return min(most, int(0.8 * free / of_token))

@@ -1,14 +1,14 @@
-"""Which pages of the cache are free: the host's side of cache.py's pools, one for each part of the batch's rows."""
+"""Which pages of the KV cache are free: the host's side of the page pools, one for each part of the batch's slots."""
 
 from nemoe_jax.kernels.attention.paged import PAGE
 
 
 class PageAllocator:
-    """Gives pages of one part's pool by number and takes them back; page 0 is nobody's.
+    """Allocates pages of one part's pool by number; page 0 is reserved as the null page.
 
     Args:
-        pages: of the pool on each device, with page 0.
-        cuts: among how many devices each row's pages are cut: each holds a page under every number given.
+        pages: pages of the pool on each device, the null page included.
+        cuts: among how many devices each sequence's pages are divided: each holds a page under every number.
     """
 
     def __init__(self, pages: int, cuts: int = 1):
@@ -23,16 +23,20 @@ class PageAllocator:
         """Tokens for which there is room."""
         return len(self) * PAGE * self.cuts
 
-    def wanted(self, tokens: int) -> int:
-        """How many numbers a row of so many tokens takes."""
+    def pages_for(self, tokens: int) -> int:
+        """How many pages a sequence of so many tokens takes."""
         return -(-tokens // (PAGE * self.cuts))
 
-    def take(self, tokens: int) -> list[int]:
-        """Room for a row of so many tokens, which the caller has seen to be there."""
-        wanted = self.wanted(tokens)
-        assert wanted <= len(self)
-        return [self._free.pop() for _ in range(wanted)]
+    def allocate(self, tokens: int) -> list[int]:
+        """Pages for a sequence of so many tokens; the caller has checked that there are enough."""
+        count = self.pages_for(tokens)
+        assert count <= len(self)
+        return [self._free.pop() for _ in range(count)]
 
-    def give_back(self, pages: list[int]) -> None:
-        """They are free again."""
+    def free(self, pages: list[int]) -> None:
+        """Returns pages to the pool."""
         self._free += reversed(pages)
+
+    def reset(self) -> None:
+        """All pages are free, as at the start."""
+        self._free = list(range(self.all, 0, -1))

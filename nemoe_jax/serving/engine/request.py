@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it gives back piece by piece."""
+"""A request to the engine, and the outputs that come back."""
 
 import dataclasses
 from typing import NamedTuple, Protocol
@@ -13,13 +13,13 @@ MAX_REQUEST_BYTES = 4 * 2**20  # of a request over HTTP, where nothing else is s
 
 
 class Constraint(Protocol):
-    """What an answer must look like, token by token; of one answer alone."""
+    """What a response must look like, token by token; the state of one response."""
 
     def allowed(self) -> np.ndarray:
         """Bits of the tokens that may come next, uint32 (ceil(V / 32),), the lowest bit first."""
 
     def accept(self, token: int) -> None:
-        """Goes on behind a token that was allowed."""
+        """Advances by a token that was allowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,20 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int = 128
     sampling: SamplingParams = SamplingParams()
-    stop: tuple[str, ...] = ()  # texts that end the answer, and are no part of it
+    stop: tuple[str, ...] = ()  # strings that end the response, and are no part of it
     stop_tokens: tuple[int, ...] = ()  # as well as the model's own end tokens
+    ignore_eos: bool = False  # the model's own end tokens do not end it
     top_logprobs: int | None = None  # None: no log-probabilities; otherwise those of so many likeliest tokens as well
     adapter: str | None = None
     constraint: Constraint | None = None
 
+    def end_tokens(self, of_model: frozenset[int]) -> frozenset[int]:
+        """What ends the response; a constraint ends by the model's own end tokens, whatever `ignore_eos` says."""
+        ignored = self.ignore_eos and self.constraint is None
+        return frozenset(self.stop_tokens) | (frozenset() if ignored else of_model)
+
     def check(self, vocab: int, room: int, where: str = "context") -> None:
-        """Raises UserError where no model of that vocabulary with `room` for so many tokens could answer."""
+        """Raises UserError where no model of that vocabulary, with room for so many tokens, can respond."""
         length, new = len(self.prompt), self.max_new_tokens
         if not length:
             raise UserError("empty prompt: expected at least one token")
@@ -54,7 +60,7 @@ class Request:
 
 
 class ScoredToken(NamedTuple):
-    """A token of the answer; log-probabilities (nats) are the model's own, before any wish of the request."""
+    """A generated token; log-probabilities (nats) are the model's own, before any sampling parameter."""
 
     token: int
     logprob: float | None = None
@@ -62,9 +68,14 @@ class ScoredToken(NamedTuple):
 
 
 class RequestOutput(NamedTuple):
-    """What came since the last piece; the last one of an answer has a reason."""
+    """What came since the last output; the last one of a response has a finish reason."""
 
     text: str
-    tokens: tuple[ScoredToken, ...]  # their text may come with a later piece, and that of end tokens never
+    tokens: tuple[ScoredToken, ...]  # their text may come with a later output, and that of end tokens never
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
     error: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens without their log-probabilities."""
+        return [scored.token for scored in self.tokens]

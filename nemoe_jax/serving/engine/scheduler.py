@@ -1,11 +1,13 @@
-"""The running batch, turn by turn: prompts are read, tokens made, answers told what came.
+"""The scheduler: each step prefills prompts, decodes tokens for all running requests and streams what came.
 
-A turn reads about `CHUNK` tokens of prompts, then makes as many tokens of every row as take about `_TURN` seconds: so
-rows go on between the chunks of a long prompt, whoever joins waits little, and text comes smoothly.
+A step prefills about `CHUNK` tokens of prompts, then decodes as many tokens of every slot as take about `_STEP_SECONDS`
+(iteration-level scheduling; Yu et al., 2022, Orca): requests go on between the chunks of a long prompt, new ones wait
+little, and text comes smoothly.
 
-B rows, S tokens of a block, N likeliest tokens, W words of 32 bits.
+B slots, S tokens of a block, N likeliest tokens, V vocabulary, W words of 32 bits.
 """
 
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -21,145 +23,159 @@ from nemoe_jax.serving.engine.slots import Slot, Slots
 from nemoe_jax.serving.engine.stream import ResponseStream
 from nemoe_jax.spec.config import ModelConfig
 
-_TURN = 0.05
+_log = logging.getLogger(__name__)
+_STEP_SECONDS = 0.05
 _RECENT = 32  # requests
 
 
 class Scheduler:
-    """What the engine's thread does with the answers that have a row.
+    """What the engine's thread does with the responses that have a slot.
 
     Args:
-        ends: the model's end tokens.
+        end_tokens: the model's.
+        known_V: which rows of the embedding stand for a token, bool; None: all.
 
-    totals: tokens of "prompt"s and "answer"s so far; finished: answers by the reason why they ended; finished_at: when
-        the last ones did.
+    totals: tokens of "prompt"s and "answer"s so far; finished: responses by finish reason; durations: seconds that
+        recent ones had a slot.
     """
 
-    def __init__(self, config: ModelConfig, programs: ModelRunner, rows: Slots, ends: frozenset[int]):
-        self.config, self.programs, self.rows, self.ends = config, programs, rows, ends
+    def __init__(
+        self,
+        config: ModelConfig,
+        runner: ModelRunner,
+        slots: Slots,
+        end_tokens: frozenset[int],
+        known_V: np.ndarray | None = None,
+    ):
+        self.config, self.runner, self.slots, self.end_tokens = config, runner, slots, end_tokens
         self.totals: Counter[str] = Counter()
         self.finished: Counter[str] = Counter()
-        self.finished_at: deque[float] = deque(maxlen=_RECENT)
-        self._reading: deque[Slot] = deque()
-        self._seconds_a_step = 1e-3
+        self.durations: deque[float] = deque(maxlen=_RECENT)
+        self._prefilling: deque[Slot] = deque()
+        self._known_V = known_V
+        self._seconds_a_token = 1e-3
 
-    def join(self, answer: ResponseStream, adapter: int) -> bool:
-        """Gives an answer a row, where there is one with room for it; `adapter` is a number, or -1."""
-        row = self.rows.join(answer, adapter)
-        if row is None:
+    def admit(self, response: ResponseStream, adapter: int) -> bool:
+        """Gives a response a slot, where there is one with room for it; `adapter` is a number, or -1."""
+        slot = self.slots.assign(response, adapter)
+        if slot is None:
             return False
-        self._reading.append(row)
-        self.totals["prompt"] += len(row.prompt)
+        self._prefilling.append(slot)
+        self.totals["prompt"] += len(slot.prompt)
         return True
 
     def step(self) -> None:
-        """A turn."""
-        for row in [*self.rows.taken.values()]:
-            if row.answer.cancelled:
-                self._end(row, "cancelled")
-        self._read_prompts()
-        if self.rows.working():
+        """One iteration over all slots."""
+        for slot in [*self.slots.taken.values()]:
+            if slot.response.cancelled:
+                self._finish(slot, "cancelled")
+        self._prefill()
+        if self.slots.decoding():
             self._decode()
 
-    def reset(self, error: str) -> None:
-        """All answers that have a row end with that error, and the cache is as new."""
-        self._reading.clear()
-        for row in [*self.rows.taken.values()]:
-            self._leave(row, "error")
-            row.answer.end("error", error)
-        self.programs.reset()
+    def reset(self) -> None:
+        """Forgets all responses, with slots, pages and cache as at the start. The engine gives them their ends."""
+        self._prefilling.clear()
+        self.slots.reset()
+        self.runner.reset()
 
-    def _read_prompts(self) -> None:
-        """A chunk's worth of tokens, of one prompt after another; a long one takes its turns among the others."""
+    def _prefill(self) -> None:
+        """A chunk's worth of tokens, of one prompt after another; a long one takes several steps."""
         left = CHUNK
-        while self._reading and left > 0:
-            row = self._reading.popleft()
-            chunk = row.prompt[row.read : len(row.prompt) - 1][:CHUNK]
+        while self._prefilling and left > 0:
+            slot = self._prefilling.popleft()
+            chunk = slot.prompt[slot.prefilled : len(slot.prompt) - 1][:CHUNK]
             if len(chunk):
-                self.programs.read(row.number, chunk, row.read, self.rows.batch.table_BM[row.number], row.adapter)
-            row.read += len(chunk)
+                table_M = self.slots.batch.table_BM[slot.number]
+                self.runner.read(slot.number, chunk, slot.prefilled, table_M, slot.adapter)
+            slot.prefilled += len(chunk)
             left -= max(len(chunk), 1)
-            if row.read < len(row.prompt) - 1:
-                self._reading.append(row)
+            if slot.prefilled < len(slot.prompt) - 1:
+                self._prefilling.append(slot)
                 continue
-            if has_penalty(row.answer.request.sampling):
-                self.programs.count_prompt(row.number, row.prompt)
-            request = row.answer.request
-            self.rows.work(row, [*self.ends, *request.stop_tokens])
+            request = slot.response.request
+            if has_penalty(request.sampling):
+                self.runner.count_prompt(slot.number, slot.prompt)
+            self.slots.start_decoding(slot, [*request.end_tokens(self.end_tokens)])
 
     def _decode(self) -> None:
-        """Some tokens of all rows that are at work."""
-        working = self.rows.working()
-        allowed_BW = self._allowed(working)
-        working = [row for row in working if row.answer.finish_reason is None]
-        if not working:
+        """Some tokens of all slots whose prompts are in the cache."""
+        allowed_BW = self._allowed(self.slots.decoding())
+        active = self.slots.decoding()
+        if not active:
             return
-        steps = 1 if allowed_BW is not None else int(min(max(_TURN / self._seconds_a_step, 1), BLOCK))
-        scored = any(row.answer.request.top_logprobs is not None for row in working)
+        tokens = 1 if allowed_BW is not None else int(min(max(_STEP_SECONDS / self._seconds_a_token, 1), BLOCK))
+        scored = any(slot.response.request.top_logprobs is not None for slot in active)
         started = time.monotonic()
-        block = self.programs.decode(
-            self.rows.batch,
-            steps,
-            self._wishes(),
+        block = self.runner.decode(
+            self.slots.batch,
+            tokens,
+            self._sampler_inputs(),
             allowed_BW,
             min(MAX_TOP_LOGPROBS, self.config.vocab) if scored else None,
         )
         # what was compiled first took long, once
         measured = (time.monotonic() - started) / max(int(block.steps), 1)
-        self._seconds_a_step = min(measured, 2 * self._seconds_a_step)
-        for row in working:
-            self._give(row, block, allowed_BW)
+        self._seconds_a_token = min(measured, 2 * self._seconds_a_token)
+        for slot in active:
+            try:
+                self._append(slot, block, allowed_BW)
+            except Exception as error:  # its own text, its own constraint: the others go on
+                if self.slots.taken.get(slot.number) is not slot:  # but for one in giving back its slot and pages
+                    raise
+                _log.exception("a response failed")
+                self._finish(slot, "error", f"the response failed: {error}")
 
-    def _wishes(self) -> SamplerInputs:
-        """What each row asks of the choice of its tokens; nothing where it rests."""
-        samplings = [GREEDY] * len(self.rows)
-        for row in self.rows.working():
-            samplings[row.number] = row.answer.request.sampling
-        return controls(samplings, self.config.vocab)
+    def _sampler_inputs(self) -> SamplerInputs:
+        """The sampling parameters of each slot; none where it is idle."""
+        samplings = [GREEDY] * len(self.slots)
+        for slot in self.slots.decoding():
+            samplings[slot.number] = slot.response.request.sampling
+        return controls(samplings, self.config.vocab, self._known_V)
 
-    def _allowed(self, working: list[Slot]) -> np.ndarray | None:
-        """Bits of the tokens that each row may have next; None where all may have all."""
-        constrained = [row for row in working if row.answer.request.constraint is not None]
+    def _allowed(self, active: list[Slot]) -> np.ndarray | None:
+        """Bits of the tokens that each slot may have next; None where all may have all."""
+        constrained = [slot for slot in active if slot.response.request.constraint is not None]
         if not constrained:
             return None
-        allowed_BW = np.full((len(self.rows), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
-        for row in constrained:
-            constraint = row.answer.request.constraint
+        allowed_BW = np.full((len(self.slots), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
+        for slot in constrained:
+            constraint = slot.response.request.constraint
             assert constraint is not None
             try:
                 bits_W = constraint.allowed()[: allowed_BW.shape[1]]
-                allowed_BW[row.number] = 0
-                allowed_BW[row.number, : len(bits_W)] = bits_W
+                allowed_BW[slot.number] = 0
+                allowed_BW[slot.number, : len(bits_W)] = bits_W
             except Exception as error:
-                self._end(row, "error", f"the answer's constraint failed: {error}")
+                self._finish(slot, "error", f"the answer's constraint failed: {error}")
         return allowed_BW
 
-    def _give(self, row: Slot, block: DecodedTokens, allowed_BW: np.ndarray | None) -> None:
-        """What a block has of a row's answer."""
-        number, answer = row.number, row.answer
-        made = int(block.num_generated_B[number])
-        if made:
-            tokens = block.tokens_SB[:made, number].tolist()
-            self.rows.count(row, tokens)
-            piece = answer.take(self._scored(row, tokens, block))
-            self.totals["answer"] += len(piece.tokens)
-            if piece.finish_reason is not None:
-                self._leave(row, piece.finish_reason)  # first: its place is free when the last piece comes
-            answer.show(piece)
-            if piece.finish_reason is not None:
+    def _append(self, slot: Slot, block: DecodedTokens, allowed_BW: np.ndarray | None) -> None:
+        """A slot's share of a block, for its response."""
+        number, response = slot.number, slot.response
+        generated = int(block.num_generated_B[number])
+        if generated:
+            tokens = block.tokens_SB[:generated, number].tolist()
+            self.slots.advance(slot, tokens)
+            output = response.append(self._scored(slot, tokens, block))
+            self.totals["answer"] += len(output.tokens)
+            if output.finish_reason is not None:
+                self._release(slot, output.finish_reason)  # first: the slot is free when the last output comes
+            response.emit(output)
+            if output.finish_reason is not None:
                 return
-            constraint = answer.request.constraint
+            constraint = response.request.constraint
             if constraint is not None:
                 try:
                     constraint.accept(tokens[0])
                 except Exception as error:
-                    return self._end(row, "error", f"the answer's constraint failed: {error}")
+                    return self._finish(slot, "error", f"the answer's constraint failed: {error}")
         if block.failed_B[number]:
             nothing = allowed_BW is not None and not allowed_BW[number].any()
-            self._end(row, "error", "the answer's constraint allows no token" if nothing else NOT_A_NUMBER)
+            self._finish(slot, "error", "the answer's constraint allows no token" if nothing else NOT_A_NUMBER)
 
-    def _scored(self, row: Slot, tokens: list[int], block: DecodedTokens) -> list[ScoredToken]:
-        top = row.answer.request.top_logprobs
+    def _scored(self, slot: Slot, tokens: list[int], block: DecodedTokens) -> list[ScoredToken]:
+        top = slot.response.request.top_logprobs
         if top is None:
             return [ScoredToken(token) for token in tokens]
         assert block.scores is not None
@@ -167,21 +183,22 @@ class Scheduler:
         scored = []
         for at, token in enumerate(tokens):
             likeliest = zip(
-                tokens_SBN[at, row.number, :top].tolist(), logprobs_SBN[at, row.number, :top].tolist(), strict=True
+                tokens_SBN[at, slot.number, :top].tolist(), logprobs_SBN[at, slot.number, :top].tolist(), strict=True
             )
-            scored.append(ScoredToken(token, float(logprob_SB[at, row.number]), tuple(likeliest)))
+            scored.append(ScoredToken(token, float(logprob_SB[at, slot.number]), tuple(likeliest)))
         return scored
 
-    def _end(self, row: Slot, finish: str, error: str | None = None) -> None:
-        """An answer ends before it is complete."""
-        if finish == "error" or not row.working:  # there may be what is no number
-            self.programs.wipe(row.number, row.pages)
-        self._leave(row, finish)
-        row.answer.end(finish, error)
+    def _finish(self, slot: Slot, reason: str, error: str | None = None) -> None:
+        """Ends a response before it is complete."""
+        if self.slots.taken.get(slot.number) is slot:
+            if reason == "error" or not slot.decoding:  # its pages may hold NaN
+                self.runner.wipe(slot.number, slot.pages)
+            self._release(slot, reason)
+        slot.response.finish(reason, error)
 
-    def _leave(self, row: Slot, finish: str) -> None:
-        if row in self._reading:
-            self._reading.remove(row)
-        self.rows.leave(row)
-        self.finished[finish] += 1
-        self.finished_at.append(time.monotonic())
+    def _release(self, slot: Slot, reason: str) -> None:
+        if slot in self._prefilling:
+            self._prefilling.remove(slot)
+        self.slots.release(slot)
+        self.finished[reason] += 1
+        self.durations.append(time.monotonic() - slot.since)

@@ -1,7 +1,7 @@
-"""Finds the texts that end an answer while it streams by, however it is cut into pieces.
+"""Finds stop strings in a response while it streams, however it is cut into outputs.
 
-What may be the beginning of a stop text is held back until more of the answer decides, so that no part of one is ever
-shown. The stop text that begins first ends the answer, as if `str.find` had looked through the whole.
+What may be the beginning of a stop string is held back until more of the response decides, so that no part of one is
+ever shown. The stop string that begins first ends the response, as if `str.find` had searched the whole.
 """
 
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from nemoe_jax.errors import UserError
 
 
 class StopStrings:
-    """Lets an answer through up to the first stop text, which is then in `found`.
+    """Passes a response on up to the first stop string, which is then in `found`.
 
     Raises:
-        UserError: a stop that is no text, or an empty one.
+        UserError: a stop string that is no string, or an empty one.
     """
 
     def __init__(self, stops: Sequence[str]):
-        texts = [stops] if isinstance(stops, str) else stops
-        wrong = [stop for stop in texts if not isinstance(stop, str) or not stop]
+        strings = [stops] if isinstance(stops, str) else stops
+        wrong = [stop for stop in strings if not isinstance(stop, str) or not stop]
         if wrong:
-            raise UserError(f"stop: expected texts that are not empty, got {wrong[0]!r}")
+            raise UserError(f"stop: expected strings that are not empty, got {wrong[0]!r}")
         self.found: str | None = None
-        self._stops = sorted(texts, key=len)  # of those that begin at one place, the shortest
+        self._stops = sorted(strings, key=len)  # of those that begin at one place, the shortest
         self._held = ""
 
-    def push(self, piece: str) -> str:
-        """What can be shown now that this has come; nothing any more once a stop text is found."""
-        return self._next(self._held + piece, last=False)
+    def push(self, text: str) -> str:
+        """What can be shown now that this has come; nothing any more once a stop string is found."""
+        return self._next(self._held + text, last=False)
 
     def flush(self) -> str:
-        """What was held back, as the answer ends; a stop text may be found in it all the same."""
+        """What was held back, as the response ends; a stop string may be found in it all the same."""
         return self._next(self._held, last=True)
 
     def _next(self, held: str, last: bool) -> str:
@@ -47,7 +47,7 @@ class StopStrings:
         return held[:end]
 
     def _begun(self, held: str) -> int:
-        """Where the first stop text begins of which the text may hold the beginning; its end where there is none."""
+        """Where the first stop string begins of which the text may hold the beginning; its end where there is none."""
         longest = len(self._stops[-1]) - 1 if self._stops else 0
         starts = range(max(0, len(held) - longest), len(held))
         return next((at for at in starts if any(stop.startswith(held[at:]) for stop in self._stops)), len(held))

@@ -1,4 +1,4 @@
-"""An answer while it is made: what whoever asked holds of it, and what the engine tells it."""
+"""A streaming response: the client-side handle of a running request, and the engine's side of it."""
 
 import logging
 import queue
@@ -14,19 +14,19 @@ _log = logging.getLogger(__name__)
 
 
 class ResponseStream:
-    """Iterate over it for its pieces as they come, or wait for its `result`.
+    """Iterate over it for its outputs as they come, or wait for its `result`.
 
-    Where a function takes the pieces (`on_piece`, called in the engine's thread), there is nothing to iterate over.
+    Where a callback takes the outputs (`on_output`, called in the engine's thread), there is nothing to iterate over.
 
-    text, tokens: so far; finish_reason, error: those of the last piece, None before.
+    text, tokens: so far; finish_reason, error: those of the last output, None before.
     """
 
     def __init__(
         self,
         request: Request,
         tokenizer: Tokenizer,
-        ends: frozenset[int],
-        on_piece: Callable[[RequestOutput], None] | None,
+        end_tokens: frozenset[int],
+        on_output: Callable[[RequestOutput], None] | None,
         wake: Callable[[], None],
     ):
         self.request = request
@@ -35,41 +35,46 @@ class ResponseStream:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.cancelled = False
-        self._ends = ends
+        self.finished = False  # the last output was given
+        self._end_tokens = end_tokens
         self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(request.stop)
-        self._pieces: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-        self._on_piece = on_piece or self._pieces.put
-        self._iterable = on_piece is None
+        self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+        self._on_output = on_output or self._outputs.put
+        self._iterable = on_output is None
         self._wake = wake
         self._done = threading.Event()
 
     def __iter__(self) -> Iterator[RequestOutput]:
         if not self._iterable:
-            raise TypeError("the answer's pieces go to on_piece")
+            raise TypeError("the response's outputs go to on_output")
         while True:
-            piece = self._pieces.get()
-            yield piece
-            if piece.finish_reason is not None:
-                self._pieces.put(piece)  # whoever iterates again finds the end
+            output = self._outputs.get()
+            yield output
+            if output.finish_reason is not None:
+                self._outputs.put(output)  # iterating again finds the end
                 return
 
     def cancel(self) -> None:
-        """Ends the answer at the engine's next turn; from any thread, and as often as you like."""
+        """Ends the response at the engine's next step; from any thread, any number of times."""
         self.cancelled = True
         self._wake()
 
     def result(self, timeout: float | None = None) -> str:
-        """The whole text, once it is there. Raises TimeoutError after so many seconds."""
+        """The whole text, once it is complete.
+
+        Raises:
+            TimeoutError: after so many seconds.
+        """
         if not self._done.wait(timeout):
-            raise TimeoutError(f"no answer within {timeout} seconds")
+            raise TimeoutError(f"no response within {timeout} seconds")
         return self.text
 
-    def take(self, tokens: Sequence[ScoredToken]) -> RequestOutput:
-        """More tokens, up to what ends the answer: the piece to `show`. For the engine."""
+    def append(self, tokens: Sequence[ScoredToken]) -> RequestOutput:
+        """Adds tokens up to what ends the response, and returns the output to `emit`. For the engine."""
         shown, used, finish = "", [], None
         for token in tokens:
             used.append(token)
-            if token.token in self._ends:
+            if token.token in self._end_tokens:
                 finish = "stop"
             else:
                 shown += self._stops.push(self._decoder.push(token.token))
@@ -82,28 +87,36 @@ class ResponseStream:
         self.tokens += used
         if finish is None:
             return RequestOutput(shown, tuple(used))
-        rest, finish = self._rest(finish)
+        rest, finish = self._flush(finish)
         return RequestOutput(shown + rest, tuple(used), finish)
 
-    def end(self, finish: str, error: str | None = None) -> None:
-        """Shows the last piece: the answer ends before it is complete. For the engine."""
-        rest, _ = self._rest(finish)
-        self.show(RequestOutput(rest, (), finish, error))
-
-    def show(self, piece: RequestOutput) -> None:
-        """Hands a piece to whoever asked. For the engine."""
-        self.text += piece.text
-        self.finish_reason, self.error = piece.finish_reason, piece.error
+    def finish(self, reason: str, error: str | None = None) -> None:
+        """Emits the last output of a response that ends before it is complete. For the engine; does not fail."""
+        if self.finished:
+            return
         try:
-            self._on_piece(piece)
-        except Exception:
-            _log.exception("nobody takes the answer's pieces: it is cancelled")
-            self.cancelled, self._on_piece = True, lambda piece: None
-        if piece.finish_reason is not None:
-            self._done.set()
+            rest, _ = self._flush(reason)
+        except Exception:  # as where the tokenizer cannot decode what came
+            _log.exception("what was held back of a response is lost")
+            rest = ""
+        self.emit(RequestOutput(rest, (), reason, error))
 
-    def _rest(self, finish: str) -> tuple[str, str]:
-        """What was held back of the text, and why the answer ends: a stop text may have been in it."""
+    def emit(self, output: RequestOutput) -> None:
+        """Gives an output to the client; one that fails to take it is cancelled, and still told of the end."""
+        self.text += output.text
+        self.finish_reason, self.error = output.finish_reason, output.error
+        try:
+            self._on_output(output)
+        except BaseException:  # the client's code: not even its exit may end the engine's thread
+            _log.exception("the client fails to take its response: cancelled")
+            self.cancelled = True
+        finally:
+            if output.finish_reason is not None:
+                self.finished = True
+                self._done.set()
+
+    def _flush(self, finish: str) -> tuple[str, str]:
+        """The text that was held back, and the finish reason: a stop string may have been in it."""
         if self._stops.found is not None:
             return "", finish
         rest = self._stops.push(self._decoder.flush()) + self._stops.flush()

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from nemoe_jax.serving.engine.request import RequestOutput
 from nemoe_jax.text.chat.tool_formats import ToolCallFormat, call_form
 from nemoe_jax.text.chat.tools import CALL_ID, NAME
 from nemoe_jax.text.tokenizers.base import Tokenizer
@@ -72,8 +71,8 @@ def parse_tool_calls(
 class ToolCallStreamParser:
     """Reads an answer piece by piece: its text can be sent at once, until a call begins.
 
-    `push` gives the text that is certain to be text, `finish` the rest of it with the calls. The text is that of the
-    pieces, so it ends before a stop text, as theirs does.
+    `push` gives the text that is certain to be text, `finish` the rest of it with the calls. The text is what was
+    pushed, so it ends before a stop string, as that does.
     """
 
     def __init__(self, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] | None, end_tokens: Sequence[int] = ()):
@@ -87,9 +86,8 @@ class ToolCallStreamParser:
         self._text = ""  # all that came, or before calls that begin with a control token
         self._sent = 0  # characters of it
 
-    def push(self, piece: RequestOutput) -> str:
-        """The text that can be sent now."""
-        tokens = [scored.token for scored in piece.tokens]
+    def push(self, new_text: str, tokens: list[int]) -> str:
+        """The text that can be sent now that these tokens came, and this text, which may lag behind them."""
         if self._calls:
             self._calls += tokens
             return ""
@@ -102,7 +100,7 @@ class ToolCallStreamParser:
             self._text = text if text.startswith(self._text) else self._text
             return self._send(len(self._text))
         self._before += tokens
-        self._text += piece.text
+        self._text += new_text
         if not isinstance(self._start, str):
             return self._send(len(self._text))
         begun = self._text.find(self._start, max(0, self._sent))

@@ -15,10 +15,12 @@ followed by whatever gives plain text to a model: `encode_prompt` for generation
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import SupportsIndex
+
+import numpy as np
 
 from nemoe_jax.errors import UserError
 
@@ -33,6 +35,7 @@ class Tokenizer(ABC):
         path: the file that it came from.
         kind: `tekken`, `sentencepiece` or `tokenizer.json`.
         vocab_size: ids are 0 … vocab_size − 1, control tokens included.
+        gaps: those of them that no token has.
         bos_id, eos_id: None where the tokenizer has none.
         before, after: ids that the tokenizer puts around a text.
         control: ids of the control tokens by name (`</s>`, `[INST]`, …).
@@ -44,6 +47,7 @@ class Tokenizer(ABC):
     kind: str
     path: Path
     vocab_size: int
+    gaps: Collection[int] = ()
     bos_id: int | None
     eos_id: int | None
     control: Mapping[str, int]
@@ -104,8 +108,24 @@ class Tokenizer(ABC):
         return [i for ids, _ in encoded for i in ids], [mark for ids, mark in encoded for _ in ids]
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
-        """Text of ids; control tokens are left out, or written by name. Bytes that are not UTF-8 become U+FFFD."""
-        return self._decode(self._check(ids), skip_special)
+        """Text of ids; control tokens are left out, or written by name. Bytes that are not UTF-8 become U+FFFD.
+
+        Ids beyond the vocabulary, as the rows have that pad an embedding, stand for nothing (as in transformers).
+        """
+        return self._decode([i for i in self._check(ids) if i < self.vocab_size], skip_special)
+
+    def known(self, rows: int) -> np.ndarray | None:
+        """Which rows of an embedding stand for a token, bool (rows,); None where all do."""
+        known_V = np.arange(rows) < self.vocab_size
+        known_V[[i for i in self.gaps if i < rows]] = False
+        return None if known_V.all() else known_V
+
+    def piece(self, token: int) -> str:
+        """One id in readable form: text, a control token's name, or `<0xE2><0x82>` for a fragment of a character.
+
+        Empty for an id beyond the vocabulary.
+        """
+        return self._piece(token) if self._check([token])[0] < self.vocab_size else ""
 
     def control_id(self, name: str) -> int:
         """Id of a control token by name.
@@ -118,8 +138,7 @@ class Tokenizer(ABC):
         return self.control[name]
 
     @abstractmethod
-    def piece(self, token: int) -> str:
-        """One id in readable form: text, a control token's name, or `<0xE2><0x82>` for a fragment of a character."""
+    def _piece(self, token: int) -> str: ...
 
     @abstractmethod
     def _encode_text(self, text: str) -> list[int]: ...
@@ -129,7 +148,7 @@ class Tokenizer(ABC):
 
     def _check(self, ids: Iterable[SupportsIndex]) -> list[int]:
         checked = [i.__index__() for i in ids]
-        wrong = next((i for i in checked if not 0 <= i < self.vocab_size), None)
+        wrong = next((i for i in checked if i < 0), None)
         if wrong is not None:
             raise UserError(f"token id {wrong} is outside the vocabulary of {self.path} (0 … {self.vocab_size - 1})")
         return checked

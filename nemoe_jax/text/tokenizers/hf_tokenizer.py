@@ -59,6 +59,7 @@ class TokenizerJson(Tokenizer):
         self.control = {name: ids[name] for name in sorted(names & ids.keys(), key=ids.__getitem__)}
         self.version = "v3" if not self.chat_templates and {"[INST]", "[/INST]"} <= self.control.keys() else None
         self.vocab_size = 1 + max(ids.values())
+        self.gaps = set(range(self.vocab_size)) - set(ids.values())
 
         secret = secrets.token_hex(8)
         hidden = {name: f"\U000f0000{secret}.{i}\U000f0001" for name, i in self.control.items()}
@@ -102,8 +103,8 @@ class TokenizerJson(Tokenizer):
             raise UserError(f"{self.path}: no control token with id {part}")
         return self._hidden[part]
 
-    def piece(self, token: int) -> str:
-        name = self._model.id_to_token(self._check([token])[0]) or ""
+    def _piece(self, token: int) -> str:
+        name = self._model.id_to_token(token) or ""
         if name in self._names:
             return self._names[name]
         if "▁" in name:  # decoding would strip a leading space

@@ -42,8 +42,8 @@ class SentencePiece(Tokenizer):
         self.control = {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self._model.is_control(i)}
         self.version = version_of(path, self.control)
 
-    def piece(self, token: int) -> str:
-        return self._model.id_to_piece(self._check([token])[0]).replace(SPACE, " ")
+    def _piece(self, token: int) -> str:
+        return self._model.id_to_piece(token).replace(SPACE, " ")
 
     def _encode_text(self, text: str) -> list[int]:
         return self._model.encode(text)

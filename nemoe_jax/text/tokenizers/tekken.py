@@ -85,8 +85,8 @@ class Tekken(Tokenizer):
         first = len(self._names)
         return self._encoding.decode_bytes([i - first for i in self._check(ids) if i >= first])
 
-    def piece(self, token: int) -> str:
-        if self._check([token])[0] < len(self._names):
+    def _piece(self, token: int) -> str:
+        if token < len(self._names):
             return self._names[token]
         data = self.decode_bytes([token])
         try:
