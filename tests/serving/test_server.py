@@ -327,19 +327,6 @@ BAD = {
         "messages[0].content[0].type",
         "invalid_value",
     ),
-    "a bad call id": (
-        "chat/completions",
-        {
-            "messages": [
-                *CHAT,
-                {"role": "assistant", "tool_calls": [{"id": "call_1", "function": {"name": "f", "arguments": "{}"}}]},
-                {"role": "tool", "tool_call_id": "call_1", "content": "x"},
-            ]
-        },
-        400,
-        "messages[2].tool_calls[0].id",
-        None,
-    ),
     "too many tools": ("chat/completions", {"tools": TOOLS[:1] * 129}, 400, "tools", "invalid_value"),
     "no such tool": (
         "chat/completions",
