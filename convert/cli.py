@@ -5,19 +5,8 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from convert.carve.carve import CARVE
-from convert.experts.prune import PRUNE
-from convert.experts.router_distillation import RELAY
-from convert.experts.upcycle import UPCYCLE
-from convert.gguf.export import GGUF
-from convert.gguf.from_gguf import FROM_GGUF
-from convert.layout import LAYOUT
-from convert.merge_lora import MERGE
-from convert.minitron.minitron import MINITRON
-from convert.quantize import QUANTIZE
+from convert.options import CONVERSIONS
 from nemoe_jax.utils.command import EXIT_DISAGREES, Command, print_figures
-
-CONVERSIONS = (CARVE, UPCYCLE, PRUNE, RELAY, MINITRON, MERGE, LAYOUT, QUANTIZE, GGUF, FROM_GGUF)
 
 DESCRIPTION = """\
 Converts Hugging Face model directories, layer by layer: memory holds a few layers, whatever the model.

@@ -2,17 +2,17 @@
 
 import argparse
 import dataclasses
+import importlib
 import sys
 import types
 import typing
-from collections.abc import Callable
 from typing import Any
 
-from convert.streaming import MANIFEST, REPORT, ConversionSettings, Manifest
-from nemoe_jax.checkpoints.writer import SHARD_BYTES
+from convert.settings import MANIFEST, REPORT, ConversionSettings
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.command import Command, print_figures
 from nemoe_jax.utils.distributed import add_distributed_flag, join_distributed
+from nemoe_jax.utils.output_path import SHARD_BYTES
 
 
 def option(default: Any, help: str, metavar: str | None = None, *, positional: bool = False) -> Any:
@@ -25,18 +25,21 @@ def option(default: Any, help: str, metavar: str | None = None, *, positional: b
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """A sub-command `NAME SRC DST [flags]` that makes a model directory (or file) from another."""
+    """A sub-command `NAME SRC DST [flags]` that makes a model directory (or file) from another.
+
+    `function` is what makes it, as `module:name`, imported when the command runs: (source, destination, options,
+    settings) -> manifest. Its module's `printed_figures` takes from the manifest what the command prints; its
+    `last_words`, where it has some, gives a note for standard error.
+    """
 
     name: str
-    convert: Callable[[str, str, Any, ConversionSettings], Manifest]  # (source, destination, options, run) -> manifest
+    function: str
     options: type  # a dataclass made with `option`
     summary: str  # one line
     details: str  # the rest of --help
-    figures: Callable[[Manifest], dict[str, Any]]  # what is printed of the manifest
-    streams: bool = True  # whether the flags of `Run` apply
+    streams: bool = True  # whether the flags of `ConversionSettings` apply
     source_help: str = "model directory"
     destination_help: str = "directory to make; must not exist"
-    last_words: Callable[[Manifest], str] = lambda manifest: ""  # printed at the end, on standard error
 
     def add_to(self, command: Command) -> None:
         """Declares the sub-command."""
@@ -62,10 +65,12 @@ class Conversion:
             **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         )
         run = _run_of(arguments) if self.streams else ConversionSettings()
-        manifest = self.convert(arguments.source, arguments.destination, options, run)
+        module_name, _, name = self.function.partition(":")
+        module = importlib.import_module(module_name)
+        manifest = getattr(module, name)(arguments.source, arguments.destination, options, run)
         if not run.dry_run:
-            print_figures({"destination": arguments.destination, **self.figures(manifest)}, arguments.json)
-            if words := self.last_words(manifest):
+            print_figures({"destination": arguments.destination, **module.printed_figures(manifest)}, arguments.json)
+            if words := getattr(module, "last_words", lambda manifest: "")(manifest):
                 print("note:", words, file=sys.stderr)
             return
         files = manifest["files"]

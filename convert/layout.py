@@ -8,24 +8,14 @@ there and back, every tensor is the same bit for bit.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Literal
 
-from convert.command import Conversion, option
+from convert.options import LayoutOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, convert_layers
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, MISTRAL
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 
 _LAYOUTS = {"huggingface": HUGGING_FACE, "mistral": MISTRAL}
-
-
-@dataclasses.dataclass(frozen=True)
-class LayoutOptions:
-    """What is to be written."""
-
-    to: Literal["mistral", "huggingface"] = option(
-        dataclasses.MISSING, "layout of DST: consolidated.safetensors and params.json, or config.json and shards"
-    )
 
 
 def change_layout(
@@ -49,16 +39,5 @@ def change_layout(
     )
 
 
-def _figures(manifest: Manifest) -> Figures:
+def printed_figures(manifest: Manifest) -> Figures:
     return {"layout": manifest["options"]["to"], "layers": len(manifest["layers"])}
-
-
-LAYOUT = Conversion(
-    "layout",
-    change_layout,
-    LayoutOptions,
-    "write a model in Mistral's own layout, or in Hugging Face's",
-    "SRC may have either layout: config.json with model*.safetensors, or params.json with consolidated.safetensors.\n"
-    "Tokenizer files are carried along. Mistral's layout has one weight file, whatever --shard-gb says.",
-    _figures,
-)

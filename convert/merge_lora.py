@@ -4,23 +4,15 @@ The sum is formed in float32 and cast once to the model's dtype; tensors that th
 they are. The adapter's format is the business of nemoe_jax/adapters/peft_format.py.
 """
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
-from convert.command import Conversion, option
+from convert.options import MergeOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.adapters.peft_config import CONFIG
 from nemoe_jax.adapters.peft_format import WEIGHTS, PeftAdapter
 from nemoe_jax.checkpoints.reader import Checkpoint, units
 from nemoe_jax.utils.output_path import refuse_existing
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeOptions:
-    """What is merged."""
-
-    adapter: str = option(dataclasses.MISSING, "PEFT adapter directory", "ADAPTER", positional=True)
 
 
 def merge(
@@ -65,18 +57,5 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _figures(manifest: Manifest) -> Figures:
+def printed_figures(manifest: Manifest) -> Figures:
     return {name: manifest[name] for name in ("tensors_updated", "tensors_replaced")}
-
-
-MERGE = Conversion(
-    "merge",
-    merge,
-    MergeOptions,
-    "merge a LoRA adapter of Hugging Face PEFT into a model",
-    "ADAPTER holds adapter_config.json and adapter_model.safetensors. Plain LoRA is merged: attention, dense FFNs,\n"
-    "experts (fused or one by one), routers, embedding and head, with rank and alpha patterns, rank-stabilized scales\n"
-    "and whole tensors (modules_to_save). Any other kind (DoRA, biases, …) is refused.\n"
-    "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole.",
-    _figures,
-)

@@ -8,12 +8,12 @@ float8_e4m3fn (checkpoints/fp8).
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from convert.command import Conversion, option
+from convert.options import QuantizeOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, convert_layers
 from nemoe_jax.checkpoints import fp8
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, MISTRAL, Layout
@@ -24,18 +24,6 @@ from nemoe_jax.spec.schema import ParamSpec, declare, leaves
 
 BLOCK = 128
 _QUANTIZED = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizeOptions:
-    """What is to be written."""
-
-    to: Literal["fp8-dynamic", "fp8-block", "mistral", "bf16"] = option(
-        "fp8-dynamic",
-        "fp8-dynamic: compressed-tensors' FP8_DYNAMIC, a scale for each row; fp8-block: transformers' fp8, a scale for "
-        "each block of 128 x 128 (smaller where a width is no multiple); mistral: Mistral's own layout, a scale for "
-        "each matrix; bf16: no FP8",
-    )
 
 
 def quantize(
@@ -174,18 +162,5 @@ def _mistral(config: ModelConfig) -> Layout:
 _LAYOUTS = {"fp8-dynamic": _dynamic, "fp8-block": _block, "mistral": _mistral}
 
 
-def _figures(manifest: Manifest) -> Figures:
+def printed_figures(manifest: Manifest) -> Figures:
     return {"to": manifest["options"]["to"], "layers": len(manifest["layers"])}
-
-
-QUANTIZE = Conversion(
-    "quantize",
-    quantize,
-    QuantizeOptions,
-    "write a model's linear maps in FP8, or an FP8 model in bfloat16",
-    "FP8 weights take half the bytes of bfloat16. Every command reads what this writes, and the FP8 checkpoints of\n"
-    "compressed-tensors, transformers, vLLM, ModelOpt and Mistral. fp8-dynamic opens in vLLM, SGLang and transformers\n"
-    "(with the package compressed-tensors), fp8-block in transformers and vLLM. No calibration is needed: activations\n"
-    "are scaled when they are computed.",
-    _figures,
-)

@@ -26,30 +26,21 @@ import jax
 import numpy as np
 
 from convert.report import page
+from convert.settings import MANIFEST, REPORT, ConversionSettings
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, Layout
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
-from nemoe_jax.checkpoints.writer import KEPT, SHARD_BYTES, Writer, plan
+from nemoe_jax.checkpoints.writer import KEPT, Writer, plan
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.utils.output_path import check_room, free_bytes, refuse_existing
 from nemoe_jax.utils.progress import progress_bar
 
-MANIFEST = "conversion.json"
-REPORT = "conversion.html"
 MOST_THREADS = 8
 
 Tensors = dict[str, np.ndarray]  # {checkpoint key: tensor in the checkpoint's layout}
 Figures = dict[str, Any]
 Layer = Callable[[int], tuple[Tensors, Figures]]  # layer number -> its new tensors, and figures for the manifest
 Manifest = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversionSettings:
-    """How a conversion runs, whatever it does."""
-
-    shard_bytes: int = SHARD_BYTES  # whole layers up to this size share a weight file
-    dry_run: bool = False  # plan, and time one layer; write nothing
 
 
 def convert_layers(

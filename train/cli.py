@@ -6,13 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic_core import PydanticUndefined
-
+from nemoe_jax.errors import UserError
 from nemoe_jax.utils.command import Command, print_figures
 from nemoe_jax.utils.distributed import add_distributed_flag, join_distributed
-from train import recipe as recipes
-from train.plan import plan
 
+EXIT_DOES_NOT_FIT = 3
 DESCRIPTION = """Trains a model as a recipe says: LoRA adapters, routers or every weight, on text and chats or against a
 teacher, in one phase or several.
 
@@ -45,16 +43,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_distributed_flag(run, "which work on the same steps")
     show = command.add("show", _show, "print a recipe with its overrides and all defaults, as YAML")
-    for parser in (run, show):
-        recipes.add_arguments(parser)
-    plan.add_to(command)
+    plan = command.add(
+        "plan",
+        _plan,
+        "compile a recipe's step for a TPU slice, without a TPU, and say whether it fits",
+        "Bytes per device by kind against the chip's limit, transfers between devices, FLOPs. Needs no weights:\n"
+        "model and distill.teacher may be names of presets (nemoe inspect NAME shows one) instead of directories. The\n"
+        "mesh is the recipe's, or auto where it has none, as is written in train/run/auto_mesh.py.\n\n"
+        "Exit status 3 where it does not fit, with what to change. Wants libtpu: pip install 'nemoe-jax[tpu]'.\n\n"
+        "  nemoe-train plan nemoe-12b-16e-repair model=nemoe-12b-16e distill.teacher=mistral-nemo-12b \\\n"
+        "      --topology v5e:4x4",
+        reports=True,
+    )
+    plan.add_argument("--topology", required=True, help="TPU generation and chips: v5e:4x4, v5p:2x2x4, v6e:8x8, …")
+    plan.add_argument("--phase", metavar="NAME", help="phase of the recipe; default: that which trains most weights")
+    plan.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
+    for parser in (run, show, plan):
+        parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="keys to set instead of the recipe's, dotted: data.batch_size=4 lora.0.rank=8",
+        )
     command.add("recipes", _recipes, "list the recipes that come with the package")
     command.add("keys", _keys, "print every recipe key with its default and its meaning")
     return command.main(argv)
 
 
 def _run(arguments: argparse.Namespace) -> int | None:
-    recipe = recipes.read_recipe(arguments.recipe, arguments.overrides)
+    from train.recipe import read_recipe
+
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
     join_distributed(arguments.distributed)
     from train.run.loop import train  # JAX loads here, so that the other sub-commands answer at once
     from train.run.run_directory import Interrupted
@@ -70,11 +90,30 @@ def _run(arguments: argparse.Namespace) -> int | None:
     return None
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from train.plan.plan import plan, render
+    from train.recipe import read_recipe
+
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
+    phases = [phase.name for phase in recipe.phases]
+    if arguments.phase and arguments.phase not in phases:
+        raise UserError(f"--phase: expected one of {', '.join(phases)}, got {arguments.phase}")
+    figures = plan(
+        recipe, arguments.topology, phases.index(arguments.phase) if arguments.phase else None, arguments.hlo
+    )
+    print(json.dumps(figures) if arguments.json else "\n".join(render(figures)))
+    return 0 if figures["fits"] else EXIT_DOES_NOT_FIT
+
+
 def _show(arguments: argparse.Namespace) -> None:
+    from train import recipe as recipes
+
     print(recipes.to_yaml(recipes.read_recipe(arguments.recipe, arguments.overrides)), end="")
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
+    from train import recipe as recipes
+
     shipped = recipes.shipped_recipes()
     width = max(map(len, shipped))
     for name, text in shipped.items():
@@ -82,6 +121,10 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 
 def _keys(arguments: argparse.Namespace) -> None:
+    from pydantic_core import PydanticUndefined
+
+    from train import recipe as recipes
+
     for key, field in recipes.list_keys():
         unset = field.default in (PydanticUndefined, None) or isinstance(field.default, recipes.Section)
         default = "" if unset else f" = {json.dumps(field.default)}"

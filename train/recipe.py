@@ -8,7 +8,6 @@ A run is a list of phases, each on the result of the last accepted one. The keys
 file, where they hold for every phase that does not say otherwise; a file without `phases` is a run of one.
 """
 
-import argparse
 import dataclasses
 import difflib
 import importlib.resources
@@ -247,17 +246,6 @@ class Recipe(Section):
             bos_token_id=tokenizer.bos_id,
             eos_token_id=tokenizer.eos_id,
         )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RECIPE and key=value, for `read_recipe`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="keys to set instead of the recipe's, dotted: data.batch_size=4 lora.0.rank=8",
-    )
 
 
 def shipped_recipes() -> dict[str, str]:

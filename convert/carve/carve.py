@@ -22,7 +22,6 @@ F neurons, E experts, D embed.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ from convert.carve.calibration import (
     ridge_solve,
 )
 from convert.carve.control import control_config, control_layer
-from convert.command import Conversion, option
+from convert.options import CarveOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
@@ -56,51 +55,6 @@ UNCALIBRATED = (
     "than uniform guessing, where --calibration text cost 1.4. The model wants repair before it is of use (nemoe-train "
     "run, with distillation from the dense one); nemoe perplexity --reference measures what it has lost"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class CarveOptions:
-    """How a dense model is carved."""
-
-    experts: int = option(16, "experts per layer; must divide the FFN's neurons")
-    top_k: int = option(4, "experts chosen for each token")
-    layout: Literal["mixtral", "shared"] = option(
-        "mixtral",
-        "mixtral: opens in transformers, vLLM and llama.cpp; shared: NekoMind's layout, where the most active neurons "
-        "are a shared expert that every token uses, and first layers may stay dense",
-    )
-    shared_ffn: int = option(0, "shared: neurons of the shared expert; 0 takes FFN neurons / experts")
-    keep_dense: int = option(0, "shared: how many first layers stay as they are")
-    partition: Literal["gate-kmeans", "contiguous"] = option(
-        "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbors (a baseline)"
-    )
-    router: Literal["auto", "gate-mean", "distilled", "random"] = option(
-        "auto",
-        "router rows: orthonormalized mean gate rows (auto without calibration), trained to find the experts with the "
-        "largest outputs (auto with it), or random orthonormal ones (a baseline)",
-    )
-    svd: Literal["exact", "randomized", "gram"] = option(
-        "randomized",
-        "how the gate rows' subspace is found: exact takes minutes for a layer of the 12B, randomized and gram (the "
-        "eigenvectors of a product) seconds",
-    )
-    rank: int = option(64, "dimensions of that subspace")
-    logit_std: float = option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
-    output_scale: float = option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
-    calibration: tuple[str, ...] = option(
-        (), "text files, directories or globs: distil the router, fit the output scales, refit `down`"
-    )
-    calibration_tokens: int = option(131072, "tokens of it to use; more is better")
-    refit: bool = option(True, "with calibration: leave the experts' weights as they are, but for the output scales")
-    control: bool = option(
-        False,
-        "no experts, the control that they have to beat: a dense model of the top_k / experts most active neurons on "
-        "the calibration text, with the same refit",
-    )
-    refit_ridge: float = option(
-        0.0, "how strongly the refit holds to the dense `down`; 0 takes 2 · FFN neurons / tokens of calibration text"
-    )
-    seed: int = option(0, "seed of the k-means and of everything random")
 
 
 def carve(
@@ -315,7 +269,7 @@ def _figures(router_ED: jax.Array, scale_E: np.ndarray) -> Figures:
     }
 
 
-def _summary(manifest: Manifest) -> Figures:
+def printed_figures(manifest: Manifest) -> Figures:
     layers, result = manifest["layers"], manifest["result"]
     figures: Figures = {"layers": len(layers)}
     if manifest["options"]["control"]:
@@ -335,22 +289,10 @@ def _summary(manifest: Manifest) -> Figures:
     return figures
 
 
-def _last_words(manifest: Manifest) -> str:
+def last_words(manifest: Manifest) -> str:
     """What the user should know of the result before it is used."""
     if manifest["options"]["calibration"]:
         verdict = manifest["verdict"]
         control = "" if manifest["options"]["control"] else "; compare with the same command and --control"
         return verdict and f"{verdict}{control}"
     return UNCALIBRATED
-
-
-CARVE = Conversion(
-    "carve",
-    carve,
-    CarveOptions,
-    "deal a dense model's FFN neurons out to experts and make a router that finds them",
-    "Any dense Mistral- or Llama-shaped directory becomes a Mixtral directory of that size; no data is needed.",
-    _summary,
-    source_help="dense model directory",
-    last_words=_last_words,
-)

@@ -23,15 +23,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.command import Conversion, option
 from convert.experts.outputs import einsum, expert_products, moe_layers, routing, routing_within
 from convert.layerwise import LayerwiseModel, calibration_batches
+from convert.options import PruneOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
@@ -44,26 +44,6 @@ from nemoe_jax.utils.progress import progress_bar
 ERROR_TOKENS = 2048  # evenly spaced ones on which subsets are compared
 MOST_SUBSETS = 200_000
 SUBSETS_AT_ONCE = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class PruneOptions:
-    """Which experts are dropped."""
-
-    experts: int = option(dataclasses.MISSING, "experts per layer that are kept; at least top-k")
-    calibration: tuple[str, ...] = option((), "text files, directories or globs on which experts show their use")
-    method: Literal["reap", "exhaustive", "frequency"] = option(
-        "reap",
-        "reap: drop the experts with the least mean routing weight × output norm; exhaustive: try all subsets, keep "
-        "the one with the least error of the layer's output; frequency: drop the least often chosen (a baseline)",
-    )
-    calibration_tokens: int = option(16384, "tokens of the text to use; 131072 or more for the 12B")
-    choices: str = option(
-        "",
-        "instead of calibration: conversion.json of an earlier run on this model; the experts that it kept, or those "
-        "of its highest scores where another number is asked for",
-        "FILE",
-    )
 
 
 def prune(
@@ -249,7 +229,7 @@ def _subset_errors(config, logits_TE, gram_TEE, member_SE):
     return error_S / squared(whole_TE[..., None])
 
 
-def _summary(manifest: Manifest) -> Figures:
+def printed_figures(manifest: Manifest) -> Figures:
     layers = [figures for figures in manifest["layers"] if "kept" in figures]
 
     def mean(name: str) -> float:
@@ -260,16 +240,3 @@ def _summary(manifest: Manifest) -> Figures:
         "moe_layers": len(layers),
         **{f"{name}_mean": mean(name) for name in ("dropped_share", "layer_error") if name in layers[0]},
     }
-
-
-PRUNE = Conversion(
-    "prune-experts",
-    prune,
-    PruneOptions,
-    "keep the most useful experts of every MoE layer and drop the others",
-    "One pass over calibration text with one layer in memory finds them; the rest is nearly a file copy. Scores, kept\n"
-    "experts and each layer's error (of the experts' summed output, in squares, relative) are in the manifest.\n"
-    "`relay` may recover part of what it costs.",
-    _summary,
-    source_help="directory of a mixture",
-)

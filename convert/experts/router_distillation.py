@@ -22,7 +22,6 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +29,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from convert.command import Conversion, option
 from convert.experts.router_ridge import ridge_routers
 from convert.layerwise import calibration_batches, fitted_batches
+from convert.options import RelayOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
@@ -47,27 +46,6 @@ from nemoe_jax.utils.progress import progress_bar
 SHARES = (1.0, 0.5, 0.25, 0.125)  # of a change, tried in this order
 
 _ADAM = optax.scale_by_adam()
-
-
-@dataclasses.dataclass(frozen=True)
-class RelayOptions:
-    """How routers are recalibrated."""
-
-    teacher: str = option(
-        dataclasses.MISSING, "model directory of the same vocabulary: the unpruned mixture or the dense model", "DIR"
-    )
-    calibration: tuple[str, ...] = option(dataclasses.MISSING, "text files, directories or globs")
-    method: Literal["distil", "ridge", "both"] = option(
-        "distil",
-        "distil: gradient steps on all routers towards the teacher's next-token distribution; ridge: layer by layer "
-        "towards the teacher's layer outputs (a teacher with the same layers); both: ridge, then distil",
-    )
-    calibration_tokens: int = option(65536, "tokens of the text to use; the last tenth judges")
-    steps: int = option(200, "distil: gradient steps, one batch of 8 windows each")
-    learning_rate: float = option(0.1, "distil: Adam's first, as a share of each router's deviation; falls to 0", "X")
-    ridge: float = option(0.1, "ridge: how strongly the old router is held to", "X")
-    mesh: str = option("", "devices as axes, such as fsdp=4,expert=2; both models lie on them (default: one)", "MESH")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "dtype to compute in; routers are float32 always")
 
 
 def relay(
@@ -256,18 +234,6 @@ def _distil_step(config, params, teacher_config, teacher, old_LDE, deviation_L11
     return change_LDE - rate * updates, state
 
 
-def _summary(manifest: Manifest) -> Figures:
+def printed_figures(manifest: Manifest) -> Figures:
     figures = {name: value for name, value in manifest.items() if name.startswith("held_out")}
     return {**figures, "relay": f"kept {manifest['kept']} of {manifest['moe_layers']} layers"}
-
-
-RELAY = Conversion(
-    "relay",
-    relay,
-    RelayOptions,
-    "recalibrate the routers of a mixture, as after prune-experts, to a teacher",
-    'Only what lowers the loss on the last tenth of the text is kept, and nothing but routers changes; "kept 0 of N\n'
-    'layers" says that nothing helped. Both models are in memory, in --dtype; ridge adds one layer of each.',
-    _summary,
-    source_help="directory of a mixture",
-)

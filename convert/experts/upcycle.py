@@ -30,12 +30,12 @@ E experts, D embed, F expert_ffn, G groups (m), C channels with a shift.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from convert.command import Conversion, option
+from convert.options import CHECK_TOKENS, UpcycleOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from convert.verify.routing import compare, windows
 from nemoe_jax.checkpoints.reader import Checkpoint
@@ -45,35 +45,8 @@ from nemoe_jax.spec.schema import declare
 from nemoe_jax.utils.output_path import refuse_existing
 
 SHIFT = {"float32": 1024.0, "bfloat16": 16.0, "float16": 16.0}  # spreads, by the dtype on disk
-CHECK_TOKENS = 2048
 LEAST_NORM = 0.25  # of the median norm weight: fainter channels are not trusted to carry a shift
 SATURATED = 8.0  # nats that a group leads by when a softmax over all experts has all but forgotten the others
-
-
-@dataclasses.dataclass(frozen=True)
-class UpcycleOptions:
-    """How a mixture gets more experts."""
-
-    experts: int = option(dataclasses.MISSING, "experts per layer of the result: a multiple of the source's")
-    mode: Literal["wide", "split", "copies"] = option(
-        "wide",
-        "wide: copies of experts, top-k grows as they do: same output, more FLOPs; split: experts cut into smaller "
-        "ones: same output, FLOPs and parameters; copies: same top-k and FLOPs, same output for nearly all tokens",
-    )
-    shift: float = option(
-        0.0,
-        "copies: how far groups are apart, in spreads of the chosen experts' logits; more: fewer tokens between "
-        "groups, coarser logits; 0 takes 1024 for float32 weights, else 16, which costs half-precision logits less",
-        "SPREADS",
-    )
-    noise: float = option(
-        0.01, "wide: largest relative noise on `down`; sums to zero over the copies; 0 leaves them alike", "SHARE"
-    )
-    check: tuple[str, ...] = option((), "text files, directories or globs: compare the result with the source on them")
-    check_tokens: int = option(
-        0, f"tokens to compare on (0: {CHECK_TOKENS} of the text); without --check random ones (0: no comparison)"
-    )
-    seed: int = option(0, "seed of the noise and of random tokens")
 
 
 def upcycle(
@@ -222,22 +195,7 @@ def with_noise(down: np.ndarray, copies: int, noise: float, generator: np.random
     return result
 
 
-def _summary(manifest: Manifest) -> dict[str, Any]:
+def printed_figures(manifest: Manifest) -> dict[str, Any]:
     result = manifest["result"]
     shown = {name: result[name] for name in ("experts", "top_k", "expert_ffn", "layers")}
     return shown | {f"check_{name}": value for name, value in manifest.get("check", {}).items()}
-
-
-UPCYCLE = Conversion(
-    "upcycle",
-    upcycle,
-    UpcycleOptions,
-    "give a mixture two, three, … times its experts",
-    "No data, no model in memory. Expert j·E + e of the result descends from expert e of the source's E.\n"
-    "wide and split give the source's logits. copies gives them but for tokens between two groups or near a tie,\n"
-    "about 1 in 1000 in each layer with float32 weights and up to 1 in 10 with others.\n"
-    "--check prints how far the logits are apart, relative to their standard deviation, and the share of (token,\n"
-    "layer) pairs with other experts chosen.",
-    _summary,
-    source_help="directory of a mixture",
-)

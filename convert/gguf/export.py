@@ -9,22 +9,21 @@ the file, in a few threads. Blocks whose bytes are the same are written straight
 """
 
 import concurrent.futures
-import dataclasses
 import itertools
 import math
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import jax.numpy as jnp
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
-from convert.command import Conversion, option
 from convert.gguf.tokenizer import Vocabulary, read_vocabulary
+from convert.options import GgufOptions
 from convert.streaming import MOST_THREADS, ConversionSettings, Figures, Manifest
 from nemoe_jax.checkpoints.mistral_format import to_mistral_rows
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
@@ -46,16 +45,6 @@ FILE_TYPES = {
 }
 DTYPES = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
 BLOCK = 1 << 22  # elements converted at once
-
-
-@dataclasses.dataclass(frozen=True)
-class GgufOptions:
-    """How a model is written."""
-
-    type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = option(
-        "auto", "of the weights; norms and routers are always f32; auto is the dtype that config.json names"
-    )
-    dry_run: bool = option(False, "print the plan; write nothing")
 
 
 class Tensor(NamedTuple):
@@ -215,19 +204,6 @@ def _write_block(descriptor: int, alone: threading.Lock, at: int, block: np.ndar
         write_at(descriptor, at, data)
 
 
-def _figures(report: Manifest) -> Figures:
+def printed_figures(report: Manifest) -> Figures:
     figures = {name: value for name, value in report.items() if name != "bytes"}
     return {**figures, "gigabytes": report["bytes"] / 1e9}
-
-
-GGUF = Conversion(
-    "gguf",
-    to_gguf,
-    GgufOptions,
-    "write a model as one file for llama.cpp",
-    "Dense Mistral- and Llama-shaped models and Mixtrals, with their tokenizer and chat template: Tekken,\n"
-    "SentencePiece, or a byte-level tokenizer.json. llama.cpp runs the file as it is, or quantizes it further.",
-    _figures,
-    streams=False,
-    destination_help="file to make; must not exist",
-)

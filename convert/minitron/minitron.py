@@ -18,14 +18,13 @@ D embed, F neurons, E experts.
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
 
-from convert.command import Conversion, option
 from convert.layerwise import calibration_batches, kind_of
 from convert.minitron.importance import Scorer, Scores
+from convert.options import MinitronOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef
 from nemoe_jax.errors import UserError
@@ -34,23 +33,6 @@ from nemoe_jax.spec.schema import count, declare
 from nemoe_jax.utils.output_path import refuse_existing
 
 NEURON_AXES = ("ffn", "expert_ffn", "shared_ffn")  # as ModelConfig and the schema call them
-
-
-@dataclasses.dataclass(frozen=True)
-class MinitronOptions:
-    """What a model is pruned to; what is not given stays as wide as it is."""
-
-    hidden: int | None = option(None, "channels of the residual stream to keep")
-    ffn: int | None = option(None, "FFN neurons to keep in each layer; of a mixture, in each expert")
-    shared_ffn: int | None = option(None, "neurons of the shared expert to keep (NekoMind)")
-    dense_ffn: int | None = option(None, "neurons to keep in a mixture's dense first layers (NekoMind)")
-    calibration: tuple[str, ...] = option((), "text files, directories or globs to measure activations on; needed")
-    calibration_tokens: int = option(16384, "tokens of it to use, in sequences of 256; the papers take 1024 sequences")
-    importance: Literal["activations", "random"] = option(
-        "activations", "what is kept: what the text excites most, or anything (a baseline)"
-    )
-    rescale_norms: bool = option(True, "leave norm weights and epsilon as they are, as Minitron does")
-    seed: int = option(0, "seed of random importance")
 
 
 @dataclasses.dataclass
@@ -200,7 +182,7 @@ def _figures(scores: Scores, kept: Kept, config: ModelConfig, layer: int) -> Fig
     }
 
 
-def _summary(manifest: Manifest) -> Figures:
+def printed_figures(manifest: Manifest) -> Figures:
     result, layers = manifest["result"], manifest["layers"]
     total, active = count(ModelConfig(**result))
     figures: Figures = {"parameters": total, "active_parameters": active}
@@ -214,16 +196,3 @@ def _summary(manifest: Manifest) -> Figures:
     if factors:
         figures |= {"norm_factor_min": min(factors), "norm_factor_max": max(factors)}
     return figures
-
-
-MINITRON = Conversion(
-    "minitron",
-    minitron,
-    MinitronOptions,
-    "prune the width: drop the residual channels and FFN neurons that calibration text excites least",
-    "Any dense model or mixture becomes a narrower one of its family: one pass over the text scores every channel\n"
-    "and neuron, and the best are kept (Minitron, arXiv 2407.14679 and 2408.11796). Each expert of a mixture keeps\n"
-    "its own neurons. The result is a damaged model until it is distilled from its source (nemoe-train).\n\n"
-    "  nemoe-convert minitron nemo-12b minitron-8b --hidden 4096 --ffn 11520 --calibration text/\n",
-    _summary,
-)

@@ -28,9 +28,8 @@ from nemoe_jax.errors import ResumableError, UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.file_copy import write_at
-from nemoe_jax.utils.output_path import check_room, refuse_existing, staging_path
+from nemoe_jax.utils.output_path import SHARD_BYTES, check_room, refuse_existing, staging_path
 
-SHARD_BYTES = 2_000_000_000
 TOKENIZER_FILES = (
     "tekken.json",
     "tokenizer.json",

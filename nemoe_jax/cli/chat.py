@@ -8,7 +8,6 @@ from pathlib import Path
 from nemoe_jax.cli import model_flags, sampling_flags
 from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.utils.command import Command
 
 DETAILS = """\
@@ -42,6 +41,7 @@ def add(command: Command) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.serving.engine.completion import end_tokens
+    from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.terminal.conversation import Conversation
     from nemoe_jax.serving.terminal.session import Session
     from nemoe_jax.serving.terminal.slash_commands import COMMANDS

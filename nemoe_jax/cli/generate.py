@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from nemoe_jax.cli import sampling_flags
 from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.engine.completion import collect, shown
-from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.utils.command import Command, print_figures, read_text
 
 if TYPE_CHECKING:
+    from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.request_builder import RequestBuilder
 
 DETAILS = """\
@@ -57,6 +56,7 @@ def add(command: Command) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.cli import batch
+    from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.request_builder import RequestBuilder
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
@@ -92,8 +92,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--logprobs: needs --json or --batch, which can show them")
 
 
-def _answer(arguments: argparse.Namespace, maker: "RequestBuilder", wishes: Request) -> None:
+def _answer(arguments: argparse.Namespace, maker: "RequestBuilder", wishes: "Request") -> None:
     """One answer, shown as it comes."""
+    from nemoe_jax.serving.engine.completion import collect, shown
     from nemoe_jax.text.chat import render
 
     if arguments.chat is not None:

@@ -7,12 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from nemoe_jax.spec.config import PRESETS, ModelConfig, preset
-from nemoe_jax.spec.mesh import parse_mesh
-from nemoe_jax.spec.schema import count, declare, leaves
-from nemoe_jax.spec.sharding import partition_spec
 from nemoe_jax.utils.command import Command
 
 
@@ -31,7 +26,7 @@ def add(command: Command) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
-    from nemoe_jax.cli.inspect_model import describe, print_description
+    from nemoe_jax.spec.mesh import parse_mesh
 
     is_directory = Path(arguments.model).is_dir()
     config = reader.read_config(arguments.model) if is_directory else preset(arguments.model)
@@ -48,6 +43,11 @@ def describe(config: ModelConfig, mesh_shape: Mapping[str, int]) -> dict[str, An
     Raises:
         UserError: the mesh does not fit the model.
     """
+    import jax.numpy as jnp
+
+    from nemoe_jax.spec.schema import count, declare, leaves
+    from nemoe_jax.spec.sharding import partition_spec
+
     itemsize = jnp.dtype(config.dtype).itemsize
     arrays = []
     for path, spec in leaves(declare(config)).items():

@@ -4,8 +4,6 @@ import argparse
 import contextlib
 from pathlib import Path
 
-import numpy as np
-
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.command import Command
@@ -28,6 +26,7 @@ def add(command: Command) -> None:
 
 def _logits(arguments: argparse.Namespace) -> None:
     import jax
+    import numpy as np
 
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.model.transformer import forward

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from nemoe_jax.cli import model_flags
-from nemoe_jax.serving.engine.engine import Engine
-from nemoe_jax.spec.mesh import make_mesh, parse_mesh
-from nemoe_jax.text.tokenizers.base import Tokenizer
-
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.spec.config import ModelConfig
     from nemoe_jax.spec.schema import Tree
+    from nemoe_jax.text.tokenizers.base import Tokenizer
 
 
 class Model(NamedTuple):
@@ -57,6 +54,7 @@ def name_of(directory: str) -> str:
 def load_model_from_args(arguments: argparse.Namespace) -> Model:
     """The model of `arguments.directory`, as the flags of `add_model_flags` say. Raises UserError."""
     from nemoe_jax.checkpoints import pretrained
+    from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 
     mesh = make_mesh(parse_mesh(arguments.mesh)) if arguments.mesh else None
     config, params = pretrained.load_pretrained(arguments.directory, mesh=mesh, dtype=arguments.dtype, progress=True)
@@ -66,13 +64,13 @@ def load_model_from_args(arguments: argparse.Namespace) -> Model:
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """`--adapter`, `--mesh`, `--dtype` and `--kv-cache`, for `start`."""
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in Hugging Face PEFT's form, over the model")
-    model_flags.add_model_flags(parser)
-    model_flags.add_cache_flag(parser)
+    add_model_flags(parser)
+    add_cache_flag(parser)
 
 
 @contextlib.contextmanager
 def engine_from_args(
-    arguments: argparse.Namespace, tokenizer: Tokenizer, *, max_num_seqs: int, kv_tokens: int, max_queued: int = 64
+    arguments: argparse.Namespace, tokenizer: "Tokenizer", *, max_num_seqs: int, kv_tokens: int, max_queued: int = 64
 ) -> "Iterator[Engine]":
     """An engine with the model of `arguments.directory`, for as long as the context lasts.
 
@@ -89,7 +87,7 @@ def engine_from_args(
     from nemoe_jax.adapters import peft_load
     from nemoe_jax.serving.engine.engine import Engine
 
-    config, params, mesh = model_flags.load_model_from_args(arguments)
+    config, params, mesh = load_model_from_args(arguments)
     adapters = {}
     if arguments.adapter:
         adapters[arguments.adapter] = peft_load.load_adapters(arguments.adapter, config, mesh, progress=True)[1]

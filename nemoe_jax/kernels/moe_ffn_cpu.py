@@ -12,14 +12,24 @@ T tokens, D embed, E experts, C top-k, R = T·C rows sorted by expert, F expert_
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.kernels.grouped_matmul.cpu import dot, for_each_tile, pick
 from nemoe_jax.spec.schema import Tree
+
+
+class Adapter(Protocol):
+    """A low-rank update `scale · a @ b` of the experts' weights, (E, inputs, K) and (E, K, outputs); a pytree."""
+
+    @property
+    def a(self) -> Any: ...
+    @property
+    def b(self) -> Any: ...
+    @property
+    def scale(self) -> float: ...
 
 
 class TokenOrder(NamedTuple):

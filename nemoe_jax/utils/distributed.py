@@ -2,13 +2,13 @@
 
 import argparse
 
-import jax
-
 from nemoe_jax.errors import UserError
 
 
 def barrier(name: str) -> None:
     """Waits until every process of a `jax.distributed` job is here; nothing for a single process."""
+    import jax  # commands print their help without it
+
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -34,7 +34,7 @@ def join_distributed(words: list[str] | None) -> None:
     """
     if words is None:
         return
-    import jax  # not every command needs it
+    import jax
 
     try:
         if words:

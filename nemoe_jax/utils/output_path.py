@@ -7,6 +7,8 @@ from pathlib import Path
 
 from nemoe_jax.errors import UserError
 
+SHARD_BYTES = 2_000_000_000  # of a weight file, unless the user says otherwise
+
 
 def staging_path(target: Path) -> Path:
     """The hidden place beside a target."""

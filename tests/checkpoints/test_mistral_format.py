@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.layout import LAYOUT, LayoutOptions, change_layout
+from convert.layout import change_layout
+from convert.options import LAYOUT, LayoutOptions
 from convert.verify.logits import torch_logits
 from nemoe_jax.checkpoints import mistral_format, pretrained
 from nemoe_jax.checkpoints.layout import CONSOLIDATED, HUGGING_FACE, MISTRAL, PARAMS, SINGLE, layout_of

@@ -6,9 +6,7 @@ estimate: temporaries are split into what grows with the tokens on a device and 
 B rows of a batch, T tokens of a row, D embed, V vocabulary, L layers.
 """
 
-import argparse
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -18,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import Command
 from train import recipe as recipes
 
 if TYPE_CHECKING:
     from train.plan.aot import Step
 
-EXIT_DOES_NOT_FIT = 3
 ENVIRONMENT = {  # read when JAX and libtpu load
     "JAX_PLATFORMS": "cpu",  # a TPU that is there stays free
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -36,41 +32,6 @@ ENVIRONMENT = {  # read when JAX and libtpu load
 }
 # cut over all devices, but for data's copies
 SPREAD = ("frozen weights", "trained weights", "optimizer state", "teacher")
-
-
-def add_to(command: Command) -> None:
-    """Adds the sub-command."""
-    parser = command.add(
-        "plan",
-        _plan,
-        "compile a recipe's step for a TPU slice, without a TPU, and say whether it fits",
-        "Bytes per device by kind against the chip's limit, transfers between devices, FLOPs. Needs no weights:\n"
-        "model and distill.teacher may be names of presets (nemoe inspect NAME shows one) instead of directories. The\n"
-        "mesh is the recipe's, or auto where it has none, as is written in train/run/auto_mesh.py.\n\n"
-        "Exit status 3 where it does not fit, with what to change. Wants libtpu: pip install 'nemoe-jax[tpu]'.\n\n"
-        "  nemoe-train plan nemoe-12b-16e-repair model=nemoe-12b-16e distill.teacher=mistral-nemo-12b \\\n"
-        "      --topology v5e:4x4",
-        reports=True,
-    )
-    recipes.add_arguments(parser)
-    parser.add_argument("--topology", required=True, help="TPU generation and chips: v5e:4x4, v5p:2x2x4, v6e:8x8, …")
-    parser.add_argument("--phase", metavar="NAME", help="phase of the recipe; default: that which trains most weights")
-    parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    recipe = recipes.read_recipe(arguments.recipe, arguments.overrides)
-    phases = [phase.name for phase in recipe.phases]
-    if arguments.phase and arguments.phase not in phases:
-        raise UserError(f"--phase: expected one of {', '.join(phases)}, got {arguments.phase}")
-    figures = plan(
-        recipe, arguments.topology, phases.index(arguments.phase) if arguments.phase else None, arguments.hlo
-    )
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        print("\n".join(render(figures)))
-    return 0 if figures["fits"] else EXIT_DOES_NOT_FIT
 
 
 def plan(

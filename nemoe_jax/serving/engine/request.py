@@ -1,12 +1,13 @@
 """A request to the engine, and the outputs that come back."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_TOP_LOGPROBS = 20  # likeliest tokens whose log-probabilities are given
 MAX_REQUEST_BYTES = 4 * 2**20  # of a request over HTTP, where nothing else is said
@@ -15,7 +16,7 @@ MAX_REQUEST_BYTES = 4 * 2**20  # of a request over HTTP, where nothing else is s
 class Constraint(Protocol):
     """What a response must look like, token by token; the state of one response."""
 
-    def allowed(self) -> np.ndarray:
+    def allowed(self) -> "np.ndarray":
         """Bits of the tokens that may come next, uint32 (ceil(V / 32),), the lowest bit first."""
 
     def accept(self, token: int) -> None:
