@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from convert.experts.router_distillation import relay as distill_routers
     from convert.experts.upcycle import UpcycleOptions, upcycle
     from convert.gguf.export import GgufOptions, to_gguf
+    from convert.gguf.from_gguf import FromGgufOptions, from_gguf
     from convert.layout import LayoutOptions, change_layout
     from convert.merge_lora import MergeOptions
     from convert.merge_lora import merge as merge_adapter

@@ -20,7 +20,7 @@ PROMISED = {
     nemoe_jax: {"load_pretrained", "save_pretrained", "forward", "generate", "Engine", "SamplingParams", "ModelConfig"},
     convert: {
         *("carve_model", "upcycle", "prune_experts", "distill_routers", "prune_width", "merge_adapter"),
-        *("change_layout", "quantize_model", "to_gguf", "compare_logits"),
+        *("change_layout", "quantize_model", "to_gguf", "from_gguf", "compare_logits"),
     },
     train: {"train", "plan_step", "read_recipe"},
 }
