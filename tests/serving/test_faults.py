@@ -73,7 +73,7 @@ def work(engine):
 def ended(responses, outputs):
     """Waits for the ends; each response has one, and one alone."""
     for response, own in zip(responses, outputs, strict=True):
-        response.result(10)
+        response.result(60)
         assert [bool(one.finish_reason) for one in own] == [False] * (len(own) - 1) + [True]
         assert own[-1].finish_reason == response.finish_reason
         assert (response.error is None) == (response.finish_reason != "error")
@@ -88,7 +88,8 @@ def idle(engine):
 def calls(start):
     """The package's functions that the engine's thread calls for that work, with the number of calls."""
     with start() as engine:  # compiles, which is no part of the loop
-        ended(*work(engine))
+        for response in work(engine)[0]:
+            response.result(300)
     with recorded("engine") as counted, start() as engine:
         ended(*work(engine))
     functions = {
@@ -135,7 +136,7 @@ def test_a_fault_at_any_call_ends_requests_and_not_the_engine(start, calls, time
                     wrong.append((name, at, repr(error)[:80]))
             if engine.failure is None and engine._thread.is_alive():
                 answer = engine.submit(AFTERWARDS)
-                if answer._done.wait(10) and answer.text == expected and idle(engine):
+                if answer._done.wait(60) and answer.text == expected and idle(engine):
                     continue
                 wrong.append((name, at, f"afterwards: {answer.text}, {engine.statistics()}"))
             elif name not in LAST_RESORT:

@@ -65,20 +65,26 @@ class EngineStreams:
         Raises:
             ApiError: the engine gave up on one of them.
         """
-        left = len(self._answers)
+        left = set(range(len(self._answers)))
         while left:
             come = [await self._queue.get()]
             while not self._queue.empty():
                 come.append(self._queue.get_nowait())
             joined: dict[int, RequestOutput] = {}
             for index, piece in come:
-                joined[index] = _join(joined[index], piece) if index in joined else piece
+                if index not in joined:
+                    joined[index] = piece
+                elif joined[index].finish_reason is None:
+                    joined[index] = _join(joined[index], piece)
             for index, piece in joined.items():
+                if index not in left:  # told of its end twice, as the first time failed
+                    continue
                 if piece.finish_reason == "error":
                     raise ApiError(500, piece.error or "the engine failed", code="engine_error")
                 if piece.finish_reason == "cancelled":
                     raise shutting_down()
-                left -= piece.finish_reason is not None
+                if piece.finish_reason is not None:
+                    left.remove(index)
                 yield index, piece
 
 

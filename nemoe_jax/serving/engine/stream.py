@@ -102,18 +102,26 @@ class ResponseStream:
         self.emit(RequestOutput(rest, (), reason, error))
 
     def emit(self, output: RequestOutput) -> None:
-        """Gives an output to the client; one that fails to take it is cancelled, and still told of the end."""
+        """Gives an output to the client; one that fails to take it is cancelled, and told of the end all the same."""
+        last = output.finish_reason is not None
         self.text += output.text
         self.finish_reason, self.error = output.finish_reason, output.error
         try:
+            self._call(output) or (last and self._call(output))
+        finally:
+            if last:
+                self.finished = True
+                self._done.set()
+
+    def _call(self, output: RequestOutput) -> bool:
+        """Whether the client took an output."""
+        try:
             self._on_output(output)
+            return True
         except BaseException:  # the client's code: not even its exit may end the engine's thread
             _log.exception("the client fails to take its response: cancelled")
             self.cancelled = True
-        finally:
-            if output.finish_reason is not None:
-                self.finished = True
-                self._done.set()
+            return False
 
     def _flush(self, finish: str) -> tuple[str, str]:
         """The text that was held back, and the finish reason: a stop string may have been in it."""
