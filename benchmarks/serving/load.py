@@ -91,8 +91,18 @@ def requests(model: str, vocab: int, count: int) -> list[Wanted]:
 @contextlib.contextmanager
 def served(directory: Path, options: argparse.Namespace) -> Iterator[str]:
     """The base URL of a server of its own process, which must end well."""
-    command = [sys.executable, "-m", "nemoe_jax.cli.main", "serve", str(directory), "--port", "0", "--name", "model"]
-    command += ["--rows", str(options.rows), "--queue", str(options.streams)]
+    command = [
+        sys.executable,
+        "-m",
+        "nemoe_jax.cli.main",
+        "serve",
+        str(directory),
+        "--port",
+        "0",
+        "--served-model-name",
+        "model",
+    ]
+    command += ["--max-num-seqs", str(options.rows), "--max-queued", str(options.streams)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     try:

@@ -10,11 +10,10 @@ import dataclasses
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from nemoe_jax.cli.model_flags import engine_from_args
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference import sampling_fields
 from nemoe_jax.serving.engine.completion import collect
@@ -26,7 +25,7 @@ from nemoe_jax.utils.progress import progress_bar
 if TYPE_CHECKING:
     from nemoe_jax.serving.engine.engine import Engine
 
-AHEAD = 4  # times the rows: requests under way or waiting, so that a long answer holds up no others
+AHEAD = 4  # times the slots: requests running or queued, so that a long response holds up no others
 FIELDS = {
     "id",
     "prompt",
@@ -46,13 +45,22 @@ class Job(NamedTuple):
     """A line of the input."""
 
     number: int  # from 1
-    name: Any  # its "id", which the answer carries; None where it has none
+    name: Any  # its "id", which the response carries; None where it has none
     request: Request
     tools: Any
 
 
-def run(arguments: argparse.Namespace, maker: RequestBuilder, wishes: Request) -> None:
-    """Answers all lines of `arguments.batch` that `arguments.output` does not hold yet.
+def run(
+    arguments: argparse.Namespace,
+    builder: RequestBuilder,
+    template: Request,
+    start: Callable[..., contextlib.AbstractContextManager["Engine"]],
+) -> None:
+    """Responds to all lines of `arguments.batch` that `arguments.output` does not hold yet.
+
+    Args:
+        template: what lines do not say themselves.
+        start: gives the engine.
 
     Raises:
         UserError: a line that makes no sense, an output of other work, or lines that the model could not answer; their
@@ -61,23 +69,22 @@ def run(arguments: argparse.Namespace, maker: RequestBuilder, wishes: Request) -
     source, target = arguments.batch, arguments.output
     lines = [line for line in enumerate(read_text(source).split("\n"), 1) if line[1].strip()]
     asked = [
-        (job.number, len(job.request.prompt), job.request.max_new_tokens) for job in jobs(lines, source, maker, wishes)
+        (job.number, len(job.request.prompt), job.request.max_new_tokens)
+        for job in jobs(lines, source, builder, template)
     ]
     done = 0 if target == "-" else _finished(Path(target), asked)
     failed: list[int] = []
     if done < len(asked):
         longest = max(prompt + new for _, prompt, new in asked[done:])
-        rows = min(arguments.rows, len(asked) - done)
-        todo = jobs(lines[done:], source, maker, wishes)
+        slots = min(arguments.max_num_seqs, len(asked) - done)
+        todo = jobs(lines[done:], source, builder, template)
         with (
-            engine_from_args(
-                arguments, maker.tokenizer, max_num_seqs=rows, kv_tokens=rows * longest, max_queued=AHEAD * rows
-            ) as engine,
+            start(max_num_seqs=slots, kv_tokens=slots * longest, max_queued=AHEAD * slots) as engine,
             _opened(target) as out,
             progress_bar() as bar,
         ):
             task = bar.add_task("answering", total=len(asked), completed=done)
-            for job, figures in _answers(engine, todo, AHEAD * rows, maker):
+            for job, figures in _answers(engine, todo, AHEAD * slots, builder):
                 name = {} if job.name is None else {"id": job.name}
                 out.write(json.dumps({"line": job.number, **name, **figures}, ensure_ascii=False) + "\n")
                 out.flush()
@@ -87,41 +94,41 @@ def run(arguments: argparse.Namespace, maker: RequestBuilder, wishes: Request) -
         raise UserError(f"{source}: {len(failed)} of {len(asked)} lines got an error, line {failed[0]} the first")
 
 
-def jobs(lines: Iterable[tuple[int, str]], source: str, maker: RequestBuilder, wishes: Request) -> Iterator[Job]:
-    """What numbered lines ask for; `wishes` is what they do not say themselves. Raises UserError with the line."""
+def jobs(lines: Iterable[tuple[int, str]], source: str, builder: RequestBuilder, template: Request) -> Iterator[Job]:
+    """What numbered lines ask for; `template` is what they do not say themselves. Raises UserError with the line."""
     for number, line in lines:
         try:
             fields = json.loads(line)
-            yield Job(number, fields.get("id"), _request(fields, maker, wishes), fields.get("tools"))
+            yield Job(number, fields.get("id"), _request(fields, builder, template), fields.get("tools"))
         except UserError as error:
             raise UserError(f"{source}:{number}: {error}") from error
         except (ValueError, RecursionError, AttributeError) as error:
             raise UserError(f"{source}:{number}: expected a JSON object, got {line!r:.80}") from error
 
 
-def _request(fields: Mapping[str, Any], maker: RequestBuilder, wishes: Request) -> Request:
+def _request(fields: Mapping[str, Any], builder: RequestBuilder, template: Request) -> Request:
     unknown = [name for name in fields if name not in FIELDS]
     if unknown:
         raise UserError(f"unknown key {unknown[0]!r:.80}; expected {', '.join(sorted(FIELDS))}")
     if ("prompt" in fields) == ("messages" in fields):
         raise UserError('expected either a "prompt" or "messages"')
-    stop = fields.get("stop", wishes.stop)
+    stop = fields.get("stop", template.stop)
     stop = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
-        raise UserError(f"stop: expected a text or a list of texts, got {stop!r:.80}")
-    wishes = dataclasses.replace(
-        wishes,
-        max_new_tokens=_whole(fields, "max_new_tokens", 1, wishes.max_new_tokens),
-        sampling=sampling_fields.from_fields(wishes.sampling, fields),
+        raise UserError(f"stop: expected a string or a list of strings, got {stop!r:.80}")
+    template = dataclasses.replace(
+        template,
+        max_new_tokens=_whole(fields, "max_new_tokens", 1, template.max_new_tokens),
+        sampling=sampling_fields.from_fields(template.sampling, fields),
         stop=tuple(stop),
-        top_logprobs=_whole(fields, "logprobs", 0, wishes.top_logprobs),
+        top_logprobs=_whole(fields, "logprobs", 0, template.top_logprobs),
     )
     schema = fields.get("schema")
     if "messages" in fields:
-        return maker.of_chat(wishes, fields["messages"], fields.get("tools"), fields.get("tool_choice"), schema)
+        return builder.of_chat(template, fields["messages"], fields.get("tools"), fields.get("tool_choice"), schema)
     if not isinstance(fields["prompt"], str):
-        raise UserError(f"prompt: expected a text, got {fields['prompt']!r:.80}")
-    return maker.of_text(wishes, fields["prompt"], schema)
+        raise UserError(f"prompt: expected a string, got {fields['prompt']!r:.80}")
+    return builder.of_text(template, fields["prompt"], schema)
 
 
 def _whole(fields: Mapping[str, Any], name: str, least: int, otherwise: Any) -> Any:
@@ -129,12 +136,12 @@ def _whole(fields: Mapping[str, Any], name: str, least: int, otherwise: Any) -> 
     if value is None:
         return otherwise
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{name}: expected a whole number of at least {least}, got {value!r:.80}")
+        raise UserError(f"{name}: expected an integer of at least {least}, got {value!r:.80}")
     return value
 
 
 def _answers(
-    engine: "Engine", todo: Iterable[Job], ahead: int, maker: RequestBuilder
+    engine: "Engine", todo: Iterable[Job], ahead: int, builder: RequestBuilder
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """The answers in order, with up to `ahead` of them under way."""
     under_way: deque[tuple[Job, Any]] = deque()
@@ -142,10 +149,10 @@ def _answers(
     def first() -> tuple[Job, dict[str, Any]]:
         job, answer = under_way.popleft()
         try:
-            whole = collect(answer, maker.ends, parser=maker.reader(job.tools) if job.tools else None)
+            whole = collect(answer, builder.end_tokens, parser=builder.parser(job.tools) if job.tools else None)
         except UserError as error:
             return job, {"error": str(error)}
-        return job, whole.figures(maker.tokenizer, len(job.request.prompt), job.request.top_logprobs is not None)
+        return job, whole.figures(builder.tokenizer, len(job.request.prompt), job.request.top_logprobs is not None)
 
     for job in todo:
         if len(under_way) == ahead:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from nemoe_jax.cli import model_flags, sampling_flags
-from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args
+from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args, generation_config
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.command import Command
 
@@ -53,18 +53,19 @@ def _chat(arguments: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
     if arguments.seed is None:
         arguments.seed = random.SystemRandom().randrange(2**31)
-    wishes = Request(
+    generation = generation_config(arguments)
+    template = Request(
         prompt=(),
         max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling_flags.from_flags(arguments),
+        sampling=sampling_flags.from_flags(arguments, generation),
         stop=tuple(arguments.stop),
         adapter=arguments.adapter,
     )
-    config = reader.read_config(arguments.directory)
+    config = generation.with_end_tokens(reader.read_config(arguments.directory))
     context = min(CONTEXT, config.context) if arguments.context is None else arguments.context
     if not 1 < context <= config.context:
         raise UserError(f"--context: expected 2 to the model's {config.context}, got {context}")
-    wishes.sampling.check(config.vocab)
+    template.sampling.check(config.vocab)
     tokenizer = load_tokenizer(arguments.directory)
     try:
         render.render_chat(tokenizer, [{"role": "user", "content": "Hello"}])
@@ -76,8 +77,9 @@ def _chat(arguments: argparse.Namespace) -> None:
     if arguments.system is not None:
         conversation.system = arguments.system
 
-    with engine_from_args(arguments, tokenizer, max_num_seqs=1, kv_tokens=context) as engine:
-        session = Session(conversation, engine, wishes, arguments.preset, end_tokens(config, tokenizer))
+    preset = arguments.sampling_preset or (None if generation.sampling else arguments.default_preset)
+    with engine_from_args(arguments, tokenizer, generation, max_num_seqs=1, kv_tokens=context) as engine:
+        session = Session(conversation, engine, template, preset, end_tokens(config, tokenizer))
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             session.run(PipeIO())
             return

@@ -1,24 +1,29 @@
 """`nemoe generate`: continues a text, answers a chat, or works through a file of them."""
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemoe_jax.cli import sampling_flags
-from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args
+from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args, generation_config
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import Command, print_figures, read_text
+from nemoe_jax.utils.command import Command, print_figures, read_text, rename_flags
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.request_builder import RequestBuilder
 
 DETAILS = """\
 A batch is a file of JSON lines, each {"prompt": …} or {"messages": […], "tools": […]}; a line may have an "id", and
-wishes of its own: "preset", "temperature" and the like, "max_new_tokens", "stop", "logprobs", "tool_choice", "schema".
-The answers come in the same order, a line each. Lines that OUT.jsonl holds already are not done again.
+fields of its own: "preset", "temperature" and the like, "max_new_tokens", "stop", "logprobs", "tool_choice", "schema".
+The responses come in the same order, a line each. Lines that OUT.jsonl holds already are not done again.
 """
 
 
@@ -37,10 +42,13 @@ def add(command: Command) -> None:
     )
     source.add_argument("--batch", metavar="IN.jsonl", help="many prompts and chats (- is standard input)")
     parser.add_argument("--output", metavar="OUT.jsonl", help="where a batch's answers go (- is standard output)")
-    parser.add_argument("--rows", type=int, default=8, help="answers of a batch that are made together (default 8)")
+    parser.add_argument(
+        "--max-num-seqs", type=int, default=8, metavar="N", help="requests of a batch that run together (default 8)"
+    )
+    rename_flags(parser, {"--rows": "--max-num-seqs"})
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate at most (default 128)")
     parser.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="text that ends the answer; may be repeated"
+        "--stop", metavar="TEXT", action="append", default=[], help="string that ends the response; may be repeated"
     )
     parser.add_argument(
         "--logprobs", type=int, metavar="N", help="log-probabilities of the tokens and of the N likeliest, in the JSON"
@@ -61,23 +69,26 @@ def _generate(arguments: argparse.Namespace) -> None:
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     _check(arguments)
-    wishes = Request(
+    generation = generation_config(arguments)
+    template = Request(
         prompt=(),
         max_new_tokens=arguments.max_new_tokens,
-        sampling=sampling_flags.from_flags(arguments),
+        sampling=sampling_flags.from_flags(arguments, generation),
         stop=tuple(arguments.stop),
         top_logprobs=arguments.logprobs,
         adapter=arguments.adapter,
     )
-    maker = RequestBuilder(reader.read_config(arguments.directory), load_tokenizer(arguments.directory))
+    config = generation.with_end_tokens(reader.read_config(arguments.directory))
+    builder = RequestBuilder(config, load_tokenizer(arguments.directory))
+    start = functools.partial(engine_from_args, arguments, builder.tokenizer, generation)
     if arguments.batch is not None:
-        batch.run(arguments, maker, wishes)
+        batch.run(arguments, builder, template, start)
     else:
-        _answer(arguments, maker, wishes)
+        _respond(arguments, builder, template, start)
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("max_new_tokens", 1), ("rows", 1), ("logprobs", 0)):
+    for name, least in (("max_new_tokens", 1), ("max_num_seqs", 1), ("logprobs", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             kind = "a positive number" if least else "0 or more"
@@ -92,28 +103,31 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--logprobs: needs --json or --batch, which can show them")
 
 
-def _answer(arguments: argparse.Namespace, maker: "RequestBuilder", wishes: "Request") -> None:
-    """One answer, shown as it comes."""
+def _respond(
+    arguments: argparse.Namespace,
+    builder: "RequestBuilder",
+    template: "Request",
+    start: "Callable[..., AbstractContextManager[Engine]]",
+) -> None:
+    """Shows one response as it comes."""
     from nemoe_jax.serving.engine.completion import collect, shown
     from nemoe_jax.text.chat import render
 
     if arguments.chat is not None:
         messages, tools = render.read_messages(arguments.chat), render.read_tools(arguments.chat)
-        request = maker.of_chat(wishes, messages, tools, _tool_choice(arguments.tool_choice), _schema(arguments))
+        request = builder.of_chat(template, messages, tools, _tool_choice(arguments.tool_choice), _schema(arguments))
     else:
         tools, text = None, arguments.prompt
         if text is None:
             text = read_text(arguments.input or arguments.file).removesuffix("\n").removesuffix("\r")
-        request = maker.of_text(wishes, text, _schema(arguments))
+        request = builder.of_text(template, text, _schema(arguments))
     prompt_tokens = len(request.prompt)
     show = (lambda text: None) if arguments.json else shown
-    tool_reader = maker.reader(tools) if tools else None
-    with engine_from_args(
-        arguments, maker.tokenizer, max_num_seqs=1, kv_tokens=prompt_tokens + wishes.max_new_tokens
-    ) as engine:
-        answer = collect(engine.submit(request), maker.ends, show, tool_reader)
+    parser = builder.parser(tools) if tools else None
+    with start(max_num_seqs=1, kv_tokens=prompt_tokens + template.max_new_tokens) as engine:
+        answer = collect(engine.submit(request), builder.end_tokens, show, parser)
     if arguments.json:
-        figures = answer.figures(maker.tokenizer, prompt_tokens, wishes.top_logprobs is not None)
+        figures = answer.figures(builder.tokenizer, prompt_tokens, template.top_logprobs is not None)
         print_figures({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
         return
     print()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from nemoe_jax.inference.generation_config import GenerationConfig
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.spec.config import ModelConfig
     from nemoe_jax.spec.schema import Tree
@@ -51,6 +53,37 @@ def name_of(directory: str) -> str:
     return path.resolve().name if path.name in ("", "..") else path.name
 
 
+def add_generation_config_flag(parser: argparse.ArgumentParser) -> None:
+    """`--generation-config`, for `generation_config`."""
+    parser.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="whether the model's generation_config.json gives end tokens and sampling defaults (default auto: where "
+        "there is one)",
+    )
+
+
+def generation_config(arguments: argparse.Namespace) -> "GenerationConfig":
+    """What the generation config of `arguments.directory` gives, as the flags say; told on standard error.
+
+    Raises:
+        UserError: values that make no sense.
+    """
+    from nemoe_jax.cli.sampling_flags import given_names
+    from nemoe_jax.inference.generation_config import GenerationConfig, read_generation_config
+
+    if arguments.generation_config == "none":
+        return GenerationConfig()
+    generation = read_generation_config(arguments.directory)
+    if arguments.sampling_preset is not None:  # which was asked for
+        generation = GenerationConfig(generation.end_tokens)
+    taken = generation.described(given_names(arguments))
+    if taken:
+        print(f"{taken} (--generation-config none: without it)", file=sys.stderr, flush=True)
+    return generation
+
+
 def load_model_from_args(arguments: argparse.Namespace) -> Model:
     """The model of `arguments.directory`, as the flags of `add_model_flags` say. Raises UserError."""
     from nemoe_jax.checkpoints import pretrained
@@ -62,21 +95,29 @@ def load_model_from_args(arguments: argparse.Namespace) -> Model:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """`--adapter`, `--mesh`, `--dtype` and `--kv-cache`, for `start`."""
+    """`--adapter`, `--mesh`, `--dtype`, `--kv-cache` and `--generation-config`, for `engine_from_args`."""
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in Hugging Face PEFT's form, over the model")
     add_model_flags(parser)
     add_cache_flag(parser)
+    add_generation_config_flag(parser)
 
 
 @contextlib.contextmanager
 def engine_from_args(
-    arguments: argparse.Namespace, tokenizer: "Tokenizer", *, max_num_seqs: int, kv_tokens: int, max_queued: int = 64
+    arguments: argparse.Namespace,
+    tokenizer: "Tokenizer",
+    generation: "GenerationConfig",
+    *,
+    max_num_seqs: int,
+    kv_tokens: int,
+    max_queued: int = 64,
 ) -> "Iterator[Engine]":
     """An engine with the model of `arguments.directory`, for as long as the context lasts.
 
     Its requests name the adapter as the flag does.
 
     Args:
+        generation: its end tokens are the model's.
         max_num_seqs: requests that run at a time.
         kv_tokens: size of the KV cache.
         max_queued: requests that may wait.
@@ -92,7 +133,7 @@ def engine_from_args(
     if arguments.adapter:
         adapters[arguments.adapter] = peft_load.load_adapters(arguments.adapter, config, mesh, progress=True)[1]
     engine = Engine(
-        config,
+        generation.with_end_tokens(config),
         params,
         tokenizer,
         max_num_seqs=max_num_seqs,

@@ -7,11 +7,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from nemoe_jax.cli import model_flags
+from nemoe_jax.cli import model_flags, sampling_flags
 from nemoe_jax.errors import UserError
-from nemoe_jax.inference.sampling import PRESETS, SamplingParams
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
-from nemoe_jax.utils.command import Command
+from nemoe_jax.utils.command import Command, rename_flags
 
 if TYPE_CHECKING:
     from nemoe_jax.serving.api.served_model import ServedModel
@@ -39,19 +39,29 @@ def add(command: Command) -> None:
     parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0: any free one, which is printed)")
-    parser.add_argument("--name", help="what requests call the model (default: the directory's name)")
     parser.add_argument(
-        "--adapter",
+        "--served-model-name", metavar="NAME", help="what requests call the model (default: the directory's name)"
+    )
+    parser.add_argument(
+        "--lora-modules",
         metavar="NAME=DIR",
         action="append",
         default=[],
         help="a LoRA adapter in Hugging Face PEFT's form, for requests whose model is NAME; may be repeated",
     )
     parser.add_argument(
-        "--rows", type=int, default=8, help="answers that are made together (default 8; a lone one is faster with 1)"
+        "--max-num-seqs",
+        type=int,
+        default=8,
+        metavar="N",
+        help="requests that run at a time (default 8; a lone one is faster with 1)",
     )
-    parser.add_argument("--kv-tokens", type=int, help="tokens of keys and values in the cache, of all answers together")
-    parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a row (default 64)")
+    parser.add_argument(
+        "--kv-cache-tokens", type=int, metavar="N", help="size of the KV cache in tokens, of all requests together"
+    )
+    parser.add_argument(
+        "--max-queued", type=int, default=64, metavar="N", help="requests that may wait for a slot (default 64)"
+    )
     parser.add_argument("--max-tokens-limit", type=int, help="tokens of an answer at most, whatever a request says")
     parser.add_argument(
         "--max-request-bytes",
@@ -62,15 +72,21 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--drain-seconds", type=int, default=30, help="how long answers may take to end at SIGTERM (default 30)"
     )
-    parser.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        default="nemo",
-        help="sampling where a request says nothing (default nemo: temperature 0.3)",
-    )
+    sampling_flags.add_preset_flag(parser, default="nemo")
     parser.add_argument("--log-requests", action="store_true", help="a line on standard error for each request")
     model_flags.add_model_flags(parser)
     model_flags.add_cache_flag(parser)
+    model_flags.add_generation_config_flag(parser)
+    rename_flags(
+        parser,
+        {
+            "--name": "--served-model-name",
+            "--adapter": "--lora-modules",
+            "--rows": "--max-num-seqs",
+            "--kv-tokens": "--kv-cache-tokens",
+            "--queue": "--max-queued",
+        },
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -98,20 +114,28 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> dict[str, str]:
     """The adapters by name. Raises UserError on flags that make no sense, before anything is loaded."""
-    for name in ("rows", "kv_tokens", "queue", "max_tokens_limit", "max_request_bytes", "drain_seconds"):
+    for name in (
+        "max_num_seqs",
+        "kv_cache_tokens",
+        "max_queued",
+        "max_tokens_limit",
+        "max_request_bytes",
+        "drain_seconds",
+    ):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
     if not 0 <= arguments.port < 2**16:
         raise UserError(f"--port: expected 0 to 65535, got {arguments.port}")
-    arguments.name = arguments.name or model_flags.name_of(arguments.directory)
+    name_of_model = arguments.served_model_name or model_flags.name_of(arguments.directory)
+    arguments.served_model_name = name_of_model
     adapters: dict[str, str] = {}
-    for word in arguments.adapter:
+    for word in arguments.lora_modules:
         name, _, directory = word.partition("=")
         if not name or not directory:
-            raise UserError(f"--adapter: expected NAME=DIR, got {word!r}")
-        if name in adapters or name == arguments.name:
-            raise UserError(f"--adapter {word}: the name {name} is taken")
+            raise UserError(f"--lora-modules: expected NAME=DIR, got {word!r}")
+        if name in adapters or name == name_of_model:
+            raise UserError(f"--lora-modules {word}: the name {name} is taken")
         adapters[name] = directory
     return adapters
 
@@ -123,19 +147,20 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.directory)
+    tokenizer, generation = load_tokenizer(arguments.directory), model_flags.generation_config(arguments)
     for path in adapters.values():  # before the weights are loaded
         peft_load.read_targets(path, reader.read_config(arguments.directory))
     _say(f"loading {arguments.directory}")
     config, params, mesh = model_flags.load_model_from_args(arguments)
+    config = generation.with_end_tokens(config)
     trees = {name: peft_load.load_adapters(path, config, mesh, progress=True)[1] for name, path in adapters.items()}
     engine = Engine(
         config,
         params,
         tokenizer,
-        max_num_seqs=arguments.rows,
-        kv_tokens=arguments.kv_tokens,
-        max_queued=arguments.queue,
+        max_num_seqs=arguments.max_num_seqs,
+        kv_tokens=arguments.kv_cache_tokens,
+        max_queued=arguments.max_queued,
         mesh=mesh,
         cache_dtype=arguments.kv_cache,
         adapters=trees or None,
@@ -144,11 +169,11 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
         engine,
         config,
         tokenizer,
-        arguments.name,
+        arguments.served_model_name,
         tuple(adapters),
-        PRESETS[arguments.preset],
+        sampling_flags.from_flags(arguments, generation),
         arguments.max_tokens_limit,
-        arguments.rows + arguments.queue,
+        arguments.max_num_seqs + arguments.max_queued,
     )
 
 
@@ -168,9 +193,9 @@ def _warm_up(served: "ServedModel") -> None:
     with contextlib.suppress(UserError):  # a tokenizer that no grammar can be made of
         requests.append(Request((token,), WARM_UP_TOKENS, constraint=json_object(served.vocabulary)))
     for request in requests:
-        for piece in served.engine.submit(request):
-            if piece.error:
-                raise UserError(f"the model cannot answer: {piece.error}")
+        for output in served.engine.submit(request):
+            if output.error:
+                raise UserError(f"the model cannot answer: {output.error}")
     _say(f"compiled in {time.monotonic() - started:.1f} s")
 
 

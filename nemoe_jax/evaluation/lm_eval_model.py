@@ -24,6 +24,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.evaluation.lm_eval_text import HarnessText
 from nemoe_jax.evaluation.scoring import Ending, score
 from nemoe_jax.inference.generate import cache_dtype_of
+from nemoe_jax.inference.generation_config import read_generation_config
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh
@@ -68,7 +69,8 @@ class NemoeLM(TemplateLM):
         self.tokenizer = load_tokenizer(pretrained)
         self.text = HarnessText(self.tokenizer)
         self.mesh = make_mesh(parse_mesh(mesh)) if mesh else None
-        self.model_config, self.params = load_pretrained(pretrained, mesh=self.mesh, dtype=dtype, progress=True)
+        config, self.params = load_pretrained(pretrained, mesh=self.mesh, dtype=dtype, progress=True)
+        self.model_config = read_generation_config(pretrained).with_end_tokens(config)
         self.max_length = self.model_config.context if max_length is None else int(max_length)
         if not 1 <= self.max_length <= self.model_config.context:
             raise UserError(f"max_length: expected 1 to the context of {self.model_config.context}, got {max_length}")

@@ -25,20 +25,20 @@ Tools = Sequence[Mapping[str, Any]] | None
 class RequestBuilder:
     """Makes requests for one model.
 
-    ends: its end tokens.
+    end_tokens: the model's.
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
         self.config = config
         self.tokenizer = tokenizer
-        self.ends = end_tokens(config, tokenizer)
+        self.end_tokens = end_tokens(config, tokenizer)
 
-    def of_text(self, wishes: Request, text: str, schema: Any = None) -> Request:
+    def of_text(self, template: Request, text: str, schema: Any = None) -> Request:
         """The continuation of a text, as JSON by a schema if there is one. Raises UserError."""
-        return self._checked(wishes, self.tokenizer.encode_prompt(text), schema=schema)
+        return self._checked(template, self.tokenizer.encode_prompt(text), schema=schema)
 
     def of_chat(
-        self, wishes: Request, messages: Any, tools: Tools = None, tool_choice: Any = None, schema: Any = None
+        self, template: Request, messages: Any, tools: Tools = None, tool_choice: Any = None, schema: Any = None
     ) -> Request:
         """The answer to a chat; it calls tools as `tool_choice` wants, or else is JSON by a schema, if there is one.
 
@@ -46,24 +46,24 @@ class RequestBuilder:
         Raises UserError.
         """
         prompt = render.render_chat(self.tokenizer, messages, tools=tools)
-        return self._checked(wishes, prompt, tools, tool_choice, schema)
+        return self._checked(template, prompt, tools, tool_choice, schema)
 
-    def reader(self, tools: Tools) -> ToolCallStreamParser:
-        """Reads an answer, with its calls of tools, piece by piece."""
-        return ToolCallStreamParser(self.tokenizer, tools, sorted(self.ends))
+    def parser(self, tools: Tools) -> ToolCallStreamParser:
+        """Parses a response, with its tool calls, as it comes."""
+        return ToolCallStreamParser(self.tokenizer, tools, sorted(self.end_tokens))
 
     @functools.cached_property
     def _vocabulary(self) -> TokenBytes:
-        return TokenBytes(self.tokenizer, self.config.vocab, sorted(self.ends))
+        return TokenBytes(self.tokenizer, self.config.vocab, sorted(self.end_tokens))
 
     def _checked(
-        self, wishes: Request, prompt: Sequence[int], tools: Tools = None, tool_choice: Any = None, schema: Any = None
+        self, template: Request, prompt: Sequence[int], tools: Tools = None, tool_choice: Any = None, schema: Any = None
     ) -> Request:
-        if wishes.top_logprobs is not None and wishes.top_logprobs > MAX_TOP_LOGPROBS:
-            raise UserError(f"logprobs: expected 0 to {MAX_TOP_LOGPROBS}, got {wishes.top_logprobs}")
-        request = dataclasses.replace(wishes, prompt=tuple(prompt))
+        if template.top_logprobs is not None and template.top_logprobs > MAX_TOP_LOGPROBS:
+            raise UserError(f"logprobs: expected 0 to {MAX_TOP_LOGPROBS}, got {template.top_logprobs}")
+        request = dataclasses.replace(template, prompt=tuple(prompt))
         request.check(self.config.vocab, self.config.context)
-        StopStrings(wishes.stop)  # refuses what can never be found
+        StopStrings(template.stop)  # refuses what can never be found
         constraint = None
         if schema is not None or tool_choice is not None or call_form(self.tokenizer) is not None:
             constraint = tool_calls(self._vocabulary, self.tokenizer, tools, tool_choice, schema=schema)

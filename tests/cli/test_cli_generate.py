@@ -15,6 +15,7 @@ from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.text.chat import render
 from nemoe_jax.text.tokenizers.load import load_tokenizer
+from nemoe_jax.utils.command import Command
 from tests.support.command_models import write_model
 
 CONTEXT = 512
@@ -125,11 +126,11 @@ def test_calls_of_tools_and_answers_by_a_schema(capsys, model, tmp_path):
 
 
 def wishes(*arguments, default=None):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    sampling_flags.add_flags(parser, default)
-    return sampling_flags.from_flags(parser.parse_args(arguments))
+    parsed = []
+    command = Command("nemoe", "")
+    sampling_flags.add_flags(command.add("generate", parsed.append, ""), default)
+    assert command.main(["generate", *arguments]) == 0
+    return sampling_flags.from_flags(*parsed)
 
 
 FLAGS = {
@@ -162,13 +163,37 @@ def test_there_are_no_other_wishes():
 
 def test_explicit_flags_win_over_a_preset():
     creative = PRESETS["creative"]
-    assert wishes("--preset", "creative") == creative
+    assert wishes("--sampling-preset", "creative") == wishes("--preset", "creative") == creative
     assert wishes(default="nemo") == PRESETS["nemo"]
-    chosen = wishes("--temperature", "0", "--preset", "creative", "--seed", "4")
+    chosen = wishes("--temperature", "0", "--sampling-preset", "creative", "--seed", "4")
     assert chosen == SamplingParams(min_p=creative.min_p, repetition_penalty=creative.repetition_penalty, seed=4)
     assert sampling_fields.from_fields(SamplingParams(seed=5), {"preset": "nemo"}) == SamplingParams(
         temperature=0.3, seed=5
     )
+
+
+def test_generation_config_gives_end_tokens_and_sampling(capsys, model, continuation, tmp_path):
+    """The likeliest tokens up to the new end token, as long as the file may speak."""
+    prompt = load_tokenizer(model).encode_prompt("The sky is blue")
+    expected = continuation(prompt, 5)
+    end = next(at for at in range(1, 5) if expected[at] not in expected[:at])
+    for file in model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    values = {"eos_token_id": [2, expected[end]], "do_sample": True, "temperature": 50.0, "top_p": 0.9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    arguments = ["generate", tmp_path, "--prompt", "The sky is blue", "--max-new-tokens", 5, "--json"]
+
+    status, out, err = run(capsys, *arguments, "--temperature", 0)
+    assert status == 0
+    assert (json.loads(out)["tokens"], json.loads(out)["finish_reason"]) == (expected[:end], "stop")
+    assert f"generation_config.json: top_p 0.9, end tokens 2, {expected[end]} (--generation-config none" in err
+    _, out, err = run(capsys, *arguments, "--generation-config", "none")
+    assert (json.loads(out)["tokens"], json.loads(out)["finish_reason"]) == (expected, "length")
+    assert "generation_config" not in err
+    _, out, err = run(capsys, *arguments)
+    assert json.loads(out)["tokens"] != expected[:end] and "temperature 50, top_p 0.9" in err
+    _, out, err = run(capsys, *arguments, "--sampling-preset", "nemo", "--temperature", 0)
+    assert json.loads(out)["tokens"] == expected[:end] and "top_p" not in err  # a preset was asked for
 
 
 BATCH = [
@@ -187,7 +212,7 @@ def write_batch(path, lines=BATCH):
 
 def test_a_batch_is_answered_in_order_and_goes_on_where_it_stopped(capsys, model, tmp_path, standard_input):
     source, target = write_batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    command = ["generate", model, "--max-new-tokens", 5, "--rows", 2, "--batch"]
+    command = ["generate", model, "--max-new-tokens", 5, "--max-num-seqs", 2, "--batch"]
     assert run(capsys, *command, source, "--output", target)[:2] == (0, "")
     whole = target.read_bytes()
     answers = [json.loads(line) for line in whole.splitlines()]
@@ -216,7 +241,7 @@ BAD_LINES = {
     "no object": ("[1]", "in.jsonl:2: expected a JSON object, got '[1]'"),
     "nothing asked": ("{}", 'in.jsonl:2: expected either a "prompt" or "messages"'),
     "both": ('{"prompt": "x", "messages": []}', 'expected either a "prompt" or "messages"'),
-    "no text": ('{"prompt": 1}', "in.jsonl:2: prompt: expected a text, got 1"),
+    "no text": ('{"prompt": 1}', "in.jsonl:2: prompt: expected a string, got 1"),
     "no messages": ('{"messages": []}', "in.jsonl:2: messages: expected a list of at least one object"),
     "unknown key": (
         '{"prompt": "x", "temprature": 1}',
@@ -232,8 +257,8 @@ BAD_LINES = {
         '{"prompt": "x", "logit_bias": {"400": 1}}',
         "logit_bias: expected tokens from 0 to 399, got 400",
     ),
-    "no tokens": ('{"prompt": "x", "max_new_tokens": 0}', "in.jsonl:2: max_new_tokens: expected a whole number of at"),
-    "no stop": ('{"prompt": "x", "stop": ["y", 1]}', "in.jsonl:2: stop: expected a text or a list of texts"),
+    "no tokens": ('{"prompt": "x", "max_new_tokens": 0}', "in.jsonl:2: max_new_tokens: expected an integer of at"),
+    "no stop": ('{"prompt": "x", "stop": ["y", 1]}', "in.jsonl:2: stop: expected a string or a list of strings"),
     "too many logprobs": ('{"prompt": "x", "logprobs": 21}', "in.jsonl:2: logprobs: expected 0 to 20, got 21"),
     "too long": (
         json.dumps({"prompt": "x" * 511}),
@@ -274,7 +299,7 @@ BAD = {
     "output without batch": (["--prompt", "x", "--output", "y"], "--batch IN.jsonl and --output OUT.jsonl go together"),
     "no batch": (["--batch", "none.jsonl", "--output", "y"], "none.jsonl: No such file or directory"),
     "no file": (["--file", "none.txt"], "none.txt: No such file or directory"),
-    "no rows": (["--prompt", "x", "--rows", "0"], "--rows: expected a positive number, got 0"),
+    "no slots": (["--prompt", "x", "--max-num-seqs", "0"], "--max-num-seqs: expected a positive number, got 0"),
     "unseen logprobs": (["--prompt", "x", "--logprobs", "1"], "--logprobs: needs --json or --batch"),
     "negative logprobs": (["--prompt", "x", "--logprobs", "-1"], "--logprobs: expected 0 or more, got -1"),
     "tools without a chat": (["--prompt", "x", "--tool-choice", "auto"], "--tool-choice: needs --chat"),

@@ -537,9 +537,9 @@ def test_a_server_that_ends_refuses(tokenizer):
 
 BAD_FLAGS = {
     "no model": (["{tmp}/none"], "no such file or directory"),
-    "no rows": (["{tmp}", "--rows", "0"], "--rows: expected a positive number"),
-    "no adapter": (["{tmp}", "--adapter", "red"], "--adapter: expected NAME=DIR"),
-    "two adapters of a name": (["{tmp}", "--adapter", "a=x", "--adapter", "a=y"], "the name a is taken"),
+    "no slots": (["{tmp}", "--max-num-seqs", "0"], "--max-num-seqs: expected a positive number"),
+    "no adapter": (["{tmp}", "--lora-modules", "red"], "--lora-modules: expected NAME=DIR"),
+    "two adapters of a name": (["{tmp}", "--lora-modules", "a=x", "--lora-modules", "a=y"], "the name a is taken"),
     "a port too many": (["{tmp}", "--port", "65536"], "--port: expected 0 to 65535"),
     "another's port": (["{tmp}", "--port", "{port}"], "Address already in use"),
     "another's address": (["{tmp}", "--host", "192.0.2.1"], "--host 192.0.2.1"),
