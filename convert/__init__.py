@@ -13,7 +13,8 @@ merge_lora, layout    adapters merged in; Hugging Face's and Mistral's layouts
 quantize              FP8, and back
 gguf                  llama.cpp's files
 verify                logits and routing of two models compared
-streaming, command    the layer-by-layer engine, and how a conversion becomes a command
+options, command      the options of every command, which are its flags, and how a conversion becomes a command
+streaming, settings   the layer-by-layer engine, and what every conversion is told
 layerwise             a model run layer by layer over calibration text
 """
 
@@ -22,23 +23,29 @@ from typing import TYPE_CHECKING
 from nemoe_jax.utils.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from convert.carve.carve import CarveOptions
     from convert.carve.carve import carve as carve_model
-    from convert.experts.prune import PruneOptions
     from convert.experts.prune import prune as prune_experts
-    from convert.experts.router_distillation import RelayOptions as DistillRoutersOptions
     from convert.experts.router_distillation import relay as distill_routers
-    from convert.experts.upcycle import UpcycleOptions, upcycle
-    from convert.gguf.export import GgufOptions, to_gguf
-    from convert.gguf.from_gguf import FromGgufOptions, from_gguf
-    from convert.layout import LayoutOptions, change_layout
-    from convert.merge_lora import MergeOptions
+    from convert.experts.upcycle import upcycle
+    from convert.gguf.export import to_gguf
+    from convert.gguf.from_gguf import from_gguf
+    from convert.layout import change_layout
     from convert.merge_lora import merge as merge_adapter
-    from convert.minitron.minitron import MinitronOptions
     from convert.minitron.minitron import minitron as prune_width
-    from convert.quantize import QuantizeOptions
+    from convert.options import (
+        CarveOptions,
+        FromGgufOptions,
+        GgufOptions,
+        LayoutOptions,
+        MergeOptions,
+        MinitronOptions,
+        PruneOptions,
+        QuantizeOptions,
+        UpcycleOptions,
+    )
+    from convert.options import RelayOptions as DistillRoutersOptions
     from convert.quantize import quantize as quantize_model
-    from convert.streaming import ConversionSettings
+    from convert.settings import ConversionSettings
     from convert.verify.logits import LogitComparison
     from convert.verify.logits import verify as compare_logits
 
