@@ -106,9 +106,9 @@ def convert_layers(
                 try:
                     writer.write(unit, *make(unit))
                 except UserError as error:
-                    if type(error) is not UserError or str(source.directory) in str(error):
+                    if type(error) is not UserError or str(source.path) in str(error):
                         raise
-                    raise UserError(f"{source.directory}: {error}") from error
+                    raise UserError(f"{source.path}: {error}") from error
             bar.advance(task)
 
         if finished:
@@ -121,7 +121,7 @@ def convert_layers(
         writer.wait()
         manifest = {
             "options": options,
-            "source": {"name": source.directory.resolve().name, "sha256": hashes.result()},
+            "source": {"name": source.path.resolve().name, "sha256": hashes.result()},
             "result": dataclasses.asdict(config),
             "versions": versions(),
             **(summary() if summary else {}),

@@ -175,7 +175,7 @@ def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit:
                 at = writer.ggml_pad(at, writer.data_alignment)
                 for ref in tensor.sources:
                     for block in _blocks(checkpoint, ref.key, jnp.dtype(DTYPES.get(tensor.kind, "float32"))):
-                        where = f"{checkpoint.directory}: {ref.key}"
+                        where = f"{checkpoint.path}: {ref.key}"
                         blocks.append(pool.submit(_write_block, file.fileno(), alone, at, block, tensor.kind, where))
                         at += block.size * tensor.size // math.prod(tensor.shape)
             for done in blocks:

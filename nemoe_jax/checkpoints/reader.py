@@ -110,6 +110,7 @@ def _open_weights(directory: Path, layout: Layout, config: ModelConfig) -> list[
 class Checkpoint:
     """The tensors of a model directory of either layout or of a GGUF file, checked against the schema of its config.
 
+    path, directory: what was opened, and the model directory; for a GGUF file the one that stands for it.
     files: {key: the file that holds the tensor}, with the tensors' names on disk in the file's entries.
     """
 
@@ -119,7 +120,7 @@ class Checkpoint:
         Raises:
             UserError: anything missing, unexpected, misshapen or damaged; tensors are listed together.
         """
-        self.directory = model_directory(directory)
+        self.path, self.directory = Path(directory), model_directory(directory)
         self.layout = layout_of(self.directory)
         self.config_file = self.layout.config_file
         self.config = read_config(self.directory)
@@ -145,7 +146,7 @@ class Checkpoint:
         self._refuse_another_size()
         problems += self._differences()
         if problems:
-            raise UserError(f"{self.directory}: {listed(problems)}")
+            raise UserError(f"{self.path}: {listed(problems)}")
 
     def _refuse_another_size(self) -> None:
         """Raises where the config speaks of many times the tensors: too many, perhaps, to list."""
@@ -221,7 +222,7 @@ class Checkpoint:
         """
         tensor = self.view(key)
         if not is_finite(tensor):
-            raise UserError(f"{self.directory}: {self.layout.name(key)}: not finite")
+            raise UserError(f"{self.path}: {self.layout.name(key)}: not finite")
         return tensor
 
     def read(self, spec: ParamSpec, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
