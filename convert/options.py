@@ -265,8 +265,13 @@ QUANTIZE = Conversion(
 class GgufOptions:
     """How a model is written."""
 
-    type: Literal["auto", "f32", "f16", "bf16", "q8_0"] = option(
-        "auto", "of the weights; norms and routers are always f32; auto is the dtype that config.json names"
+    type: Literal["auto", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k_m", "q4_k_m"] = (
+        option(
+            "auto",
+            "of the weights; auto is the dtype that config.json names. Norms and routers are always f32; below q8_0 "
+            "the output head is q8_0, and rows that are no multiple of 32 are f16. q4_k_m, q5_k_m and q6_k are "
+            "refused: llama.cpp's llama-quantize makes them of a bf16 file",
+        )
     )
     dry_run: bool = option(False, "print the plan; write nothing")
 
@@ -276,8 +281,9 @@ GGUF = Conversion(
     "convert.gguf.export:to_gguf",
     GgufOptions,
     "write a model as one file for llama.cpp",
-    "Dense Mistral- and Llama-shaped models and Mixtrals, with their tokenizer and chat template: Tekken,\n"
-    "SentencePiece, or a byte-level tokenizer.json. llama.cpp runs the file as it is, or quantizes it further.",
+    "Llama, Mistral, Mixtral, Qwen2 and Qwen3 models with and without experts, with their tokenizer and chat\n"
+    "templates: Tekken, SentencePiece, a byte-level tokenizer.json, or one made from SentencePiece. llama.cpp runs\n"
+    "the file as it is, or quantizes it further.",
     streams=False,
     destination_help="file to make; must not exist",
 )

@@ -1,8 +1,8 @@
 """GGUF: a model directory as the one file that llama.cpp and what is built on it run.
 
-The tensors are the directory's own. llama.cpp turns neighboring rows of a head by RoPE where Hugging Face turns rows
-half a head apart, so the rows of q and k change places; a layer's experts lie one after another in one tensor; norms
-and routers stay in float32. Mixtral and its dense relatives are all `llama` there.
+The tensors are the directory's own. For `llama` (Llama, Mistral, Mixtral) llama.cpp turns neighboring rows of a head by
+RoPE where Hugging Face turns rows half a head apart, so the rows of q and k change places; a layer's experts are one
+tensor; norms and routers stay in float32.
 
 Header and tensor infos are the `gguf` package's; the data goes block by block from the mapped source to its place in
 the file, in a few threads. Blocks whose bytes are the same are written straight from the mapping.
@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
-from convert.gguf.tokenizer import Vocabulary, read_vocabulary
+from convert.gguf.header import ARCHITECTURES, header, rope_factors
+from convert.gguf.tokenizer import read_vocabulary
 from convert.options import GgufOptions
 from convert.streaming import MOST_THREADS, ConversionSettings, Figures, Manifest
-from nemoe_jax.checkpoints.mistral_format import to_mistral_rows
+from nemoe_jax.checkpoints.gguf.config import ROPE_FREQS
+from nemoe_jax.checkpoints.gguf.weights import interleaved, tensor_names
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
 from nemoe_jax.checkpoints.safetensors_file import is_finite
 from nemoe_jax.errors import UserError
@@ -36,13 +38,18 @@ from nemoe_jax.utils.output_path import atomic_write, check_room, refuse_existin
 from nemoe_jax.utils.progress import progress_bar
 
 Kind = gguf.GGMLQuantizationType
-KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
-FILE_TYPES = {
-    Kind.F32: gguf.LlamaFileType.ALL_F32,
-    Kind.F16: gguf.LlamaFileType.MOSTLY_F16,
-    Kind.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    Kind.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
+FileType = gguf.LlamaFileType
+KINDS = {
+    "f32": (Kind.F32, FileType.ALL_F32),
+    "f16": (Kind.F16, FileType.MOSTLY_F16),
+    "bf16": (Kind.BF16, FileType.MOSTLY_BF16),
+    "q8_0": (Kind.Q8_0, FileType.MOSTLY_Q8_0),
+    "q5_1": (Kind.Q5_1, FileType.MOSTLY_Q5_1),
+    "q5_0": (Kind.Q5_0, FileType.MOSTLY_Q5_0),
+    "q4_1": (Kind.Q4_1, FileType.MOSTLY_Q4_1),
+    "q4_0": (Kind.Q4_0, FileType.MOSTLY_Q4_0),
 }
+UNQUANTIZED = {"q4_k_m": "Q4_K", "q5_k_m": "Q5_K", "q6_k": "Q6_K"}  # the gguf package reads them, but makes none
 DTYPES = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
 BLOCK = 1 << 22  # elements converted at once
 
@@ -53,7 +60,7 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    sources: list[TensorRef]  # one, or all experts of a layer
+    sources: list[TensorRef]  # one, or all experts of a layer; none of the factors of RoPE
     size: int  # bytes
 
 
@@ -66,14 +73,17 @@ def to_gguf(
         UserError: a family or tokenizer that llama.cpp does not have, an existing destination, no room for it, NaN or
             infinite weights.
     """
+    if options.type in UNQUANTIZED:
+        raise UserError(
+            f"--type {options.type}: the gguf package does not quantize to {UNQUANTIZED[options.type]}; expected one "
+            f"of {', '.join(KINDS)}, or write bf16 and let llama.cpp's llama-quantize make {options.type} of it"
+        )
     checkpoint, target = Checkpoint(source), Path(destination)
     config = checkpoint.config
-    if FAMILIES[config.family].gguf != "llama":
-        able = [family.name for family in FAMILIES.values() if family.gguf == "llama"]
-        raise UserError(f"{source}: gguf writes models of family {', '.join(able)}, not {config.family}")
+    _refuse_other_mathematics(config, str(source))
     refuse_existing(target)
     vocabulary = read_vocabulary(checkpoint.directory, config.vocab)
-    kind = KINDS[options.type] if options.type != "auto" else _kind_of(config.dtype)
+    kind, file_type = KINDS[options.type if options.type != "auto" else _type_of(config.dtype)]
     by_unit = plan(config, kind)
     tensors = list(itertools.chain.from_iterable(by_unit))
     check_room(target, sum(tensor.size for tensor in tensors))
@@ -82,78 +92,71 @@ def to_gguf(
         "tensors": len(tensors),
         "tokens": len(vocabulary.pieces),
         "chat_template": bool(vocabulary.chat_templates),
+        "not_quantized": sum(tensor.kind is Kind.F16 for tensor in tensors) if kind not in DTYPES else 0,
         "bytes": sum(tensor.size for tensor in tensors),
         "written": not options.dry_run,
     }
     if not options.dry_run:
-        writer = _header(checkpoint, config, vocabulary, kind, tensors)
+        writer = header(checkpoint, vocabulary, file_type)
+        for tensor in tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.kind)
         with atomic_write(target, parents=True) as partial:
             _write(writer, partial, checkpoint, by_unit)
     return report
 
 
+def _refuse_other_mathematics(config: ModelConfig, source: str) -> None:
+    """Raises on a model whose logits would be others in llama.cpp."""
+    family = FAMILIES[config.family]
+    if family.gguf not in ARCHITECTURES:
+        able = [other.name for other in FAMILIES.values() if other.gguf in ARCHITECTURES]
+        raise UserError(f"{source}: gguf writes models of family {', '.join(able)}, not {config.family}")
+    if config.dense_layers:
+        raise UserError(f"{source}: llama.cpp's {family.gguf} has no dense layers before its MoE layers")
+    if family.gguf in ("qwen2", "qwen2moe") and config.heads * config.head_dim != config.hidden:
+        raise UserError(
+            f"{source}: llama.cpp's {family.gguf} expects heads that fill the width of {config.hidden}, got "
+            f"{config.heads} heads of {config.head_dim}"
+        )
+    # over all experts the weights sum to 1 anyway
+    if config.experts > config.top_k and config.normalize_top_k != family.gguf_normalizes:
+        does = "divides" if family.gguf_normalizes else "does not divide"
+        raise UserError(
+            f"{source}: llama.cpp's {family.gguf} always {does} the weights of the chosen experts by their sum; this "
+            f"model has norm_topk_prob = {str(config.normalize_top_k).lower()}"
+        )
+
+
 def plan(config: ModelConfig, kind: Kind) -> list[list[Tensor]]:
     """The tensors of a model by the units in which they are read: embedding, each layer, norm and head."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.layers)
-
-    def name_of(ref: TensorRef) -> str:
-        layer = ref.place[0] + ref.spec.first_layer if ref.place else 0
-        key = ref.spec.key.replace("{expert}.", "").format(layer=layer)
-        name = names.get_name(key, try_suffixes=(".weight",))
-        assert name is not None, key
-        return name
-
+    names = tensor_names(config)
     by_unit = []
     for refs in units(config):
-        grouped = itertools.groupby(refs, name_of)
+        grouped = itertools.groupby(refs, lambda ref: names[ref.key][0])
         by_unit.append([_tensor(name, list(group), config, kind) for name, group in grouped])
+    if config.rope_scaling and config.rope_scaling.type == "llama3":
+        by_unit[0].append(Tensor(ROPE_FREQS, (config.head_dim // 2,), Kind.F32, [], 4 * (config.head_dim // 2)))
     return by_unit
 
 
 def _tensor(name: str, sources: list[TensorRef], config: ModelConfig, kind: Kind) -> Tensor:
     spec = sources[0].spec
     shape = (config.experts, *spec.torch_shape) if "experts" in spec.stacked else spec.torch_shape
+    if spec.produced == ("scalar",):
+        shape = shape[1:]
+    is_head = not config.tied if name == "output.weight" else config.tied and spec.lookup
     if len(shape) == 1 or spec.produced == ("experts",):
         kind = Kind.F32
-    try:
-        size = math.prod(quant_shape_to_byte_shape(shape, kind))
-    except ValueError as error:
-        raise UserError(f"--type {kind.name.lower()}: {sources[0].key}: {error}") from error
-    return Tensor(name, shape, kind, sources, size)
+    elif kind not in DTYPES:
+        if is_head:
+            kind = Kind.Q8_0
+        if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = Kind.F16  # as llama.cpp does
+    return Tensor(name, shape, kind, sources, math.prod(quant_shape_to_byte_shape(shape, kind)))
 
 
-def _kind_of(dtype: str) -> Kind:
-    return next(kind for kind, known in DTYPES.items() if known == dtype)
-
-
-def _header(
-    checkpoint: Checkpoint, config: ModelConfig, vocabulary: Vocabulary, kind: Kind, tensors: list[Tensor]
-) -> gguf.GGUFWriter:
-    """All of the file but its data."""
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.LLAMA])
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(checkpoint.directory.resolve().name)
-    writer.add_file_type(FILE_TYPES[kind])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab)
-    writer.add_context_length(config.context)
-    writer.add_embedding_length(config.hidden)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.expert_ffn or config.ffn)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    if config.experts:
-        writer.add_expert_count(config.experts)
-        writer.add_expert_used_count(config.top_k)
-    vocabulary.add_to(writer, config)
-    for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.kind)
-    return writer
+def _type_of(dtype: str) -> str:
+    return next(name for name, (kind, _) in KINDS.items() if DTYPES.get(kind) == dtype)
 
 
 def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit: list[list[Tensor]]) -> None:
@@ -173,6 +176,12 @@ def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit:
             blocks = []
             for tensor in tensors:
                 at = writer.ggml_pad(at, writer.data_alignment)
+                if not tensor.sources:
+                    factors = rope_factors(checkpoint.config)
+                    blocks.append(
+                        pool.submit(_write_block, file.fileno(), alone, at, factors, tensor.kind, tensor.name)
+                    )
+                    at += tensor.size
                 for ref in tensor.sources:
                     for block in _blocks(checkpoint, ref.key, jnp.dtype(DTYPES.get(tensor.kind, "float32"))):
                         where = f"{checkpoint.path}: {ref.key}"
@@ -184,8 +193,10 @@ def _write(writer: gguf.GGUFWriter, path: Path, checkpoint: Checkpoint, by_unit:
 
 
 def _blocks(checkpoint: Checkpoint, key: str, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """A tensor as runs of rows, in the order that llama.cpp shares with Mistral's own code."""
-    rows = to_mistral_rows(key, checkpoint.view(key), checkpoint.config.head_dim)
+    """A tensor as runs of rows, in the order that llama.cpp has them."""
+    rows = checkpoint.view(key)
+    if FAMILIES[checkpoint.config.family].gguf_permutes:
+        rows = interleaved(key, rows, checkpoint.config.head_dim)
     if is_mapped_whole(rows) and rows.dtype == dtype:
         yield rows  # the system copies it, whatever its size
         return
@@ -199,7 +210,7 @@ def _write_block(descriptor: int, alone: threading.Lock, at: int, block: np.ndar
         values = block if block.dtype == dtype else np.ascontiguousarray(block, dtype)
     if not is_finite(values):
         raise UserError(f"{where}: NaN or infinite values in {kind.name.lower()}")
-    data = quantize(values, kind) if kind is Kind.Q8_0 else values
+    data = values if kind in DTYPES else quantize(values, kind)
     with alone:
         write_at(descriptor, at, data)
 

@@ -14,13 +14,15 @@ import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from gguf import GGUFWriter, TokenType
 from gguf.vocab import bytes_to_unicode
 from sentencepiece import sentencepiece_model_pb2
 
 from convert.gguf.chat_template import mistral_template
+from convert.gguf.rewritten import Piece, has_space_prefix, rewritten_pieces
+from nemoe_jax.checkpoints.gguf.pre_tokenizers import DIGIT, GPT2, PRE_TOKENIZERS, QWEN2
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.text.tokenizers.base import Tokenizer
@@ -30,25 +32,7 @@ from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import SPACE, VERSION
 from nemoe_jax.text.tokenizers.tekken import control_names, mergeable_ranks
 from nemoe_jax.utils.json_file import read_json
 
-# {what cuts a text into words, as Hugging Face and Tekken files spell it: llama.cpp's name for it}
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    GPT2: "gpt-2",
-}
 SPM_BPE = 2  # trainer_spec.model_type
-
-
-class Piece(NamedTuple):
-    """A token as llama.cpp spells it; the score matters to `llama` alone."""
-
-    text: str
-    type: int
-    score: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +110,7 @@ def _from_tekken(tokenizer: Tokenizer, templates: Mapping[str, str]) -> Vocabula
     pieces = [Piece(name, TokenType.CONTROL) for name in names]
     pieces += [Piece(_spelled(piece), TokenType.NORMAL) for piece in ranks]
     merges = [" ".join(map(_spelled, merge)) for piece in ranks if (merge := last_merge(piece, ranks))]
-    pre = _name_of(spec["config"]["pattern"], tokenizer.path)
+    pre = _name_of((spec["config"]["pattern"],), tokenizer.path)
     return Vocabulary(tokenizer, "gpt2", pre, pieces, merges, False, templates)
 
 
@@ -149,11 +133,14 @@ def _spelled(piece: bytes) -> str:
 _alphabet = functools.cache(bytes_to_unicode)  # {byte: its printable character}
 
 
-def _name_of(pattern: str, path: Path) -> str:
-    if pattern not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS.values())
-        raise UserError(f"{path}: llama.cpp has no name for its way to cut words ({known} are known): {pattern}")
-    return PRE_TOKENIZERS[pattern]
+def _name_of(patterns: tuple[str, ...], path: Path) -> str:
+    for name, rules in PRE_TOKENIZERS.items():
+        if rules.patterns == patterns:
+            return name
+    known = ", ".join(PRE_TOKENIZERS)
+    raise UserError(
+        f"{path}: llama.cpp has no name for its way to cut words ({known} are known): {' then '.join(patterns)}"
+    )
 
 
 def _from_json(tokenizer: TokenizerJson, templates: Mapping[str, str]) -> Vocabulary:
@@ -163,36 +150,47 @@ def _from_json(tokenizer: TokenizerJson, templates: Mapping[str, str]) -> Vocabu
         i: Piece(text, TokenType.CONTROL if text in tokenizer.control else TokenType.USER_DEFINED)
         for i, text in added.items()
     }
-    pattern = _byte_level_pattern(spec)
-    if pattern is None:  # as Llama 2 and Mixtral have it: the same tokenizer, rewritten; the original is exact
+    patterns = _byte_level_patterns(spec)
+    merges = [
+        tuple(merge if isinstance(merge, list) else merge.split(" ")) for merge in spec["model"].get("merges", [])
+    ]
+    if patterns is None:  # as Llama 2 and Mixtral have it: SentencePiece's, rewritten; where it is there, the original
         originals = sorted(file for file in tokenizer.path.parent.glob("*.model*") if VERSION.search(file.name))
         if not originals:
-            raise UserError(
-                f"{tokenizer.path}: gguf wants a byte-level BPE without normalizer, or a tokenizer.model beside it"
-            )
+            pieces = _in_order(rewritten_pieces(tokenizer.path, spec, merges) | added_pieces)
+            return Vocabulary(tokenizer, "llama", "default", pieces, [], has_space_prefix(spec), templates)
         original = _from_sentencepiece(load_tokenizer(originals[-1]), templates)
         pieces = _in_order(added_pieces | dict(enumerate(original.pieces)))
         return dataclasses.replace(original, tokenizer=tokenizer, pieces=pieces)
     normal = {i: Piece(text, TokenType.NORMAL) for text, i in spec["model"]["vocab"].items()}
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in spec["model"]["merges"]]
-    pieces = _in_order(normal | added_pieces)
-    return Vocabulary(tokenizer, "gpt2", _name_of(pattern, tokenizer.path), pieces, merges, False, templates)
+    name = _name_of(patterns, tokenizer.path)
+    return Vocabulary(
+        tokenizer, "gpt2", name, _in_order(normal | added_pieces), list(map(" ".join, merges)), False, templates
+    )
 
 
-def _byte_level_pattern(spec: dict[str, Any]) -> str | None:
-    """The regular expression of a byte-level BPE; None for any other tokenizer."""
+def _byte_level_patterns(spec: dict[str, Any]) -> tuple[str, ...] | None:
+    """The regular expressions of a byte-level BPE; None for any other tokenizer."""
     pre = spec.get("pre_tokenizer") or {}
     *splits, last = pre.get("pretokenizers") or [pre]
-    if spec["model"].get("type", "BPE") != "BPE" or spec.get("normalizer") or last.get("type") != "ByteLevel":
+    if spec["model"].get("type", "BPE") != "BPE" or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
-    if last.get("add_prefix_space") or bool(splits) == last.get("use_regex", True):
-        return None
-    if not splits:
-        return GPT2
     isolated = {"type": "Split", "behavior": "Isolated", "invert": False}
-    if len(splits) > 1 or not isolated.items() <= splits[0].items():
+    patterns = []
+    for split in splits:
+        if split.get("type") == "Digits" and split.get("individual_digits"):
+            patterns.append(DIGIT)
+        elif isolated.items() <= split.items() and "Regex" in split["pattern"]:
+            patterns.append(split["pattern"]["Regex"])
+        else:
+            return None
+    if last.get("use_regex", True):
+        patterns.append(GPT2)
+    # Qwen's tokenizer composes characters first; llama.cpp has never done so, and goes by the name all the same
+    normalizer = spec.get("normalizer")
+    if normalizer and not (normalizer == {"type": "NFC"} and patterns == [QWEN2]):
         return None
-    return splits[0]["pattern"].get("Regex")
+    return tuple(patterns) or None
 
 
 def _from_sentencepiece(tokenizer: Tokenizer, templates: Mapping[str, str]) -> Vocabulary:

@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another file": (lambda path: path.write_bytes(b"PK" * 40), "not a GGUF file"),
     "version 1": (lambda path: path.write_bytes(b"GGUF\1\0\0\0" + bytes(64)), "version 2 or 3, got version 1"),
     "big endian": (lambda path: path.write_bytes(b"GGUF\0\0\0\3" + bytes(64)), "little-endian .* got a big-endian"),
-    "architecture": (changed(general__architecture="gemma3"), "unknown GGUF architecture 'gemma3'; known: llama, "),
+    "architecture": (changed(general__architecture="gemma3"), "unknown GGUF architecture 'gemma3'; known: llama, mis"),
     "type unknown": (lambda path: other_type(write(path), 99), "tensor blk.0.ffn_down.weight: unknown type 99"),
     "no blocks": (lambda path: other_type(write(path), 12), r"blk.0.ffn_down.weight: shape \(8, 12\) of Q4_K"),
     "integers": (lambda path: other_type(write(path), 26), "down_proj.weight has type I32; expected one of F32, F16"),

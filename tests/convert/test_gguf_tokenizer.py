@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from gguf import GGUFReader
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
 from convert.gguf.export import GgufOptions, to_gguf
-from convert.gguf.tokenizer import PRE_TOKENIZERS
+from nemoe_jax.checkpoints.gguf.pre_tokenizers import LLAMA3, QWEN2, TEKKEN
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.chat.render import render_chat
 from nemoe_jax.text.tokenizers.load import load_tokenizer
@@ -48,9 +48,6 @@ def split_by(pattern: str):
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-TEKKEN, LLAMA3, _ = PRE_TOKENIZERS
-
-
 def copy(source: Path, directory: Path, name: str) -> None:
     (directory / name).write_bytes(source.read_bytes())
 
@@ -62,6 +59,29 @@ def cut_v7(directory: Path) -> None:
     (directory / "tekken.json").write_text(json.dumps(spec))
 
 
+DIGITS_FIRST = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
+
+
+def rewrite(directory: Path) -> None:
+    """Mistral 7B's tokenizer as transformers rewrites it, as tokenizer.json alone."""
+    convert = pytest.importorskip("transformers.convert_slow_tokenizer")
+    original = sentencepiece.SentencePieceProcessor(model_file=str(DATA / "tokenizer.model.v1"))
+    vocab = {original.id_to_piece(i): i for i in range(original.vocab_size())}
+    merges = convert.generate_merges(vocab, {piece: original.get_score(i) for piece, i in vocab.items()})
+    library = Library(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    library.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+
+
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
 TOKENIZERS = {
     "tekken": lambda to: cut(to, 6000),
     "tekken-v7": cut_v7,
@@ -71,6 +91,9 @@ TOKENIZERS = {
     "gpt-2": lambda to: train(to, pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "llama-bpe": lambda to: train(to, split_by(LLAMA3)),
     "tekken-json": lambda to: train(to, split_by(TEKKEN)),
+    "qwen2": lambda to: train(to, split_by(QWEN2)),
+    "smollm": lambda to: train(to, DIGITS_FIRST),
+    "llama-json": rewrite,
 }
 
 
@@ -116,7 +139,7 @@ def test_llama_cpp_renders_our_chats(tokenizers, chat):
     assert theirs.chat(messages) == render_chat(ours, messages)
 
 
-TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}{% endfor %}"
+CHATML = "{% for message in messages %}<|im_start|>{{ message.content }}{% endfor %}"
 
 
 def rewritten(directory: Path) -> None:
@@ -127,7 +150,7 @@ def rewritten(directory: Path) -> None:
     library.add_special_tokens(["<s>", "</s>", "<|im_start|>"])
     library.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     library.save(str(directory / "tokenizer.json"))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "chat_template.jinja").write_text(CHATML)
 
 
 def test_a_rewritten_sentencepiece_tokenizer_goes_by_its_original(tmp_path):
@@ -153,12 +176,23 @@ def sentencepiece_model(**options):
 
 UNIGRAM = sentencepiece_model(vocab_size=110)
 NORMALIZING = sentencepiece_model(vocab_size=400, model_type="bpe", byte_fallback=True)
+
+
+def fewer_merges(directory: Path) -> None:
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "c", "ab", "bc", "abc", "▁"]
+    merges = [("b", "c"), ("a", "bc")]
+    library = Library(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True))
+    library.normalizer = normalizers.Replace(" ", "▁")
+    library.save(str(directory / "tokenizer.json"))
+
+
 ERRORS = {
     "unigram": (UNIGRAM, "wants a SentencePiece model of type BPE"),
     "normalizing": (NORMALIZING, "normalizes text .nmt_nfkc."),
     "unknown pattern": (lambda to: train(to, split_by(r"\w+")), r"no name for its way to cut words .*: \\w\+"),
-    "not byte-level": (lambda to: train(to, pre_tokenizers.Whitespace()), "wants a byte-level BPE"),
-    "space prefix": (lambda to: train(to, pre_tokenizers.ByteLevel(add_prefix_space=True)), "wants a byte-level BPE"),
+    "merges left out": (fewer_merges, "not SentencePiece's BPE: 'a' and 'b' are tokens and make one, but no merge"),
+    "not byte-level": (lambda to: train(to, pre_tokenizers.Whitespace()), "expects a byte-level BPE"),
+    "space prefix": (lambda to: train(to, pre_tokenizers.ByteLevel(add_prefix_space=True)), "expects a byte-level BPE"),
 }
 
 

@@ -6,13 +6,14 @@ frequency, in the tensor `rope_freqs.weight`; the numbers are found again from i
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
 
 from nemoe_jax.checkpoints.gguf.header import GgufHeader
 from nemoe_jax.errors import UserError
+from nemoe_jax.spec.families import EXPERTS, FAMILIES, Family
 
 ROPE_FREQS = "rope_freqs.weight"
 DTYPES = {
@@ -23,32 +24,7 @@ DTYPES = {
 QUANTIZED = "bfloat16"  # what the values of a quantized file are kept in
 
 
-class Architecture(NamedTuple):
-    """What a GGUF architecture is elsewhere."""
-
-    dense: str | None  # the name in config.json of a model without experts
-    moe: str | None
-    interleaved: bool = False  # rows of q and k pair neighbors under RoPE, where Hugging Face pairs halves of a head
-    experts: str = "num_experts"  # key of config.json
-
-
-ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "MixtralForCausalLM", True, "num_local_experts"),
-    "mistral3": Architecture("MistralForCausalLM", None, True),
-    "qwen2": Architecture("Qwen2ForCausalLM", None),
-    "qwen2moe": Architecture(None, "Qwen2MoeForCausalLM"),
-    "qwen3": Architecture("Qwen3ForCausalLM", None),
-    "qwen3moe": Architecture(None, "Qwen3MoeForCausalLM"),
-}
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
+_ALIASES = {"mistral3": "llama"}  # the same tensors under another name
 # {key of the metadata: value that changes nothing}; parts of other models
 _NEUTRAL = {
     "attention.clamp_kqv": 0,
@@ -66,13 +42,21 @@ _ENDS = ("eos", "eot", "eom")
 _NAMED_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>")
 
 
-def architecture_of(header: GgufHeader) -> Architecture:
-    """The architecture of a GGUF model. Raises UserError where it is not known."""
-    name = header.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{header.paths[0]}: unknown GGUF architecture {name!r}; known: {known}")
-    return ARCHITECTURES[name]
+def family_of(header: GgufHeader) -> Family:
+    """The family of a GGUF model. Raises UserError where there is none."""
+    metadata = header.metadata
+    architecture = str(metadata.get("general.architecture"))
+    sparse = bool(metadata.get(f"{architecture}.expert_count"))
+    gguf = _ALIASES.get(architecture, architecture)
+    able = [family for family in FAMILIES.values() if family.gguf is not None and family.gguf == gguf]
+    fitting = [family for family in able if (EXPERTS in family.always) == sparse]
+    if not able:
+        known = ", ".join(sorted({*(family.gguf for family in FAMILIES.values() if family.gguf), *_ALIASES}))
+        raise UserError(f"{header.paths[0]}: unknown GGUF architecture {architecture!r}; known: {known}")
+    if not fitting:
+        raise UserError(f"{header.paths[0]}: {architecture} {'with' if sparse else 'without'} experts is not supported")
+    named = f"{architecture} {metadata.get('general.name', '')}".lower()  # llama.cpp makes no difference
+    return next((family for family in fitting if family.name in named), fitting[-1])
 
 
 def config_json(header: GgufHeader) -> dict[str, Any]:
@@ -82,13 +66,7 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
         UserError: an unknown architecture, metadata that is missing or of the wrong kind, or a feature that no
             config.json of this architecture says.
     """
-    architecture, keys = architecture_of(header), _Keys(header)
-    experts = keys.whole("expert_count", 0)
-    name = architecture.moe if experts else architecture.dense
-    if name is None:
-        raise UserError(f"{keys.source}: expert_count = {experts} in the architecture {keys.architecture}")
-    if name == "LlamaForCausalLM" and "mistral" in str(header.metadata.get("general.name", "")).lower():
-        name = "MistralForCausalLM"
+    family, keys = family_of(header), _Keys(header)
     keys.refuse(_NEUTRAL)
     heads = keys.whole("attention.head_count")
     hidden = keys.whole("embedding_length")
@@ -99,8 +77,8 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
     if "token_embd.weight" not in header.tensors:
         raise UserError(f"{keys.source}: no tensor token_embd.weight")
     config: dict[str, Any] = {
-        "architectures": [name],
-        "model_type": MODEL_TYPES[name],
+        "architectures": [family.architecture],
+        "model_type": family.name,
         "hidden_act": "silu",
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
@@ -120,26 +98,30 @@ def config_json(header: GgufHeader) -> dict[str, Any]:
             f"{keys.source}: {keys.named('block_count')} = {config['num_hidden_layers']}, but the file has "
             f"{len(header.tensors)} tensors"
         )
-    if "blk.0.attn_q.bias" in header.tensors and not name.startswith("Qwen2"):
-        config["attention_bias"] = True
-    if experts:
-        config |= _moe(keys, architecture, experts)
+    if len(family.biases) > 1:
+        config[family.bias_key] = "blk.0.attn_q.bias" in header.tensors
+    if family.window_switch:
+        config["use_sliding_window"] = config["sliding_window"] is not None
+    if EXPERTS in family.always:
+        config |= _moe(keys, family)
     config |= _rope(header, keys, head_dim)
     ids = token_ids(header)
     return config | {"bos_token_id": ids.get("bos"), "eos_token_id": ids.get("eos")}
 
 
-def _moe(keys: "_Keys", architecture: Architecture, experts: int) -> dict[str, Any]:
-    config: dict[str, Any] = {architecture.experts: experts, "num_experts_per_tok": keys.whole("expert_used_count")}
-    if architecture.experts == "num_experts":
-        config |= {
-            "moe_intermediate_size": keys.whole("expert_feed_forward_length"),
-            "norm_topk_prob": keys.architecture != "qwen2moe",  # what llama.cpp computes
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        }
-        if shared := keys.whole("expert_shared_feed_forward_length", 0):
-            config["shared_expert_intermediate_size"] = shared
+def _moe(keys: "_Keys", family: Family) -> dict[str, Any]:
+    fields = family.fields
+    config: dict[str, Any] = {
+        fields["experts"]: keys.whole("expert_count"),
+        fields["top_k"]: keys.whole("expert_used_count"),
+        fields["expert_ffn"]: keys.whole("expert_feed_forward_length", keys.whole("feed_forward_length", 0)),
+    }
+    if "normalize_top_k" in fields:  # what llama.cpp computes, whatever the model was trained with
+        config[fields["normalize_top_k"]] = bool(family.gguf_normalizes)
+    if "shared_ffn" in fields:
+        config[fields["shared_ffn"]] = keys.whole("expert_shared_feed_forward_length")
+    if "dense_layers" in fields:
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     return config
 
 
@@ -154,13 +136,12 @@ def _rope(header: GgufHeader, keys: "_Keys", head_dim: int) -> dict[str, Any]:
         scaling = {"rope_type": kind, "factor": keys.number("rope.scaling.factor")}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = keys.whole("rope.scaling.original_context_length")
-            for key, name in {
-                "rope.scaling.attn_factor": "attention_factor",
-                "rope.scaling.yarn_beta_fast": "beta_fast",
-                "rope.scaling.yarn_beta_slow": "beta_slow",
-            }.items():
+            for key in ("beta_fast", "beta_slow"):
+                if (value := keys.number(f"rope.scaling.yarn_{key}", None)) is not None:
+                    scaling[key] = value
+            for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
                 if (value := keys.number(key, None)) is not None:
-                    scaling[name] = value
+                    scaling["attention_factor"] = value * yarn_attention_factor(scaling["factor"])
             keys.refuse({"rope.scaling.yarn_log_multiplier": 0})
     elif kind != "none":
         raise UserError(f"{keys.source}: {keys.named('rope.scaling.type')}: unknown type {kind!r}")
@@ -176,7 +157,7 @@ def _llama3_scaling(header: GgufHeader, keys: "_Keys", theta: float, head_dim: i
     found = np.fromfile(tensor.path, "<f4", head_dim // 2, offset=tensor.offset).astype(np.float64)
     if not np.isfinite(found).all() or found.min() < 0.999:
         raise UserError(f"{tensor.path}: {ROPE_FREQS}: expected factors of at least 1")
-    turns = 1 / (2 * np.pi * theta ** (2 * np.arange(head_dim // 2) / head_dim))  # of a token: 1/wavelength
+    turns = _turns(theta, head_dim)
     factor = _shortest(found.max())
     candidates = [(1.0, 4.0, 8192)]
     between = (found > 1.0001) & (found < factor * 0.9999)
@@ -193,10 +174,27 @@ def _llama3_scaling(header: GgufHeader, keys: "_Keys", theta: float, head_dim: i
             "high_freq_factor": round(high, 6),
             "original_max_position_embeddings": original,
         }
-        smooth = np.clip((original * turns - low) / (high - low), 0, 1)
-        if np.allclose(1 / ((1 - smooth) / factor + smooth), found, rtol=1e-3):
+        if np.allclose(llama3_factors(theta, head_dim, scaling), found, rtol=1e-3):
             return scaling
     raise UserError(f"{tensor.path}: {ROPE_FREQS}: no scaling of Llama 3's form has these factors")
+
+
+def _turns(theta: float, head_dim: int) -> np.ndarray:
+    """Of each pair of a head's dimensions, how far it turns with one token: 1/wavelength."""
+    return 1 / (2 * np.pi * theta ** (2 * np.arange(head_dim // 2) / head_dim))
+
+
+def llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> np.ndarray:
+    """What Llama 3's scaling divides each frequency by: `rope_freqs.weight`."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * _turns(theta, head_dim)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """What YaRN multiplies cosine and sine by where nothing else is said."""
+    return 0.1 * math.log(factor) + 1
 
 
 def dtype_of(header: GgufHeader) -> str:

@@ -7,6 +7,7 @@ are in llama.cpp, under a name. Each rule here is a pattern that splits what the
 from typing import Any, NamedTuple
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
@@ -28,7 +29,7 @@ class PreTokenizer(NamedTuple):
     adds_bos: bool = False  # where the file does not say
 
 
-_SMOLLM = PreTokenizer((r"\p{N}", GPT2))
+_SMOLLM = PreTokenizer((DIGIT, GPT2))
 PRE_TOKENIZERS = {
     "tekken": PreTokenizer((TEKKEN,), True, True),
     "llama-bpe": PreTokenizer((LLAMA3,), True, True),

@@ -15,11 +15,12 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-from nemoe_jax.checkpoints.gguf.config import ROPE_FREQS, architecture_of
+from nemoe_jax.checkpoints.gguf.config import ROPE_FREQS, family_of
 from nemoe_jax.checkpoints.gguf.header import GgufHeader, GgufTensor
 from nemoe_jax.checkpoints.safetensors_file import Entry
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.spec.schema import declare, leaves
 
 PLAIN: dict[Type, Any] = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: ml_dtypes.bfloat16}
@@ -34,8 +35,9 @@ _AT_ONCE = 1 << 20  # elements dequantized at once
 _ROTATED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
 
 
-def tensor_names(config: ModelConfig, architecture: str) -> dict[str, tuple[str, int | None]]:
+def tensor_names(config: ModelConfig) -> dict[str, tuple[str, int | None]]:
     """{key of a Hugging Face directory: (name of the GGUF tensor, expert in it)} of a model."""
+    architecture = FAMILIES[config.family].gguf
     arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(arch, config.layers)
     found: dict[str, tuple[str, int | None]] = {}
@@ -56,11 +58,11 @@ class GgufWeights:
 
     def __init__(self, path: Path, header: GgufHeader, config: ModelConfig):
         self.path = path
-        self._rotated = _ROTATED if architecture_of(header).interleaved else ()
+        self._rotated = _ROTATED if family_of(header).gguf_permutes else ()
         self._head_dim = config.head_dim
         self._parts: dict[str, GgufTensor] = {}
         mine = {name: tensor for name, tensor in header.tensors.items() if tensor.path == path and name != ROPE_FREQS}
-        names = tensor_names(config, header.metadata["general.architecture"])
+        names = tensor_names(config)
         for key, (name, expert) in names.items():
             if name in mine:
                 self._parts[key] = _expert(mine[name], expert)
@@ -88,10 +90,10 @@ class GgufWeights:
         rotated = name.endswith(self._rotated) if self._rotated else False
         if tensor.type in PLAIN:
             mapped = np.memmap(self.path, PLAIN[tensor.type], "r", tensor.offset, shape)
-            return _halves(mapped, self._head_dim) if rotated else mapped
+            return _reordered(mapped, self._head_dim // 2, 2) if rotated else mapped
         byte_shape = quant_shape_to_byte_shape(tensor.shape, tensor.type)
         mapped = np.memmap(self.path, np.uint8, "r", tensor.offset, (math.prod(byte_shape[:-1]), byte_shape[-1]))
-        rows = _halves(mapped, self._head_dim) if rotated else mapped
+        rows = _reordered(mapped, self._head_dim // 2, 2) if rotated else mapped
         values = np.empty((len(rows), tensor.shape[-1]), dtype or np.float32)
         step = max(1, _AT_ONCE // tensor.shape[-1])
         for start in range(0, len(rows), step):
@@ -108,8 +110,13 @@ def _expert(tensor: GgufTensor, expert: int | None) -> GgufTensor:
     return tensor._replace(shape=tensor.shape[1:], offset=tensor.offset + expert * size, size=size)
 
 
-def _halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows whose neighbors are a pair under RoPE, each head's first of all pairs first."""
-    if len(rows) % head_dim:
+def interleaved(key: str, tensor: np.ndarray, head_dim: int) -> np.ndarray:
+    """A tensor in llama.cpp's order of rows, where rotary pairs are neighbors: q and k copied, others as they are."""
+    return _reordered(tensor, 2, head_dim // 2) if key.endswith(_ROTATED) else tensor
+
+
+def _reordered(rows: np.ndarray, outer: int, inner: int) -> np.ndarray:
+    """Each head's rows, as an (outer, inner) table, in the table's other order."""
+    if len(rows) % (outer * inner):
         return rows  # misshapen, and refused for it
-    return rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(-1, outer, inner, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
