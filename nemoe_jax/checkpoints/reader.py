@@ -18,11 +18,16 @@ from nemoe_jax.checkpoints import fp8
 from nemoe_jax.checkpoints.gguf.directory import gguf_files, model_directory
 from nemoe_jax.checkpoints.gguf.header import read_header
 from nemoe_jax.checkpoints.gguf.weights import GgufWeights
-from nemoe_jax.checkpoints.layout import CONFIG, MISTRAL, PARAMS, Layout, layout_of
+from nemoe_jax.checkpoints.hf_names import own_entries
+from nemoe_jax.checkpoints.layout import CONFIG, HUGGING_FACE, MISTRAL, PARAMS, Layout, layout_of
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, declare, leaves
+from nemoe_jax.utils.note import note
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # compared at once
 
 Weights = SafetensorsFile | GgufWeights
 
@@ -53,7 +58,35 @@ def read_config(directory: str | Path) -> ModelConfig:
     fp8.format_of(path.parent, content, str(path))
     if layout is MISTRAL and layout.has_weights(directory):  # params.json does not say the dtype
         config = config.replace(dtype=SafetensorsFile(_weight_files(Path(directory), layout)[0]).dtype or config.dtype)
+    if config.tied and layout.has_weights(directory) and _has_own_head(Path(directory), layout, config):
+        note(f"{path} says that the head is the embedding; the weights hold another one, which is used")
+        config = config.replace(tied=False)
     return config
+
+
+def _open(path: Path, layout: Layout, config: ModelConfig) -> SafetensorsFile:
+    """A weight file, its entries under the names of the layout."""
+    file = SafetensorsFile(path)
+    if layout is HUGGING_FACE:
+        file.entries = own_entries(path, file.entries, config)
+    return file
+
+
+def _has_own_head(directory: Path, layout: Layout, config: ModelConfig) -> bool:
+    """Whether the weight files hold a head that is no copy of the embedding."""
+    names = {layout.name(key): key for key in (HEAD, EMBEDDING)}
+    found = {}
+    for path in _weight_files(directory, layout):
+        file = _open(path, layout, config)
+        found |= {key: (file, name) for name, key in names.items() if name in file.entries}
+    if HEAD not in found or EMBEDDING not in found:
+        return False
+    entries = [file.entries[name] for file, name in found.values()]
+    if entries[0].dtype != entries[1].dtype or entries[0].shape != entries[1].shape:
+        return True
+    head, embedding = (file.view(name).view(np.uint8) for file, name in found.values())
+    rows = range(0, len(head), _ROWS)
+    return not all(np.array_equal(head[row : row + _ROWS], embedding[row : row + _ROWS]) for row in rows)
 
 
 def _read_json(path: Path, otherwise: str) -> Any:
@@ -104,7 +137,7 @@ def _open_weights(directory: Path, layout: Layout, config: ModelConfig) -> list[
     if not layout.has_weights(directory) and (links := gguf_files(directory)):
         header = read_header(links[0])
         return [GgufWeights(path, header, config) for path in header.paths]
-    return [SafetensorsFile(path) for path in _weight_files(directory, layout)]
+    return [_open(path, layout, config) for path in _weight_files(directory, layout)]
 
 
 class Checkpoint:
@@ -171,8 +204,8 @@ class Checkpoint:
             name = self.layout.name(key)
             shape = file.entries[name].shape
             if key not in wanted:
-                # what transformers, too, ignores: a copy of tied embeddings, old RoPE buffers
-                if not (key.endswith("rotary_emb.inv_freq") or (self.config.tied and key == "lm_head.weight")):
+                # a copy of tied embeddings (see `_has_own_head`), and constants that old versions saved
+                if not (key.endswith("rotary_emb.inv_freq") or (self.config.tied and key == HEAD)):
                     problems.append(f"unexpected {name} {shape} in {file.path.name}")
                 continue
             spec = wanted[key]

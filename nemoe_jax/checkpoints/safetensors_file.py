@@ -130,7 +130,7 @@ def _header_entry(name: str, entry: Any) -> _HeaderEntry:
         raise ValueError("not a name")  # names go into messages of one line
     whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     # other dtypes are refused when they are asked for; their size is not known here
-    if not whole or end < begin or (dtype in _DTYPES and end - begin != _bytes_of(dtype, shape)):
+    if not whole or end < begin or (dtype in _DTYPES and end - begin != bytes_of(dtype, shape)):
         raise ValueError(f"shape {shape} of {dtype} in bytes {begin} to {end}")
     return _HeaderEntry(dtype, shape, begin, end)
 
@@ -155,7 +155,7 @@ def header_of(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[bytes
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for key, (shape, dtype) in tensors.items():
-        offsets[key], end = end, end + _bytes_of(names[dtype], shape)
+        offsets[key], end = end, end + bytes_of(names[dtype], shape)
         entries[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offsets[key], end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -174,5 +174,6 @@ def is_finite(tensor: np.ndarray) -> bool:
     return all((flat[start : start + _CHECKED_AT_ONCE] & ~sign).max() < infinity for start in starts)
 
 
-def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of safetensors' dtype."""
     return math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
