@@ -75,7 +75,7 @@ def _open(path: Path, layout: Layout, config: ModelConfig) -> SafetensorsFile:
 def _has_own_head(directory: Path, layout: Layout, config: ModelConfig) -> bool:
     """Whether the weight files hold a head that is no copy of the embedding."""
     names = {layout.name(key): key for key in (HEAD, EMBEDDING)}
-    found = {}
+    found: dict[str, tuple[SafetensorsFile, str]] = {}
     for path in _weight_files(directory, layout):
         file = _open(path, layout, config)
         found |= {key: (file, name) for name, key in names.items() if name in file.entries}

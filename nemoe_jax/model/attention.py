@@ -33,8 +33,6 @@ class Attention(SpecModule):
     def __init__(self, config: ModelConfig, specs: Tree):
         super().__init__(specs)
         self.config, self.eps = config, config.norm_eps
-        if config.sliding_window is not None:
-            raise UserError(f"sliding_window = {config.sliding_window}: only full attention is supported")
         self.biased = config.attention_bias.removeprefix("none")
 
     def __call__(
@@ -47,9 +45,9 @@ class Attention(SpecModule):
         cos_sin = context.cos_sin or rope_cos_sin(self.config, context.positions_BT)
         q, k = rope(q, cos_sin), rope(k, cos_sin)
         if cache is None:
-            y_BTNH = attend(q, k, v, context.segments_BT)
+            y_BTNH = attend(q, k, v, context.segments_BT, self.config.sliding_window)
         else:
-            y_BTNH, cache = update_and_attend(q, k, v, context.positions_BT, cache)
+            y_BTNH, cache = update_and_attend(q, k, v, context.positions_BT, cache, self.config.sliding_window)
         return self._biased("o", self.project("o", y_BTNH, adapters)), cache
 
     def _biased(self, name: str, y: jax.Array) -> jax.Array:
@@ -64,7 +62,9 @@ class Attention(SpecModule):
         return whole.reshape(x_BTNH.shape)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | None, window: int | None = None
+) -> jax.Array:
     """Causal attention of (B, T, N, H) queries over (B, T, K, H) keys and values, over the ambient mesh.
 
     Where the sequence is cut, two all-to-alls go from all heads of some tokens to some heads of all tokens, and back
@@ -75,7 +75,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | No
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return causal_attention(q, k, v, segments_BT)
+        return causal_attention(q, k, v, segments_BT, window)
     rows, tokens = batch_axes(mesh.shape, q.shape[0]), sequence_axes(mesh.shape, q.shape[1])
     tensor = ("tensor",) if mesh.shape.get("tensor", 1) > 1 else ()
     parts = math.prod(mesh.shape[name] for name in (*tensor, *tokens))
@@ -90,11 +90,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments_BT: jax.Array | No
 
     def on_device(q, k, v, segments_BT):
         if not tokens:
-            return causal_attention(q, k, v, segments_BT)
+            return causal_attention(q, k, v, segments_BT, window)
         q, k, v = (lax.all_to_all(x, "sequence", split_axis=2, concat_axis=1, tiled=True) for x in (q, k, v))
         if segments_BT is not None:
             segments_BT = lax.all_gather(segments_BT, "sequence", axis=1, tiled=True)
-        y = causal_attention(q, k, v, segments_BT)
+        y = causal_attention(q, k, v, segments_BT, window)
         return lax.all_to_all(y, "sequence", split_axis=1, concat_axis=2, tiled=True)
 
     place = PartitionSpec(rows or None, tokens or None, tensor or None)

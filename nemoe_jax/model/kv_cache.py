@@ -115,9 +115,16 @@ def _cache(config: ModelConfig, table_BM: np.ndarray, pages: int, dtype: Any) ->
 
 
 def update_and_attend(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, cache: LayerCache
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    cache: LayerCache,
+    window: int | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """Writes new keys and values at their positions; each query sees its row's keys up to its own position.
+
+    With a `window` it sees the last so many of them, its own included; what is before is not read, and stays.
 
     Returns (B, T, N, H) in q's dtype and the cache. The caller sees that there is room behind what it holds already.
 
@@ -133,13 +140,13 @@ def update_and_attend(
         num_new_tokens_B = jnp.full(q_BTNH.shape[:1], q_BTNH.shape[1], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        y_BTNH, k, v = _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, ())
+        y_BTNH, k, v = _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, window, ())
         return y_BTNH, cache._replace(k=k, v=v)
     heads, row = PartitionSpec(rows or None, None, tensor or None), PartitionSpec(rows or None)
     pool = _pool_place(rows, sequence, tensor)
     of_cache = LayerCache(pool, pool, row, PartitionSpec(), None if cache.num_new_tokens_B is None else row)  # type: ignore
     y_BTNH, k, v = jax.shard_map(
-        functools.partial(_extend, sequence=sequence),
+        functools.partial(_extend, window=window, sequence=sequence),
         in_specs=(heads, heads, heads, row, row, of_cache),
         out_specs=(heads, pool, pool),
         check_vma=False,
@@ -194,7 +201,7 @@ def _placed(place: PartitionSpec) -> Any:
     return lambda array: lax.with_sharding_constraint(array, place)
 
 
-def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, sequence):
+def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, window, sequence):
     """`extend` on one device, with its heads, rows and pages."""
     cuts = axes_size(sequence)
     part = lax.axis_index(sequence) if sequence else 0
@@ -210,7 +217,7 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, seque
 
     def attend(queries):
         q, positions = queries
-        return _attend(q, positions, k, v, table_BM, cache.layer, pages, part, sequence)
+        return _attend(q, positions, k, v, table_BM, cache.layer, window, pages, part, sequence)
 
     # a query that does not count sees its row's first key, so that it makes no work
     seen_BT = jnp.where(jnp.arange(positions_BT.shape[1]) < counts_B1, positions_BT, 0)
@@ -221,7 +228,7 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, seque
     ):  # where few new tokens seldom have many before them, and a step costs what it computes
         pages = next(few for few in (1, 2, pages) if few == pages or length <= few * PAGE)
     if length == 1 and not sequence:
-        ways = _ways_to_decode(q_BTNH, k)
+        ways = _ways_to_decode(q_BTNH, k, window)
         given = (q_BTNH, seen_BT, k, v, table_BM, cache.layer)
         return lax.platform_dependent(*given, **ways, default=lambda *given: attend(given[:2])), k, v
     if length <= QUERIES:

@@ -35,7 +35,7 @@ def inputs(batch, length, config=LONG, seed=0):
     return [jnp.asarray(random.normal(size=(batch, length, many, config.head_dim)), jnp.float32) for many in heads]
 
 
-def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG):
+def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG, window=None):
     """What `extend` makes of the tokens, given to it in chunks, in one layer of a cache."""
     batch, length = q.shape[:2]
 
@@ -47,7 +47,7 @@ def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG)
         for size in chunks:
             now = slice(start, start + size)
             positions = jnp.broadcast_to(jnp.arange(length)[now], (batch, size))
-            y, held = update_and_attend(q[:, now], k[:, now], v[:, now], positions, held)
+            y, held = update_and_attend(q[:, now], k[:, now], v[:, now], positions, held, window)
             ys.append(y)
             start += size
         return jnp.concatenate(ys, axis=1), held
@@ -65,6 +65,15 @@ def test_attention_in_chunks_equals_plain_attention(length, chunks):
     y, held = attend(q, k, v, chunks)
     np.testing.assert_allclose(y, plain(q, k, v, None), atol=2e-5)
     assert not held.k.pool[:, 0].any()  # the other layer's
+
+
+@pytest.mark.parametrize("window", [2, PAGE, 600])
+def test_a_window_hides_the_keys_before_it(window):
+    q, k, v = inputs(2, 1100)
+    y, _ = attend(q, k, v, [1030, 1, 69], window=window)
+    np.testing.assert_allclose(y, plain(q, k, v, None, window), atol=2e-5)
+    held = shared_cache(LONG, 2, 1100, 30, jnp.float32)
+    assert {*_ways_to_decode(q[:, :1], held.k, window)} == {"cpu", "tpu"}  # the kernels of GPUs know no window
 
 
 def test_rows_take_whole_pages_of_their_own():

@@ -23,7 +23,7 @@ _COMMON = {
 }
 _MOE = {"num_experts_per_tok": 3, "moe_intermediate_size": 12, "mlp_only_layers": [0], "intermediate_size": 40}
 SIZES = {
-    "mistral": {**_COMMON, "intermediate_size": 48, "sliding_window": None},
+    "mistral": {**_COMMON, "intermediate_size": 48, "sliding_window": 7},
     "llama": {**_COMMON, "intermediate_size": 48, "attention_bias": True},
     "mixtral": {**_COMMON, "intermediate_size": 16, "num_local_experts": 4, "sliding_window": None},
     "qwen2": {**_COMMON, "intermediate_size": 48},

@@ -18,21 +18,29 @@ from jax import lax
 _HIDDEN = -1e30  # finite, so that a row that sees nothing gives no NaN
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def blockwise_attention_cpu(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, step: int = 128
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    step: int = 128,
+    window: int | None = None,
 ) -> jax.Array:
     """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2.
 
     Args:
         step: queries of a step; an eighth of the length where that is more.
+        window: how many tokens a token sees at most, itself included; keys before them are not read.
     """
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, step)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, step, window)[0]
 
 
-def _steps(length: int, step: int) -> Iterator[tuple[int, int]]:
+def _steps(length: int, window: int | None, step: int) -> Iterator[tuple[int, int, int]]:
+    """(first key that a step sees, its first query, its end)."""
     step = max(-(-length // 8), step)
-    return ((start, min(start + step, length)) for start in range(0, length, step))
+    for start in range(0, length, step):
+        yield 0 if window is None else max(start - window + 1, 0), start, min(start + step, length)
 
 
 def _cut(x_TNH: jax.Array, start: int, end: int, kv_heads: int) -> jax.Array:
@@ -51,12 +59,15 @@ def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _scores(q_KQH: jax.Array, k_KSH: jax.Array, segments_T: jax.Array | None, start: int, end: int) -> jax.Array:
+def _scores(
+    q_KQH: jax.Array, k_KSH: jax.Array, segments_T: jax.Array | None, span: tuple[int, int, int], window: int | None
+) -> jax.Array:
     """Scores (K, Q, S), hidden ones very negative."""
-    tokens = jnp.arange(end)
-    seen = tokens[start:, None] >= tokens
+    first, start, end = span
+    behind = jnp.arange(start, end)[:, None] - jnp.arange(first, end)
+    seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     if segments_T is not None:
-        seen &= segments_T[start:end, None] == segments_T[:end]
+        seen &= segments_T[start:end, None] == segments_T[first:end]
     scores = _product("kqh,ksh->kqs", q_KQH, k_KSH)
     of_heads = scores.reshape(scores.shape[0], -1, *seen.shape)
     return jnp.where(seen, of_heads, _HIDDEN).reshape(scores.shape)
@@ -67,17 +78,18 @@ def scaled(q: jax.Array) -> jax.Array:
     return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, step):
+def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, step, window):
     def of_row(row):
         q_TNH, k_TKH, v_TKH, segments_T = row
         q_TNH, k_KTH, v_KTH = scaled(q_TNH), k_TKH.swapaxes(0, 1), v_TKH.swapaxes(0, 1)
         parts, log_sums = [], []
-        for start, end in _steps(len(q_TNH), step):
-            scores = _scores(_cut(q_TNH, start, end, len(k_KTH)), k_KTH[:, :end], segments_T, start, end)
+        for first, start, end in _steps(len(q_TNH), window, step):
+            q = _cut(q_TNH, start, end, len(k_KTH))
+            scores = _scores(q, k_KTH[:, first:end], segments_T, (first, start, end), window)
             largest = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - largest)
             total = weights.sum(-1, keepdims=True)
-            part = _product("kqs,ksh->kqh", weights.astype(v_KTH.dtype), v_KTH[:, :end]) / total
+            part = _product("kqs,ksh->kqh", weights.astype(v_KTH.dtype), v_KTH[:, first:end]) / total
             parts.append(_joined(part.astype(q_TNH.dtype), end - start))
             log_sums.append(largest + jnp.log(total))
         return jnp.concatenate(parts), log_sums
@@ -86,20 +98,21 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, step):
     return y_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, y_BTNH, log_sums)
 
 
-def _backward(step, residuals, dy_BTNH):
+def _backward(step, window, residuals, dy_BTNH):
     def of_row(row):
         (q_TNH, k_TKH, v_TKH, segments_T, y_TNH, log_sums), dy_TNH = row
         q_TNH, k_KTH, v_KTH = scaled(q_TNH), k_TKH.swapaxes(0, 1), v_TKH.swapaxes(0, 1)
         own_TN1 = jnp.sum(dy_TNH.astype(jnp.float32) * y_TNH.astype(jnp.float32), axis=-1, keepdims=True)
         kv_heads, length, width = k_KTH.shape
         dq, dk_KHT, dv_KHT = [], jnp.zeros((kv_heads, width, length)), jnp.zeros((kv_heads, width, length))
-        for (start, end), log_sum in zip(_steps(length, step), log_sums, strict=True):
+        for span, log_sum in zip(_steps(length, window, step), log_sums, strict=True):
+            first, start, end = span
             q, dy, own = (_cut(x, start, end, kv_heads) for x in (q_TNH, dy_TNH, own_TN1))
-            k, v = k_KTH[:, :end], v_KTH[:, :end]
-            weights = jnp.exp(_scores(q, k, segments_T, start, end) - log_sum)
+            k, v = k_KTH[:, first:end], v_KTH[:, first:end]
+            weights = jnp.exp(_scores(q, k, segments_T, span, window) - log_sum)
             dscores = (weights * (_product("kqh,ksh->kqs", dy, v) - own)).astype(q.dtype)
             dq.append(_joined(_product("kqs,ksh->kqh", dscores, k), end - start))
-            after = ((0, 0), (0, 0), (0, length - end))
+            after = ((0, 0), (0, 0), (first, length - end))
             dk_KHT += jnp.pad(_product("kqh,kqs->khs", q, dscores), after)
             dv_KHT += jnp.pad(_product("kqh,kqs->khs", dy, weights.astype(v.dtype)), after)
         dk, dv = (dx.transpose(2, 0, 1).astype(k_TKH.dtype) for dx in (dk_KHT, dv_KHT))

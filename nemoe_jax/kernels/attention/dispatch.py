@@ -24,17 +24,24 @@ LONG = 2048  # tokens above which the scores of all pairs are not kept
 
 
 def causal_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int | None = None
 ) -> jax.Array:
-    """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
+    """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2.
+
+    Args:
+        window: how many tokens a token sees at most, itself included.
+    """
     length, head_dim = q_BTNH.shape[1], q_BTNH.shape[3]
+    if window is not None and window >= length:
+        window = None
     if target_platform() == "tpu" and length % LANES == 0 and head_dim % LANES == 0:
-        return splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     if target_platform() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
-        return gpu_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return gpu_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     if length > LONG:
-        return flash_attention_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return flash_attention_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=window)
     if target_platform() == "cpu":
-        return blockwise_attention_cpu(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return blockwise_attention_cpu(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=window)
     mask = None if segments_BT is None else (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True)
+    seen = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, local_window_size=seen)

@@ -5,7 +5,7 @@
 - Packed documents: cuDNN takes them only as a mask of all pairs, so JAX's own Pallas kernel for Triton, with keys and
   values repeated.
 - One query a row over the pages of a cache: JAX's own Pallas kernel for Triton, which reads them where they lie.
-- What none of them takes, float32 above all: `flash_attention_xla`.
+- What none of them takes, float32 above all, and packed documents with a sliding window: `flash_attention_xla`.
 
 B batch, T sequence, N heads, K kv heads, H head_dim, P pages, S slots of a page, M pages of a row.
 """
@@ -23,13 +23,20 @@ _WIDEST = 128  # head_dim that cuDNN takes on every card since Ampere
 _BLOCK = 128  # queries and keys of a program of the Pallas kernel; half of it in the gradient
 
 
-def gpu_attention(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+def gpu_attention(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, window: int | None = None
+) -> jax.Array:
     """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
     width = q_BTNH.shape[3]
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or width % 8 or not 16 <= width <= _WIDEST:
-        return flash_attention_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+        return flash_attention_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=window)
     if segments_BT is None:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+        seen = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=seen, implementation="cudnn"
+        )
+    if window is not None:  # the kernel knows none
+        return flash_attention_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=window)
     return packed_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 

@@ -1,5 +1,6 @@
 """PAGED"""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class KVPages(NamedTuple):
     scale: jax.Array | None  # float32 (K, L, P, S), for int8
 
 
-def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, pages=1, part=0, sequence=()):
+def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, window=None, pages=1, part=0, sequence=()):
     """Attention of some queries over their rows' pages, so many a step, with a running maximum and sum."""
     batch, queries, heads, width = q_BQNH.shape
     kv_heads, cuts, dtype = k.pool.shape[0], axes_size(sequence), q_BQNH.dtype
@@ -92,7 +93,10 @@ def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, pages
         if k_scale is not None:
             scores *= k_scale
         position_C = slots_C + (number * pages * cuts + part) * PAGE
-        scores = jnp.where(position_C <= last_KBGQ, scores, _HIDDEN)
+        seen = position_C <= last_KBGQ
+        if window is not None:
+            seen &= position_C > last_KBGQ - window
+        scores = jnp.where(seen, scores, _HIDDEN)
         new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
         kept, weights = jnp.exp(largest - new_largest), jnp.exp(scores - new_largest)
         total = total * kept + weights.sum(-1, keepdims=True)
@@ -103,7 +107,8 @@ def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, pages
 
     steps = jnp.max(positions_BQ) // (pages * PAGE * cuts) + 1
     nothing = jnp.full((*q.shape[:3], 1), _HIDDEN), jnp.zeros((*q.shape[:3], 1)), jnp.zeros(q.shape)
-    largest, total, y = lax.fori_loop(0, steps, step, nothing)
+    first = 0 if window is None else jnp.maximum(jnp.min(positions_BQ) - window + 1, 0) // (pages * PAGE * cuts)
+    largest, total, y = lax.fori_loop(first, steps, step, nothing)
     if sequence:
         share = jnp.exp(largest - lax.pmax(largest, sequence))
         total, y = (lax.psum(x * share, sequence) for x in (total, y))
@@ -111,9 +116,11 @@ def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, pages
     return y.transpose(1, 3, 0, 2, 4).reshape(q_BQNH.shape)
 
 
-def _ways_to_decode(q_B1NH: jax.Array, k: KVPages) -> dict[str, Any]:
+def _ways_to_decode(q_B1NH: jax.Array, k: KVPages, window: int | None = None) -> dict[str, Any]:
     """By platform, what attends for one query a row better than `_attend` for all rows: `_attend`'s arguments."""
     ways: dict[str, Any] = {"cpu": _row_by_row, "tpu": _in_long_steps}
+    if window is not None:  # which the kernels do not know
+        return {platform: functools.partial(way, window=window) for platform, way in ways.items()}
     width, dtypes = q_B1NH.shape[3], {q_B1NH.dtype, k.pool.dtype}
     if k.scale is None and width % 128 == 0 and jnp.dtype(jnp.float16) not in dtypes:
         ways["tpu"] = _kernel_for_tpus
@@ -123,19 +130,20 @@ def _ways_to_decode(q_B1NH: jax.Array, k: KVPages) -> dict[str, Any]:
     return ways
 
 
-def _row_by_row(q_B1NH, positions_B1, k, v, table_BM, layer):
+def _row_by_row(q_B1NH, positions_B1, k, v, table_BM, layer, window=None):
     """Each row goes over its own pages alone, one at a time."""
 
     def attend(row):
         q, positions, table = (x[None] for x in row)
-        return _attend(q, positions, k, v, table, layer)[0]
+        return _attend(q, positions, k, v, table, layer, window)[0]
 
     return lax.map(attend, (q_B1NH, positions_B1, table_BM))
 
 
-def _in_long_steps(q_B1NH, positions_B1, k, v, table_BM, layer):
+def _in_long_steps(q_B1NH, positions_B1, k, v, table_BM, layer, window=None):
     """As many of `KEYS_ON_TPU` as divide the rows' room."""
-    return _attend(q_B1NH, positions_B1, k, v, table_BM, layer, math.gcd(table_BM.shape[1], KEYS_ON_TPU // PAGE))
+    pages = math.gcd(table_BM.shape[1], KEYS_ON_TPU // PAGE)
+    return _attend(q_B1NH, positions_B1, k, v, table_BM, layer, window, pages)
 
 
 def _kernel_for_tpus(q_B1NH, positions_B1, k, v, table_BM, layer):

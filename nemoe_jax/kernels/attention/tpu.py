@@ -11,13 +11,21 @@ _BLOCKS = (1024, 512, 256, 128)  # tokens of a splash block: the largest that di
 
 
 def splash_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, interpret: bool = False
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """`causal_attention` by the Pallas kernel; `interpret` runs it on any platform, slowly."""
     length, heads = q_BTNH.shape[1:3]
     block = next(size for size in _BLOCKS if length % size == 0)
+    mask: splash_attention_mask.Mask = CornerMask((length, length))
+    if window is not None:
+        mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), 0)
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([CornerMask((length, length))] * heads),
+        splash_attention_mask.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash_attention_kernel.BlockSizes(

@@ -20,12 +20,21 @@ CHUNK = 512  # tokens
 _HIDDEN = -1e30  # finite, so that a row whose first chunks are all hidden gives no NaN
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def flash_attention_xla(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BT: jax.Array | None, chunk: int = CHUNK
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array | None,
+    chunk: int = CHUNK,
+    window: int | None = None,
 ) -> jax.Array:
-    """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk)[0]
+    """Causal attention within segments, (B, T, N, H) in q's dtype; softmax in float32, scores scaled by H^-1/2.
+
+    Args:
+        window: how many tokens a token sees at most, itself included; chunks before them are not visited.
+    """
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window)[0]
 
 
 def _cut(x_BTNH: jax.Array, heads: int, chunk: int) -> jax.Array:
@@ -50,18 +59,21 @@ def _cut_segments(segments_BT: jax.Array | None, chunk: int) -> jax.Array | None
     return segments_BT.reshape(segments_BT.shape[0], -1, chunk).swapaxes(0, 1)
 
 
-def _scores(q_BKGQH: jax.Array, k_BKSH: jax.Array, i: Any, j: Any, segments_cBQ: jax.Array | None) -> jax.Array:
+def _scores(
+    q_BKGQH: jax.Array, k_BKSH: jax.Array, i: Any, j: Any, segments_cBQ: jax.Array | None, window: int | None
+) -> jax.Array:
     """Scaled scores of the chunk i of queries on the chunk j of keys, hidden ones very negative; (B, K, G, Q, S)."""
     scores = jnp.einsum("bkgqh,bksh->bkgqs", q_BKGQH, k_BKSH, preferred_element_type=jnp.float32)
     tokens = jnp.arange(k_BKSH.shape[2])
-    seen = (i > j) | (tokens[:, None] >= tokens)
+    behind = (i - j) * len(tokens) + tokens[:, None] - tokens  # how far each key is behind each query
+    seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     if segments_cBQ is not None:
         own = segments_cBQ[i][:, :, None] == segments_cBQ[j][:, None]
         seen = (seen & own)[:, None, None]
     return jnp.where(seen, scores * q_BKGQH.shape[-1] ** -0.5, _HIDDEN)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk):
+def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk, window):
     heads, length = k_BTKH.shape[2], q_BTNH.shape[1]
     q = _cut(q_BTNH, heads, chunk)
     k, v = (_cut(x, heads, chunk)[:, :, :, 0] for x in (k_BTKH, v_BTKH))
@@ -70,7 +82,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk):
     def of_queries(i):
         def visit(j, carry):
             sofar, largest, total = carry
-            scores = _scores(q[i], k[j], i, j, segments)
+            scores = _scores(q[i], k[j], i, j, segments, window)
             larger = jnp.maximum(largest, scores.max(-1))
             shrink, weights = jnp.exp(largest - larger), jnp.exp(scores - larger[..., None])
             part = jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
@@ -78,7 +90,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk):
 
         rows = q.shape[1:-1]
         start = (jnp.zeros(q.shape[1:], jnp.float32), jnp.full(rows, _HIDDEN), jnp.zeros(rows, jnp.float32))
-        sofar, largest, total = lax.fori_loop(0, i + 1, visit, start)
+        first = 0 if window is None else jnp.maximum(i * chunk - window + 1, 0) // chunk
+        sofar, largest, total = lax.fori_loop(first, i + 1, visit, start)
         return (sofar / total[..., None]).astype(q.dtype), largest + jnp.log(total)
 
     y, log_sums = lax.map(of_queries, jnp.arange(q.shape[0]))
@@ -86,7 +99,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, chunk):
     return y_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, y_BTNH, log_sums)
 
 
-def _backward(chunk, residuals, dy_BTNH):
+def _backward(chunk, window, residuals, dy_BTNH):
     q_BTNH, k_BTKH, v_BTKH, segments_BT, y_BTNH, log_sums = residuals
     heads, length = k_BTKH.shape[2], q_BTNH.shape[1]
     q, dy, y = (_cut(x, heads, chunk) for x in (q_BTNH, dy_BTNH, y_BTNH))
@@ -101,7 +114,7 @@ def _backward(chunk, residuals, dy_BTNH):
     def of_keys(dq, j):
         def visit(i, carry):
             dq, dk, dv = carry
-            weights = jnp.exp(_scores(q[i], k[j], i, j, segments) - log_sums[i][..., None])
+            weights = jnp.exp(_scores(q[i], k[j], i, j, segments, window) - log_sums[i][..., None])
             dv += product("bkgqs,bkgqh->bksh", weights.astype(v.dtype), dy[i])
             dscores = weights * (product("bkgqh,bksh->bkgqs", dy[i], v[j]) - own[i][..., None]) * scale
             dscores = dscores.astype(q.dtype)
@@ -109,7 +122,8 @@ def _backward(chunk, residuals, dy_BTNH):
             return dq.at[i].add(product("bkgqs,bksh->bkgqh", dscores, k[j])), dk, dv
 
         nothing = jnp.zeros(k.shape[1:], jnp.float32)
-        dq, dk, dv = lax.fori_loop(j, chunks, visit, (dq, nothing, nothing))
+        last = chunks if window is None else jnp.minimum(((j + 1) * chunk + window - 2) // chunk + 1, chunks)
+        dq, dk, dv = lax.fori_loop(j, last, visit, (dq, nothing, nothing))
         return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
 
     dq, (dk, dv) = lax.scan(of_keys, jnp.zeros(q.shape, jnp.float32), jnp.arange(chunks))
