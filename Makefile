@@ -6,10 +6,13 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo demo-nano test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.demo
+
+demo-nano: $(VENV)/.demo
+	$(BIN)/python -m examples.demo.nano
 
 test: $(VENV)/.test lint docs
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@ B batch, T sequence, D embed, V vocabulary.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -58,6 +59,11 @@ def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -
             f"(--calibration-tokens {tokens}, in batches of {BATCH * length:,}), got {len(stream):,}"
         )
     return [tokens_BT for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
+
+
+def hash_of(batches: Sequence[np.ndarray]) -> dict[str, str]:
+    """The calibration text's SHA-256, for `convert_layers`."""
+    return {"calibration_sha256": hashlib.sha256(b"".join(tokens_BS.tobytes() for tokens_BS in batches)).hexdigest()}
 
 
 def fitted_batches(batches: Sequence[np.ndarray]) -> int:

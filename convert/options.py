@@ -41,7 +41,9 @@ class CarveOptions:
     logit_std: float = option(0.02, "standard deviation of the router logits; small keeps the chosen weights near 1/k")
     output_scale: float = option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
     calibration: tuple[str, ...] = option(
-        (), "text files, directories or globs: distil the router, fit the output scales, refit `down`"
+        (),
+        "text files, directories or globs: distill the router, fit the output scales, refit `down`; `self` alone: text "
+        "that the dense model writes, which is kept beside the result",
     )
     calibration_tokens: int = option(131072, "tokens of it to use; more is better")
     refit: bool = option(True, "with calibration: leave the experts' weights as they are, but for the output scales")

@@ -27,6 +27,7 @@ import numpy as np
 
 from convert.report import page
 from convert.settings import MANIFEST, REPORT, ConversionSettings
+from nemoe_jax.checkpoints.fingerprint import weights_fingerprint
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, Layout
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
 from nemoe_jax.checkpoints.writer import KEPT, Writer, plan
@@ -55,6 +56,8 @@ def convert_layers(
     finished: Callable[[int, Tensors], None] | None = None,
     summary: Callable[[], Figures] | None = None,
     layout: Layout = HUGGING_FACE,
+    inputs: dict[str, str] | None = None,
+    extra: dict[str, str] | None = None,
 ) -> Manifest:
     """Writes the model directory `destination` of shape `config`; returns its manifest.
 
@@ -69,6 +72,9 @@ def convert_layers(
             the next is made; layers then go one by one, in a single process.
         summary: figures of the whole for the manifest, asked for at the end.
         layout: of the destination.
+        inputs: hashes of what else decides about the result, such as calibration text: an interrupted job goes on only
+            where they are the same.
+        extra: {name: content} of text files to put beside the weights.
 
     Raises:
         UserError: the destination exists, the source turns out bad (nothing is left behind then), no room on the disk.
@@ -87,7 +93,8 @@ def convert_layers(
         raise UserError(f"{options['command']}: its layers depend on one another; run it in a single process")
     state = {
         "options": options,
-        "fingerprint": fingerprint(source),
+        "fingerprint": weights_fingerprint(source),
+        "inputs": inputs or {},
         "result": dataclasses.asdict(config),
         "shard_bytes": run.shard_bytes,
         "versions": versions(),
@@ -124,10 +131,12 @@ def convert_layers(
             "source": {"name": source.path.resolve().name, "sha256": hashes.result()},
             "result": dataclasses.asdict(config),
             "versions": versions(),
+            **({"inputs": inputs} if inputs else {}),
             **(summary() if summary else {}),
             "layers": [{"layer": unit - 1, **writer.finished[unit]} for unit in range(1, config.layers + 1)],
         }
-        writer.finish(source.directory, {MANIFEST: json.dumps(manifest, indent=2) + "\n", REPORT: page(manifest)})
+        texts = {MANIFEST: json.dumps(manifest, indent=2) + "\n", REPORT: page(manifest)}
+        writer.finish(source.directory, texts | (extra or {}))
     return manifest
 
 
@@ -224,15 +233,3 @@ class Hashes:
 def versions() -> dict[str, str]:
     """Of what decides about the numbers."""
     return {name: importlib.metadata.version(name) for name in ("nemoe-jax", "jax", "numpy")}
-
-
-def fingerprint(source: Checkpoint) -> str:
-    """A hash of the config and of every tensor's name, dtype, shape and place, and the files' sizes and times.
-
-    It tells a changed source without reading gigabytes of weights.
-    """
-    digest = hashlib.sha256(repr(source.config).encode())
-    for file in sorted(set(source.files.values()), key=lambda file: file.path.name):
-        status = file.path.stat()
-        digest.update(repr((file.path.name, status.st_size, status.st_mtime_ns, file.entries)).encode())
-    return digest.hexdigest()

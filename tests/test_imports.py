@@ -18,7 +18,8 @@ LEVELS = (
     ("nemoe_jax.text",),  # reads tokenizers out of model files
     ("nemoe_jax.adapters",),
     ("nemoe_jax.model",),
-    ("nemoe_jax.inference", "convert", "train"),
+    ("nemoe_jax.inference",),
+    ("convert", "train"),  # a carve may have the model write its own calibration text
     ("nemoe_jax.serving",),
     ("nemoe_jax.evaluation",),
     ("nemoe_jax.cli",),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.demo.demo import tekken_file
+from examples.demo.nano import tekken_file
 from nemoe_jax.checkpoints.reader import units
 from nemoe_jax.checkpoints.writer import Writer
 from nemoe_jax.spec.config import ModelConfig, preset

@@ -1,10 +1,10 @@
-"""What upcycling, expert pruning, relaying and width pruning do to the models of `carve_quality.py`.
+"""What upcycling, expert pruning, router distillation and width pruning do to the models of `make demo-nano`.
 
-    python -m benchmarks.convert.experts --models runs/quality   (some ten minutes on 2 cores; goes on where it stopped)
+    python -m benchmarks.convert.experts --models runs/demo-nano   (ten minutes on 2 cores; goes on where it stopped)
 
 Named peers: the source's own logits for upcycling; dropping the least often chosen experts for expert pruning; pruning
-alone for the relay; channels and neurons at random for width pruning. Losses are on the held-out text, which no
-calibration reads.
+alone for the routers' distillation; channels and neurons at random for width pruning. Losses are on the held-out text,
+which no calibration reads.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.demo.demo import run
+from examples.demo.steps import run
 
 WINDOWS = ("--batch-size", "8", "--batches", "16")
 KEPT_EXPERTS = "8"
@@ -22,10 +22,10 @@ NARROW = ("--hidden", "204", "--ffn", "820")  # four fifths of both widths
 def main() -> None:
     """Makes what is not there yet and prints the three tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("runs/quality"), help="directory of carve_quality.py")
+    parser.add_argument("--models", type=Path, default=Path("runs/demo-nano"), help="directory of the demo")
     models: Path = parser.parse_args().models
     train, held_out = str(models / "text" / "train.jsonl"), str(models / "text" / "held-out.jsonl")
-    dense, carved = models / "dense", models / "calibrated-top-4"
+    dense, carved = models / "dense", models / "calibrated"
     work = models / "mixtures"
     work.mkdir(exist_ok=True)
 
@@ -63,8 +63,8 @@ def main() -> None:
     text = ("--calibration", train)
     shape = ("prune-experts", str(carved), "--experts", KEPT_EXPERTS)
     pruned = {method: made(method, *shape, "--method", method, *text) for method in ("frequency", "reap", "exhaustive")}
-    pruned["exhaustive, relayed"] = made(
-        "relayed", "relay", str(work / "exhaustive"), "--teacher", str(carved), "--steps", "100", *text
+    pruned["exhaustive, routers distilled"] = made(
+        "distilled", "distill-routers", str(work / "exhaustive"), "--teacher", str(carved), "--steps", "100", *text
     )
     damage = pruned["frequency"]["loss"] - loss_of(carved)
     print(f"\n{'16 to 8 experts':22}{'loss':>9}{'damage / frequency':>20}")

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from convert.carve.self_text import SELF, sample_text
 from convert.layerwise import (
     LayerwiseModel,
     block_weights,
@@ -81,14 +82,19 @@ class LayerText:
 class CalibrationStreams:
     """The dense model and what has been carved of it so far, over the same calibration text."""
 
-    def __init__(self, source: Checkpoint, texts: Sequence[str], tokens: int):
-        """Reads and tokenizes the text.
+    def __init__(self, source: Checkpoint, texts: Sequence[str], tokens: int, seed: int = 0):
+        """Reads and tokenizes the text, or has the dense model write it.
+
+        Args:
+            texts: files, directories or globs, or `SELF` alone.
+            seed: of the text that the model writes.
 
         Raises:
             UserError: no text, too little of it, or no tokenizer in the source.
         """
         self.layers = LayerwiseModel(source)
-        self.batches = calibration_batches(source, texts, tokens)
+        self.sampled = sample_text(source, tokens, seed) if tuple(texts) == (SELF,) else None
+        self.batches = self.sampled.batches if self.sampled else calibration_batches(source, texts, tokens)
         self.fitted = fitted_batches(self.batches)
         self.dense = [self.layers.embed(tokens_BS[:, :-1]) for tokens_BS in self.batches]
         self.carved = list(self.dense)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.carve import clustering, router_init, svd
+from convert.carve import clustering, router_init, self_text, svd
 from convert.carve.calibration import (
     RIDGE_TOKENS,
     SHARED_GATE,
@@ -41,6 +41,7 @@ from convert.carve.calibration import (
     ridge_solve,
 )
 from convert.carve.control import control_config, control_layer
+from convert.layerwise import hash_of
 from convert.options import CarveOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint
@@ -72,7 +73,7 @@ def carve(
     refuse_existing(destination)  # before the calibration text is read
     text = None
     if options.calibration:
-        text = CalibrationStreams(checkpoint, options.calibration, options.calibration_tokens)
+        text = CalibrationStreams(checkpoint, options.calibration, options.calibration_tokens, options.seed)
 
     def layer(number: int) -> tuple[Tensors, Figures]:
         if number < config.dense_layers:
@@ -112,6 +113,8 @@ def carve(
         run=run,
         finished=None if text is None else lambda number, tensors: text.leave(number, config, tensors),
         summary=None if text is None else text.figures,
+        inputs=None if text is None else hash_of(text.batches),
+        extra={self_text.FILE: text.sampled.lines} if text and text.sampled else None,
     )
 
 

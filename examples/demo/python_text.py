@@ -43,9 +43,11 @@ def docstrings() -> Iterator[tuple[str, str]]:
 def write_text(directory: Path) -> tuple[Path, Path]:
     """Writes train.jsonl and held-out.jsonl there; returns their paths."""
     by_subject: dict[str, list[str]] = {}
+    seen = set()  # old names of modules carry the same text
     for subject, text in [*((f"topic {name}", text) for name, text in sorted(topics().items())), *docstrings()]:
-        if len(text) >= SHORTEST:
+        if len(text) >= SHORTEST and text not in seen:
             by_subject.setdefault(subject, []).append(text)
+            seen.add(text)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "held-out.jsonl"
     with paths[0].open("w", encoding="utf-8") as train, paths[1].open("w", encoding="utf-8") as held_out:

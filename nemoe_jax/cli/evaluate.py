@@ -84,7 +84,9 @@ HF_HUB_OFFLINE=1 where there is no network. Needs nemoe-jax[eval].""",
     parser.add_argument("--batch-size", type=int, default=8, help="rows computed together (default 8)")
     parser.add_argument("--apply-chat-template", action="store_true", help="put questions as chats")
     parser.add_argument(
-        "--output", metavar="FILE.json", help="keep results here after each task; those that it has are not run again"
+        "--output",
+        metavar="FILE.json",
+        help="keep results here after each task; those that it has of the same weights and tasks are not run again",
     )
     model_flags.add_cache_flag(parser)
     model_flags.add_model_flags(parser)
@@ -196,6 +198,7 @@ def _needle(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from nemoe_jax.checkpoints.fingerprint import model_fingerprint
     from nemoe_jax.evaluation import lm_eval_suites
 
     if arguments.suite and arguments.num_fewshot is not None:
@@ -231,9 +234,11 @@ def _eval(arguments: argparse.Namespace) -> int:
         limit if limit is None or limit < 1 else int(limit),
         arguments.apply_chat_template,
         arguments.dtype,
+        arguments.kv_cache,
     )
     output = Path(arguments.output) if arguments.output else None
-    document, problems = lm_eval_suites.run(load, benchmarks, settings, output, arguments.include_path)
+    weights = model_fingerprint(arguments.directory) if output else ""
+    document, problems = lm_eval_suites.run(load, benchmarks, settings, output, arguments.include_path, weights)
     rows = lm_eval_suites.compare(document, benchmarks)
     if arguments.json:
         print(json.dumps(document | {"comparison": rows}))

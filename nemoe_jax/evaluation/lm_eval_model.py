@@ -8,8 +8,10 @@ follows it, the same truncation from the left, the same windows of long texts, s
 """
 
 import functools
+import hashlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,8 +94,9 @@ class NemoeLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's file, for the harness's cache of requests."""
-        return str(self.tokenizer.path).replace("/", "__")
+        """The tokenizer's file and its checksum, for the harness's cache of requests."""
+        checksum = hashlib.sha256(Path(self.tokenizer.path).read_bytes()).hexdigest()[:16]
+        return f"{self.tokenizer.path}__{checksum}".replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """What says how chats are written: the template, or the version of Mistral's format."""

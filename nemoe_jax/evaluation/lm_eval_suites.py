@@ -5,6 +5,7 @@ results. The announcement does not say which metric of a task it means; `Benchma
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from nemoe_jax.errors import UserError, listed
 from nemoe_jax.utils.output_path import atomic_write
 
 RATES = ("acc", "exact_match", "em", "f1")  # what metrics from 0 to 1 are called
+TASK_SUFFIXES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 BOOTSTRAPS = 1000  # resamplings for the standard error of a metric that has no formula
 
 
@@ -38,12 +40,13 @@ class Benchmark(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What results depend on besides the task; a file holds those of one setting alone."""
+    """What results depend on besides the task and the weights; a file holds those of one setting alone."""
 
     model: str
     limit: float | None = None  # questions of a task: a number, or below 1 a share
     chat_template: bool = False
     dtype: str | None = None
+    kv_cache: str | None = None
 
 
 SUITES = {
@@ -80,13 +83,15 @@ def run(
     settings: Settings,
     output: Path | None = None,
     include_path: str | None = None,
+    weights: str = "",
 ) -> tuple[dict[str, Any], list[str]]:
     """The document of all results, as `output` keeps it after each task, and what kept tasks from running.
 
     Args:
         load: gives the harness's model; called when there is something to run.
-        output: results that it has already are not computed again.
+        output: results that it has already are not computed again, unless they are those of other weights or tasks.
         include_path: a directory with more tasks.
+        weights: the model's fingerprint.
 
     Raises:
         UserError: a task that nobody knows, or an output file of other settings.
@@ -96,7 +101,14 @@ def run(
 
     document = read_results(output, settings, benchmarks)
     problems: list[str] = []
-    left = [one for one in benchmarks if one.task not in document["tasks"]]
+    key = {"weights": weights, "task_files": hash_of_files(include_path)}
+    held = document["tasks"]
+    stale = [name for name, results in held.items() if any(results.get(part) != key[part] for part in key)]
+    named = [one.task for one in benchmarks if one.task in held]
+    report_reuse(output, [name for name in named if name not in stale], [name for name in named if name in stale])
+    for name in stale:
+        del held[name]
+    left = [one for one in benchmarks if one.task not in held]
     if not left:
         return document, problems
     if include_path is not None and not Path(include_path).is_dir():
@@ -119,13 +131,32 @@ def run(
             continue
         model = model or load()
         try:
-            document["tasks"][one.task] = run_task(model, one, loaded, settings)
+            held[one.task] = run_task(model, one, loaded, settings) | key
         except UserError as error:
             problems.append(f"{one.task}: {error}")
             continue
         if output is not None:
             write_results(output, document)
     return document, problems
+
+
+def hash_of_files(directory: str | None) -> str:
+    """SHA-256 of the names and contents of the files of own tasks: what their results depend on."""
+    if directory is None:
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(directory).rglob("*") if path.suffix in TASK_SUFFIXES):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def report_reuse(output: Path | None, reused: Sequence[str], stale: Sequence[str]) -> None:
+    """Says on standard error which kept results are reported, and which are not."""
+    if reused:
+        print(f"{output}: reused the results of {', '.join(reused)}", file=sys.stderr)
+    if stale:
+        why = "the model or the task files have changed since"
+        print(f"{output}: {', '.join(stale)} runs again: {why}", file=sys.stderr)
 
 
 def run_task(model: Any, benchmark: Benchmark, loaded: Any, settings: Settings) -> dict[str, Any]:
@@ -178,7 +209,7 @@ def read_results(output: Path | None, settings: Settings, benchmarks: Sequence[B
     wanted = {key: value for key, value in document.items() if key != "tasks"}
     try:
         held = json.loads(output.read_bytes())
-        found = {key: held[key] for key in wanted}
+        found = {key: held.get(key) if key == "kv_cache" else held[key] for key in wanted}
         for one in benchmarks:
             if one.task in held["tasks"]:
                 wanted[f"shots of {one.task}"] = one.shots

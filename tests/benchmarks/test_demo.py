@@ -18,31 +18,39 @@ def test_the_demo_trains_carves_repairs_and_reports(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("mistral_common")
     output = tmp_path / "demo"
-    command = [sys.executable, "-m", "examples.demo.demo", "--output", output]
+    command = [sys.executable, "-m", "examples.demo.nano", "--output", output]
     dense = ["--set", "steps=30", "eval_every=15", *TINY, *SHORT]
     repair = ["--set-repair", "steps=3", "eval_every=1", *SHORT]
     printed = subprocess.run([*command, *dense, *repair], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert "$ nemoe-convert carve" in printed and "$ nemoe-train run nano-repair" in printed
 
     report = json.loads((output / "report.json").read_text())
-    for name in ("dense", "reference", "carved", "calibrated", "repaired"):
-        assert reader.read_config(report[name]["model_dir"]).experts == (0 if name == "dense" else 16)
+    for name in ("dense", "control", "weights_only", "calibrated", "repaired"):
+        assert reader.read_config(report[name]["model_dir"]).experts == (0 if name in ("dense", "control") else 16)
         assert report[name]["params_active"] <= report[name]["params_total"]
+        assert report[name]["gap"] == pytest.approx(report[name]["loss"] - report["dense"]["loss"], abs=1e-5)
+    assert report["control"]["params_active"] < report["dense"]["params_active"]
     assert report["dense"]["loss"] < 8  # from ln 4096 = 8.3: it has learnt something
-    gaps = {
-        name: report[name]["loss"] - report["dense"]["loss"]
-        for name in ("reference", "carved", "calibrated", "repaired")
-    }
-    for name, gap in gaps.items():
-        assert report[name]["r"] == pytest.approx(1 - gap / gaps["reference"])
+    assert report["dense"]["agreement"] == 1 > report["calibrated"]["agreement"] > 0
     page = (output / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page
-    assert all((output / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "load.png"))
+    assert page.count("data:image/png;base64,") == 1 and "http" not in page
+    assert (output / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_text_of_the_real_demo_is_split_by_subject(tmp_path):
+    from examples.demo.python_text import topics, write_text
+
+    train, held_out = (path.read_text() for path in write_text(tmp_path))
+    texts = [[json.loads(line)["text"] for line in part.splitlines()] for part in (train, held_out)]
+    assert sum(map(len, texts[0])) > 1e6 and sum(map(len, texts[1])) > 1e5
+    assert not set(texts[0]) & set(texts[1])
+    of_reference = [sum(text in part for text in topics().values()) for part in texts]
+    assert of_reference[0] > 40 and of_reference[1] > 3
 
 
 def test_the_demo_overwrites_nothing(tmp_path):
     pytest.importorskip("matplotlib")
-    command = [sys.executable, "-m", "examples.demo.demo", "--output", tmp_path]
+    command = [sys.executable, "-m", "examples.demo.nano", "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "exists already" in done.stderr
     assert list(tmp_path.iterdir()) == []

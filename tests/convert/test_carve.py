@@ -8,13 +8,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import cli, streaming
+from convert.carve import self_text
 from convert.carve.carve import CarveOptions, carve, data_free_scale
 from convert.layerwise import LayerwiseModel, calibration_batches
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.layout import INDEX, SINGLE
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
+from nemoe_jax.inference.generate import generate
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.model.transformer import forward
+from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.configs import write_tokenizer
 
 EXPERTS, TOP_K = 4, 2
@@ -318,3 +322,39 @@ def test_a_carve_says_what_it_has_lost_or_that_it_has_not_looked(dense_directory
     assert manifest["held_out_argmax_agreement"] == pytest.approx(agreement, abs=0.01)
     # a model that was never trained is worse than the words' frequencies, and so is what is carved of it
     assert manifest["destroyed"] and "the model is destroyed" in manifest["verdict"]
+
+
+def test_an_interrupted_carve_does_not_go_on_with_other_calibration_text(
+    dense_directory, tmp_path, calibration, monkeypatch
+):
+    options = dataclasses.replace(OPTIONS, **calibration)
+    with monkeypatch.context() as patched:
+        interrupted(after_layers=2, monkeypatch=patched)
+        with pytest.raises(KeyboardInterrupt):
+            carve(dense_directory, tmp_path / "moe", options)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(reversed(text.read_text().split())))
+    seen = interrupted(after_layers=99, monkeypatch=monkeypatch)
+    manifest = carve(dense_directory, tmp_path / "moe", options)
+    assert len(seen) == 3  # every layer anew
+    assert len(manifest["inputs"]["calibration_sha256"]) == 64
+
+
+def test_a_model_writes_its_own_calibration_text(dense_directory, tmp_path, monkeypatch):
+    write_tokenizer(dense_directory)
+    options = dataclasses.replace(OPTIONS, calibration=("self",), calibration_tokens=1500)
+    manifest = carve(dense_directory, tmp_path / "moe", options)
+    records = [json.loads(line) for line in (tmp_path / "moe" / "calibration.jsonl").read_text().splitlines()]
+    assert len(records) == 16 and len({record["text"] for record in records}) == 16
+    assert {record["temperature"] for record in records} == set(self_text.TEMPERATURES)
+    config, params = pretrained.load_pretrained(dense_directory)
+    tokenizer = load_tokenizer(dense_directory)
+    for record in records[::5]:  # a seed and a temperature give the text again
+        sampling = SamplingParams(temperature=record["temperature"], seed=record["seed"])
+        again = np.stack(list(generate(config, params, [[tokenizer.bos_id]], 95, sampling)), axis=1)[0]
+        assert tokenizer.decode(again) == record["text"]
+    again = carve(dense_directory, tmp_path / "again", options)
+    assert again["inputs"] == manifest["inputs"]
+    monkeypatch.setattr(self_text, "generate", lambda *given: iter([np.full(len(given[2]), 7)] * 95))
+    with pytest.raises(UserError, match="sequences begin in 1 ways only, expected 16"):
+        carve(dense_directory, tmp_path / "third", options)

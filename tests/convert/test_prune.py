@@ -257,3 +257,20 @@ def test_scores_of_an_earlier_run_are_taken_instead_of_text(tmp_path):
     with pytest.raises(UserError, match="either --calibration text or --choices"):
         prune.prune(tmp_path / "model", tmp_path / "again", PruneOptions(8))
     assert not (tmp_path / "again").exists()
+
+
+def test_choices_of_other_weights_are_refused(tmp_path):
+    save(tmp_path / "model", MIXTRAL)
+    rows = [{"layer": layer, "scores": [float(expert) for expert in range(16)]} for layer in range(3)]
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"layers": rows}))
+    prune.prune(tmp_path / "model", tmp_path / "first", PruneOptions(8, choices=str(earlier)))
+    first = tmp_path / "first" / "conversion.json"
+    prune.prune(tmp_path / "model", tmp_path / "second", PruneOptions(8, choices=str(first)))
+    weights = tmp_path / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1  # in the last tensor
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"run on other weights \(model\.safetensors differs\)"):
+        prune.prune(tmp_path / "model", tmp_path / "third", PruneOptions(8, choices=str(first)))
+    assert not (tmp_path / "third").exists()

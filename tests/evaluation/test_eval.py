@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -96,6 +97,39 @@ def test_results_are_kept_and_compared_and_not_computed_again(place, capsys, tmp
     assert line == ["our_choices", "1", "acc_norm", *figures]
     status, _, error = run(capsys, place, "--suite", "nemo", "--limit", "7", "--output", output)
     assert status == 2 and f"{output} holds results of other settings (limit: expected 7, it has 6)" in error
+
+
+def test_results_of_other_weights_or_tasks_are_not_reported(place, capsys, tmp_path):
+    """What the file holds is reused for the same model and tasks alone, and what happens is said."""
+    model, tasks, output = tmp_path / "model", tmp_path / "tasks", tmp_path / "results.json"
+    shutil.copytree(place / "model", model)
+    tasks.mkdir()
+    for name in ("choices.yaml", "data.jsonl"):
+        shutil.copy(place / name, tasks)
+
+    def evaluated(expected, said):
+        flags = ["--include-path", str(tasks), "--tasks", "our_choices", "--limit", "4", "--output", str(output)]
+        assert main.main(["eval", str(model), *flags]) == 0
+        assert said in capsys.readouterr().err
+        kept = json.loads(output.read_text())["tasks"]["our_choices"]
+        assert (kept["seconds"] == before) == expected
+        return kept["seconds"]
+
+    before = None
+    before = evaluated(False, "")
+    evaluated(True, f"{output}: reused the results of our_choices")
+    again = f"{output}: our_choices runs again: the model or the task files have changed since"
+    weights = model / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    before = evaluated(False, again)
+    tokenizer = model / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    before = evaluated(False, again)
+    (tasks / "choices.yaml").write_text((tasks / "choices.yaml").read_text() + "# changed\n")
+    before = evaluated(False, again)
+    evaluated(True, "reused")
 
 
 def test_several_tasks_show_all_of_their_metrics(place, capsys):
