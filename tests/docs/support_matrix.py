@@ -15,20 +15,23 @@ PAGE = ROOT / "docs" / "support-matrix.md"
 FAMILIES = tuple(RECORDS)
 
 # What the ids of parametrized tests say of families, where it is not their name.
-_IDS = {"dense": "mistral", "tied": "mistral", "moe": "mixtral", "fused": "mixtral", "linear": "mixtral"}
-_IDS |= {"attention and MLP": "mistral", "router and experts": "mixtral"}
+_IDS = {"dense": "mistral", "tied": "mistral", "moe": "mixtral", "fused": "mixtral"}
+_IDS |= {"bias": "llama", "yarn": "llama", "attention and MLP": "mistral", "router and experts": "mixtral"}
 
 # Columns, and the tests that show each. A test that is not parametrized by family is for the one that it names.
 COLUMNS: dict[str, dict[str, str]] = {
-    "load, save": {
+    "load, logits as transformers'": {
+        "tests/model/test_parity.py::test_logits_equal_those_of_transformers_in_one_pass_and_with_a_cache": "",
+        "tests/convert/test_torch_parity.py::test_nekomind_equals_its_torch_reference": "nekomind",
+    },
+    "save": {
         "tests/convert/test_torch_parity.py::test_what_we_save_opens_in_transformers": "",
         "tests/convert/test_torch_parity.py::test_a_saved_nekomind_opens_in_the_torch_reference": "nekomind",
     },
-    "logits as transformers'": {
-        "tests/convert/test_torch_parity.py::test_logits_agree_in_float32": "",
-        "tests/convert/test_torch_parity.py::test_nekomind_equals_its_torch_reference": "nekomind",
+    "cache, decode": {
+        "tests/model/test_parity.py::test_logits_equal_those_of_transformers_in_one_pass_and_with_a_cache": "",
+        "tests/model/test_transformer.py::test_prefill_and_decode_equal_the_full_pass": "",
     },
-    "cache, decode": {"tests/model/test_transformer.py::test_prefill_and_decode_equal_the_full_pass": ""},
     "carve": {"tests/convert/test_carve.py::test_transformers_opens_the_result": "mistral"},
     "upcycle": {
         "tests/convert/test_upcycle.py::test_transformers_opens_the_result_and_agrees": "mixtral",
@@ -50,8 +53,12 @@ COLUMNS: dict[str, dict[str, str]] = {
         "tests/checkpoints/test_fp8.py::test_transformers_opens_blocks_with_the_same_logits": "",
         "tests/checkpoints/test_fp8.py::test_mistrals_own_layout_there_and_back": "mistral",
     },
-    "GGUF out": {"tests/convert/test_gguf.py::test_llama_cpp_continues_as_we_do": ""},
+    "GGUF out": {
+        "tests/convert/test_gguf.py::test_llama_cpp_continues_as_we_do": "",
+        "tests/convert/test_gguf_families.py::test_there_and_back": "",
+    },
     "GGUF in": {
+        "tests/convert/test_gguf_families.py::test_there_and_back": "",
         "tests/convert/test_gguf_import.py::test_there_and_back_is_the_same_bit_for_bit": "",
         "tests/convert/test_gguf_import.py::test_logits_are_those_of_llama_cpp": "llama",
     },
