@@ -293,6 +293,15 @@ def logits(
 def forward(
     config: ModelConfig, params: Tree, tokens_BT: jax.Array, *, adapters: Tree | None = None, **options: Any
 ) -> Output:
-    """`hidden`, whose options it takes, then `logits`."""
+    """Logits of whole sequences, float32; an ordinary JAX function.
+
+    Args:
+        tokens_BT: token ids.
+        adapters: LoRA adapters by the schema's paths.
+        options: what `hidden_states` takes: positions, segments, cache, remat.
+
+    Returns:
+        The logits (B, T, V), the cache where one was given, and the routing of an MoE.
+    """
     x_BTD, cache, routing = hidden_states(config, params, tokens_BT, adapters=adapters, **options)
     return Output(logits(config, params, x_BTD, adapters, decoding=cache is not None), cache, routing)
