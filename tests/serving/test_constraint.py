@@ -9,6 +9,7 @@ import pytest
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.structured.grammar import TokenBytes, json_object, json_schema, regex, tool_calls
+from nemoe_jax.serving.structured.validation import schema_violation
 from nemoe_jax.text.chat.render import render_chat
 from nemoe_jax.text.chat.tool_parser import parse_tool_calls
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
@@ -163,6 +164,63 @@ def test_multiples_hold(kind, vocabularies):
 def test_a_schema_may_have_a_thousand_properties(vocabularies):
     schema = {"type": "object", "properties": {f"p{at}": {"type": "integer"} for at in range(1000)}}
     assert spell(vocabularies["v3"], json_schema(vocabularies["v3"], schema), '{"p7": 1, "p901": 2, "p999": 3}')
+
+
+def test_letters_of_names_are_not_escaped(vocabularies):
+    """So that a declared name cannot come again in another spelling."""
+    vocabulary = vocabularies["v3"]
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True}
+    for text in ('{"a":1,"\\u0061":', '{"\\u0061":', '{"b":{"\\u0061":'):
+        assert not spell(vocabulary, json_schema(vocabulary, schema), text), text
+    assert spell(vocabulary, json_schema(vocabulary, schema), '{"a":1,"b\\n\\"é":"\\t😀"}')
+    strange = {"const": "\x01\x7f"}  # what has no other spelling
+    assert spell(vocabulary, json_schema(vocabulary, strange), json.dumps(strange["const"]))
+
+
+def test_unknown_formats_are_annotations(vocabularies):
+    vocabulary = vocabularies["v3"]
+    schema = {
+        "type": "object",
+        "properties": {"format": {"type": "string", "format": "password"}, "day": {"type": "string", "format": "date"}},
+        "required": ["format", "day"],
+        "$defs": {"p": {"format": "file-path"}},
+        "additionalProperties": False,
+    }
+    assert spell(vocabulary, json_schema(vocabulary, schema), '{"format":"x/y","day":"2026-01-02"}')
+    assert not spell(vocabulary, json_schema(vocabulary, schema), '{"format":"x/y","day":"x')
+    assert spell(vocabulary, json_schema(vocabulary, {"enum": [{"format": "z"}]}), '{"format":"z"}')
+
+
+VIOLATIONS = [
+    ({"uniqueItems": True}, "[1, 2, 1]", "non-unique elements"),
+    ({"type": "object"}, '{"b": 1, "b": 2}', "the name 'b' comes twice"),
+    ({"if": {"required": ["a"]}, "then": {"required": ["b"]}}, '{"a": 1}', "'b' is a required property"),
+    ({"dependentRequired": {"a": ["b"]}}, '{"a": 1}', "'b' is a dependency of 'a'"),
+    ({"items": {"oneOf": [{"type": "number"}, {"minimum": 3}]}}, "[1, 4]", r"\[1\]: 4 is valid under each of"),
+    ({"type": "object"}, '{"a"', "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("schema", "text", "message"), VIOLATIONS)
+def test_what_no_grammar_can_express_is_found_in_the_end(schema, text, message):
+    assert re.search(message, schema_violation(text, schema))
+    if "twice" not in message and "JSON" not in message:
+        assert not jsonschema.Draft202012Validator(schema).is_valid(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"pattern": "^(a+)+$"}, json.dumps("a" * 40 + "b")),  # the grammar's: Python would never end
+        ({"patternProperties": {"^(a+)+$": False}, "additionalProperties": False}, json.dumps({"a" * 40 + "b": 1})),
+        ({"$ref": "http://127.0.0.1:1/schema"}, "1"),  # which is not fetched
+        ({"$ref": "#"}, "1"),
+        ({"properties": {"a": {"type": "integer"}}, "uniqueItems": True}, '{"a": 1, "b": [1, 2]}'),
+        (None, "{}"),
+    ],
+)
+def test_what_fits_or_is_the_grammar_s_alone_is_no_violation(schema, text):
+    assert schema_violation(text, schema) is None
 
 
 @pytest.mark.parametrize("kind", ["v3", "sentencepiece"])

@@ -248,6 +248,69 @@ def test_tools_are_called_and_answered(client):
     assert free.message.tool_calls is None and free.message.content
 
 
+@pytest.mark.parametrize("name", [None, "red"])
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_lm_eval_s_local_completions_reads_the_model_s_own_scores(client, tokenizer, name, max_tokens):
+    """Echoed prompts with log-probabilities, as lm-eval asks for them, beside a forward pass."""
+    api = pytest.importorskip("lm_eval.models.openai_completions").LocalCompletionsAPI
+    ids = tokenizer.encode_prompt("The weather in Graz is cold, and it rains. And rains. And it goes on and on.")
+    given = {"logprobs": 2, "max_tokens": max_tokens, "seed": 1234}
+    answer = complete(client, prompt=[ids, ids[:1]], echo=True, model=name or "nano", **given)
+    tree = None if name is None else adapter(5)
+    logits_TV = forward(CONFIG, weights(), jnp.asarray([ids]), adapters=tree).logits[0]
+    expected_TV = np.asarray(jax.nn.log_softmax(logits_TV))[:-1]
+    expected_T = expected_TV[np.arange(len(ids) - 1), ids[1:]]
+    choice = answer.choices[0]
+    own = choice.logprobs
+    assert own.token_logprobs[0] is own.top_logprobs[0] is None
+    np.testing.assert_allclose(own.token_logprobs[1 : len(ids)], expected_T, atol=1e-4)
+    best_TN = np.sort(expected_TV, axis=1)[:, :-3:-1]
+    for top, best_N in zip(own.top_logprobs[1 : len(ids)], best_TN, strict=True):
+        np.testing.assert_allclose(sorted(top.values(), reverse=True), best_N[: len(top)], atol=1e-4)
+    assert len(own.tokens) == len(ids) + max_tokens == answer.usage.total_tokens - 1 - max_tokens
+    assert choice.text.startswith(tokenizer.decode(ids)) and (choice.text == tokenizer.decode(ids)) == (not max_tokens)
+    if max_tokens:
+        whole = [one.model_dump() for one in answer.choices]
+        ((scored, greedy),) = api.parse_logprobs({"choices": whole[:1]}, ctxlens=[5])
+        assert scored == pytest.approx(expected_T[4:].sum(), abs=1e-3)
+        assert greedy == bool((expected_TV[4:].argmax(1) == ids[5:]).all())
+    streamed = list(complete(client, prompt=ids, echo=True, stream=True, model=name or "nano", **given))
+    scores = [one for chunk in streamed for one in chunk.choices[0].logprobs.token_logprobs]
+    assert scores[0] is None and scores[1:] == pytest.approx(own.token_logprobs[1:], abs=1e-4)
+
+
+def test_what_usual_clients_send(client, tokenizer):
+    """A history of another model's calls, Mistral's and vLLM's words, more stop strings than OpenAI allows."""
+    foreign = "call_PTLP8xhu3uwZk4l3nlnrJha"
+    call = {"id": foreign, "type": "function", "function": {"name": "wash", "arguments": '{"color": "red"}'}}
+    told = [
+        *CHAT,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": foreign, "content": "1"},
+    ]
+    assert ask(client, told, tools=TOOLS).usage.prompt_tokens == len(render_chat(tokenizer, told, tools=TOOLS))
+    chosen = ask(client, tools=TOOLS, tool_choice="any", max_tokens=120).choices[0]
+    assert chosen.finish_reason in ("tool_calls", "length")
+    stops = [f"never {number}" for number in range(20)]
+    assert complete(client, stop=stops).choices[0].text == complete(client).choices[0].text
+    begun = [*CHAT, {"role": "assistant", "content": "It"}]
+    wishes = {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": {"x": 1}}
+    assert ask(client, begun, extra_body=wishes).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="add_generation_prompt"):
+        ask(client, begun, extra_body=wishes | {"add_generation_prompt": True})
+    push = {"logit_bias": {"2": 100}, "max_tokens": 4}
+    assert complete(client, **push).choices[0].finish_reason == "stop"
+    assert complete(client, **push, extra_body={"ignore_eos": True}).usage.completion_tokens == 4
+    answer = client.chat.completions.with_raw_response.create(
+        model="nano", messages=CHAT, max_tokens=2, reasoning_effort="low"
+    )
+    assert "reasoning_effort" in answer.headers["warning"]
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        complete(client, max_tokens=0)
+    with pytest.raises(openai.BadRequestError, match="stop: list should have at most 64 items"):
+        complete(client, stop=["x"] * 65)
+
+
 def test_adapters_are_chosen_by_model_within_a_batch(client, engine):
     names = ("nano", *ADAPTERS)
     wishes = {"max_tokens": 24, "logit_bias": NO_END}
@@ -349,7 +412,7 @@ BAD = {
     "not a number": ("completions", '{"model": "nano", "prompt": "x", "top_p": NaN}', 400, "top_p", "invalid_value"),
     "too many answers": ("completions", {"n": 9}, 400, "n", "invalid_value"),
     "too many prompts": ("completions", {"prompt": ["x"] * 20}, 400, "prompt", None),
-    "too many stops": ("completions", {"stop": ["x"] * 5}, 400, "stop", "invalid_value"),
+    "too many stops": ("completions", {"stop": ["x"] * 65}, 400, "stop", "invalid_value"),
     "an empty stop": ("completions", {"stop": ""}, 400, "stop", "invalid_value"),
     "a bad bias": ("completions", {"logit_bias": {"x": 1}}, 400, "logit_bias.x", "invalid_value"),
     "a bias beyond": ("completions", {"logit_bias": {"1300": 1}}, 400, "logit_bias", None),
@@ -489,6 +552,32 @@ def test_malformed_calls_come_back_as_text_with_a_warning(tokenizer):
         (choice,) = ask(client, tools=TOOLS).choices
         assert choice.message.tool_calls is None and '[{"name": ' in choice.message.content
         assert len(choice.warnings) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_that_breaks_its_schema_after_all_says_so(tokenizer, stream):
+    schema = {"type": "object", "properties": {"a": {"type": "array"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": "nano", "messages": CHAT, "response_format": wanted, "stream": stream, "max_tokens": 9}
+    for text, finish, breaks in (
+        ('{"b":1,"b":2}', "stop", True),
+        ('{"a":[1,2]}', "stop", False),
+        ("{", "length", False),
+    ):
+        with serve(Scripted(RequestOutput(text, (ScoredToken(5),), finish)), tokenizer) as address:
+            reply = httpx.post(f"{address}/v1/chat/completions", json=body, trust_env=False)
+        assert ("does not fit its schema: the name 'b' comes twice" in reply.text) == breaks, reply.text
+
+
+def test_arguments_that_break_their_parameters_say_so(tokenizer):
+    parameters = {"type": "object", "properties": {"a": {"uniqueItems": True}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    text = '[{"name": "f", "arguments": {"a": [1, 1]}}]'
+    tokens = (tokenizer.control_id("[TOOL_CALLS]"), *tokenizer.encode(text))
+    engine = Scripted(RequestOutput(text, tuple(map(ScoredToken, tokens)), "stop"))
+    with serve(engine, tokenizer) as address, openai_client(address) as client:
+        (choice,) = ask(client, tools=[tool]).choices
+    assert choice.message.tool_calls and "call 1: the arguments do not fit" in choice.warnings[0]
 
 
 def test_figures_for_prometheus(engine, tokenizer):

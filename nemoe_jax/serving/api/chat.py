@@ -34,6 +34,7 @@ from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json,
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import Constraint, ScoredToken
 from nemoe_jax.serving.structured.grammar import tool_calls
+from nemoe_jax.serving.structured.validation import schema_violation
 from nemoe_jax.text.chat.render import render_chat
 from nemoe_jax.text.chat.tool_parser import ParsedAnswer, ToolCallStreamParser
 
@@ -46,16 +47,17 @@ async def chat(served: ServedModel, asked: ChatRequest, request: Request) -> Res
     wanted = await run_in_threadpool(read, served, asked, tools)
     answers = EngineStreams(served.engine, wanted, served.metrics)
     writer = Writer(served, asked, tools if asked.tool_choice != "none" else None, len(wanted[0].prompt))
+    headers = {"Warning": '299 nemoe "reasoning_effort: no effect"'} if asked.reasoning_effort is not None else {}
     if asked.stream:
-        return EventStream(writer.events(answers, request), answers)
-    return as_json(await cancel_on_disconnect(request, writer.whole(answers, request), answers))
+        return EventStream(writer.events(answers, request), answers, headers)
+    return as_json(await cancel_on_disconnect(request, writer.whole(answers, request), answers), headers)
 
 
 def read(served: ServedModel, asked: ChatRequest, tools: list[Plain] | None) -> list[engine_request.Request]:
     """The engine's requests, n of them."""
     served.adapter(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
-        raise ApiError(400, "top_logprobs: wants logprobs: true", "top_logprobs")
+        raise ApiError(400, "top_logprobs: expected logprobs: true with it", "top_logprobs")
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
         raise ApiError(400, "max_tokens: expected one of max_tokens and max_completion_tokens", "max_tokens")
     param = "max_completion_tokens" if asked.max_tokens is None else "max_tokens"
@@ -74,11 +76,22 @@ def read_prompt(served: ServedModel, asked: ChatRequest, tools: list[Plain] | No
         if message["role"] == "developer" and served.tokenizer.chat_template is None:
             message["role"] = "system"  # its newer name in OpenAI's API
     going_on = bool(asked.continue_final_message)
+    if going_on and asked.add_generation_prompt:
+        raise ApiError(
+            400, "add_generation_prompt: expected false with continue_final_message: true", "add_generation_prompt"
+        )
     if messages[-1]["role"] == "assistant" and not going_on and served.tokenizer.chat_template is None:
         last = f"messages[{len(messages) - 1}]"
         raise ApiError(400, f"{last}: the last one is an answer; continue_final_message: true goes on with it", last)
-    opening = not going_on
-    return render_chat(served.tokenizer, messages, tools=tools, continue_answer=going_on, generation_prompt=opening)
+    opening = not going_on if asked.add_generation_prompt is None else asked.add_generation_prompt
+    return render_chat(
+        served.tokenizer,
+        messages,
+        tools=tools,
+        continue_answer=going_on,
+        generation_prompt=opening,
+        variables=asked.chat_template_kwargs,
+    )
 
 
 def constraint_maker(
@@ -86,11 +99,7 @@ def constraint_maker(
 ) -> Callable[[], Constraint | None]:
     """What makes the constraint of one answer, by its tools and `response_format`."""
     choice = asked.tool_choice.model_dump() if isinstance(asked.tool_choice, ChosenTool) else asked.tool_choice
-    schema: Plain | None = None
-    if isinstance(asked.response_format, JsonSchemaFormat):
-        schema = asked.response_format.json_schema.schema_ or {}
-    elif isinstance(asked.response_format, JsonObjectFormat):
-        schema = {"type": "object"}
+    schema = response_schema(asked)
 
     def constraint() -> Constraint | None:
         try:
@@ -104,6 +113,13 @@ def constraint_maker(
     return constraint
 
 
+def response_schema(asked: ChatRequest) -> Plain | None:
+    """The schema of `response_format`; None for any text."""
+    if isinstance(asked.response_format, JsonSchemaFormat):
+        return asked.response_format.json_schema.schema_ or {}
+    return {"type": "object"} if isinstance(asked.response_format, JsonObjectFormat) else None
+
+
 class Writer:
     """Puts pieces into the API's shape."""
 
@@ -111,12 +127,15 @@ class Writer:
         self.served, self.asked = served, asked
         count = asked.n or 1
         self.readers = [ToolCallStreamParser(served.tokenizer, tools, served.ends) for _ in range(count)]
+        self.texts = [""] * count
+        self.schema = response_schema(asked)
+        self.parameters = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
         self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
         self.id, self.created = new_id("chatcmpl"), int(time.time())
 
     async def whole(self, answers: EngineStreams, request: Request) -> ChatCompletion:
         """All of it at once."""
-        texts, reasons = [""] * len(self.readers), [""] * len(self.readers)
+        texts, reasons = self.texts, [""] * len(self.readers)
         tokens: list[list[ScoredToken]] = [[] for _ in self.readers]
         async for index, piece in answers:
             texts[index] += self.readers[index].push(piece.text, piece.token_ids)
@@ -132,7 +151,7 @@ class Writer:
                     message=AssistantMessage(content=text if text or not calls else None, tool_calls=calls or None),
                     logprobs=self.logprobs(tokens[index]),
                     finish_reason=finish_of(reasons[index], rest),
-                    warnings=list(rest.warnings) or None,
+                    warnings=self.warnings(text, rest, reasons[index]) or None,
                 )
             )
         self.answer_tokens = sum(map(len, tokens))
@@ -146,6 +165,7 @@ class Writer:
         async for index, piece in answers:
             self.answer_tokens += len(piece.tokens)
             text = self.readers[index].push(piece.text, piece.token_ids)
+            self.texts[index] += text
             if text or (piece.tokens and self.asked.logprobs):
                 yield self.event(index, Delta(content=text), logprobs=self.logprobs(piece.tokens))
             if piece.finish_reason is None:
@@ -155,11 +175,23 @@ class Writer:
                 yield self.event(index, Delta(content=rest.text))
             for at, call in enumerate(rest.calls):
                 yield self.event(index, Delta(tool_calls=[CallDelta(index=at, **call_of(call).model_dump())]))
-            warnings = {"warnings": list(rest.warnings)} if rest.warnings else {}
+            found = self.warnings(self.texts[index] + rest.text, rest, piece.finish_reason)
+            warnings = {"warnings": found} if found else {}
             yield self.event(index, Delta(), finish_reason=finish_of(piece.finish_reason, rest), **warnings)
         usage = self.usage(request)
         if self.counted:
             yield event(self.chunk([], usage=usage))
+
+    def warnings(self, text: str, rest: ParsedAnswer, reason: str) -> list[str]:
+        """What is odd about a response: calls that cannot be read, and what does not fit its schema after all."""
+        found = list(rest.warnings)
+        for at, call in enumerate(rest.calls):
+            problem = schema_violation(call.arguments, self.parameters.get(call.name))
+            found += [f"call {at + 1}: the arguments do not fit the parameters: {problem}"] if problem else []
+        if self.schema is not None and not rest.calls and reason != "length":
+            problem = schema_violation(text, self.schema)
+            found += [f"the response does not fit its schema: {problem}"] if problem else []
+        return found
 
     @property
     def counted(self) -> bool:

@@ -35,16 +35,19 @@ def read(served: ServedModel, asked: CompletionRequest) -> tuple[list[engine_req
     served.adapter(asked.model)
     if asked.best_of not in (None, count):
         raise ApiError(400, f"best_of: expected n ({count}) or nothing, got {asked.best_of}", "best_of")
-    if asked.echo and asked.logprobs is not None:
-        raise ApiError(400, "logprobs: not given for echoed prompts; ask for one of echo and logprobs", "logprobs")
+    if asked.max_tokens == 0 and not asked.echo:
+        raise ApiError(400, "max_tokens: expected at least 1 without echo, got 0", "max_tokens", "invalid_value")
     prompts = prompt_ids(served, asked)
     if len(prompts) * count > served.max_answers:
         most = served.max_answers
         raise ApiError(400, f"prompt: expected at most {most} answers, got {len(prompts)} times n = {count}", "prompt")
     requests, echoes = [], []
     for given, ids in prompts:
-        room = served.room(ids, asked.max_tokens, DEFAULT_TOKENS, "max_tokens")
-        requests += served.requests(asked, ids, room, asked.logprobs, [None] * count)
+        # one token is the least that the engine generates; of max_tokens: 0 it is left out again
+        wanted = None if asked.max_tokens is None else max(asked.max_tokens, 1)
+        room = served.room(ids, wanted, DEFAULT_TOKENS, "max_tokens")
+        scored = bool(asked.echo and asked.logprobs is not None)
+        requests += served.requests(asked, ids, room, asked.logprobs, [None] * count, scored)
         echoes += [(given or served.tokenizer.decode(ids)) if asked.echo else ""] * count
     return requests, echoes
 
@@ -71,7 +74,12 @@ class Writer:
         pieces = [RequestOutput("", ()) for _ in self.echoes]
         async for index, piece in answers:
             before = pieces[index]
-            pieces[index] = RequestOutput(before.text + piece.text, before.tokens + piece.tokens, piece.finish_reason)
+            pieces[index] = RequestOutput(
+                before.text + piece.text,
+                before.tokens + piece.tokens,
+                piece.finish_reason,
+                prompt=before.prompt + piece.prompt,
+            )
         choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
         return self.chunk(choices, self.usage(request))
 
@@ -86,12 +94,17 @@ class Writer:
             yield event(self.chunk([], usage))
 
     def choice(self, index: int, piece: RequestOutput) -> CompletionChoice:
-        """What a piece says of its answer."""
+        """What an output says of its response."""
+        if self.asked.max_tokens == 0:
+            piece = piece._replace(text="", tokens=(), finish_reason=piece.finish_reason and "length")
         self.answer_tokens += len(piece.tokens)
         echo, self.echoes[index] = self.echoes[index], ""
         logprobs = None
         if self.asked.logprobs is not None:
-            tokens = [scored for scored in piece.tokens if scored.token not in self.served.ends]
+            tokens = [
+                *piece.prompt,
+                *(one for one in piece.tokens if self.asked.echo or one.token not in self.served.ends),
+            ]
             logprobs = completion_logprobs(self.served, tokens, self.offsets[index])
             self.offsets[index] += sum(len(completion_text(self.served, scored.token)) for scored in tokens)
         return CompletionChoice(
@@ -120,13 +133,20 @@ def completion_logprobs(served: ServedModel, tokens: Sequence[ScoredToken], offs
     offsets = [offset]
     for text in texts:
         offsets.append(offsets[-1] + len(text))
-    top = [{completion_text(served, token): finite(logprob) for token, logprob in scored.top} for scored in tokens]
     return CompletionLogprobs(
         tokens=texts,
-        token_logprobs=[finite(scored.logprob) for scored in tokens],
-        top_logprobs=top,
+        token_logprobs=[None if one.logprob is None else finite(one.logprob) for one in tokens],
+        top_logprobs=[None if one.logprob is None else likeliest(served, one) for one in tokens],
         text_offset=offsets[:-1],
     )
+
+
+def likeliest(served: ServedModel, scored: ScoredToken) -> dict[str, float]:
+    """The likeliest tokens by text; of several with one text, the likeliest counts."""
+    top: dict[str, float] = {}
+    for token, logprob in scored.top:
+        top.setdefault(completion_text(served, token), finite(logprob))
+    return top
 
 
 def completion_text(served: ServedModel, token: int) -> str:

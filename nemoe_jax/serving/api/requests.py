@@ -15,7 +15,7 @@ from nemoe_jax.text.chat.tools import MOST_TOOLS, NAME
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 64
-MAX_STOPS = 4
+MAX_STOPS = 64
 MAX_STOP_LENGTH = 256  # characters
 WHOLE_NAME = f"^{NAME.pattern}$"
 
@@ -56,6 +56,7 @@ class GenerationParams(StrictModel):
         None, description="texts that end the answer, and are no part of it"
     )
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="tokens that end the answer")
+    ignore_eos: bool | None = Field(None, description="go on behind end tokens; without effect under a grammar")
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="the same seed gives the same answer")
     temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token")
     top_p: float | None = Field(None, ge=0, le=1, description="the likeliest tokens of this share together")
@@ -80,9 +81,16 @@ class CompletionRequest(GenerationParams):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     ) = Field(description="a text, texts, token ids, or lists of token ids; ids are taken as they are")
-    max_tokens: int | None = Field(None, ge=1, description="tokens of the answer at most; 16 by default")
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="of so many likeliest tokens as well")
-    echo: bool | None = Field(None, description="the answer begins with the prompt")
+    max_tokens: int | None = Field(
+        None, ge=0, description="tokens of the response at most; 16 by default; 0 together with echo"
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="of so many likeliest tokens as well; with echo, of the prompt's too",
+    )
+    echo: bool | None = Field(None, description="the response begins with the prompt")
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="no other number than n")
     suffix: None = Field(None, description="not supported")
 
@@ -167,7 +175,11 @@ class JsonSchema(StrictModel):
     description: str | None = None
     # `schema` is a method of every pydantic model
     schema_: Json | None = Field(None, alias="schema")
-    strict: bool | None = Field(None, description="no effect: what comes always fits")
+    strict: bool | None = Field(
+        None,
+        description="no effect: a grammar holds each token to JSON and to the keywords that it can express; others are "
+        "refused, or checked in the end: a response that is complete and without `warnings` fits the schema",
+    )
 
 
 class JsonSchemaFormat(StrictModel):
@@ -186,7 +198,9 @@ class ChatRequest(GenerationParams):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="wants logprobs")
     tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool | None = Field(
+        None, description="any is another word for required"
+    )
     parallel_tool_calls: bool | None = Field(None, description="whether there may be several calls; true by default")
     response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
         None
@@ -194,6 +208,11 @@ class ChatRequest(GenerationParams):
     continue_final_message: bool | None = Field(
         None, description="the last message is the beginning of the answer, and stays open"
     )
+    add_generation_prompt: bool | None = Field(
+        None, description="whether the template opens the response; true by default, and false to continue a message"
+    )
+    chat_template_kwargs: Json | None = Field(None, description="variables for the chat template")
+    reasoning_effort: str | None = Field(None, description="no effect, which a Warning header says")
     store: bool | None = Field(None, description="no effect: nothing is stored")
     service_tier: str | None = Field(None, description="no effect")
     safety_identifier: str | None = Field(None, description="no effect")

@@ -24,8 +24,8 @@ class CompletionLogprobs(BaseModel):
     """Log-probabilities (nats) of a completion's tokens."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt")
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -107,7 +107,11 @@ class ChatChoice(BaseModel):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Finish
-    warnings: list[str] | None = Field(None, description="what was wrong with calls that came back as text")
+    warnings: list[str] | None = Field(
+        None,
+        description="what was wrong with calls that came back as text, and what of a response or of a call's arguments "
+        "does not fit its schema; none: it fits, unless it was cut off",
+    )
 
 
 class ChatCompletion(BaseModel):

@@ -81,6 +81,7 @@ class ServedModel:
         max_tokens: int,
         top_logprobs: int | None,
         constraints: Sequence[Constraint | None],
+        prompt_logprobs: bool = False,
     ) -> list[Request]:
         """The engine's requests for the answers to one prompt, one for each constraint.
 
@@ -105,9 +106,11 @@ class ServedModel:
                 dataclasses.replace(sampling, seed=(seed + at) % SEEDS),
                 tuple(stop),
                 tuple(asked.stop_token_ids or ()),
+                bool(asked.ignore_eos),
                 top_logprobs=top_logprobs,
                 adapter=self.adapter(asked.model),
                 constraint=constraint,
+                prompt_logprobs=prompt_logprobs,
             )
             for at, constraint in enumerate(constraints)
         ]

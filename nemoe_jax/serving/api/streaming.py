@@ -5,7 +5,7 @@ import contextlib
 import functools
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -93,9 +93,9 @@ def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
 
 
-def as_json(body: BaseModel) -> Response:
-    """A whole answer."""
-    return Response(body.model_dump_json(), media_type="application/json")
+def as_json(body: BaseModel, headers: Mapping[str, str] | None = None) -> Response:
+    """A whole response."""
+    return Response(body.model_dump_json(), headers=headers, media_type="application/json")
 
 
 def event(chunk: BaseModel, **options: Any) -> str:
@@ -106,9 +106,10 @@ def event(chunk: BaseModel, **options: Any) -> str:
 class EventStream(StreamingResponse):
     """Events as they come, then [DONE]; an error on the way is an event as well."""
 
-    def __init__(self, events: AsyncIterator[str], answers: EngineStreams):
+    def __init__(self, events: AsyncIterator[str], answers: EngineStreams, headers: Mapping[str, str] | None = None):
         self.answers = answers
-        super().__init__(self._whole(events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        headers = {"Cache-Control": "no-cache", **(headers or {})}
+        super().__init__(self._whole(events), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -151,7 +152,13 @@ async def _gone(request: Request) -> None:
 
 
 def _join(first: RequestOutput, second: RequestOutput) -> RequestOutput:
-    return RequestOutput(first.text + second.text, first.tokens + second.tokens, second.finish_reason, second.error)
+    return RequestOutput(
+        first.text + second.text,
+        first.tokens + second.tokens,
+        second.finish_reason,
+        second.error,
+        first.prompt + second.prompt,
+    )
 
 
 class _Times:

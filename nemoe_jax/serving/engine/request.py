@@ -36,6 +36,7 @@ class Request:
     top_logprobs: int | None = None  # None: no log-probabilities; otherwise those of so many likeliest tokens as well
     adapter: str | None = None
     constraint: Constraint | None = None
+    prompt_logprobs: bool = False  # log-probabilities of the prompt's tokens too, as many as `top_logprobs` says
 
     def end_tokens(self, of_model: frozenset[int]) -> frozenset[int]:
         """What ends the response; a constraint ends by the model's own end tokens, whatever `ignore_eos` says."""
@@ -75,6 +76,7 @@ class RequestOutput(NamedTuple):
     tokens: tuple[ScoredToken, ...]  # their text may come with a later output, and that of end tokens never
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
     error: str | None = None
+    prompt: tuple[ScoredToken, ...] = ()  # in the first output, where the request wants the prompt's log-probabilities
 
     @property
     def token_ids(self) -> list[int]:

@@ -14,10 +14,11 @@ import numpy as np
 
 from nemoe_jax.adapters.multi_lora import select_adapters
 from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only
-from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts
+from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, scores
 from nemoe_jax.kernels.attention.paged import KVPages
 from nemoe_jax.model.decode_weights import prepare_decode_params
 from nemoe_jax.model.kv_cache import KVCache, division, shared_cache, zero_pages
+from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.spec.sharding import constrain_tokens
@@ -92,6 +93,13 @@ class ModelRunner:
             np.full(self.parts, adapter, np.int32),
         )
 
+    def score(self, prompt: np.ndarray, adapter: int, top: int) -> Any:
+        """Log-probabilities (nats) of a prompt's tokens but the first, and the `top` likeliest in their places."""
+        width = max(_NARROWEST, 1 << (len(prompt) - 1).bit_length())
+        tokens_T = np.pad(prompt, (0, width - len(prompt)))
+        scored = _score(self.config, self.params, tokens_T, self.bank, np.full(1, adapter, np.int32), top=top)
+        return [array[: len(prompt) - 1] for array in jax.device_get(scored)]
+
     def count_prompt(self, row: int, prompt: np.ndarray) -> None:
         """The row's counts are those of a new prompt."""
         here_B = np.arange(self.rows) == row
@@ -144,6 +152,21 @@ def _read(
         config, params, tokens_BT, num_new_tokens_B, KVCache(held.k, held.v, table_BM, length_B), adapters
     )
     return DeviceState(cache.k, cache.v, held.counts)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top"))
+def _score(config: ModelConfig, params: Tree, tokens_T: Any, bank: Tree | None, adapter_B: Any, top: int) -> Any:
+    adapters = select_adapters(bank, adapter_B) if bank else None
+    x_TD = hidden_states(config, params, tokens_T[None], adapters=adapters).x_BTD[0]
+
+    def chunk(given):
+        x_CD, target_C = given
+        return scores(logits(config, params, x_CD[None], adapters)[0], target_C, top)
+
+    chunks = (-1, _NARROWEST)  # the logits of all tokens at once would take gigabytes
+    target_T = jax.numpy.roll(tokens_T, -1)
+    scored = jax.lax.map(chunk, (x_TD.reshape(*chunks, x_TD.shape[-1]), target_T.reshape(chunks)))
+    return [array.reshape(-1, *array.shape[2:]) for array in scored]
 
 
 @functools.partial(jax.jit, donate_argnames="held")

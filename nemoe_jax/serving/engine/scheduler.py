@@ -94,9 +94,23 @@ class Scheduler:
                 self._prefilling.append(slot)
                 continue
             request = slot.response.request
+            if request.prompt_logprobs:
+                slot.response.prompt_scores = self._prompt_scores(slot)
             if has_penalty(request.sampling):
                 self.runner.count_prompt(slot.number, slot.prompt)
             self.slots.start_decoding(slot, [*request.end_tokens(self.end_tokens)])
+
+    def _prompt_scores(self, slot: Slot) -> tuple[ScoredToken, ...]:
+        """The prompt's tokens with their log-probabilities; the first has none."""
+        top = slot.response.request.top_logprobs or 0
+        logprob_T, tokens_TN, logprobs_TN = self.runner.score(slot.prompt, slot.adapter, max(top, 1))
+        scored = [
+            ScoredToken(int(token), float(logprob), tuple(zip(tokens_N.tolist(), logprobs_N.tolist(), strict=True)))
+            for token, logprob, tokens_N, logprobs_N in zip(
+                slot.prompt[1:], logprob_T, tokens_TN[:, :top], logprobs_TN[:, :top], strict=True
+            )
+        ]
+        return (ScoredToken(int(slot.prompt[0])), *scored)
 
     def _decode(self) -> None:
         """Some tokens of all slots whose prompts are in the cache."""

@@ -35,6 +35,7 @@ class ResponseStream:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.cancelled = False
+        self.prompt_scores: tuple[ScoredToken, ...] = ()  # for the first output
         self.finished = False  # the last output was given
         self._end_tokens = end_tokens
         self._decoder, self._stops = StreamDecoder(tokenizer), StopStrings(request.stop)
@@ -85,10 +86,11 @@ class ResponseStream:
             if finish is not None:
                 break
         self.tokens += used
-        if finish is None:
-            return RequestOutput(shown, tuple(used))
-        rest, finish = self._flush(finish)
-        return RequestOutput(shown + rest, tuple(used), finish)
+        rest = ""
+        if finish is not None:
+            rest, finish = self._flush(finish)
+        scores, self.prompt_scores = self.prompt_scores, ()
+        return RequestOutput(shown + rest, tuple(used), finish, prompt=scores)
 
     def finish(self, reason: str, error: str | None = None) -> None:
         """Emits the last output of a response that ends before it is complete. For the engine; does not fail."""

@@ -13,6 +13,10 @@ from nemoe_jax.text.chat.tool_formats import ToolCallFormat
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
 MOST_CALLS = 32  # in one answer; a model of little skill may call for ever
+_CONTROL = re.compile(r"\\u00(0|1|7f)")  # what a schema can ask for with such an escape alone
+_FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}  # of names to schemas
+_VALUES = {"const", "enum", "default", "examples"}
 _CALL_ID = "/[a-zA-Z0-9]{9}/"
 
 
@@ -22,10 +26,30 @@ def json_rule(schema: Mapping[str, Any] | bool, options: Mapping[str, Any]) -> s
         schema = {} if schema else {"not": {}}
     check_schema_cost(schema)
     own = {key: value for key, value in schema.items() if key != "x-guidance"}  # options are not the client's to set
+    own = without_unknown_formats(own)
     try:
-        return "%json " + json.dumps({"x-guidance": {**options}, **own}, allow_nan=False)
+        # without \u no letter can be escaped, so that no declared name comes again in another spelling
+        escapes = 'nrbtf\\"' + "u" * bool(_CONTROL.search(json.dumps(own, allow_nan=False)))
+        return "%json " + json.dumps({"x-guidance": {**options, "json_allowed_escapes": escapes}, **own})
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"not JSON ({error})") from error
+
+
+def without_unknown_formats(schema: Any) -> Any:
+    """A schema whose `format`s are those that can be enforced; others are annotations, as JSON Schema has it."""
+    if isinstance(schema, list):
+        return [without_unknown_formats(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: {name: without_unknown_formats(one) for name, one in value.items()}
+        if key in _MAPS and isinstance(value, Mapping)
+        else value
+        if key in _VALUES
+        else without_unknown_formats(value)
+        for key, value in schema.items()
+        if key != "format" or not isinstance(value, str) or value in _FORMATS
+    }
 
 
 def call_rules(

@@ -54,6 +54,7 @@ def render_chat(
     tools: Sequence[Tool] | None = None,
     continue_answer: bool = False,
     generation_prompt: bool | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of a chat, begin-of-sequence token included, ready for the model.
 
@@ -64,6 +65,7 @@ def render_chat(
     continue_answer: the last message is the beginning of an answer and stays open, without its end token.
     generation_prompt: whether a template opens the next answer; by default where the last message is not an answer.
         Mistral's format needs no such opening.
+    variables: more of them for a template, such as `enable_thinking`.
     Raises UserError on roles out of order, unknown roles, missing contents, and on what a template itself refuses.
     """
     check(messages)
@@ -76,7 +78,9 @@ def render_chat(
         return tokenizer.encode_parts(part for part, _ in parts)
     if generation_prompt is None:
         generation_prompt = not answered
-    return tokenizer.encode_parts(template_parts(tokenizer, messages, tools, generation_prompt, continue_answer))
+    return tokenizer.encode_parts(
+        template_parts(tokenizer, messages, tools, generation_prompt, continue_answer, variables)
+    )
 
 
 def encode_with_assistant_mask(

@@ -53,15 +53,21 @@ class Generation(Extension):
 
 
 def template_parts(
-    tokenizer: Tokenizer, messages: Chat, tools: Chat | None, generation_prompt: bool, continue_answer: bool
+    tokenizer: Tokenizer,
+    messages: Chat,
+    tools: Chat | None,
+    generation_prompt: bool,
+    continue_answer: bool,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[str | int]:
     """A chat rendered by the tokenizer's template, as texts interleaved with control ids."""
-    marks, marked, marked_tools = prepare(tokenizer, messages, tools)
+    marks, marked, marked_tools = prepare(tokenizer, messages, tools, variables)
     if continue_answer:
         if not isinstance(marked[-1].get("content"), str):
             raise UserError(f"{place(len(messages) - 1)}.content: expected a text to continue")
         marked[-1]["content"] += marks.cut + " "  # the space tells whether the template trims
-    text = render(tokenizer, marked, marked_tools, generation_prompt and not continue_answer)
+    given = marks.put(variables or {})
+    text = render(tokenizer, marked, marked_tools, generation_prompt and not continue_answer, **given)
     if continue_answer:
         text, found, rest = text.rpartition(marks.cut)
         if not found:
@@ -111,7 +117,7 @@ def answer_span(
 
 
 def prepare(
-    tokenizer: Tokenizer, messages: Chat, tools: Chat | None
+    tokenizer: Tokenizer, messages: Chat, tools: Chat | None, variables: Mapping[str, Any] | None = None
 ) -> tuple["Marks", list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools as a template takes them (arguments of calls as objects), look-alikes marked."""
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -120,7 +126,7 @@ def prepare(
     for message in plain:
         if message.get("tool_calls"):
             message["tool_calls"] = [with_parsed_arguments(call) for call in message["tool_calls"]]
-    marks = Marks(tokenizer.control, [dict(tokenizer.chat_templates), plain, tools])
+    marks = Marks(tokenizer.control, [dict(tokenizer.chat_templates), plain, tools, variables])
     return marks, [{**marks.put(message), "role": message["role"]} for message in plain], marks.put(tools or None)
 
 
@@ -187,18 +193,20 @@ def render(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
     generation_prompt: bool,
-    **variables: str,
+    **variables: Any,
 ) -> str:
     """The template's text. Whatever fails in a template, its own `raise_exception` included, is a UserError."""
     template = tokenizer.template_for(bool(tools))
     try:
         return compiled(template or "").render(
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=generation_prompt,
-            **tokenizer.template_variables,
-            **variables,
+            {
+                **tokenizer.template_variables,
+                "documents": None,
+                **variables,
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": generation_prompt,
+            }
         )
     except Exception as error:  # a template is a program: it may raise anything
         raise UserError(f"{tokenizer.path}: chat template: {error or type(error).__name__}") from error
