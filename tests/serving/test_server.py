@@ -27,6 +27,7 @@ from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.cli import main, model_flags
 from nemoe_jax.inference import sampling
 from nemoe_jax.model.transformer import forward
+from nemoe_jax.serving.api import streaming
 from nemoe_jax.serving.api.requests import CompletionRequest
 from nemoe_jax.serving.api.served_model import ServedModel
 from nemoe_jax.serving.engine.engine import Busy
@@ -478,7 +479,7 @@ def test_the_api_key_is_wanted(engine, tokenizer):
 class Scripted:
     """An engine that does as a test says."""
 
-    failure = None
+    failure, finished = None, False
 
     context = CONFIG.context
 
@@ -615,6 +616,18 @@ def test_an_answer_that_ends_too_late_is_an_error(tokenizer, chat):
             stream = (ask if chat else complete)(stack.enter_context(openai_client(address)), stream=True)
             assert next(iter(stream)).choices
         with pytest.raises(openai.APIError, match="the server is shutting down"):
+            list(stream)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_response_whose_end_was_lost_is_an_error(tokenizer, chat, monkeypatch):
+    monkeypatch.setattr(streaming, "LOOK_AFTER", 0.05)
+    engine = Scripted(RequestOutput("Hi", (ScoredToken(5),)))
+    with serve(engine, tokenizer) as address, openai_client(address) as client:
+        stream = (ask if chat else complete)(client, stream=True)
+        assert next(iter(stream)).choices
+        engine.finished = True
+        with pytest.raises(openai.APIError, match="the end of a response was lost"):
             list(stream)
 
 

@@ -20,6 +20,7 @@ from nemoe_jax.serving.engine.request import Request as EngineRequest
 from nemoe_jax.serving.engine.request import RequestOutput
 
 DONE = "data: [DONE]\n\n"
+LOOK_AFTER = 5  # seconds without an output, after which the responses are asked whether they still run
 T = TypeVar("T")
 
 
@@ -67,7 +68,12 @@ class EngineStreams:
         """
         left = set(range(len(self._answers)))
         while left:
-            come = [await self._queue.get()]
+            try:
+                come = [await asyncio.wait_for(self._queue.get(), LOOK_AFTER)]
+            except TimeoutError:
+                if any(self._answers[index].finished for index in left) and self._queue.empty():
+                    raise ApiError(500, "the end of a response was lost", code="engine_error") from None
+                continue
             while not self._queue.empty():
                 come.append(self._queue.get_nowait())
             joined: dict[int, RequestOutput] = {}
