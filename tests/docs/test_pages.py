@@ -1,6 +1,7 @@
 """What the pages say of the repository is so."""
 
 import itertools
+import json
 import re
 
 import pytest
@@ -44,3 +45,25 @@ def test_every_benchmark_is_on_the_page_of_figures():
     folders = [folder for folder in (ROOT / "benchmarks").iterdir() if folder.is_dir() and folder.name != "lib"]
     scripts = [path.relative_to(ROOT / "benchmarks").as_posix() for folder in folders for path in folder.glob("*.py")]
     assert [script for script in scripts if not script.endswith("__init__.py") and f"`{script}`" not in page] == []
+
+
+PEERS = {
+    "moe, batch 1, transformers": "transformers",
+    "moe, batch 8, transformers": "transformers",
+    "dense, batch 1, llama.cpp": "llama.cpp",
+    "moe, batch 1, llama.cpp": "llama.cpp",
+}
+
+
+def test_the_speeds_on_the_page_of_the_cpu_are_those_that_the_benchmarks_wrote():
+    page = (ROOT / "docs/performance/cpu.md").read_text(encoding="utf-8")
+
+    def result(name: str) -> dict:
+        return json.loads((ROOT / f"benchmarks/results/{name}-cpu.json").read_text())
+
+    forward, step, decode = result("forward"), result("train_step"), result("decode")["rows"]
+    pairs = [(forward["ours"], forward[forward["peer"]]), (step["ours"], step["peer"])]
+    pairs += [(decode[row]["ours"], decode[row][peer]) for row, peer in PEERS.items()]
+    for ours, peer in pairs:
+        ours_text, peer_text = (f"{figures['tokens_per_second']:,.0f}" for figures in (ours, peer))
+        assert re.search(rf"\| {ours_text} tokens/s \| [^|]*: {peer_text} \|", page), (ours_text, peer_text)
