@@ -9,7 +9,7 @@ from pathlib import Path
 
 from convert.options import FromGgufOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, convert_layers
-from nemoe_jax.checkpoints.gguf.header import is_gguf
+from nemoe_jax.checkpoints.gguf.naming import is_gguf
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 

@@ -10,14 +10,12 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from nemoe_jax.checkpoints import fp8
 from nemoe_jax.checkpoints.gguf.directory import gguf_files, model_directory
-from nemoe_jax.checkpoints.gguf.header import read_header
-from nemoe_jax.checkpoints.gguf.weights import GgufWeights
 from nemoe_jax.checkpoints.hf_names import own_entries
 from nemoe_jax.checkpoints.layout import CONFIG, HUGGING_FACE, MISTRAL, PARAMS, Layout, layout_of
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
@@ -29,7 +27,10 @@ from nemoe_jax.utils.note import note
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 4096  # compared at once
 
-Weights = SafetensorsFile | GgufWeights
+if TYPE_CHECKING:
+    from nemoe_jax.checkpoints.gguf.weights import GgufWeights
+
+Weights: TypeAlias = "SafetensorsFile | GgufWeights"
 
 
 class TensorRef(NamedTuple):
@@ -135,6 +136,9 @@ def _weight_files(directory: Path, layout: Layout) -> list[Path]:
 
 def _open_weights(directory: Path, layout: Layout, config: ModelConfig) -> list[Weights]:
     if not layout.has_weights(directory) and (links := gguf_files(directory)):
+        from nemoe_jax.checkpoints.gguf.header import read_header  # the gguf package loads here
+        from nemoe_jax.checkpoints.gguf.weights import GgufWeights
+
         header = read_header(links[0])
         return [GgufWeights(path, header, config) for path in header.paths]
     return [_open(path, layout, config) for path in _weight_files(directory, layout)]
@@ -240,7 +244,7 @@ class Checkpoint:
         FP8 weights come as float32, multiplied by their scales; quantized GGUF tensors in `dtype`, or in float32.
         """
         file, name = self.files[key], self.layout.name(key)
-        tensor = file.view(name, dtype) if isinstance(file, GgufWeights) else file.view(name)
+        tensor = file.view(name) if isinstance(file, SafetensorsFile) else file.view(name, dtype)
         if key in self._scales:
             file, scales = self._scales[key]
             assert self.fp8 is not None

@@ -83,7 +83,8 @@ def _chat(arguments: argparse.Namespace) -> None:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             session.run(PipeIO())
             return
-        engine.submit(Request((1, 1), 1), lambda piece: None)  # compiles while the first message is typed
+        # compiles while the first message is typed
+        engine.submit(Request((1, 1), 1, template.sampling), lambda piece: None)
         name = model_flags.name_of(arguments.directory)
         terminal = TerminalIO([f"/{command}" for command in COMMANDS], lambda: f"{name} · {session.status()}")
         terminal.note(f"{name}: {config.family}, {context} tokens of context. /help shows the commands, Ctrl-D ends.")

@@ -142,6 +142,7 @@ def engine_from_args(
         mesh=mesh,
         cache_dtype=arguments.kv_cache,
         adapters=adapters or None,
+        specialize=max_num_seqs == 1,
     )
     try:
         yield engine

@@ -27,7 +27,7 @@ from nemoe_jax.inference.decode import (
     prefill,
     take,
 )
-from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, controls
+from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, controls, specialized
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.kernels.backend import target_platform
@@ -81,9 +81,8 @@ def generate(
         )
     dtype = cache_dtype_of(params, cache_dtype)
     slots = tuple(min(-(-(int(length) + max_new_tokens) // PAGE) * PAGE, config.context) for length in lengths_B)
-    wishes = controls(
-        [dataclasses.replace(sampling, seed=(sampling.seed + row) % 2**64) for row in range(len(prompts))], config.vocab
-    )
+    samplings = [dataclasses.replace(sampling, seed=(sampling.seed + slot) % 2**64) for slot in range(len(prompts))]
+    inputs = specialized(controls(samplings, config.vocab))
     # the caller's own mesh is not to change while he has the iterator
     ambient = functools.partial(jax.set_mesh, mesh) if mesh else contextlib.nullcontext
     with ambient():
@@ -91,7 +90,7 @@ def generate(
         state, logits_BV = _start(config, slots, dtype, penalties, max_new_tokens, stop_E)
         for tokens_BT, num_new_tokens_B in _chunks(prompts, lengths_B):
             state, logits_BV = _prefill(config, params, tokens_BT, num_new_tokens_B, state, logits_BV)
-        state, block = _first(state, logits_BV, wishes)
+        state, block = _first(state, logits_BV, inputs)
         params = prepare_decode_params(params, len(prompts))
         # the device works on one block while the one before it is read; but on CPU what waits would hold a thread
         ahead = 1 if target_platform() == "cpu" else 2
@@ -102,7 +101,7 @@ def generate(
         if left:
             steps = min(size, left)
             with ambient():
-                state, block = _decode(config, params, state, steps, wishes)
+                state, block = _decode(config, params, state, steps, inputs)
             under_way.append(block)
             size, left = min(2 * size, BLOCK), left - steps
         if len(under_way) == ahead or not left:
@@ -161,12 +160,12 @@ def _prefill(
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def _first(state: DecodeState, logits_BV: jax.Array, wishes: SamplerInputs) -> tuple[DecodeState, DecodedTokens]:
-    return take(logits_BV, state, no_steps(state, None), wishes)
+def _first(state: DecodeState, logits_BV: jax.Array, inputs: SamplerInputs) -> tuple[DecodeState, DecodedTokens]:
+    return take(logits_BV, state, no_steps(state, None), inputs)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def _decode(
-    config: ModelConfig, params: Tree, state: DecodeState, steps: Any, wishes: SamplerInputs
+    config: ModelConfig, params: Tree, state: DecodeState, steps: Any, inputs: SamplerInputs
 ) -> tuple[DecodeState, DecodedTokens]:
-    return decode(config, params, state, steps, wishes)
+    return decode(config, params, state, steps, inputs)

@@ -1,8 +1,9 @@
-"""Chooses the next token of every row from its logits, as the row's request wishes.
+"""Chooses the next token of every slot from its logits, by the sampling parameters of the slot's request.
 
-One compiled program serves a batch of unlike requests, greedy ones and sampled ones, and what no row asks for costs
-nothing. The order is that of transformers' processors: repetition penalty, then OpenAI's penalties and bias, the tokens
-that a constraint allows and that the tokenizer has, temperature, top-k, top-p, min-p.
+One compiled program serves a batch of unlike requests, greedy ones and sampled ones, and what no slot asks for costs
+nothing; `specialized` leaves out of it what no slot uses, so that it compiles sooner. The order is that of
+transformers' processors: repetition penalty, then OpenAI's penalties and bias, the tokens that a constraint allows and
+that the tokenizer has, temperature, top-k, top-p, min-p.
 
 Nothing is sorted. Once the constraint is applied, only a token's distance from the likeliest counts, 0 or more; what
 remains are all tokens up to some distance, which top-k and top-p find by bisection on the bits of a float32 (tokens of
@@ -28,7 +29,10 @@ _INFINITE = 0x7F800000  # the bits of infinity
 
 
 class SamplerInputs(NamedTuple):
-    """Each slot's sampling parameters, arrays of NumPy or JAX; the shapes depend on B and V alone: one compilation."""
+    """Each slot's sampling parameters, arrays of NumPy or JAX; the shapes depend on B and V alone: one compilation.
+
+    Penalties and biases, or these and all but `known_V`, may be None: see `specialized`.
+    """
 
     temperature_B: Any
     top_k_B: Any
@@ -76,6 +80,23 @@ def controls(samplings: Sequence[SamplingParams], vocab: int, known_V: np.ndarra
         np.array([divmod(sampling.seed % 2**64, 2**32) for sampling in samplings], np.uint32).reshape(-1, 2),
         known_V,
     )
+
+
+def specialized(inputs: SamplerInputs) -> SamplerInputs:
+    """The inputs without what no slot uses, for a smaller program that samples the same tokens.
+
+    There are three: greedy, sampled, and with all that there is as soon as a slot has a penalty or a bias.
+
+    Args:
+        inputs: as `controls` gives them.
+    """
+    neutral = {"repetition_B": 1, "presence_B": 0, "frequency_B": 0, "bias_BN": 0}
+    if any((getattr(inputs, name) != value).any() for name, value in neutral.items()):
+        return inputs
+    inputs = inputs._replace(bias_token_BN=None, **dict.fromkeys(neutral))
+    if (inputs.temperature_B > 0).any():
+        return inputs
+    return inputs._replace(**dict.fromkeys(name for name in inputs._fields if name != "known_V"))
 
 
 class TokenCounts(NamedTuple):
@@ -127,6 +148,8 @@ def sample(
     logits_BV = adjusted(logits_BV, wishes, counts, allowed_BW)
     best_B = logits_BV.max(axis=-1)
     greedy_B = argmax(logits_BV)
+    if wishes.temperature_B is None:
+        return jnp.where(jnp.isfinite(best_B), greedy_B, -1)
     warm_B = wishes.temperature_B > 0
     drawn_B = lax.cond(warm_B.any(), lambda: draw(weights(logits_BV, wishes), wishes, step_B), lambda: greedy_B)
     return jnp.where(jnp.isfinite(best_B) & (greedy_B >= 0), jnp.where(warm_B, drawn_B, greedy_B), -1)
@@ -137,11 +160,12 @@ def adjusted(
 ) -> jax.Array:
     """The logits in float32 behind penalties and bias; what is not allowed, or no token, has −∞."""
     logits_BV = logits_BV.astype(jnp.float32)
-    if counts is not None:
+    if counts is not None and wishes.repetition_B is not None:
         asked_B = (wishes.repetition_B != 1) | (wishes.presence_B != 0) | (wishes.frequency_B != 0)
         logits_BV = lax.cond(asked_B.any(), lambda: _penalised(logits_BV, wishes, counts), lambda: logits_BV)
-    biased_BN = wishes.bias_BN != 0
-    logits_BV = lax.cond(biased_BN.any(), lambda: _biased(logits_BV, wishes), lambda: logits_BV)
+    if wishes.bias_BN is not None:
+        biased_BN = wishes.bias_BN != 0
+        logits_BV = lax.cond(biased_BN.any(), lambda: _biased(logits_BV, wishes), lambda: logits_BV)
     if allowed_BW is not None:
         logits_BV = jnp.where(_bits(allowed_BW, logits_BV.shape[1]), logits_BV, -jnp.inf)
     if wishes.known_V is not None:

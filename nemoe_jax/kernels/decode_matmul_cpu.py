@@ -40,6 +40,7 @@ def as_uint16(array: jax.Array) -> jax.Array:
     return jax.device_put(np.asarray(array).view(np.uint16), array.sharding, may_alias=True)
 
 
+@jax.jit  # traced once for the layer's matrices of one shape
 def decode_matmul(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
     """x @ w[layer], (R, F) in x's dtype, for float32 weights or bfloat16's bits; sums in float32."""
     (rows, depth), width = x_RD.shape, w_LDF.shape[2]
@@ -57,8 +58,8 @@ def decode_matmul(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> 
 
     def run_columns(block: int | jax.Array) -> jax.Array:
         def product(i: jax.Array, u: int) -> jax.Array:
-            x = lax.dynamic_slice(x_IUPR, (i, u, 0, 0), (1, 1, cut[2], rows))
-            w = lax.dynamic_slice(w_LIUPTV, (layer, i, u, 0, block * tiles, 0), (1, 1, 1, cut[2], tiles, tile))
+            x = _slice(x_IUPR, (i, u, 0, 0), (1, 1, cut[2], rows))
+            w = _slice(w_LIUPTV, (layer, i, u, 0, block * tiles, 0), (1, 1, 1, cut[2], tiles, tile))
             return x.reshape(-1, 1, rows, 1) * _widen(w).reshape(-1, tiles, 1, tile)
 
         sums_PTRV = _sum(product, cut, jnp.zeros((cut[2], tiles, rows, tile), jnp.float32))
@@ -78,8 +79,8 @@ def _one_row(x_1D: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.A
 
     def run_columns(block: int | jax.Array) -> jax.Array:
         def product(i: jax.Array, u: int) -> jax.Array:
-            x = lax.dynamic_slice(x_IUP, (i, u, 0), (1, 1, cut[2]))
-            w = lax.dynamic_slice(w_LIUPF, (layer, i, u, 0, block * columns), (1, 1, 1, cut[2], columns))
+            x = _slice(x_IUP, (i, u, 0), (1, 1, cut[2]))
+            w = _slice(w_LIUPF, (layer, i, u, 0, block * columns), (1, 1, 1, cut[2], columns))
             return x.reshape(-1, 1) * _widen(w).reshape(-1, columns)
 
         return _sum(product, cut, jnp.zeros((cut[2], columns), jnp.float32)).sum(axis=0, keepdims=True)
@@ -109,7 +110,7 @@ def decode_expert_matmul(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Ar
     number_R = layer * w_LEDF.shape[1] + expert_R
 
     def product(i: jax.Array, u: int) -> jax.Array:
-        x = lax.dynamic_slice(x_RIUP, (0, i, u, 0), (rows, 1, 1, cut[2]))
+        x = _slice(x_RIUP, (0, i, u, 0), (rows, 1, 1, cut[2]))
         return x.reshape(rows, -1, 1) * _widen(w_NIUPF.at[number_R, i, u].get(mode="promise_in_bounds"))
 
     return _sum(product, cut, jnp.zeros((rows, cut[2], width), jnp.float32)).sum(axis=1).astype(x_RD.dtype)
@@ -132,6 +133,10 @@ def _sum(product: Callable[[jax.Array, int], jax.Array], cut: tuple[int, int, in
         return functools.reduce(lambda sums, u: sums + product(i, u), range(cut[1]), sums)
 
     return lax.fori_loop(0, cut[0], step, zeros)
+
+
+# indices count from the beginning: without what would let them count from the end, programs are a third as long
+_slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
 
 
 def _widen(w: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ T tokens, D embed, F outputs, L layers, E experts, C top-k, R = T·C rows, K ran
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from nemoe_jax.adapters.lora import Adapter, dropped
 from nemoe_jax.adapters.multi_lora import mask_ranks, with_index
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.kernels.decode_matmul_cpu import MOST_ROWS, as_uint16, decode_expert_matmul, decode_matmul
-from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows, gpu_few_rows_experts
 from nemoe_jax.spec.schema import Tree, map_with_path
 
 
@@ -36,12 +35,16 @@ class LayerSlice:
         rows, outputs = x.shape[: x.ndim - inputs], self.stack.shape[1 + inputs :]
         depth = math.prod(x.shape[x.ndim - inputs :])
         w_LDF = self.stack.reshape(self.stack.shape[0], depth, -1)
-        product = gpu_few_rows if target_platform() == "gpu" else decode_matmul
+        product: Callable[..., jax.Array] = decode_matmul
+        if target_platform() == "gpu":
+            from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows as product
         return product(x.reshape(-1, depth), w_LDF, self.layer).reshape(*rows, *outputs)
 
     def multiply_each(self, x_RD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Each row with its own expert's matrix: (R, F)."""
-        product = gpu_few_rows_experts if target_platform() == "gpu" else decode_expert_matmul
+        product: Callable[..., jax.Array] = decode_expert_matmul
+        if target_platform() == "gpu":
+            from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows_experts as product
         return product(x_RD, self.stack, self.layer, expert_R)
 
 

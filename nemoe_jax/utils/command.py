@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.utils.compilation_cache import VARIABLE, use_compilation_cache
 
 EXIT_DISAGREES = 1  # a comparison came out negative
 EXIT_BAD_INPUT = 2
@@ -56,6 +57,12 @@ class Command:
         self._former: dict[str, str] = {}  # sub-commands by their former names
         self.parser = _Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.parser.add_argument(
+            "--compilation-cache",
+            metavar="DIR|none",
+            help=f"where compiled programs are kept for the next run (default: the environment's {VARIABLE}, or a "
+            "directory in the user's cache); not used with several virtual CPU devices",
+        )
         self.subparsers = self.parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
 
     def add(
@@ -84,6 +91,7 @@ class Command:
         parser.set_defaults(handler=handler)
         # SUPPRESS: the default of a sub-command's flag must not undo `--debug` given before its name
         parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument("--compilation-cache", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if reports:
             parser.add_argument("--json", action="store_true", help="print the figures as JSON on standard output")
         return parser
@@ -92,6 +100,7 @@ class Command:
         """Parses, runs the handler, and turns a UserError into one line and exit status 2."""
         arguments = self.parser.parse_args(self._join_name(self._renamed(sys.argv[1:] if argv is None else argv)))
         try:
+            use_compilation_cache(arguments.compilation_cache)
             return arguments.handler(arguments) or 0
         except UserError as error:
             if arguments.debug:
@@ -114,7 +123,7 @@ class Command:
     def _renamed(self, argv: Sequence[str]) -> list[str]:
         """The words with the sub-command's new name where a former one was given."""
         words = list(argv)
-        first = next((i for i, word in enumerate(words) if not word.startswith("-")), len(words))
+        first = _first_word(words)
         if first < len(words) and words[first] in self._former:
             _print_new_name(words[first], self._former[words[first]])
             words[first] = self._former[words[first]]
@@ -122,9 +131,15 @@ class Command:
 
     def _join_name(self, argv: Sequence[str]) -> list[str]:
         """A sub-command whose name is two words, such as `tokenize compare`, as the one word that argparse knows."""
-        first = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
+        first = _first_word(argv)
         name = " ".join(argv[first : first + 2])
         return [*argv[:first], name, *argv[first + 2 :]] if name in self.subparsers.choices else list(argv)
+
+
+def _first_word(argv: Sequence[str]) -> int:
+    """Where the sub-command's name begins."""
+    valued = {number + 1 for number, word in enumerate(argv) if word == "--compilation-cache"}
+    return next((i for i, word in enumerate(argv) if not word.startswith("-") and i not in valued), len(argv))
 
 
 def _print_new_name(former: str, name: str) -> None:

@@ -42,5 +42,7 @@ def join_distributed(words: list[str] | None) -> None:
             jax.distributed.initialize(coordinator, int(processes), int(number))
         else:
             jax.distributed.initialize()
+        if jax.default_backend() == "cpu":  # as with virtual devices (compilation_cache.py)
+            jax.config.update("jax_enable_compilation_cache", False)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed {' '.join(words)}: {error}") from error

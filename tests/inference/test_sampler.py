@@ -10,7 +10,7 @@ from transformers.generation import logits_process
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference import sampler
-from nemoe_jax.inference.sampler import TokenCounts, controls, sample, scores
+from nemoe_jax.inference.sampler import TokenCounts, controls, sample, scores, specialized
 from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 from nemoe_jax.spec.mesh import make_mesh
 
@@ -279,3 +279,22 @@ def test_log_probabilities_are_the_models_own(given, top):
     np.testing.assert_allclose(logprob_B, wanted_BV[rows_B1[:, 0], token_B], rtol=1e-5)
     np.testing.assert_array_equal(token_BN, (-wanted_BV).argsort(axis=1)[:, :top])
     np.testing.assert_allclose(logprob_BN, wanted_BV[rows_B1, token_BN], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("samplings", "kept"),
+    [
+        ([SamplingParams()] * ROWS, set()),
+        ([SamplingParams(seed=3), SamplingParams(0.7, top_k=9, top_p=0.8, min_p=0.01, seed=5)] * ROWS, {"seed_B2"}),
+        ([SamplingParams(1.0, presence_penalty=0.5)] * ROWS, {"seed_B2", "presence_B", "bias_BN"}),
+        ([SamplingParams(logit_bias=((3, 5.0),))] * ROWS, {"seed_B2", "presence_B", "bias_BN"}),
+    ],
+)
+def test_a_program_of_what_is_used_alone_samples_the_same(given, counts, samplings, kept):
+    samplings = samplings[:ROWS]
+    full = controls(samplings, VOCAB)
+    small = specialized(full)
+    assert {name for name in ("seed_B2", "presence_B", "bias_BN") if getattr(small, name) is not None} == kept
+    needed = counts if "presence_B" in kept else None
+    expected_B = jit_choose(given[0], full, counts, STEPS)
+    np.testing.assert_array_equal(jit_choose(given[0], small, needed, STEPS), expected_B)

@@ -390,3 +390,13 @@ def test_over_a_mesh(engine, params, tokenizer):
         assert bad.result(60) == "" and bad.finish_reason == "error"
         assert own.statistics().free_tokens == own.statistics().tokens == 8 * PAGE
     assert runner._decode._cache_size() == before + 1  # one program serves them all
+
+
+def test_programs_for_what_is_asked_alone_give_the_same_tokens(engine, params, tokenizer):
+    """Also where requests that need more join and leave, and what is counted for a penalty is its request's own."""
+    samplings = [SamplingParams(), SamplingParams(0.9, top_p=0.9, seed=4), SamplingParams(1.0, 0, presence_penalty=2.0)]
+    requests = [Request(prompt(seed, 20), 12, sampling) for seed, sampling in enumerate(samplings * 2)]
+    expected = [tokens_of(engine.submit(request)) for request in requests]
+    with Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE, specialize=True) as specialized:
+        answers = [specialized.submit(request) for request in requests]
+        assert [tokens_of(answer) for answer in answers] == expected

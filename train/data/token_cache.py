@@ -15,7 +15,6 @@ Letters: D documents, N tokens.
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 import zlib
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.utils.compilation_cache import cache_home
 from train.data.render import Rendered
 
 VERSION = 1  # of what the files hold and of how rows become tokens; another one leaves old entries alone
@@ -52,7 +52,7 @@ class Tokens(NamedTuple):
 
 def default_cache() -> Path:
     """`nemoe-jax` in the user's directory of caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemoe-jax"
+    return cache_home()
 
 
 def open_entry(path: Path) -> Tokens | None:

@@ -29,6 +29,7 @@ ENVIRONMENT = {  # read when JAX and libtpu load
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled for absent devices cannot be loaded
 }
 # cut over all devices, but for data's copies
 SPREAD = ("frozen weights", "trained weights", "optimizer state", "teacher")

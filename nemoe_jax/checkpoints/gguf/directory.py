@@ -12,9 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nemoe_jax.checkpoints.gguf.config import config_json, generation_config_json
-from nemoe_jax.checkpoints.gguf.header import SPLIT_NAME, GgufHeader, is_gguf, read_header
-from nemoe_jax.checkpoints.gguf.tokenizer import tokenizer_files
+from nemoe_jax.checkpoints.gguf.naming import SPLIT_NAME, is_gguf
 from nemoe_jax.checkpoints.layout import HUGGING_FACE
 from nemoe_jax.errors import UserError
 
@@ -32,7 +30,7 @@ def model_directory(path: str | Path) -> Path:
         return path
     directory = _cached(path)
     if not directory.is_dir():
-        _make(directory, read_header(path), path)
+        _make(directory, path)
     return directory
 
 
@@ -53,7 +51,12 @@ def _cached(path: Path) -> Path:
     return cache / hashlib.sha256(known.encode()).hexdigest()[:16] / (split["stem"] if split else path.stem)
 
 
-def _make(directory: Path, header: GgufHeader, path: Path) -> None:
+def _make(directory: Path, path: Path) -> None:
+    from nemoe_jax.checkpoints.gguf.config import config_json, generation_config_json  # the gguf package loads here
+    from nemoe_jax.checkpoints.gguf.header import read_header
+    from nemoe_jax.checkpoints.gguf.tokenizer import tokenizer_files
+
+    header = read_header(path)
     content = config_json(header)
     HUGGING_FACE.parse(content, str(path))  # refused under the file's own name
     files = {

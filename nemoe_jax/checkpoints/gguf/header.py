@@ -6,7 +6,6 @@ length against the bytes that are there before anything is allocated.
 
 import math
 import mmap
-import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from nemoe_jax.checkpoints.gguf.naming import MAGIC, SPLIT_NAME
 from nemoe_jax.errors import UserError
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _MOST_AXES = 4
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -51,17 +49,6 @@ class GgufHeader(NamedTuple):
     paths: list[Path]  # of all its files, the first one first
     metadata: dict[str, Any]  # numbers, strings, lists of strings, NumPy arrays
     tensors: dict[str, GgufTensor]
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path means a GGUF file: by its name, or by its first bytes."""
-    path = Path(path)
-    if not path.is_file():
-        return path.suffix == ".gguf" and not path.exists()
-    if path.suffix == ".gguf":
-        return True
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def read_header(path: str | Path) -> GgufHeader:

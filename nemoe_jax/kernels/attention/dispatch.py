@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from nemoe_jax.kernels.attention.cpu import blockwise_attention_cpu
 from nemoe_jax.kernels.attention.gpu import gpu_attention
-from nemoe_jax.kernels.attention.tpu import LANES, splash_attention
 from nemoe_jax.kernels.attention.xla import flash_attention_xla
 from nemoe_jax.kernels.backend import target_platform
 
+LANES = 128  # of a TPU
 LONG = 2048  # tokens above which the scores of all pairs are not kept
 
 
@@ -35,6 +35,8 @@ def causal_attention(
     if window is not None and window >= length:
         window = None
     if target_platform() == "tpu" and length % LANES == 0 and head_dim % LANES == 0:
+        from nemoe_jax.kernels.attention.tpu import splash_attention  # Pallas takes half a second to import
+
         return splash_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
     if target_platform() == "gpu" and q_BTNH.dtype in (jnp.bfloat16, jnp.float16):
         return gpu_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)

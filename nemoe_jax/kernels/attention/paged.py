@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
 from nemoe_jax.kernels.attention.gpu import pallas_kernel
 from nemoe_jax.spec.mesh import axes_size
@@ -148,6 +147,8 @@ def _in_long_steps(q_B1NH, positions_B1, k, v, table_BM, layer, window=None):
 
 def _kernel_for_tpus(q_B1NH, positions_B1, k, v, table_BM, layer):
     """JAX's Pallas kernel for TPUs, which reads the pages where they lie."""
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention  # half a second
+
     q_BNH = (q_B1NH[:, 0].astype(jnp.float32) * q_B1NH.shape[3] ** -0.5).astype(q_B1NH.dtype)
     pages = table_BM + layer * k.pool.shape[2]
     lengths_B = positions_B1[:, 0] + 1

@@ -6,7 +6,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from nemoe_jax.kernels.attention.cpu import scaled
 
-LANES = 128
 _BLOCKS = (1024, 512, 256, 128)  # tokens of a splash block: the largest that divides the length
 
 

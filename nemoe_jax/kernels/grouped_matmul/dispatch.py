@@ -18,7 +18,6 @@ from jax import lax
 
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.kernels.grouped_matmul.cpu import tiled_lora, tiled_lora_gradients, tiled_matmul, tiled_outer
-from nemoe_jax.kernels.grouped_matmul.gpu import gpu_matmul, gpu_outer
 
 
 @jax.custom_vjp
@@ -114,6 +113,8 @@ def precision_of(dtype: Any) -> lax.Precision | None:
 
 def _ragged_matmul(x_RD, w_EDF, sizes_E):
     if target_platform() == "gpu":
+        from nemoe_jax.kernels.grouped_matmul.gpu import gpu_matmul  # Pallas takes half a second to import
+
         return gpu_matmul(x_RD, w_EDF, sizes_E)
     precision = precision_of(x_RD.dtype)
     return lax.ragged_dot(x_RD, w_EDF, sizes_E, precision=precision, preferred_element_type=x_RD.dtype)
@@ -121,12 +122,16 @@ def _ragged_matmul(x_RD, w_EDF, sizes_E):
 
 def _ragged_matmul_transposed(dy_RF, w_EDF, sizes_E):
     if target_platform() == "gpu":
+        from nemoe_jax.kernels.grouped_matmul.gpu import gpu_matmul  # Pallas takes half a second to import
+
         return gpu_matmul(dy_RF, w_EDF, sizes_E, transpose=True)
     return _ragged_matmul(dy_RF, w_EDF.swapaxes(1, 2), sizes_E)
 
 
 def _ragged_outer(x_RD, dy_RF, sizes_E):
     if target_platform() == "gpu":
+        from nemoe_jax.kernels.grouped_matmul.gpu import gpu_outer  # Pallas takes half a second to import
+
         return gpu_outer(x_RD, dy_RF, sizes_E)
     over_rows = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]

@@ -82,6 +82,8 @@ class Engine:
             as there is memory for, and 4096 a slot on CPU.
         max_queued: requests that may wait for a slot.
         adapters: LoRA adapters by the names that requests give.
+        specialize: compile only what the requests at hand need: the first token comes sooner, but a later request that
+            asks for more waits for another program.
         cache_dtype: one of `generate.CACHE_DTYPES`, or None for the model's own.
 
     Raises:
@@ -100,6 +102,7 @@ class Engine:
         mesh: Mesh | None = None,
         cache_dtype: str | None = None,
         adapters: Mapping[str, Tree] | None = None,
+        specialize: bool = False,
     ):
         sizes = {"max_num_seqs": max_num_seqs, "kv_tokens": kv_tokens, "max_queued": max_queued}
         for name, value in sizes.items():
@@ -123,7 +126,9 @@ class Engine:
             kv_tokens = _fitting(config, max_num_seqs, dtype) if kv_tokens is None else kv_tokens
             pools = [PageAllocator(1 + -(-kv_tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
             self.context = min(config.context, pools[0].tokens)  # of one request, prompt and response together
-            runner = ModelRunner(config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked)
+            runner = ModelRunner(
+                config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked, specialize
+            )
         self._slots = Slots(max_num_seqs, pools, runner.width)
         self._scheduler = Scheduler(config, runner, self._slots, self._end_tokens, known_V)
         self._queue: deque[ResponseStream] = deque()

@@ -14,7 +14,7 @@ import numpy as np
 
 from nemoe_jax.adapters.multi_lora import select_adapters
 from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only
-from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, scores
+from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, scores, specialized
 from nemoe_jax.kernels.attention.paged import KVPages
 from nemoe_jax.model.decode_weights import prepare_decode_params
 from nemoe_jax.model.kv_cache import KVCache, division, shared_cache, zero_pages
@@ -52,14 +52,25 @@ class ModelRunner:
     """A model with its cache, on its devices, under the ambient mesh.
 
     Args:
+        specialize: compile what samples without penalties, biases, log-probabilities and constraints apart, which is
+            sooner ready; otherwise one program does for all requests that have no log-probabilities or constraints.
         pages: of each device's pool, with page 0.
         slots: tokens of a row at most.
         bank: all adapters (adapter_bank.py), or None. Where there are some, rows without one pass through them as well.
     """
 
     def __init__(
-        self, config: ModelConfig, params: Tree, rows: int, slots: int, pages: int, dtype: Any, bank: Tree | None = None
+        self,
+        config: ModelConfig,
+        params: Tree,
+        rows: int,
+        slots: int,
+        pages: int,
+        dtype: Any,
+        bank: Tree | None = None,
+        specialize: bool = False,
     ):
+        self._specialize = specialize
         self.config, self.params, self.rows, self.bank = config, params, rows, bank
         self.decode_params = prepare_decode_params(params, rows)
         self.parts, self.cuts = division(config, rows)
@@ -114,6 +125,8 @@ class ModelRunner:
         self, batch: Batch, steps: int, controls: SamplerInputs, allowed_BW: np.ndarray | None, top: int | None
     ) -> DecodedTokens:
         """Up to so many steps of all rows; what they gave, on the host."""
+        if self._specialize and allowed_BW is None and top is None:
+            controls = specialized(controls)
         self.held, block = _decode(
             self.config, self.decode_params, self.held, batch, steps, controls, allowed_BW, self.bank, top=top
         )
@@ -187,11 +200,14 @@ def _decode(
     top: int | None,
 ) -> tuple[DeviceState, DecodedTokens]:
     cache = KVCache(held.k, held.v, batch.table_BM, batch.length_B)
-    state = DecodeState(cache, held.counts, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE)
+    penalized = controls.repetition_B is not None  # a slot with a penalty has it from its first token to its last
+    state = DecodeState(
+        cache, held.counts if penalized else None, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE
+    )
     adapters = select_adapters(bank, batch.adapter_B) if bank else None
     state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
-    assert state.counts is not None
-    return DeviceState(state.cache.k, state.cache.v, _laid(state.counts)), block
+    counts = held.counts if state.counts is None else _laid(state.counts)
+    return DeviceState(state.cache.k, state.cache.v, counts), block
 
 
 @functools.partial(jax.jit, donate_argnames="held")

@@ -53,7 +53,7 @@ class Scheduler:
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self._prefilling: deque[Slot] = deque()
         self._known_V = known_V
-        self._seconds_a_token = 1e-3
+        self._seconds_a_token = _STEP_SECONDS  # the first token comes alone, and says more
 
     def admit(self, response: ResponseStream, adapter: int) -> bool:
         """Gives a response a slot, where there is one with room for it; `adapter` is a number, or -1."""
