@@ -6,6 +6,7 @@ import numpy as np
 from convert.gguf.tokenizer import Vocabulary
 from nemoe_jax.checkpoints.gguf.config import llama3_factors, yarn_attention_factor
 from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.inference.generation_config import read_generation_config
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.families import FAMILIES
 
@@ -43,7 +44,7 @@ def header(checkpoint: Checkpoint, vocabulary: Vocabulary, file_type: gguf.Llama
         if config.shared_ffn:
             writer.add_expert_shared_feed_forward_length(config.shared_ffn)
     _add_rope_scaling(writer, config)
-    vocabulary.add_to(writer, config)
+    vocabulary.add_to(writer, read_generation_config(checkpoint.directory).with_end_tokens(config))
     return writer
 
 

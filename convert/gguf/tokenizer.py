@@ -62,7 +62,8 @@ class Vocabulary:
             writer.add_bos_token_id(self.tokenizer.bos_id)
         stops = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
         ends = dict.fromkeys(end for end in (self.tokenizer.eos_id, *stops) if end is not None)
-        for end, add in zip(ends, (writer.add_eos_token_id, writer.add_eot_token_id), strict=False):
+        kinds = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+        for end, add in zip(ends, kinds, strict=False):
             add(end)
         named = {piece.text: i for i, piece in enumerate(self.pieces) if piece.type != TokenType.NORMAL}
         for key, add in {"unk_token": writer.add_unk_token_id, "pad_token": writer.add_pad_token_id}.items():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.checkpoints.gguf.header import is_gguf
 from nemoe_jax.checkpoints.layout import MISTRAL, layout_of
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
@@ -146,6 +147,7 @@ def torch_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
 
         model = load_nekomind(directory)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        path, gguf_file = (Path(directory).parent, Path(directory).name) if is_gguf(directory) else (directory, None)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.from_numpy(np.asarray(ids_BT, np.int64))).logits.float().numpy()

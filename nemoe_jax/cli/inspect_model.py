@@ -28,8 +28,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.spec.mesh import parse_mesh
 
-    is_directory = Path(arguments.model).is_dir()
-    config = reader.read_config(arguments.model) if is_directory else preset(arguments.model)
+    exists = Path(arguments.model).exists()
+    config = reader.read_config(arguments.model) if exists else preset(arguments.model)
     description = describe(config, parse_mesh(arguments.mesh) if arguments.mesh else {})
     if arguments.json:
         print(json.dumps(description))

@@ -115,8 +115,11 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _is_tokenizer(path: Path) -> bool:
     """Whether a path is named like a tokenizer's file, or is a directory that holds one."""
+    from nemoe_jax.checkpoints.gguf.header import is_gguf
     from nemoe_jax.text.tokenizers.load import FILES
 
+    if is_gguf(path):
+        return True
     if path.is_dir():
         return any(any(path.glob(pattern)) for pattern in FILES)
     return any(fnmatch.fnmatch(path.name, pattern) for pattern in FILES)

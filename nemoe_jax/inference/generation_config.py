@@ -50,7 +50,9 @@ def read_generation_config(directory: str | Path) -> GenerationConfig:
     Raises:
         UserError: a value of another kind, or out of its range.
     """
-    path = Path(directory) / FILE
+    from nemoe_jax.checkpoints.gguf.directory import model_directory  # NumPy, which no help needs
+
+    path = model_directory(directory) / FILE
     if not path.is_file():
         return GenerationConfig()
     values = read_json(path)

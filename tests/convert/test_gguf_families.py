@@ -28,10 +28,10 @@ MODELS = {
         family="qwen2_moe", shared_ffn=64, attention_bias="qkv", normalize_top_k=False, **MOE | QWEN2
     ),
     "qwen3_moe": ModelConfig(family="qwen3_moe", qk_norm=True, **MOE),
-    "bias": LLAMA.replace(attention_bias="qkvo"),
-    "linear": LLAMA.replace(rope_scaling=RopeScaling("linear", 4.0)),
-    "yarn": LLAMA.replace(rope_scaling=RopeScaling("yarn", 4.0, original_context=64, attention_factor=1.2)),
-    "llama3": LLAMA.replace(rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, original_context=8192)),
+    "llama-bias": LLAMA.replace(attention_bias="qkvo"),
+    "llama-linear": LLAMA.replace(rope_scaling=RopeScaling("linear", 4.0)),
+    "llama-yarn": LLAMA.replace(rope_scaling=RopeScaling("yarn", 4.0, original_context=64, attention_factor=1.2)),
+    "llama-llama3": LLAMA.replace(rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, original_context=8192)),
 }
 TOKENS = [1, 300, 1000, 30, 500, 77, 30, 30, 12, 600]
 

@@ -209,10 +209,11 @@ def test_the_config_s_other_end_token_ends_a_turn(tmp_path):
     directory = small_model(tmp_path, TOKENIZERS["llama-bpe"])
     content = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(content | {"eos_token_id": [2, 5]}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 4]}))
     to_gguf(directory, tmp_path / "model.gguf", GgufOptions())
     fields = GGUFReader(tmp_path / "model.gguf").fields
     ids = {
         name: fields[f"tokenizer.ggml.{name}_token_id"].contents()
-        for name in ("bos", "eos", "eot", "unknown", "padding")
+        for name in ("bos", "eos", "eot", "eom", "unknown", "padding")
     }
-    assert ids == {"bos": 1, "eos": 2, "eot": 5, "unknown": 0, "padding": 3}
+    assert ids == {"bos": 1, "eos": 2, "eot": 5, "eom": 4, "unknown": 0, "padding": 3}

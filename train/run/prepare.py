@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemoe_jax.adapters import lora, peft_load
 from nemoe_jax.checkpoints import pretrained, reader
+from nemoe_jax.checkpoints.gguf.directory import model_directory
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import ModelConfig
@@ -44,6 +45,7 @@ def resolve(recipe: Recipe) -> Inputs:
     tokenizer_path = recipe.tokenizer or recipe.model
     if tokenizer_path is None:
         raise UserError("tokenizer: missing")
+    tokenizer_path = model_directory(tokenizer_path)
     tokenizer = load_tokenizer(tokenizer_path)
     config = reader.read_config(recipe.model) if recipe.model else recipe.scratch_config(tokenizer)
     if tokenizer.vocab_size > config.vocab:

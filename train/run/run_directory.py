@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from nemoe_jax.checkpoints.gguf.directory import model_directory
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.output_path import staging_path
@@ -133,5 +134,6 @@ def _compare(recipe: Recipe, directory: Path) -> None:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What an attempt must have in common with the one that it goes on from, as JSON holds it."""
     keys = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in RESUMABLE_KEYS}
-    files = sorted(recipe.model.glob("*.safetensors")) if recipe.model else []
+    model = model_directory(recipe.model) if recipe.model else None
+    files = [file for pattern in ("*.safetensors", "*.gguf") for file in sorted(model.glob(pattern))] if model else []
     return keys | {"model files": {file.name: file.stat().st_size for file in files}}
