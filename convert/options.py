@@ -205,17 +205,19 @@ MINITRON = Conversion(
 class MergeOptions:
     """What is merged."""
 
-    adapter: str = option(dataclasses.MISSING, "PEFT adapter directory", "ADAPTER", positional=True)
+    adapter: str = option(dataclasses.MISSING, "adapter directory", "ADAPTER", positional=True)
+    resize_vocab: bool = option(False, "take the vocabulary of the adapter's embedding, head and tokenizer")
 
 
 MERGE = Conversion(
     "merge",
     "convert.merge_lora:merge",
     MergeOptions,
-    "merge a LoRA adapter of Hugging Face PEFT into a model",
-    "ADAPTER holds adapter_config.json and adapter_model.safetensors. Plain LoRA is merged: attention, dense FFNs,\n"
-    "experts (fused or one by one), routers, embedding and head, with rank and alpha patterns, rank-stabilized scales\n"
-    "and whole tensors (modules_to_save). Any other kind (DoRA, biases, …) is refused.\n"
+    "merge a LoRA adapter of Hugging Face PEFT or mistral-finetune into a model",
+    "ADAPTER holds adapter_config.json and adapter_model.safetensors, or mistral-finetune's lora.safetensors. Merged\n"
+    "are LoRA and DoRA of attention, dense FFNs, experts (fused or one by one), routers, embedding and head, with\n"
+    "rank and alpha patterns and rank-stabilized scales, biases, trained rows of the embedding, and whole tensors\n"
+    "(modules_to_save). A tied model whose embedding and head are adapted apart gets a head of its own.\n"
     "It prints tensors_updated, how many got a low-rank update, and tensors_replaced, how many came whole.",
 )
 

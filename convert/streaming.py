@@ -58,6 +58,7 @@ def convert_layers(
     layout: Layout = HUGGING_FACE,
     inputs: dict[str, str] | None = None,
     extra: dict[str, str] | None = None,
+    tokenizer_from: Path | None = None,
 ) -> Manifest:
     """Writes the model directory `destination` of shape `config`; returns its manifest.
 
@@ -75,6 +76,7 @@ def convert_layers(
         inputs: hashes of what else decides about the result, such as calibration text: an interrupted job goes on only
             where they are the same.
         extra: {name: content} of text files to put beside the weights.
+        tokenizer_from: a directory whose tokenizer is carried along instead of the source's.
 
     Raises:
         UserError: the destination exists, the source turns out bad (nothing is left behind then), no room on the disk.
@@ -136,7 +138,7 @@ def convert_layers(
             "layers": [{"layer": unit - 1, **writer.finished[unit]} for unit in range(1, config.layers + 1)],
         }
         texts = {MANIFEST: json.dumps(manifest, indent=2) + "\n", REPORT: page(manifest)}
-        writer.finish(source.directory, texts | (extra or {}))
+        writer.finish(tokenizer_from or source.directory, texts | (extra or {}))
     return manifest
 
 

@@ -12,13 +12,10 @@ CONFIG = "adapter_config.json"
 
 # what changes the weights in ways other than a low-rank sum
 _REFUSED = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
-    "lora_bias",
     "fan_in_fan_out",
     "layer_replication",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -40,6 +37,7 @@ class AdapterConfig(NamedTuple):
     parameters: tuple[str, ...]  # targets named as parameters rather than as modules
     ties: bool  # embedding and head were adapted as one
     dropout: float  # of the adapters' inputs, in training
+    tokens: dict[str, tuple[int, ...]]  # {end of a module's name: rows that were trained as they are}
 
     def rank_of(self, name: str) -> int:
         """The rank of the update of a module or parameter."""
@@ -61,6 +59,10 @@ def _lookup(patterns: dict[str, Any], name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
+
+
 def read_config(directory: Path) -> AdapterConfig:
     """Reads adapter_config.json.
 
@@ -78,8 +80,11 @@ def read_config(directory: Path) -> AdapterConfig:
     if kind != "LORA":
         raise UserError(f"{path}: peft_type: expected LORA, got {kind}")
     problems = [f"{key} = {content[key]} is not supported" for key in _REFUSED if content.get(key)]
-    if content.get("bias", "none") != "none":
-        problems.append(f"bias: expected none, got {content['bias']}")
+    tokens = content.get("trainable_token_indices") or {}
+    if isinstance(tokens, list):
+        tokens = {"embed_tokens": tokens}
+    if not isinstance(tokens, dict) or not all(map(_are_rows, tokens.values())):
+        raise UserError(f"{path}: trainable_token_indices: expected lists of token ids, got {tokens}")
     if content.get("init_lora_weights") not in _PLAIN_INITS:
         problems.append(
             f"init_lora_weights = {content['init_lora_weights']} changed the base model's weights; "
@@ -99,12 +104,13 @@ def read_config(directory: Path) -> AdapterConfig:
         parameters=tuple(content.get("target_parameters") or ()),
         ties=bool(content.get("ensure_weight_tying")),
         dropout=content.get("lora_dropout") or 0.0,
+        tokens={name: tuple(rows) for name, rows in tokens.items()},
     )
     if type(config.dropout) not in (int, float):
         problems.append(f"lora_dropout: expected a number, got {config.dropout}")
     for rank in (config.rank, *config.rank_pattern.values()):
         if type(rank) is not int or rank < 1:
-            problems.append(f"r and rank_pattern: expected positive whole numbers, got {rank}")
+            problems.append(f"r and rank_pattern: expected positive integers, got {rank}")
     for alpha in (config.alpha, *config.alpha_pattern.values()):
         if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST_ALPHA:
             problems.append(f"lora_alpha and alpha_pattern: expected numbers, got {alpha}")

@@ -92,9 +92,12 @@ def load_adapters(
 
 def _stacks(source: PeftAdapter, config: ModelConfig) -> dict[str, _Stack]:
     replaced = [f"{name} replaces {key}" for key, name in source.whole.items() if key not in source.low_rank]
+    replaced += [f"{name} replaces rows of {key}" for key, (name, _) in source.rows.items()]
+    replaced += [f"{name} is added to {key}" for key, (name, _) in source.biases.items()]
+    replaced += [f"{update.magnitude} scales {key}" for key, update in source.low_rank.items() if update.magnitude]
     if replaced:
         raise UserError(
-            f"{source.file.path}: {listed(replaced)}: a whole tensor is no low-rank update; merge the adapter into its "
+            f"{source.file.path}: {listed(replaced)}: not a low-rank update; merge the adapter into its "
             "model first (nemoe-convert merge)"
         )
     specs = leaves(schema.declare(config))
@@ -113,7 +116,7 @@ def _stacks(source: PeftAdapter, config: ModelConfig) -> dict[str, _Stack]:
         if not rank:
             continue
         scale = next(iter(found.values())).scale
-        target = Target(path, rank, scale * rank, dropout=0.0 if specs[path].lookup else source.config.dropout)
+        target = Target(path, rank, scale * rank, dropout=0.0 if specs[path].lookup else source.dropout)
         stacks[path] = _Stack(specs[path], target, found, ranks)
     try:
         lora.match(config, [stack.target for stack in stacks.values()])

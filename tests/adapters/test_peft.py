@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.spec.mesh import make_mesh
 
 pytest.importorskip("torch")
@@ -34,6 +35,8 @@ from nemoe_jax.spec import schema
 from tests.adapters.test_lora import every_weight, trained
 from tests.convert.test_merge import CASES, linear, older
 from tests.support.configs import MIXTRAL, NEKOMIND
+from tests.support.families import SIZES as FAMILY_SIZES
+from tests.support.families import config_class
 from tests.support.peft_models import IDS, SIZES, adapt, base, logits_of, mistral, mixtral, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -49,6 +52,20 @@ def bases(tmp_path_factory):
 def tied():
     config = transformers.MistralConfig(intermediate_size=48, tie_word_embeddings=True, **SIZES)
     return config, transformers.MistralForCausalLM
+
+
+def of_family(name):
+    def kind():
+        # PEFT takes the dense layers of Qwen3-MoE for experts
+        sizes = {key: value for key, value in FAMILY_SIZES[name].items() if key != "mlp_only_layers"}
+        config = config_class(name)(**sizes)
+        return config, getattr(transformers, FAMILIES[name].architecture)
+
+    kind.__name__ = name
+    return kind
+
+
+QWEN2, QWEN2_MOE, QWEN3_MOE = map(of_family, ("qwen2", "qwen2_moe", "qwen3_moe"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,6 +94,9 @@ SAVED = {
     "fused": (mixtral, [*RANKS, Target("*", 3, 6.0)], {}),
     "fused, gate and down": (mixtral, [Target("blocks/*/ffn/[gd]*", 3, 6.0)], {}),
     "fused, up": (mixtral, [Target("*/up", 3, 6.0)], {}),
+    "qwen2": (QWEN2, [Target("*", 3, 6.0)], {}),
+    "qwen2_moe": (QWEN2_MOE, [Target("*/shared_gate", 1, 6.0), *RANKS, Target("*", 3, 6.0)], {}),
+    "qwen3_moe": (QWEN3_MOE, [*RANKS, Target("*", 3, 6.0)], {}),
     "linear": (mixtral, [*RANKS, Target("*", 3, 6.0)], {"experts": "linear"}),
     "linear, up and down": (mixtral, [Target("*/up", 2, 6.0), Target("*/down", 5, 3.0)], {"experts": "linear"}),
 }
@@ -233,6 +253,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from nemoe_jax.adapters.peft_load import load_adapters
 from nemoe_jax.adapters.peft_save import save_adapters
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.spec.mesh import make_mesh
 config = ModelConfig(**json.loads(sys.argv[3]))
 _, adapters = load_adapters("adapter", config, make_mesh({"fsdp": 2}))

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import cli
 from convert.merge_lora import MergeOptions, merge
+from nemoe_jax.adapters.peft_load import load_adapters
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
@@ -191,7 +192,7 @@ def test_a_tied_embedding_takes_an_update_that_was_tied(adapter, tmp_path):
     name = "base_model.model.model.embed_tokens.lora_embedding_"
     tensors = {f"{name}A": np.full((3, 72), 0.5, np.float32), f"{name}B": np.full((24, 3), 0.5, np.float32)}
     with pytest.raises(UserError, match="adapted apart from the head"):
-        merge(tmp_path / "model", tmp_path / "merged", adapter(tensors))
+        load_adapters(adapter(tensors).adapter, config)
     tensors |= linear("lm_head", 72, 24, value=0.5)
     merge(tmp_path / "model", tmp_path / "merged", adapter(tensors, ensure_weight_tying=True))
     before, after = (Checkpoint(tmp_path / name).view("model.embed_tokens.weight") for name in ("model", "merged"))
