@@ -145,7 +145,7 @@ def _name_of(patterns: tuple[str, ...], path: Path) -> str:
 
 
 def _from_json(tokenizer: TokenizerJson, templates: Mapping[str, str]) -> Vocabulary:
-    spec = read_json(tokenizer.path)
+    spec = tokenizer.read_spec()
     added = {token["id"]: token["content"] for token in spec.get("added_tokens") or []}
     added_pieces = {
         i: Piece(text, TokenType.CONTROL if text in tokenizer.control else TokenType.USER_DEFINED)

@@ -13,6 +13,7 @@ from typing import Any
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.chat.render import check, mistral_parts
 from nemoe_jax.text.chat.template import template_parts
+from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson
 from nemoe_jax.text.tokenizers.load import Tokenizer
 
 
@@ -21,7 +22,7 @@ class HarnessText:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.reads_control = tokenizer.kind == "tokenizer.json"
+        self.reads_control = isinstance(tokenizer, TokenizerJson)
         names = sorted(filter(None, tokenizer.control), key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, names)) or "(?!)")  # which matches nothing
 

@@ -11,7 +11,6 @@ from nemoe_jax.text.tokenizers.base import Tokenizer
 from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson
 from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import SentencePiece
 from nemoe_jax.text.tokenizers.tekken import Tekken
-from nemoe_jax.utils.json_file import read_json
 
 if TYPE_CHECKING:
     import llguidance
@@ -65,7 +64,7 @@ class TokenBytes:
             raise UserError(f"{tokenizer.path}: no end token, which an answer of a given form needs")
         ends = list(self.end_tokens)
         if isinstance(tokenizer, TokenizerJson):
-            spec = json.dumps(with_control_marked(read_json(tokenizer.path), tokenizer))
+            spec = json.dumps(with_control_marked(tokenizer.read_spec(), tokenizer))
             rows = max(self.vocab_size, tokenizer.vocab_size)
             try:
                 return llguidance.LLTokenizer(spec, n_vocab=rows, eos_token=ends)

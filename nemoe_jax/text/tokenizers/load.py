@@ -4,7 +4,7 @@
     ids = tokenizer.encode("Hello", bos=True)
     tokenizer.decode(ids)
 
-Text is read as text: control tokens that it spells out stay characters. Chats are rendered by `nemoe_jax.chat`.
+Text is read as text: control tokens that it spells out stay characters. Chats are rendered by `nemoe_jax.text.chat`.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from nemoe_jax.checkpoints.gguf.directory import model_directory
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.tokenizers.base import Tokenizer, text_from_bytes
 from nemoe_jax.text.tokenizers.hf_tokenizer import TokenizerJson
+from nemoe_jax.text.tokenizers.sentencepiece_json import SentencePieceDirectory, has_side_files
 from nemoe_jax.text.tokenizers.sentencepiece_tokenizer import VERSION, SentencePiece
 from nemoe_jax.text.tokenizers.streaming import StreamDecoder
 from nemoe_jax.text.tokenizers.tekken import Tekken, cut_tekken
@@ -27,12 +28,18 @@ FILES = ("tekken.json", "tekken*.json", "tokenizer.json", "tokenizer.model*", "*
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory, or of one file: Tekken's JSON, `tokenizer.json`, a SentencePiece model, GGUF.
 
-    A directory's `tekken.json` goes before its `tokenizer.json`, and that before `tokenizer.model`. Beside a
-    `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` are read as well. Raises UserError.
+    A directory's `tekken.json` goes before its `tokenizer.json`, and that before `tokenizer.model`. The files beside
+    these last two (`tokenizer_config.json`, chat templates, …) are read as well; a `tokenizer.model` that is named
+    itself is read alone.
+
+    Raises:
+        UserError: no such file, or one that cannot be read.
     """
     path = model_directory(path)
     if path.is_dir():
         path = find_file(path)
+        if has_side_files(path):
+            return SentencePieceDirectory(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file or directory")
     if VERSION.search(path.name):
