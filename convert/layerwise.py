@@ -31,7 +31,7 @@ from nemoe_jax.model.transformer import Block
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
-from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
+from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 
 SEQUENCE_LENGTH = 256
@@ -49,8 +49,8 @@ def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -
     """
     if tokens < 1:
         raise UserError(f"--calibration-tokens: expected a positive number, got {tokens}")
-    files, tokenizer = find_files(texts), load_tokenizer(source.directory)
-    stream = tokenize_files(files, tokenizer, "tokenizing calibration text", source.config.vocab)
+    tokenizer = load_tokenizer(source.directory)
+    stream = tokenize_corpus(texts, tokenizer, "tokenizing calibration text", source.config.vocab)
     length = min(SEQUENCE_LENGTH, source.config.context)
     batches = -(-tokens // (BATCH * length))
     if len(stream) <= batches * BATCH * length:

@@ -53,10 +53,10 @@ MOVED = {
     "convert.relay": "convert.experts.router_distillation",
     "convert.stream": "convert.streaming",
     "convert.upcycle": "convert.experts.upcycle",
-    "train.formats": "train.data.formats",
+    "train.formats": "nemoe_jax.text.data.formats",
     "train.loop": "train.run.loop",
-    "train.render": "train.data.render",
-    "train.sources": "train.data.sources",
+    "train.render": "nemoe_jax.text.data.render",
+    "train.sources": "nemoe_jax.text.data.sources",
 }
 RENAMED = {
     "nemoe_jax.chat": {"spoken_ids": "encode_with_assistant_mask"},

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.text.data.formats import KEYS
 from nemoe_jax.text.tokenizers.load import Tokenizer
 
 DType = Literal["float32", "bfloat16"]
@@ -90,7 +91,7 @@ class Source(Section):
     dataset: str | None = Field(None, description="instead of files: name of a dataset on the hub, or its directory")
     subset: str | None = Field(None, description="the dataset's configuration")
     split: str = Field("train", description="the dataset's split")
-    format: Literal["auto", "text", "sharegpt", "messages", "alpaca", "metamath"] = Field(
+    format: Literal["auto", *KEYS] = Field(  # type: ignore[valid-type]
         "auto", description="what a row looks like; auto goes by its keys"
     )
     weight: float | None = Field(None, gt=0, description="relative share of the training rows; default: by size")

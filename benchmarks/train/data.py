@@ -21,8 +21,8 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from nemoe_jax.text.data.formats import to_document
 from nemoe_jax.text.tokenizers.load import load_tokenizer
-from train.data.formats import to_document
 from train.data.loader import open_corpus
 from train.data.packing import best_fit
 from train.recipe import Data

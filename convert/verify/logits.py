@@ -21,7 +21,7 @@ from nemoe_jax.checkpoints.layout import MISTRAL, layout_of
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec.families import FAMILIES
-from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
+from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 
 
@@ -74,7 +74,7 @@ def verify(
         raise UserError(f"--sequences: expected a positive number, got {sequences}")
     targets_BT = None
     if texts:
-        stream = tokenize_files(find_files(texts), load_tokenizer(directory), vocab=vocab)
+        stream = tokenize_corpus(texts, load_tokenizer(directory), vocab=vocab)
         windows = np.concatenate([window for window, _ in spaced_batches(stream, tokens, 1, sequences)])
         ids_BT, targets_BT = windows[:, :-1], windows[:, 1:]
     else:

@@ -22,7 +22,7 @@ from nemoe_jax.model.layers import rms_norm
 from nemoe_jax.model.moe import MoE
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, declare
-from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
+from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from nemoe_jax.utils.progress import progress_bar
 
@@ -49,7 +49,7 @@ def windows(source: Checkpoint, texts: Sequence[str], tokens: int, seed: int) ->
     batches = -(-tokens // (BATCH * length))
     if not texts:
         return list(np.random.default_rng(seed).integers(0, source.config.vocab, (batches, BATCH, length), np.int32))
-    stream = tokenize_files(find_files(texts), load_tokenizer(source.directory), vocab=source.config.vocab)
+    stream = tokenize_corpus(texts, load_tokenizer(source.directory), vocab=source.config.vocab)
     return [tokens_BT[:, :-1] for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
 
 

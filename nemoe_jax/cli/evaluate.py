@@ -100,7 +100,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.checkpoints.pretrained import load_pretrained
     from nemoe_jax.evaluation.perplexity import check_window, evaluate, sliding_loss
-    from nemoe_jax.text.corpus import find_files, spaced_batches, tokenize_files
+    from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     config = reader.read_config(arguments.directory)
@@ -111,7 +111,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     stride = window // 2 if window and arguments.stride is None else arguments.stride
     if window is not None:
         check_window(window, stride, config.context)
-    stream = tokenize_files(find_files(arguments.texts), load_tokenizer(arguments.directory), vocab=config.vocab)
+    stream = tokenize_corpus(arguments.texts, load_tokenizer(arguments.directory), vocab=config.vocab)
     if window is None:
         spaced = spaced_batches(stream, length, arguments.batch_size, BATCHES if batches is None else batches)
         reference = arguments.reference
@@ -169,21 +169,23 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 
 def _needle(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.evaluation.needle import find_needles, print_findings
-    from nemoe_jax.text.corpus import find_files, tokenize_files
+    from nemoe_jax.text.corpus import tokenize_corpus
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     context = reader.read_config(arguments.directory).context
     lengths = arguments.lengths or [context // 4, context // 2, context]
     tokenizer = load_tokenizer(arguments.directory)
     config, params, mesh = model_flags.load_model_from_args(arguments)
-    stream = tokenize_files(find_files(arguments.texts), tokenizer, vocab=config.vocab)
+    stream = tokenize_corpus(arguments.texts, tokenizer, vocab=config.vocab)
     findings = find_needles(
         config,
         params,
         tokenizer,
-        stream[stream != tokenizer.eos_id] if tokenizer.eos_id is not None else stream,
+        stream[~np.isin(stream, [*tokenizer.before, *tokenizer.after, *tokenizer.closed([])])],
         lengths,
         arguments.depths or DEPTHS,
         seed=arguments.seed or 0,

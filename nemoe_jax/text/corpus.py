@@ -1,134 +1,90 @@
-"""Text files as tokens: files → documents → one stream, and evenly spaced windows of it.
+"""Text as one stream of tokens, and evenly spaced windows of it: for calibration, perplexity and comparisons.
 
-Documents follow one another in a single stream, each closed by the end-of-sequence token.
+The sources are those of training: files of text, JSON Lines, JSON and Parquet, and data sets of Hugging Face, whose
+rows are texts, prompts with completions, or chats in the model's own format. Documents follow one another in a single
+stream, each with what the tokenizer puts around a text, and closed by the end-of-sequence token.
 
 B batch, T sequence.
 """
 
-import functools
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.tokenizers.load import Tokenizer
+from nemoe_jax.text.data.formats import to_document
+from nemoe_jax.text.data.messages import BadRow, EmptyRow
+from nemoe_jax.text.data.render import encode_rows
+from nemoe_jax.text.data.sources import find_all, find_files, read_file
+from nemoe_jax.text.tokenizers.base import Tokenizer
 from nemoe_jax.utils.progress import progress_bar
 
+__all__ = ["TEXT_SUFFIXES", "count_windows", "cut", "find_files", "read_documents", "spaced_batches", "tokenize_corpus"]
+
 TEXT_SUFFIXES = (".txt", ".jsonl")
-CHARACTERS_IN_FLIGHT = 8_000_000  # bounds the text held in memory while tokenizing
-
-
-def find_files(
-    patterns: Sequence[str], exclude: Iterable[Path] = (), suffixes: Sequence[str] = TEXT_SUFFIXES
-) -> list[Path]:
-    """The files of paths, globs and directories (their files of those suffixes), sorted, each once.
-
-    Raises:
-        UserError: a pattern that matches no file, or nothing left after the exclusion.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            matches = [file for suffix in suffixes for file in path.rglob(f"*{suffix}")]
-        elif path.is_file():
-            matches = [path]
-        else:
-            try:
-                matches = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-            except ValueError as error:  # such as a**b
-                raise UserError(f"{pattern}: {error}") from error
-        matches = [match for match in matches if match.is_file()]
-        if not matches:
-            kinds = " and ".join(suffixes)
-            raise UserError(f"{pattern}: no text there; expected a file, a glob, or a directory of {kinds} files")
-        found.update(match.resolve() for match in matches)
-    left = sorted(found - {path.resolve() for path in exclude})
-    if not left:
-        raise UserError(f"{', '.join(patterns)}: every file there is held out")
-    return left
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file, but for empty ones: the "text" of each line of a .jsonl file, else the file as a whole.
+    """The texts of a file, but for empty ones: the "text" of each row, or a text file as a whole.
 
     Raises:
-        UserError: not UTF-8, or a line that is no JSON object with a "text".
+        UserError: the file cannot be read, or a row is no text.
     """
-    if path.suffix != ".jsonl":
+    for place, row in read_file(path):
         try:
-            text = path.read_bytes().decode("utf-8")  # line ends as they are
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise UserError(f"{path}: expected UTF-8 text, got byte 0x{byte:02x} at {error.start}") from error
-        if text.strip():
-            yield text
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'{path}:{number}: expected a JSON object with a "text", got {line[:60]!r}') from error
-            if not isinstance(text, str):
-                raise UserError(f'{path}:{number}: "text": expected a string, got {type(text).__name__}')
-            if text.strip():
-                yield text
+            if isinstance(row, BadRow):
+                raise row
+            yield str(to_document(row, "text"))
+        except EmptyRow:
+            continue
+        except BadRow as error:
+            raise UserError(f"{place}: {error}") from error
 
 
-def tokenize_files(
-    files: Sequence[Path], tokenizer: Tokenizer, description: str = "tokenize", vocab: int | None = None
+def tokenize_corpus(
+    words: Sequence[str], tokenizer: Tokenizer, description: str = "tokenize", vocab: int | None = None
 ) -> np.ndarray:
-    """All documents of the files as one stream, each closed by EOS: uint16 where the vocabulary allows, else uint32.
+    """All documents of the sources as one stream: uint16 where the vocabulary allows, else uint32.
 
     Args:
+        words: paths, globs, directories, and data sets as `hf:NAME` (see `find_all`).
+        description: of the progress bar.
         vocab: rows of the embedding that the tokens are for.
 
     Raises:
-        UserError: the files hold no text, a file cannot be read (see `read_documents`), or a token has no row.
+        UserError: the sources are missing or hold no text, a row cannot be read, or a token has no row.
     """
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    encode = functools.partial(tokenizer.encode, eos=True)
-    pieces: list[np.ndarray] = []
-    with progress_bar() as bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # encoders release the interpreter's lock
-        tracked = bar.track(files, description=description)
-        for group in _groups(document for file in tracked for document in read_documents(file)):
-            pieces.extend(np.asarray(ids, dtype) for ids in pool.map(encode, group))
-    if not pieces:
-        names = ", ".join(map(str, files[:3])) + (", …" if len(files) > 3 else "")
-        raise UserError(f"{names}: empty text")
-    stream = np.concatenate(pieces)
+    documents: list[np.ndarray] = []
+    sources, threads = find_all(words), os.cpu_count() or 1
+    with progress_bar() as bar, ThreadPoolExecutor(threads) as pool:
+        rows = (row for source in sources for row in source.read())
+        task = bar.add_task(description, total=None)
+        for outcomes in encode_rows(rows, tokenizer, "auto", pool, 2 * threads):
+            for outcome in outcomes:
+                if isinstance(outcome, EmptyRow):
+                    continue
+                if isinstance(outcome, BadRow):
+                    raise UserError(str(outcome))
+                documents.append(outcome.ids_N.astype(dtype))
+            bar.update(task, completed=len(documents))
+    if not documents:
+        raise UserError(f"{', '.join(words)}: empty text")
+    stream = np.concatenate(documents)
     if vocab is not None and stream.max() >= vocab:
         raise UserError(f"{tokenizer.path}: gives token {stream.max()}; the model's embedding has {vocab} rows")
     return stream
 
 
-def _groups(documents: Iterable[str]) -> Iterator[list[str]]:
-    """The documents in lists of about CHARACTERS_IN_FLIGHT."""
-    group: list[str] = []
-    characters = 0
-    for document in documents:
-        group.append(document)
-        characters += len(document)
-        if characters >= CHARACTERS_IN_FLIGHT:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
 def spaced_batches(
     stream: np.ndarray, sequence_length: int, batch_size: int, batches: int, name: str = "text"
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """At most `batches` batches of evenly spaced windows, in order: tokens (B, T + 1) and the rows' weights (B,).
+    """At most `batches` batches of evenly spaced windows, in order: tokens (B, T + 1) and the windows' weights (B,).
 
-    A short text gives fewer windows; the last batch is then filled up with rows of weight 0.
+    A short text gives fewer windows; the last batch is then filled up with windows of weight 0.
     """
     windows = min(batches * batch_size, count_windows(stream, sequence_length, name))
     starts = np.linspace(0, len(stream) - sequence_length - 1, windows).astype(np.int64)

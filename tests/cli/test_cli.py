@@ -79,7 +79,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(capsys, model, tmp_path)
         capsys, "perplexity", model, tmp_path / "text.txt", "--sequence-length", length, "--batch-size", 3, "--json"
     )
     figures = json.loads(out)
-    ids = load_tokenizer(model).encode((tmp_path / "text.txt").read_text(), eos=True)
+    ids = load_tokenizer(model).encode_document((tmp_path / "text.txt").read_text())
     windows = (len(ids) - 1) // length
     starts = np.linspace(0, len(ids) - length - 1, windows).astype(int)
     config, params = pretrained.load_pretrained(model)

@@ -13,7 +13,7 @@ from convert.verify.logits import compare, our_logits
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.evaluation.perplexity import evaluate
 from nemoe_jax.spec import schema
-from nemoe_jax.text.corpus import spaced_batches, tokenize_files
+from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.configs import DENSE
 
@@ -124,7 +124,7 @@ def test_losses_on_text_are_those_of_evaluate(directories, capsys):
     arguments = ["verify", str(directories / "dense"), str(directories / "carved"), "--json", "--tokens", "24"]
     assert cli.main([*arguments, "--sequences", "8", "--text", str(directories / "text.txt")]) == 1
     figures = json.loads(capsys.readouterr().out)
-    stream = tokenize_files([directories / "text.txt"], load_tokenizer(directories / "dense"))
+    stream = tokenize_corpus([str(directories / "text.txt")], load_tokenizer(directories / "dense"))
     batches = spaced_batches(stream, 24, 4, 2)
     for name, directory in (("loss_a", "dense"), ("loss_b", "carved")):
         expected = evaluate(*pretrained.load_pretrained(directories / directory), batches)

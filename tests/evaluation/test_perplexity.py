@@ -113,7 +113,7 @@ def test_sliding_perplexity_is_that_of_a_plain_loop(directory, capsys, window, s
     assert main(["perplexity", str(directory), str(text), "--window", str(window), *flags, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     config, params = pretrained.load_pretrained(directory)
-    ids = np.array(load_tokenizer(directory).encode(text.read_text(), eos=True))
+    ids = np.array(load_tokenizer(directory).encode_document(text.read_text()))
     losses = []
     reached = 0
     for begin in range(0, len(ids), stride):

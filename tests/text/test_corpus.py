@@ -6,18 +6,29 @@ import numpy as np
 import pytest
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text import corpus as text_module
-from nemoe_jax.text.corpus import find_files, read_documents, spaced_batches, tokenize_files
+from nemoe_jax.text.corpus import find_files, read_documents, spaced_batches, tokenize_corpus
+from nemoe_jax.text.data import render
+from nemoe_jax.text.tokenizers.base import Tokenizer
+from nemoe_jax.text.tokenizers.load import load_tokenizer
+from tests.support.configs import write_tokenizer
 
 
-class Characters:
+class Characters(Tokenizer):
     """A tokenizer whose ids are code points; EOS is 0."""
 
-    def __init__(self, vocab_size=300):
-        self.vocab_size = vocab_size
+    eos_id = 0
 
-    def encode(self, text, bos=False, eos=False):
-        return [ord(character) for character in text] + [0] * eos
+    def __init__(self, vocab_size=300, before=()):
+        self.vocab_size, self.before = vocab_size, before
+
+    def _encode_text(self, text):
+        return [ord(character) for character in text]
+
+    def _decode(self, ids, skip_special):
+        return "".join(map(chr, ids))
+
+    def piece(self, token):
+        return chr(token)
 
 
 def test_documents_of_text_and_jsonl(tmp_path):
@@ -46,18 +57,18 @@ def test_globs_directories_and_held_out_files(tmp_path):
     "name, content, expected",
     [
         ("a.txt", b"ab\xff", r"a\.txt: expected UTF-8 text, got byte 0xff at 2"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r'a\.jsonl:2: expected a JSON object with a "text"'),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x"}\n', r"a\.jsonl:2: the keys body belong to no known format"),
         ("a.jsonl", b"{broken\n", r"a\.jsonl:1: expected a JSON object"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl:1: expected a JSON object"),
-        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: expected a JSON object"),
-        ("a.jsonl", b'{"text": 3}\n', r'a\.jsonl:1: "text": expected a string, got int'),
-        ("a.txt", b" \n", r"a\.txt: empty text"),
+        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1: expected an object, got \[1, 2\]"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: text: expected a text, got 3"),
+        ("a.txt", b" \n", r": empty text"),
     ],
 )
 def test_bad_text(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=expected):
-        tokenize_files(find_files([str(tmp_path)]), Characters())
+        tokenize_corpus([str(tmp_path)], Characters())
 
 
 @pytest.mark.parametrize("pattern", ["missing.txt", "*.nothing", "a**b"])
@@ -67,17 +78,38 @@ def test_patterns_that_match_nothing(tmp_path, monkeypatch, pattern):
         find_files([pattern])
 
 
-@pytest.mark.parametrize("characters", [1, 7, 10**6])
-def test_stream_keeps_the_order_and_closes_documents(tmp_path, monkeypatch, characters):
-    monkeypatch.setattr(text_module, "CHARACTERS_IN_FLIGHT", characters)
+@pytest.mark.parametrize("rows", [1, 7, 10**6])
+def test_stream_keeps_the_order_and_closes_documents(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(render, "ROWS_AT_ONCE", rows)
     documents = [f"document {number}" for number in range(9)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents[:5]))
     for number, document in enumerate(documents[5:]):
         (tmp_path / f"b{number}.txt").write_text(document)
-    stream = tokenize_files(find_files([str(tmp_path)]), Characters())
+    stream = tokenize_corpus([str(tmp_path)], Characters())
     assert stream.dtype == np.uint16
     assert "".join(map(chr, stream)) == "".join(f"{text}\0" for text in documents)
-    assert tokenize_files(find_files([str(tmp_path)]), Characters(1 << 17)).dtype == np.uint32
+    assert tokenize_corpus([str(tmp_path)], Characters(1 << 17)).dtype == np.uint32
+
+
+def test_every_document_begins_as_the_tokenizer_begins_a_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": ""}\n{"text": "c"}\n')
+    stream = tokenize_corpus([str(tmp_path)], Characters(before=(1,)))
+    assert stream.tolist() == [1, ord("a"), ord("b"), 0, 1, ord("c"), 0]
+
+
+def test_chats_and_parquet_are_read_as_for_training(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+
+    write_tokenizer(tmp_path)
+    turn = "{{ m.content }} {{ eos_token if m.role == 'assistant' }}"
+    template = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "text").mkdir()
+    parquet.write_table(Table.from_pylist([{"text": "word1 word2"}, {"text": ""}]), tmp_path / "text" / "a.parquet")
+    (tmp_path / "text" / "b.jsonl").write_text('{"question": "word3", "answer": "word4"}\n')
+    stream = tokenize_corpus([str(tmp_path / "text")], load_tokenizer(tmp_path))
+    assert stream.tolist() == [1, 4, 5, 2, 1, 6, 7, 2]
 
 
 def test_held_out_windows_are_evenly_spaced_and_short_text_is_padded_by_weight():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.text.data import render
+from nemoe_jax.text.data.render import Rendered
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.configs import write_tokenizer
-from train.data import tokenize_documents as tokenise_module
 from train.data.loader import Batch, Corpus, open_corpus, source_files
-from train.data.render import Rendered
 from train.data.token_cache import Writer, default_cache, open_entry
 from train.data.tokenize_documents import tokenize_source
 from train.recipe import Data, Source
@@ -71,18 +71,19 @@ def same(left: Batch, right: Batch) -> bool:
 
 @pytest.mark.parametrize("threads", [1, 7])
 def test_documents_keep_their_order_whatever_the_threads(tmp_path, tokenizer, monkeypatch, threads):
-    monkeypatch.setattr(tokenise_module, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(render, "ROWS_AT_ONCE", 3)
     file = write(tmp_path / "a.jsonl", [{"text": f"word{number}"} for number in range(50)])
     tokens = tokenize_source(source(file), options(tmp_path), tokenizer, VOCAB, "data.train.0", threads=threads)
     assert tokens.tokens_N.dtype == np.uint16
-    assert tokens.tokens_N[0::2].tolist() == list(range(3, 53)) and set(tokens.tokens_N[1::2]) == {2}
+    assert tokens.tokens_N[1::3].tolist() == list(range(3, 53))
+    assert set(tokens.tokens_N[0::3]) == {1} and set(tokens.tokens_N[2::3]) == {2}
     assert tokens.figures == {"documents": 50, "rows": 50, "bad_rows": 0, "bad": [], "largest": 52}
 
 
 def test_tokens_come_from_the_cache_until_something_changes(tmp_path, tokenizer, monkeypatch):
     calls = []
-    encode = tokenise_module.encode_document
-    monkeypatch.setattr(tokenise_module, "encode_document", lambda *each: calls.append(1) or encode(*each))
+    encode = render.encode_document
+    monkeypatch.setattr(render, "encode_document", lambda *each: calls.append(1) or encode(*each))
     file = write_texts(tmp_path / "a.jsonl", 5)
 
     def encoded(**keys) -> int:
@@ -100,8 +101,11 @@ def test_tokens_come_from_the_cache_until_something_changes(tmp_path, tokenizer,
         data = (entry / "tokens.bin").read_bytes()
         (entry / "tokens.bin").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert encoded() == 5 and encoded() == 0
-    tokenizer.chat_template += " "
-    assert encoded() == 5
+    for name in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "added_tokens.json"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_text("{}")
+        tokenizer = load_tokenizer(tmp_path / "model")
+        assert encoded() == 5 and encoded() == 0
     write_tokenizer(tmp_path / "model", VOCAB - 1)
     tokenizer = load_tokenizer(tmp_path / "model")
     assert encoded() == 5
@@ -143,7 +147,7 @@ def test_a_limit_counts_documents(tmp_path, tokenizer):
     tokens = tokenize_source(
         source(file, limit=2), options(tmp_path, max_bad_share=1), tokenizer, VOCAB, "data.train.0"
     )
-    assert tokens.tokens_N.tolist() == [4, 2, 5, 2]
+    assert tokens.tokens_N.tolist() == [1, 4, 2, 1, 5, 2]
     assert (tokens.figures["rows"], tokens.figures["bad_rows"]) == (3, 1)
 
 

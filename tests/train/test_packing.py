@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from nemoe_jax.text.data.render import Rendered
 from train.data.packing import Packed, best_fit
-from train.data.render import Rendered
 from train.data.token_cache import Tokens, Writer, open_entry
 
 

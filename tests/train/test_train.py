@@ -104,7 +104,7 @@ def test_scratch_run_learns_and_its_output_is_a_model(write, workplace, capsys):
 def held_out_loss(config, params, workplace) -> float:
     """Mean −log p over the held-out text's rows, in NumPy; its one document is cut every 32 tokens."""
     tokenizer = load_tokenizer(workplace)
-    stream = np.array(tokenizer.encode((workplace / "held_out.txt").read_text(), eos=True))
+    stream = np.array(tokenizer.encode_document((workplace / "held_out.txt").read_text()))
     rows = [stream[start : start + 32] for start in range(0, len(stream), 32)]
     chosen = np.linspace(0, len(rows) - 1, min(8, len(rows))).round().astype(int)
     total = count = 0

@@ -20,10 +20,9 @@ import grain
 import numpy as np
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.corpus import find_files
+from nemoe_jax.text.data.sources import find_files
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from train.data.packing import Batch, Figures, Packed
-from train.data.sources import SUFFIXES
 from train.data.tokenize_documents import tokenize_source
 from train.recipe import Data, Source
 
@@ -66,7 +65,7 @@ def open_corpus(
 
 def source_files(sources: Iterable[Source]) -> list[Path]:
     """The files of sources, those of data sets apart. Raises UserError where a pattern matches none."""
-    return [file for source in sources if source.files for file in find_files(source.files, suffixes=SUFFIXES)]
+    return [file for source in sources if source.files for file in find_files(source.files)]
 
 
 class Corpus:

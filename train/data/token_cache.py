@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.text.data.render import Rendered
 from nemoe_jax.utils.compilation_cache import cache_home
-from train.data.render import Rendered
 
-VERSION = 1  # of what the files hold and of how rows become tokens; another one leaves old entries alone
+VERSION = 2  # of what the files hold and of how rows become tokens; another one leaves old entries alone
 FILES = ("tokens.bin", "mask.bin", "offsets.npy", "chats.npy")
 CHUNK = 1 << 24  # bytes of which a checksum is taken at once
 

@@ -7,27 +7,22 @@ order: the number of threads changes nothing.
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.text.data.messages import BadRow
+from nemoe_jax.text.data.render import encode_rows
+from nemoe_jax.text.data.sources import Rows, find_dataset, find_rows
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from nemoe_jax.utils.progress import progress_bar
-from train.data.formats import BadRow, to_document
-from train.data.render import Rendered, encode_document
-from train.data.sources import PlacedRow, Rows, find_rows
 from train.data.token_cache import VERSION, Tokens, Writer, default_cache, open_entry
 from train.recipe import Data, Source
 
-ROWS_AT_ONCE = 64
-CHARACTERS_AT_ONCE = 1 << 20  # of texts given to a thread together
 SHOWN = 3  # bad rows that an error quotes
-
-Outcome = Rendered | str  # a document, or the place and reason of a bad row
 
 
 def tokenize_source(
@@ -50,7 +45,10 @@ def tokenize_source(
     Raises:
         UserError: nothing found, no document in it, too many bad rows, a token beyond the vocabulary.
     """
-    rows = find_rows(source, exclude)
+    if source.dataset is None:
+        rows = find_rows(source.files, exclude)
+    else:
+        rows = find_dataset(source.dataset, source.subset, source.split)
     path = (data.cache or default_cache()) / "tokens" / _key(rows, source, tokenizer)
     tokens = open_entry(path)
     if tokens is None:
@@ -65,17 +63,11 @@ def tokenize_source(
 
 def _key(rows: Rows, source: Source, tokenizer: Tokenizer) -> str:
     """A hash of all that the tokens depend on."""
-    with tokenizer.path.open("rb") as file:
-        tokenizer_sum = hashlib.file_digest(file, "sha256").hexdigest()
-    depends = [
-        VERSION,
-        rows.identity,
-        source.format,
-        source.limit,
-        tokenizer_sum,
-        [tokenizer.version, tokenizer.bos_id, tokenizer.eos_id, dict(tokenizer.control)],
-        [tokenizer.chat_template, dict(tokenizer.template_variables)],
-    ]
+    sums = {}
+    for path in tokenizer.files:  # chat templates and the like among them
+        with path.open("rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    depends = [VERSION, rows.identity, source.format, source.limit, sums, tokenizer.kind, tokenizer.version]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -88,15 +80,15 @@ def _write(
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with Writer(path, dtype) as writer, progress_bar() as bar, ThreadPoolExecutor(threads) as pool:
         task = bar.add_task(f"tokenize {name}", total=source.limit)
-        for outcomes in _encoded(rows.read(), tokenizer, source.format, pool, 2 * threads):
+        for outcomes in encode_rows(rows.read(), tokenizer, source.format, pool, 2 * threads):
             good = []
             for outcome in outcomes:
                 if documents == source.limit:
                     break
                 seen += 1
-                if isinstance(outcome, str):
+                if isinstance(outcome, BadRow):
                     bad += 1
-                    first_bad += [outcome] if bad <= SHOWN else []
+                    first_bad += [str(outcome)] if bad <= SHOWN else []
                     if data.bad_rows == "stop":
                         _check_rows(seen, bad, first_bad, data, name)
                 else:
@@ -112,45 +104,6 @@ def _write(
             _check_rows(seen, bad, first_bad, data, name)
             raise UserError(f"{name}: {rows.name}: no document in it {_quoted(first_bad)}".rstrip())
         writer.finish({"documents": documents, "rows": seen, "bad_rows": bad, "bad": first_bad, "largest": largest})
-
-
-def _encoded(
-    rows: Iterable[PlacedRow], tokenizer: Tokenizer, form: str, pool: ThreadPoolExecutor, in_flight: int
-) -> Iterator[list[Outcome]]:
-    """The outcomes of all rows in order, some rows at a time; not much is read ahead."""
-    waiting: deque[Future[list[Outcome]]] = deque()
-    for group in _groups(rows):
-        waiting.append(pool.submit(_encode, group, tokenizer, form))  # encoders release the interpreter's lock
-        if len(waiting) >= in_flight:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _groups(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
-    """The rows in lists for a thread each."""
-    group: list[PlacedRow] = []
-    characters = 0
-    for place, row in rows:
-        group.append((place, row))
-        characters += len(row) if isinstance(row, str) else 0
-        if len(group) == ROWS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _encode(group: list[PlacedRow], tokenizer: Tokenizer, form: str) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for place, row in group:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            outcomes.append(encode_document(tokenizer, to_document(row, form)))
-        except BadRow as error:
-            outcomes.append(f"{place}: {error}")
-    return outcomes
 
 
 def _check_vocab(largest: int, tokenizer: Tokenizer, vocab: int) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.text.chat.loss_mask import marked_parts
 from nemoe_jax.text.chat.template import spoken_template_parts, template_parts
 from nemoe_jax.text.chat.tools import (
     OLDEST_WITH_TOOLS,
@@ -60,7 +61,8 @@ def render_chat(
 
     messages: objects with `role` and `content`; content is a text or a list of `{"type": "text", "text": …}`. An
         answer may hold `tool_calls` (`{"id": …, "function": {"name": …, "arguments": JSON or object}}`), which messages
-        of role `tool` with that `tool_call_id` reply to. `"weight": 0` on an answer keeps it out of the loss mask.
+        of role `tool` with that `tool_call_id` reply to. `"weight": 0` on an answer keeps it out of the loss mask,
+        and `train_detail` stretches of it.
     tools: what may be called: `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`.
     continue_answer: the last message is the beginning of an answer and stays open, without its end token.
     generation_prompt: whether a template opens the next answer; by default where the last message is not an answer.
@@ -172,8 +174,8 @@ def mistral_parts(
                 )
             parts += [text if number == 1 else text.rstrip(" ")] if text else []
             parts += [*call_parts(tokenizer, number, calls), tokenizer.control_id("</s>")]
-        said = role == "assistant" and group[0][1].get("weight") != 0
-        marked += [(part, said) for part in parts]
+        learned = role == "assistant" and group[0][1].get("weight") != 0
+        marked += marked_parts(parts, learned, [message for _, message in group])
     return marked[:-1] if continue_answer else marked
 
 

@@ -27,6 +27,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.text.chat.loss_mask import marked_parts
 from nemoe_jax.text.chat.tools import nine_character_ids, parsed_json, place
 from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer
 
@@ -81,21 +82,22 @@ def spoken_template_parts(tokenizer: Tokenizer, messages: Chat, tools: Chat | No
     marks, marked, marked_tools = prepare(tokenizer, messages, tools)
     answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     learned = [messages[at].get("weight") != 0 for at in answers]
+    said = [[messages[at]] for at in answers]
     text = render(tokenizer, marked, marked_tools, False, **{BEGIN_ASSISTANT: marks.speak, END_ASSISTANT: marks.hush})
     spans = [match.span(1) for match in re.finditer(f"{marks.speak}(.*?){marks.hush}", text, re.DOTALL)]
     if not spans:
         spans = [answer_span(tokenizer, marked, marked_tools, at, text) for at in answers]
     elif len(spans) != len(answers):
-        if not all(learned):
+        if not all(learned) or any(message.get("train_detail") for (message,) in said):
             raise UserError(
                 f"{tokenizer.path}: chat template: {len(spans)} generation blocks for {len(answers)} answers"
             )
-        learned = [True] * len(spans)
+        learned, said = [True] * len(spans), [[] for _ in spans]
     parts: list[MarkedPart] = []
     end = 0
-    for (start, stop), wanted in zip(spans, learned, strict=True):
+    for (start, stop), wanted, answer in zip(spans, learned, said, strict=True):
         parts += [(part, False) for part in marks.take(text[end:start])]
-        parts += [(part, wanted) for part in marks.take(text[start:stop])]
+        parts += marked_parts(marks.take(text[start:stop]), wanted, answer)
         end = stop
     return parts + [(part, False) for part in marks.take(text[end:])]
 

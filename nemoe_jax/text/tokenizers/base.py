@@ -24,7 +24,9 @@ import numpy as np
 
 from nemoe_jax.errors import UserError
 
-MarkedPart = tuple[str | int, bool]  # a string or a control id, and a mark that its ids take over
+LEARNED, LEFT_OUT = 1, 2  # marks of a character
+# a string or a control id, and a mark that its ids take over: one for all of it, or one for each character
+MarkedPart = tuple[str | int, bool | bytes]
 TOOL_USE = "tool_use"  # the name of the chat template for chats with tools
 
 
@@ -104,8 +106,15 @@ class Tokenizer(ABC):
 
     def encode_marked(self, parts: Iterable[MarkedPart]) -> tuple[list[int], list[bool]]:
         """Ids as `encode_parts` gives them, and of each the mark of the part that it came from."""
-        encoded = [(self.encode_parts([part]), mark) for part, mark in parts]
-        return [i for ids, _ in encoded for i in ids], [mark for ids, mark in encoded for _ in ids]
+        ids: list[int] = []
+        marks: list[bool] = []
+        for part, mark in parts:
+            own = self.encode_parts([part])
+            ends = [len(self.decode(own[: n + 1])) for n in range(len(own))] if isinstance(mark, bytes) else []
+            for n in range(len(own)):
+                marks.append(mark if isinstance(mark, bool) else is_learned(mark, ends[n - 1] if n else 0, ends[n]))
+            ids += own
+        return ids, marks
 
     def decode(self, ids: Iterable[SupportsIndex], skip_special: bool = True) -> str:
         """Text of ids; control tokens are left out, or written by name. Bytes that are not UTF-8 become U+FFFD.
@@ -157,6 +166,12 @@ class Tokenizer(ABC):
 def runs(ids: Sequence[int], control: set[int]) -> Iterable[tuple[bool, list[int]]]:
     """Splits ids into runs of control tokens (True) and of text (False)."""
     return ((is_control, list(run)) for is_control, run in groupby(ids, control.__contains__))
+
+
+def is_learned(marks: bytes, start: int, end: int) -> bool:
+    """Whether a token of the characters start … end is to be learned: one of them is, and none is left out."""
+    own = marks[start : max(end, start + 1)]
+    return LEARNED in own and LEFT_OUT not in own
 
 
 def replace_surrogates(text: str) -> str:

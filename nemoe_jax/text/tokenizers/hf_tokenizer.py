@@ -21,7 +21,7 @@ import jinja2
 import tokenizers
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer, replace_surrogates
+from nemoe_jax.text.tokenizers.base import MarkedPart, Tokenizer, is_learned, replace_surrogates
 from nemoe_jax.utils.json_file import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -91,9 +91,9 @@ class TokenizerJson(Tokenizer):
     def encode_marked(self, parts: Iterable[MarkedPart]) -> tuple[list[int], list[bool]]:
         """As in the base class; an id that joins characters of two parts is marked if one of them is."""
         written = [(self._written(part), mark) for part, mark in parts]
-        marks = b"".join(bytes([mark]) * len(text) for text, mark in written)
+        marks = b"".join(mark if isinstance(mark, bytes) else bytes([mark]) * len(text) for text, mark in written)
         encoding = self._model.encode("".join(text for text, _ in written), add_special_tokens=False)
-        return encoding.ids, [1 in marks[start : max(end, start + 1)] for start, end in encoding.offsets]
+        return encoding.ids, [is_learned(marks, start, end) for start, end in encoding.offsets]
 
     def _written(self, part: str | int) -> str:
         """A part as the library reads it: a control id by its secret name."""

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from nemoe_jax.text.chat.render import render_chat
+from nemoe_jax.text.data.formats import BadRow, Chat, Completion, to_document
+from nemoe_jax.text.data.render import encode_document
 from nemoe_jax.text.tokenizers.load import cut_tekken, load_tokenizer
 from tests.support.configs import write_tokenizer
-from train.data.formats import BadRow, Chat, to_document
-from train.data.render import encode_document
+from tests.text.test_chat_template import make
 
 mistral_common = pytest.importorskip("mistral_common")
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -83,7 +84,7 @@ def test_what_is_learned_of_calls(tekken):
 
 def test_texts_are_learned_as_a_whole_and_closed(tekken):
     ids_N, mask_N, is_chat = encode_document(tekken, "A text. </s>")
-    assert ids_N.tolist() == [*tekken.encode("A text. </s>"), tekken.eos_id]
+    assert ids_N.tolist() == [tekken.bos_id, *tekken.encode("A text. </s>"), tekken.eos_id]
     assert mask_N.all() and not is_chat
 
 
@@ -137,3 +138,57 @@ def test_nesting_beyond_reason_is_a_bad_row(tekken, depth):
     call = {"id": "abcdefghi", "function": {"name": "f", "arguments": "[" * depth + "]" * depth}}
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
     assert encode_document(tekken, to_document(row)).mask_N.any()  # as the text that it is
+
+
+def test_of_a_prompt_with_its_completion_the_completion_is_learned(tekken):
+    ids_N, mask_N, whole = encode_document(tekken, Completion("Once upon", " a time"))
+    prompt, text = tekken.encode_prompt("Once upon"), tekken.encode_prompt("Once upon a time")
+    assert text[: len(prompt)] == prompt and ids_N.tolist() == [*text, tekken.eos_id] and whole
+    assert mask_N.tolist() == [False] * len(prompt) + [True] * (len(text) - len(prompt) + 1)
+
+
+DETAILS = [
+    {"begin_offset": 0, "end_offset": 8, "train": True},
+    {"begin_offset": 9, "end_offset": 19, "train": False},
+    {"begin_offset": 20, "end_offset": 26, "train": True},
+]
+DETAILED = [
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "It is so, wrong wrong, right.", "train_detail": DETAILS},
+    {"role": "user", "content": "y"},
+    {"role": "assistant", "content": "word4"},
+]
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("kind", ["tekken", "sentencepiece", "differences", "blocks"])
+def test_stretches_of_an_answer_are_left_out(kind, tmp_path, tekken):
+    if kind == "tekken":
+        tokenizer = tekken
+    elif kind == "sentencepiece":
+        tokenizer = load_tokenizer(TEKKEN.parent / "tokenizer.model.v1")
+    else:
+        template = CHATML
+        if kind == "blocks":
+            inner = "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}<|im_end|>{% endgeneration %}"
+            template = CHATML.replace(
+                "{{ m.content | trim }}<|im_end|>", inner + "{% else %}{{ m.content }}{% endif %}"
+            )
+        tokenizer, _ = make(tmp_path, "byte level", template)
+    row = {"messages": DETAILED}
+    ids_N, mask_N, _ = encode_document(tokenizer, to_document(row))
+    assert ids_N.tolist() == encode_document(tokenizer, to_document(row))[0].tolist()
+    assert ids_N.tolist() == render_chat(tokenizer, [{**one, "train_detail": None} for one in DETAILED])
+    learned = tokenizer.decode(ids_N[mask_N])
+    assert "wrong" not in learned and "wro" not in learned
+    assert learned.startswith("It is so") and "ight." in learned and "word4" in learned
+    assert mask_N[-1 if kind in ("tekken", "sentencepiece") else -2]  # the end token
+
+
+def test_an_answer_that_a_template_changes_cannot_have_stretches(tmp_path):
+    tokenizer, _ = make(tmp_path, "byte level", CHATML.replace("trim", "upper"))
+    with pytest.raises(BadRow, match="train_detail: the chat format does not keep the text of the answer"):
+        encode_document(tokenizer, to_document({"messages": DETAILED}))

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from nemoe_jax.errors import UserError
-from train.data.formats import BadRow, Chat, call_id, to_document
-from train.data.sources import find_rows, read_file
-from train.recipe import Source
+from nemoe_jax.text.chat.tools import short_id
+from nemoe_jax.text.data.formats import BadRow, Chat, Completion, to_document
+from nemoe_jax.text.data.sources import find_all, find_dataset, find_rows, read_file
 
 
-def source(*files, **keys) -> Source:
-    return Source(files=[str(file) for file in files], **keys)
+def find(*files, exclude=(), dataset=None, split="train"):
+    return find_dataset(dataset, None, split) if dataset else find_rows([str(file) for file in files], exclude)
 
 
 def chat(*texts: str) -> Chat:
@@ -95,15 +95,15 @@ def write_magpie(path):
 )
 def test_published_formats(tmp_path, write, name, form):
     expected = write(tmp_path / name)
-    for expected in ("auto", form):
-        assert [to_document(row, expected) for _, row in find_rows(source(tmp_path)).read()] == expected
+    for given in ("auto", form):
+        assert [to_document(row, given) for _, row in find(tmp_path).read()] == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 10**6])
 def test_a_json_list_is_read_in_pieces(tmp_path, monkeypatch, chunk):
     rows = [{"text": "a]é,[" * i, "n": [1.5, {"x": None}]} for i in range(5)] + [3, "x"]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    monkeypatch.setattr("train.data.sources.CHUNK", chunk)
+    monkeypatch.setattr("nemoe_jax.text.data.sources.CHUNK", chunk)
     assert list(read_file(tmp_path / "a.json")) == [
         (f"{tmp_path}/a.json: row {number}", row) for number, row in enumerate(rows, 1)
     ]
@@ -114,7 +114,7 @@ def test_files_of_all_kinds_in_order_and_without_the_excluded(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "three", "id": 3}\n')
     (tmp_path / "c.json").write_text('{"text": "four"}\n{"text": "five"}\n')  # JSON Lines under another name
     (tmp_path / "d.md").write_text("not a data file")
-    rows = find_rows(source(tmp_path))
+    rows = find(tmp_path)
     assert [to_document(row) for _, row in rows.read()] == ["one\r\nü", "two", "three", "four", "five"]
     assert [place.rpartition("/")[2] for place, _ in rows.read()] == [
         "a.txt",
@@ -122,11 +122,11 @@ def test_files_of_all_kinds_in_order_and_without_the_excluded(tmp_path):
         "c.json:1",
         "c.json:2",
     ]
-    assert [row for _, row in find_rows(source(tmp_path / "d.md")).read()] == ["not a data file"]
-    assert len(list(find_rows(source(tmp_path), [tmp_path / "b.jsonl"]).read())) == 3
+    assert [row for _, row in find(tmp_path / "d.md").read()] == ["not a data file"]
+    assert len(list(find(tmp_path, exclude=[tmp_path / "b.jsonl"]).read())) == 3
     before = rows.identity
     (tmp_path / "a.txt").write_text("longer")
-    assert find_rows(source(tmp_path)).identity != before
+    assert find(tmp_path).identity != before
 
 
 def test_a_parquet_file_with_text_that_is_not_utf8(tmp_path):
@@ -148,16 +148,13 @@ def test_data_sets_saved_to_disk(tmp_path):
     data = datasets.Dataset.from_list(rows)
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": data, "test": data.select([1, 0])}).save_to_disk(tmp_path / "two")
-    documents = lambda **keys: [to_document(row) for _, row in find_rows(source(**keys)).read()]  # noqa: E731
+    documents = lambda **keys: [to_document(row) for _, row in find(**keys).read()]  # noqa: E731
     expected = [chat(f"u:q{i}", f"a:r{i}") for i in range(5)]
     read = documents(dataset=str(tmp_path / "one"))
     assert [read[i] for i in (0, 1, 3, 4)] == [expected[i] for i in (0, 1, 3, 4)]
     assert read[2].messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": 1}'}
     assert documents(dataset=str(tmp_path / "two"), split="test") == [expected[1], expected[0]]
-    assert (
-        find_rows(source(dataset=str(tmp_path / "two"))).identity
-        != find_rows(source(dataset=str(tmp_path / "one"))).identity
-    )
+    assert find(dataset=str(tmp_path / "two")).identity != find(dataset=str(tmp_path / "one")).identity
     with pytest.raises(UserError, match=r"two: split: expected one of train, test, got 'dev'"):
         documents(dataset=str(tmp_path / "two"), split="dev")
 
@@ -165,14 +162,14 @@ def test_data_sets_saved_to_disk(tmp_path):
 def test_a_data_set_that_is_missing_is_one_clear_line():
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match=r"dataset nobody/nothing-here: cannot be loaded: \S") as caught:
-        find_rows(source(dataset="nobody/nothing-here"))
+        find(dataset="nobody/nothing-here")
     assert "\n" not in str(caught.value)
 
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r"expected the package datasets .*pip install 'nemoe-jax\[datasets\]'"):
-        find_rows(source(dataset="x/y"))
+        find(dataset="x/y")
 
 
 CALL = {"id": "call_abcdefghijkl", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -193,7 +190,7 @@ def test_tool_calls_have_ids_of_nine_letters_and_digits_that_their_results_share
     )
     document = to_document(row)
     first, second = document.messages[1]["tool_calls"]
-    assert first["id"] == call_id("call_abcdefghijkl") == document.messages[2]["tool_call_id"] != call_id("call_x")
+    assert first["id"] == short_id("call_abcdefghijkl") == document.messages[2]["tool_call_id"] != short_id("call_x")
     assert len(first["id"]) == 9 and first["id"].isalnum() and second["id"] == "abcdefgh9"
     assert document.tools == [{"type": "function", "function": TOOL}] * 2
 
@@ -246,8 +243,8 @@ def test_answers_that_are_not_to_be_learned_keep_their_weight():
         ({"body": 3}, "text", "text: expected a text, got None"),
         ("plain", "sharegpt", "expected a row of the format sharegpt, got a text"),
         ({"conversations": []}, "auto", "conversations: expected a list of messages"),
-        ({"conversations": "x"}, "auto", "conversations: expected a list of messages"),
-        ({"conversations": ["x"]}, "auto", r"conversations\[0\]: expected an object with from and value, got 'x'"),
+        ({"conversations": "x"}, "auto", "conversations: expected JSON, got 'x'"),
+        ({"conversations": ["x"]}, "auto", r"conversations\[0\]: expected an object with role and content, got 'x'"),
         (
             {"conversations": [{"from": "narrator", "value": "x"}]},
             "auto",
@@ -322,3 +319,149 @@ def test_rows_that_cannot_be_read_come_as_bad_rows(tmp_path, name, content, mess
     assert len(bad) == 1 and bad[0][0] == str(tmp_path / name) + ":2" * (name == "a.jsonl")
     with pytest.raises(BadRow, match=message):
         raise bad[0][1]
+
+
+def test_command_line_words_name_files_and_data_sets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "a.txt").write_text("one")
+    data = datasets.Dataset.from_list([{"text": "two"}, {"text": "three"}])
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(tmp_path / "saved")
+    words = [str(tmp_path / "a.txt"), f"hf:{tmp_path / 'saved'}", f"hf:{tmp_path / 'saved'}:test"]
+    assert [row for found in find_all(words) for _, row in found.read()] == [
+        "one",
+        *({"text": text} for text in ("two", "three", "three")),
+    ]
+    for wrong in ("hf:", "hf:a:b:c:d"):
+        with pytest.raises(UserError, match=r"expected hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT"):
+            find_all([wrong])
+
+
+ROWS = {
+    "instruction": ({"instruction": "I", "context": "C", "response": "R"}, chat("u:I\n\nC", "a:R")),
+    "question": ({"question": "Q", "answer": "A #### 3", "text": "never"}, chat("u:Q", "a:A #### 3")),
+    "history": (
+        {"instruction": "I", "input": "", "output": "O", "system": "S", "history": [["q1", "a1"], ["q2", "a2"]]},
+        chat("s:S", "u:q1", "a:a1", "u:q2", "a:a2", "u:I", "a:O"),
+    ),
+    "history as text": (
+        {"instruction": "I", "output": "O", "history": '[["q1", "a1"]]'},
+        chat("u:q1", "a:a1", "u:I", "a:O"),
+    ),
+    "messages as text": ({"messages": json.dumps(chat("u:x", "a:y").messages)}, chat("u:x", "a:y")),
+    "conversations as text": ({"conversations": json.dumps(turns("u:x", "a:y"))}, chat("u:x", "a:y")),
+    "capitals": ({"messages": [{"role": "Human", "content": "x"}, {"role": "AI", "content": "y"}]}, chat("u:x", "a:y")),
+    "completion": ({"prompt": "x ", "completion": "y"}, Completion("x ", "y")),
+    "completion of messages": (
+        {"prompt": chat("u:x", "a:w", "u:v").messages, "completion": chat("a:y").messages},
+        Chat([*chat("u:x").messages, {**chat("a:w").messages[0], "weight": 0}, *chat("u:v", "a:y").messages]),
+    ),
+    "completion behind messages": ({"prompt": chat("u:x").messages, "completion": "y"}, chat("u:x", "a:y")),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_other_common_forms(name):
+    row, document = ROWS[name]
+    assert to_document(row) == document
+
+
+def test_calls_and_results_under_their_own_roles():
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    rows = [
+        [
+            {"role": "user", "content": "x"},
+            *({"role": "tool_call", "content": json.dumps(call)} for call in calls),
+            *({"role": "ipython", "content": text} for text in "12"),
+            {"role": "assistant", "content": "y"},
+        ],
+        [
+            {"from": "Human", "value": "x"},
+            {"from": "tool_call", "value": json.dumps(calls)},
+            *({"from": "tool_response", "value": text} for text in "12"),
+            {"from": "gpt", "value": "y"},
+        ],
+        [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "tool_calls": json.dumps(calls)},
+            *({"role": "tool", "content": text} for text in "12"),
+            {"role": "assistant", "content": "y"},
+        ],
+    ]
+    for row in rows:
+        question, called, *results, answer = to_document({"messages": row}).messages
+        assert [call["function"] for call in called["tool_calls"]] == calls
+        names = [call["id"] for call in called["tool_calls"]]
+        assert [result["tool_call_id"] for result in results] == names and len(set(names)) == 2
+        assert (question["role"], answer["content"]) == ("user", "y")
+
+
+LEFT_OUT = [
+    *((key, value) for key in ("weight", "train", "training", "loss") for value in (0, 0.0, False, "false")),
+    *((key, value) for key in ("weight", "train", "training", "loss") for value in (1, 0.5, True, "True", None)),
+]
+
+
+@pytest.mark.parametrize("key, value", LEFT_OUT)
+def test_marks_of_answers_that_are_not_to_be_learned(key, value):
+    marked = [{**turn, key: value} if turn["value"] == "b" else turn for turn in turns("u:a", "a:b", "u:c", "a:d")]
+    openai = [{"role": {"human": "user", "gpt": "assistant"}[one.pop("from")], **one} for one in map(dict, marked)]
+    for row in ({"conversations": marked}, {"messages": openai}):
+        left_out = value in (0, "false") and value is not None
+        learned = [
+            message.get("weight") != 0 for message in to_document(row).messages if message["role"] == "assistant"
+        ]
+        assert learned == [not left_out, True]
+        assert not any(key in message and message[key] != 0 for message in to_document(row).messages)
+
+
+def test_rows_exported_from_arrow_lose_their_nulls_and_others_keep_them():
+    arguments = {"city": "Graz", "unit": None}
+    call = {"id": "a1B2c3D4e", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    plain = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1", "tool_call_id": "a1B2c3D4e"},
+        {"role": "assistant", "content": "y"},
+    ]
+    keys = {key for message in plain for key in message}
+    padded = [dict.fromkeys(sorted(keys)) | message for message in plain]
+    assert to_document({"messages": plain}).messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+    exported = to_document({"messages": padded, "text": None}).messages
+    assert exported[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Graz"}
+    assert exported[0] == {"role": "user", "content": "x"}
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}, "b": None}}}
+    (read,) = to_document({"messages": chat("u:x", "a:y").messages, "tools": [tool]}).tools
+    assert read["function"]["parameters"]["properties"] == {"a": {"type": "string"}}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"instruction": "x", "output": "y", "history": "x"}, "history: expected JSON"),
+        ({"instruction": "x", "output": "y", "history": [["q"]]}, r"history\[0\]: expected a question and its answer"),
+        ({"instruction": "x", "output": "y", "history": 3}, "history: expected a list"),
+        ({"prompt": "x", "completion": " "}, "completion: empty"),
+        ({"prompt": "x", "completion": 3}, "completion: expected a list of messages, got 3"),
+        ({"messages": "[1"}, "messages: expected JSON"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "train": "perhaps"}]},
+            r"messages\[1\]: train: expected true or false, got 'perhaps'",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "content": "y", "train_detail": [3]},
+                ]
+            },
+            r"messages\[1\]: train_detail: expected objects with begin_offset",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "tool_call", "content": "{"}]},
+            "a call: expected JSON",
+        ),
+    ],
+)
+def test_bad_rows_of_these_forms(row, message):
+    with pytest.raises(BadRow, match=message):
+        to_document(row)

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.text.corpus import find_files
-from train.data.formats import COLUMNS, BadRow
-from train.recipe import Source
+from nemoe_jax.text.data.formats import COLUMNS, without_nulls
+from nemoe_jax.text.data.messages import BadRow
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 MISSING = "expected the package {0} for {1} (pip install 'nemoe-jax[datasets]')"
 BATCH_ROWS = 1024
 CHUNK = 1 << 20  # characters of a JSON list read at once
-LARGEST_ROW = 1 << 28  # characters after which a list's element is taken to have no end
+DATASET = "hf:"  # what the name of a data set begins with on the command line
+LARGEST_ROW = 1 << 28  # characters after which an element of a list is taken to have no end
 
-PlacedRow = tuple[str, Any]  # where it stands, and an object, a text or a BadRow
+PlacedRow = tuple[str, Any]  # where it stands, and an object, a string or a BadRow
 
 
 class Rows(NamedTuple):
@@ -32,18 +32,66 @@ class Rows(NamedTuple):
     read: Callable[[], Iterator[PlacedRow]]
 
 
-def find_rows(source: Source, exclude: Iterable[Path] = ()) -> Rows:
-    """Finds a source's files (but for the excluded ones) or its data set.
+def find_rows(patterns: Sequence[str], exclude: Iterable[Path] = ()) -> Rows:
+    """Finds the files of paths, globs and directories, but for the excluded ones.
+
+    Raises:
+        UserError: a pattern that matches no file.
+    """
+    files = find_files(patterns, exclude)
+    stats = [(str(file), file.stat()) for file in files]
+    identity = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return Rows(", ".join(patterns), identity, lambda: (row for file in files for row in read_file(file)))
+
+
+def find_all(words: Sequence[str]) -> list[Rows]:
+    """The sources that a command names: files as `find_rows` finds them, and data sets of Hugging Face.
+
+    A data set is written `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:SUBSET:SPLIT`; the split is `train` by default.
 
     Raises:
         UserError: nothing there, or a package is missing.
     """
-    if source.dataset is not None:
-        return _find_dataset(source.dataset, source.subset, source.split)
-    files = find_files(source.files, exclude, SUFFIXES)
-    stats = [(str(file), file.stat()) for file in files]
-    identity = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-    return Rows(", ".join(source.files), identity, lambda: (row for file in files for row in read_file(file)))
+    sets = [word.removeprefix(DATASET).split(":") for word in words if word.startswith(DATASET)]
+    patterns = [word for word in words if not word.startswith(DATASET)]
+    found = [find_rows(patterns)] if patterns else []
+    for name, *parts in sets:
+        if not name or len(parts) > 2:
+            raise UserError(
+                f"{DATASET}{':'.join([name, *parts])}: expected hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT"
+            )
+        subset, split = (parts[0] if len(parts) == 2 else None), (parts[-1] if parts else "train")
+        found.append(find_dataset(name, subset, split))
+    return found
+
+
+def find_files(patterns: Sequence[str], exclude: Iterable[Path] = (), suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files of paths, globs and directories (their files of those suffixes), sorted, each once.
+
+    Raises:
+        UserError: a pattern that matches no file, or nothing left after the exclusion.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = [file for suffix in suffixes for file in path.rglob(f"*{suffix}")]
+        elif path.is_file():
+            matches = [path]
+        else:
+            try:
+                matches = list(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            except ValueError as error:  # such as a**b
+                raise UserError(f"{pattern}: {error}") from error
+        matches = [match for match in matches if match.is_file()]
+        if not matches:
+            kinds = " and ".join(suffixes)
+            raise UserError(f"{pattern}: no text there; expected a file, a glob, or a directory of {kinds} files")
+        found.update(match.resolve() for match in matches)
+    left = sorted(found - {path.resolve() for path in exclude})
+    if not left:
+        raise UserError(f"{', '.join(patterns)}: every file there is held out")
+    return left
 
 
 def read_file(path: Path) -> Iterator[PlacedRow]:
@@ -138,7 +186,12 @@ def read_parquet(path: Path) -> Iterator[PlacedRow]:
         raise UserError(f"{path}: not a Parquet file, or damaged ({' '.join(str(error).split())})") from error
 
 
-def _find_dataset(name: str, subset: str | None, split: str) -> Rows:
+def find_dataset(name: str, subset: str | None, split: str) -> Rows:
+    """A data set of Hugging Face, on the hub or saved in a directory.
+
+    Raises:
+        UserError: there is none, it has no such split, or the package `datasets` is missing.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -172,12 +225,3 @@ def _known(columns: Sequence[str]) -> list[str] | None:
 def _placed(name: str, batches: Iterable[list[Any]]) -> Iterator[PlacedRow]:
     rows = (row for batch in batches for row in batch)
     return ((f"{name}: row {number}", without_nulls(row)) for number, row in enumerate(rows, 1))
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without the keys that are null: Arrow gives every object of a column the keys of all of them."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
