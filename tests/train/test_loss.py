@@ -1,14 +1,18 @@
 """Losses against torch, the optimizer against NumPy."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from nemoe_jax.model.logprobs import token_logprobs
 from train.recipe import Optimizer
-from train.step.loss import chunked_sums, cross_entropy, forward_kl, masked_sum
+from train.step.loss import chunked_sums, forward_kl, masked_sum
 from train.step.optimizer import learning_rate_schedule, make_optimizer, router_scale
+from train.step.step import initial_state, split
 
 torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(0)
@@ -17,10 +21,10 @@ TARGETS = RNG.integers(0, 11, (3, 5))
 MASK = RNG.integers(0, 2, (3, 5))
 
 
-def test_cross_entropy_equals_torch():
+def test_log_probabilities_of_tokens_equal_torch_s_cross_entropy():
     student, targets = torch.tensor(STUDENT).flatten(0, 1), torch.tensor(TARGETS).flatten()
     expected = torch.nn.functional.cross_entropy(student, targets, reduction="none")
-    np.testing.assert_allclose(cross_entropy(STUDENT, TARGETS).ravel(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(-token_logprobs(STUDENT, TARGETS).ravel(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_forward_kl_equals_torch():
@@ -33,7 +37,7 @@ def test_forward_kl_equals_torch():
 
 def test_losses_are_computed_in_float32():
     huge = jnp.asarray(STUDENT * 100, jnp.bfloat16)
-    for loss in (cross_entropy(huge, TARGETS), forward_kl(huge, jnp.asarray(TEACHER, jnp.bfloat16))):
+    for loss in (token_logprobs(huge, TARGETS), forward_kl(huge, jnp.asarray(TEACHER, jnp.bfloat16))):
         assert loss.dtype == jnp.float32 and jnp.isfinite(loss).all()
 
 
@@ -46,7 +50,7 @@ def test_masked_tokens_leave_no_trace():
 
 def _of_chunk(trained, chunk, rest):
     logits = chunk["hidden"] @ trained["head"] + rest["bias"]
-    entropy = masked_sum(cross_entropy(logits, chunk["targets"]), chunk["mask"])
+    entropy = masked_sum(-token_logprobs(logits, chunk["targets"]), chunk["mask"])
     return 0.5 * entropy, {"entropy": entropy, "tokens": chunk["mask"].sum()}
 
 
@@ -141,3 +145,30 @@ def test_gradients_are_clipped_by_their_global_norm():
     clip_alone = make_optimizer(options, 10)
     _, (_, adam, *_) = clip_alone.update(gradient, clip_alone.init(params), params)
     np.testing.assert_allclose(optax.global_norm(adam.mu), 0.5, rtol=1e-6)
+
+
+def test_in_bfloat16_injected_hyperparameters_would_be_rounded():
+    """What the next tests guard against: optax casts injected rates to the dtype of the first leaf."""
+    optimizer = optax.inject_hyperparams(optax.adam)(1e-3, b2=0.999)
+    state = optimizer.init({"w": jnp.ones(3, jnp.bfloat16)})
+    assert state.hyperparams["b2"] == 1
+
+
+def test_no_module_injects_hyperparameters():
+    root = Path(__file__).parents[2]
+    files = [file for package in ("nemoe_jax", "convert", "train") for file in (root / package).rglob("*.py")]
+    assert len(files) > 100
+    assert not [file for file in files if "inject_hyperparams" in file.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_is_trained_is_float32_whatever_the_model_s_dtype(dtype):
+    params = {"a": jnp.ones((2, 3), dtype), "b": {"c": jnp.ones(4, dtype)}}
+    optimizer = make_optimizer(Optimizer(learning_rate=1e-3, beta2=0.999), 10)
+    trained, frozen = split(params, lambda path: path == "a", dtype)
+    state = initial_state(trained, optimizer, 0)
+    arrays = [*jax.tree.leaves(state.trainable), *jax.tree.leaves(state.optimizer_state)]
+    assert {array.dtype.name for array in arrays} == {"float32", "int32"}  # int32: the counts of steps
+    assert frozen["b/c"].dtype == dtype
+    with pytest.raises(TypeError, match=f"expected float32 for what is trained, got {dtype}"):
+        initial_state({"a": params["a"]}, optimizer, 0)

@@ -24,13 +24,6 @@ Sums = dict[str, Array]
 ChunkLoss = Callable[[Any, dict[str, Array], Any], tuple[Array, Sums]]
 
 
-def cross_entropy(logits_BTV: Array, targets_BT: Array) -> Array:
-    """−log p(target) of each token, (B, T), in nats; float32."""
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT
-
-
 def forward_kl(student_BTV: Array, teacher_BTV: Array) -> Array:
     """KL(teacher ‖ student) = Σ_v p_v (log p_v − log q_v) of each token, (B, T), at temperature 1, in nats; float32."""
     student_BTV = jax.nn.log_softmax(student_BTV.astype(jnp.float32))

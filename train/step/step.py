@@ -19,12 +19,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nemoe_jax.adapters import lora
 from nemoe_jax.model import transformer
+from nemoe_jax.model.logprobs import token_logprobs
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, declare, leaves, unflatten
 from nemoe_jax.spec.sharding import compiler_options
 from train.data.loader import Batch
 from train.recipe import Phase, Recipe
-from train.step.loss import Sums, chunked_sums, cross_entropy, forward_kl, masked_sum
+from train.step.loss import Sums, chunked_sums, forward_kl, masked_sum
 from train.step.optimizer import is_router
 
 Flat = dict[str, Array]  # {path: array}
@@ -61,8 +62,15 @@ def combine(trained: Flat, frozen: Flat) -> Tree:
 def state_shape(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state's shapes, dtypes and shardings, from those of what is trained (arrays, or shapes with shardings).
 
-    The optimizer's averages lie where their weights do, all else on every device.
+    The optimizer's averages are placed as their weights are, all else on every device.
+
+    Raises:
+        TypeError: something is trained in another dtype than float32. In bfloat16 Adam's decay of 0.999 is 1, its
+            averages never forget, and small updates are lost in rounding.
     """
+    others = {jnp.dtype(array.dtype).name for array in jax.tree.leaves(trainable)} - {"float32"}
+    if others:
+        raise TypeError(f"expected float32 for what is trained, got {', '.join(sorted(others))}")
     example = jax.tree.leaves(trainable)[0].sharding
     everywhere = NamedSharding(example.mesh, PartitionSpec()) if isinstance(example, NamedSharding) else example
 
@@ -159,7 +167,7 @@ class Objective:
             key = jax.random.fold_in(rest["key"], chunk["number"][0, 0])
             adapters = {name: dataclasses.replace(adapter, key=key) for name, adapter in adapters.items()}
         logits = transformer.logits(self.config, head, chunk["hidden"], adapters)
-        total = entropy = masked_sum(cross_entropy(logits, chunk["targets"]), chunk["mask"])
+        total = entropy = masked_sum(-token_logprobs(logits, chunk["targets"]), chunk["mask"])
         sums = {"cross_entropy": entropy}
         if distill and self.teacher_config and "teacher" in chunk:
             of_teacher = transformer.logits(self.teacher_config, rest["teacher"], chunk["teacher"], {})
