@@ -80,12 +80,12 @@ def _run(arguments: argparse.Namespace) -> int | None:
     from train.run.run_directory import Interrupted
 
     try:
-        figures = train(recipe, arguments.restart, arguments.profile)
+        report = train(recipe, arguments.restart, arguments.profile)
     except Interrupted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return stop.exit_status
-    figures.pop("expert_load", None)  # tables, in report.json
-    figures.pop("phases")
+    figures = report.figures()
+    figures.pop("expert_load", None)  # a table, in report.json
     print_figures(figures, arguments.json)
     return None
 

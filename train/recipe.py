@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import re
+import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ DType = Literal["float32", "bfloat16"]
 FilePath = Annotated[Path, BeforeValidator(lambda value: Path(str(value)).expanduser() if value is not None else value)]
 Globs = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Tree = dict[str, Any]
+FORMER_KEYS = {"accumulation": "gradient_accumulation_steps"}  # which go on working for this release
 
 
 def _sources(value: Any) -> Any:
@@ -114,16 +116,24 @@ class Data(Section):
     held_out: Sources = Field([], description="the same, for evaluation; files named here are left out of train")
     sequence_length: int = Field(gt=0, description="tokens of a row")
     batch_size: int = Field(gt=0, description="rows per step, over all devices")
-    accumulation: int = Field(1, gt=0, description="parts that a step's rows are computed in, one after another")
+    gradient_accumulation_steps: int = Field(
+        1, gt=0, description="microbatches that a step's rows are computed in, one after another"
+    )
     bad_rows: Literal["skip", "stop"] = Field("skip", description="whether a malformed row is left out or an error")
     max_bad_share: float = Field(0.01, ge=0, le=1, description="share of malformed rows that stops the run")
     cache: FilePath | None = Field(None, description="where tokens are kept; default: ~/.cache/nemoe-jax")
 
+    @property
+    def microbatch_size(self) -> int:
+        """Rows that are computed at once, over all devices."""
+        return self.batch_size // self.gradient_accumulation_steps
+
     @model_validator(mode="after")
     def _whole_parts(self) -> "Data":
-        if self.batch_size % self.accumulation:
+        if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"accumulation: expected a divisor of batch_size {self.batch_size}, got {self.accumulation}"
+                f"gradient_accumulation_steps: expected a divisor of batch_size {self.batch_size}, "
+                f"got {self.gradient_accumulation_steps}"
             )
         return self
 
@@ -165,8 +175,8 @@ class Phase(Section):
     tolerance: float | None = Field(
         None,
         ge=0,
-        description="gate: rise of the held-out loss (nats) from which the phase is discarded and its adapter kept "
-        "aside; default: no gate",
+        description="acceptance test: rise of the held-out loss (nats) from which the phase is discarded and its "
+        "adapter kept aside; default: none",
     )
     balance_loss_weight: float = Field(0.0, ge=0, description="weight of the experts' load-balancing loss")
     z_loss_weight: float = Field(0.0, ge=0, description="weight of the squared log-partition of the router's logits")
@@ -274,6 +284,7 @@ def read_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name}: expected a mapping of keys, got {type(tree).__name__}")
+    tree = _renamed(tree, str(name))
     overridden = [_override(tree, override) for override in overrides]
     try:
         return Recipe.model_validate(_spread(tree))
@@ -287,6 +298,17 @@ def _apart(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _apart(value) for key, value in node.items()}
     return [_apart(value) for value in node] if isinstance(node, list) else node
+
+
+def _renamed(node: Any, origin: str) -> Any:
+    """The same tree with keys by their present names; a former one is said on standard error."""
+    if isinstance(node, list):
+        return [_renamed(item, origin) for item in node]
+    if not isinstance(node, dict):
+        return node
+    for former in FORMER_KEYS.keys() & node.keys():
+        print(f"note: {origin}: {former} is now called {FORMER_KEYS[former]}", file=sys.stderr)
+    return {FORMER_KEYS.get(key, key): _renamed(value, origin) for key, value in node.items()}
 
 
 def _spread(tree: Tree) -> Tree:
@@ -346,6 +368,11 @@ def _override(tree: Tree, override: str) -> str:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{key}: not a YAML value: {text!r}") from error
     names = key.split(".")
+    if names[-1] in FORMER_KEYS:
+        print(f"note: {key}: {names[-1]} is now called {FORMER_KEYS[names[-1]]}", file=sys.stderr)
+        names[-1] = FORMER_KEYS[names[-1]]
+        key = ".".join(names)
+    value = _renamed(value, key)
     _assign(tree, names, value, key)
     phases = tree.get("phases")
     for phase in phases if isinstance(phases, list) else []:

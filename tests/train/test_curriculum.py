@@ -50,13 +50,13 @@ def done(place):
 
 
 def test_a_phase_that_spoils_the_model_is_discarded(place, done):
-    phases = done[0]["phases"]
-    assert [phase["accepted"] for phase in phases] == [True, False, True]
+    phases = done[0].phases
+    assert [phase.accepted for phase in phases] == [True, False, True]
     spoilt = phases[1]
-    assert spoilt["held_out_loss_after"] > spoilt["held_out_loss_before"] + 0.01
-    assert spoilt["held_out_loss_before"] == pytest.approx(phases[0]["held_out_loss_after"], abs=1e-5)
-    assert phases[2]["held_out_loss_before"] == pytest.approx(phases[0]["held_out_loss_after"], abs=1e-5)
-    assert done[0]["held_out_loss_after"] == phases[2]["held_out_loss_after"] < done[0]["held_out_loss_before"]
+    assert spoilt.after.loss > spoilt.before.loss + 0.01
+    assert spoilt.before.loss == pytest.approx(phases[0].after.loss, abs=1e-5)
+    assert phases[2].before.loss == pytest.approx(phases[0].after.loss, abs=1e-5)
+    assert done[0].after.loss == phases[2].after.loss < done[0].before.loss
 
 
 def test_it_leaves_no_trace_in_the_model(place, done):
@@ -82,11 +82,11 @@ def test_each_phase_leaves_its_adapter_and_together_they_are_the_model(place, do
     assert "blocks/moe/ffn/router" in leaves(peft_load.load_adapters(adapters / "1-first", config)[1])
 
 
-def test_the_report_shows_the_gates(place, done):
+def test_the_report_shows_the_acceptance_tests(place, done):
     page = (place / "out/report.html").read_text()
     assert page.count("<tr class=discarded>") == 1 and "spoilt" in page and "data:image/png" in page
     assert (place / "out/report.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((place / "out/report.json").read_text()) == done[0]
+    assert json.loads((place / "out/report.json").read_text()) == done[0].as_json()
 
 
 @pytest.mark.parametrize("at", [6, 9, 12, 15])  # after the first phase, in the second, at its end, in the last
@@ -100,27 +100,27 @@ def test_going_on_between_and_inside_phases(place, done, tmp_path, monkeypatch, 
     report = train(read_recipe("all.yaml", [output]))
     assert (tmp_path / "again/model.safetensors").read_bytes() == (place / "out/model.safetensors").read_bytes()
     assert log_of(tmp_path / "again") == log_of(place / "out")
-    assert [phase["accepted"] for phase in report["phases"]] == [True, False, True]
+    assert [phase.accepted for phase in report.phases] == [True, False, True]
 
 
 def test_every_weight_then_adapters_and_a_discarded_full_phase(place, tmp_path, monkeypatch):
-    """A full phase uses its weights' memory again, but one with a gate must be able to give them back."""
+    """A full phase uses its weights' memory again, but one with an acceptance test must be able to give them back."""
     monkeypatch.chdir(place)
     full = {"trainable": "all", "lora": []}
     phases = [full | {"name": "full"}, SPOILT | full, PHASES[2] | {"data": {"train": "chats.jsonl"}}]
     write_recipe(tmp_path / "full.yaml", place, "repair", **KEYS, phases=phases)
     slowly = "phases.0.optimizer={learning_rate: 1e-3}"
     report = train(read_recipe(tmp_path / "full.yaml", [f"output={tmp_path / 'out'}", slowly]))
-    assert [phase["accepted"] for phase in report["phases"]] == [True, False, True]
+    assert [phase.accepted for phase in report.phases] == [True, False, True]
     assert [path.name for path in (tmp_path / "out/adapters").iterdir()] == ["3-last"]
-    assert report["phases"][2]["data"][0]["documents"] == len(TEXT)
+    assert report.phases[2].data[0].documents == len(TEXT)
 
 
 def test_where_every_phase_is_discarded_the_model_is_what_it_was(place, done, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     write_recipe(tmp_path / "bad.yaml", place, "repair", **KEYS, phases=[SPOILT], model="out")
     report = train(read_recipe(tmp_path / "bad.yaml", [f"output={tmp_path / 'out'}"]))
-    assert report["held_out_loss_after"] == report["held_out_loss_before"] and report["params_trained"] == 0
+    assert report.after.loss == report.before.loss and report.params_trained == 0
     for path, array in leaves(pretrained.load_pretrained(tmp_path / "out")[1]).items():
         np.testing.assert_array_equal(array, leaves(pretrained.load_pretrained("out")[1])[path], err_msg=path)
 
@@ -131,4 +131,4 @@ def test_an_adapter_of_peft_is_taken_up(place, done, tmp_path, monkeypatch):
     keys = [f"output={tmp_path / 'more'}", "steps=2", "optimizer.learning_rate=1e-9"]
     assert main(["run", str(tmp_path / "more.yaml"), *keys]) == 0
     first = json.loads((tmp_path / "more/report.json").read_text())["held_out_loss_before"]
-    assert first == pytest.approx(done[0]["phases"][0]["held_out_loss_after"], abs=1e-4)
+    assert first == pytest.approx(done[0].phases[0].after.loss, abs=1e-4)

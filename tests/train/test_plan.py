@@ -256,26 +256,21 @@ def test_step_on_virtual_devices(recipe_file):
     assert figures["flops"]["seconds_at_peak"] is None  # nobody knows a CPU's peak
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["data.accumulation=2"], "twice the chips"),
-        (["dtype=float32"], "dtype=bfloat16"),
-        (["remat=false"], "remat=true"),
-        (["mesh=data=2,fsdp=4"], "fsdp=8 instead of data=2"),
-        ([], "data.accumulation=8 mesh=sequence=8"),
-    ],
-)
-def test_advice(recipe_file, overrides, expected):
-    step = aot.build_step(recipes.read_recipe(recipe_file, overrides), jax.devices()[:8])
-    arguments = step.bytes_by_kind()
-    memory = arguments | {"temporaries": 10**9}
-    memory["total"] = sum(memory.values())
-    changes = plan.advise(step, memory, memory["total"] // 5)
-    assert any(expected in change.change for change in changes)
-    assert all(change.total == memory["total"] - change.saves for change in changes)
-    fits = [change.fits for change in changes]
-    assert fits == sorted(fits, reverse=True)
+def test_advice_is_compiled_change_after_change_until_one_fits(recipe_file):
+    devices = jax.devices()[:8]
+    step = aot.build_step(recipes.read_recipe(recipe_file, ["remat=false", "data.sequence_length=64"]), devices)
+    (first,) = plan.advise(step, devices, 10**15)
+    assert first.change == "remat=true" and first.fits
+    changes = plan.advise(step, devices, 0)
+    assert [change.change for change in changes] == [
+        "remat=true",
+        "remat=true data.gradient_accumulation_steps=2 mesh=auto",
+        "remat=true data.gradient_accumulation_steps=8 mesh=auto",
+    ]
+    assert not any(change.fits for change in changes) and changes[0].total == first.total
+    words = [*changes[-1].change.split(), "data.sequence_length=64"]
+    same = aot.build_step(recipes.read_recipe(recipe_file, words), devices)
+    assert changes[-1].total == aot.measure(same, aot.compile_step(same)[0])["memory"]["total"]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +316,7 @@ class TestTheTpuCompiler:
     def test_one_that_does_not_fit(self, recipe_file):
         done = self._run(recipe_file, "data.batch_size=1048576", "--topology", "v5e:2x4")
         assert done.returncode == 3 and done.stderr == ""
-        assert "DOES NOT FIT" in done.stdout and "data.accumulation=" in done.stdout
+        assert "DOES NOT FIT" in done.stdout and "data.gradient_accumulation_steps=" in done.stdout
 
     def test_an_unknown_topology(self, recipe_file):
         done = self._run(recipe_file, "--topology", "v5e:3x5")

@@ -54,6 +54,16 @@ def test_overrides_reach_every_depth(minimal):
     assert recipe.remat is True and str(recipe.output) == "2024"
 
 
+def test_former_keys_go_on_working_and_say_the_present_one(minimal, capsys):
+    note = "data.accumulation: accumulation is now called gradient_accumulation_steps"
+    assert read_recipe(minimal, ["data.accumulation=2"]).phases[0].data.microbatch_size == 1
+    assert note in capsys.readouterr().err
+    minimal.write_text(yaml.safe_dump(MINIMAL | {"phases": [{"data": {"accumulation": 2}}]}))
+    assert read_recipe(minimal).phases[0].data.gradient_accumulation_steps == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"note: {minimal}: accumulation is now called gradient_accumulation_steps"
+
+
 PHASES = [{"name": "a"}, {"name": "b", "steps": 7, "optimizer": {"warmup_steps": 2}, "lora": [{"pattern": "embed"}]}]
 
 
@@ -115,7 +125,10 @@ def test_bad_phases(minimal, phases, override, expected):
         ("model=null", r"exactly one of model"),
         ("lora=[]", r"lora: expected at least one"),
         ("trainable=all", r"lora: came with trainable: all"),
-        ("data.accumulation=4", r"data\.accumulation: expected a divisor of batch_size 2, got 4"),
+        (
+            "data.gradient_accumulation_steps=4",
+            r"data\.gradient_accumulation_steps: expected a divisor of batch_size 2, got 4",
+        ),
         ("data.train={files: a, dataset: b}", r"data\.train\.0: expected exactly one of files and dataset"),
         ("adapter=there", r"adapter: brings its own targets"),
         ("tolerance=0.1", r"tolerance: expected data\.held_out"),

@@ -24,8 +24,8 @@ from train.cli import main
 from train.data.loader import Batch
 from train.recipe import Recipe, read_recipe
 from train.run import loop
-from train.run.journal import MetricsLogger
 from train.run.loop import train
+from train.run.metrics_logger import MetricsLogger
 from train.run.prepare import load, resolve, routers_scale, trainable_of
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.step import Objective, combine, initial_state, make_update, split
@@ -119,16 +119,17 @@ def held_out_loss(config, params, workplace) -> float:
 
 def test_lora_repair_learns_and_merges(write, workplace):
     before = {path.name: path.read_bytes() for path in (workplace / "mixture").iterdir()}
-    figures = train(read_recipe(write("repair"), ["steps=25"]))
+    report = train(read_recipe(write("repair"), ["steps=25"]))
     lines = [line for line in log_of(Path("out")) if "loss" in line]
     assert lines[-1]["kl"] < 0.7 * lines[0]["kl"]
     assert lines[0]["loss"] == pytest.approx(lines[0]["kl"]) and lines[0]["balance_loss"] >= 0.99
-    assert figures["params_trained"] < 0.5 * figures["params_total"]
-    assert np.shape(figures["expert_load"]) == (2, 4) and np.sum(figures["expert_load"]) == pytest.approx(2, abs=1e-4)
+    assert report.params_trained < 0.5 * report.params_total
+    load_LE = report.after.expert_load
+    assert np.shape(load_LE) == (2, 4) and np.sum(load_LE) == pytest.approx(2, abs=1e-4)
 
     config, params = pretrained.load_pretrained("out")
     assert config == MIXTURE
-    assert held_out_loss(config, params, workplace) == pytest.approx(figures["held_out_loss_after"], abs=1e-4)
+    assert held_out_loss(config, params, workplace) == pytest.approx(report.after.loss, abs=1e-4)
     base, changed = leaves(pretrained.load_pretrained(workplace / "mixture")[1]), leaves(params)
     targeted = {path for path in base if "/attn/" in path or "/ffn/" in path}
     assert {path for path in base if (np.asarray(base[path]) != np.asarray(changed[path])).any()} == targeted
@@ -239,7 +240,9 @@ def test_accumulated_parts_make_the_step_of_the_whole(write, workplace, keys):
     batch = batch._replace(mask=batch.mask.at[0, :15].set(0))  # parts with unlike numbers of targets
     after = {}
     for parts in (1, 2):
-        _, state, frozen, update = ready(read_recipe(write("repair", **keys), [f"data.accumulation={parts}"]))
+        _, state, frozen, update = ready(
+            read_recipe(write("repair", **keys), [f"data.gradient_accumulation_steps={parts}"])
+        )
         state, figures = update(state, frozen, teacher, batch)
         after[parts] = state.trainable["adapters"], figures
     names = ("loss", "cross_entropy", "gradient_norm") if teacher else ("cross_entropy",)  # balance is of each part

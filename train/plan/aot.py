@@ -47,9 +47,9 @@ KINDS = ("frozen weights", "trained weights", "optimizer state", "teacher", "bat
 class OutOfMemory(Exception):
     """The compiler says that the program does not fit."""
 
-    def __init__(self, wanted: int, available: int):
-        super().__init__(f"wants {wanted} bytes on a device that has {available}")
-        self.wanted, self.available = wanted, available
+    def __init__(self, expected: int, available: int):
+        super().__init__(f"needs {expected} bytes on a device that has {available}")
+        self.expected, self.available = expected, available
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = No
     state = state_shape(trainable, optimizer)
     teacher = _abstract_model(teacher_config, recipe.dtype, mesh) if teacher_config else None
     shape = (phase.data.batch_size, phase.data.sequence_length)
-    place = batch_sharding(shape[0], phase.data.accumulation, mesh)
+    place = batch_sharding(shape[0], phase.data.gradient_accumulation_steps, mesh)
     dtypes = {"mask": jnp.float32}
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=place) for name in Batch._fields))
     update = make_update(
@@ -238,6 +238,14 @@ def measure(step: Step, compiled: Any) -> dict[str, Any]:
         "collectives": _collectives(program) if program else None,
         "flops": _all_flops(step, program) if program else step_flops(step),
     }
+
+
+def total_memory(step: Step) -> int:
+    """Bytes that the compiled step takes on a device, whether it fits or not."""
+    try:
+        return measure(step, compile_step(step)[0])["memory"]["total"]
+    except OutOfMemory as error:
+        return error.expected
 
 
 def text_of(compiled: Any) -> str | None:

@@ -1,15 +1,13 @@
 """`nemoe-train plan`: does a recipe fit a TPU slice, what does its step send and compute, and what to change if not.
 
-The answer comes from the TPU's own compiler (aot.py), on a machine without TPU. What a change would save is an
-estimate: temporaries are split into what grows with the tokens on a device and what does not.
-
-B rows of a batch, T tokens of a row, D embed, V vocabulary, L layers.
+The answer comes from the TPU's own compiler (aot.py), on a machine without TPU; so does what a change would save.
 """
 
+import contextlib
 import dataclasses
-import math
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +29,6 @@ ENVIRONMENT = {  # read when JAX and libtpu load
     "TPU_STDERR_LOG_LEVEL": "3",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled for absent devices cannot be loaded
 }
-# cut over all devices, but for data's copies
-SPREAD = ("frozen weights", "trained weights", "optimizer state", "teacher")
 
 
 def plan(
@@ -60,7 +56,7 @@ def plan(
         "device_kind": devices[0].device_kind,
         "mesh": dict(step.mesh.shape),
         "batch": [step.phase.data.batch_size, step.phase.data.sequence_length],
-        "accumulation": step.phase.data.accumulation,
+        "gradient_accumulation_steps": step.phase.data.gradient_accumulation_steps,
         "limit": aot.memory_limit(devices[0]),
     }
     try:
@@ -69,14 +65,12 @@ def plan(
         figures |= aot.measure(step, compiled) | {"compile_seconds": round(seconds, 1)}
     except aot.OutOfMemory as error:
         arguments = step.bytes_by_kind()
-        beside = max(error.wanted - sum(arguments.values()), 0)
-        memory = arguments | {"temporaries": beside, "total": error.wanted}
+        beside = max(error.expected - sum(arguments.values()), 0)
+        memory = arguments | {"temporaries": beside, "total": error.expected}
         figures |= {"limit": error.available, "memory": memory, "collectives": None, "flops": aot.step_flops(step)}
     figures["fits"] = figures["limit"] is None or figures["memory"]["total"] <= figures["limit"]
     if not figures["fits"]:
-        figures["changes"] = [
-            dataclasses.asdict(change) for change in advise(step, figures["memory"], figures["limit"])
-        ]
+        figures["changes"] = [dataclasses.asdict(change) for change in advise(step, devices, figures["limit"])]
     if hlo_file and "compile_seconds" in figures:
         _write(hlo_file, aot.text_of(compiled))
     return figures
@@ -93,99 +87,65 @@ def _write(path: Path, text: str | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Something to change in a recipe, and an estimate of what it does."""
+    """Changes to a recipe, and what its step then needs on a device."""
 
     change: str
-    saves: int  # bytes per device
-    total: int  # what would be left
+    total: int  # bytes
     fits: bool
 
 
-def advise(step: "Step", memory: dict[str, int], limit: int) -> list[Change]:
-    """What would make it smaller, by estimate: first what would be enough, the mildest first; then the rest."""
-    changes = [
-        Change(text, round(saved), round(memory["total"] - saved), memory["total"] - saved <= limit)
-        for text, saved in _changes(step, memory, limit)
-        if saved > 0.01 * limit
-    ]
-    return sorted(changes, key=lambda change: (not change.fits, change.saves if change.fits else -change.saves))
+def advise(step: "Step", devices: list[Any], limit: int) -> list[Change]:
+    """Changes to the recipe, each with those before it, compiled one after another until one fits.
+
+    The mildest comes first: recomputed activations, bfloat16, then more and smaller microbatches.
+    """
+    from train.plan import aot
+
+    changes: list[Change] = []
+    recipe, words = step.recipe, dict[str, str]()
+    phase = recipe.phases.index(step.phase)
+    for text, changed in _candidates(step, len(devices)):
+        words[text.partition("=")[0]] = text
+        recipe = changed(recipe)
+        total = aot.total_memory(aot.build_step(recipe, devices, phase))
+        changes.append(Change(" ".join(words.values()), total, total <= limit))
+        if changes[-1].fits:
+            break
+    return changes
 
 
-def _changes(step: "Step", memory: dict[str, int], limit: int) -> Iterator[tuple[str, float]]:
-    """(change, bytes that it saves on a device)."""
-    recipe, data, config = step.recipe, step.phase.data, step.config
-    shape, devices = step.mesh.shape, step.mesh.size
-    grows = memory["temporaries"] - _constant_temporaries(step, memory)
-    tokens = step.tokens / data.accumulation / devices * shape.get("tensor", 1)  # on a device at once
-    kept = config.layers * tokens * config.hidden * (2 if recipe.dtype == "bfloat16" else 4)  # the input of each layer
-    grows = max(grows, kept, 0.0)
-    spread = sum(memory[kind] for kind in SPREAD)
-
-    if not recipe.remat:
-        yield "remat=true", grows - kept - (grows - kept) / config.layers
-    if recipe.dtype == "float32":
-        yield "dtype=bfloat16", (memory["frozen weights"] + memory["teacher"] + grows) / 2
-    yield from _accumulations(step, grows, memory["total"] - limit, memory["trained weights"])
-    if shape.get("data", 1) > 1:
-        wider = shape.get("fsdp", 1) * shape["data"]
-        yield f"mesh: fsdp={wider} instead of data={shape['data']}", spread * (1 - 1 / shape["data"])
-    yield f"twice the chips ({2 * devices})", (spread * (shape.get("data", 1) < devices) + grows) / 2
-    yield f"data.sequence_length={data.sequence_length // 2}", grows / 2
-    if data.batch_size % 2 == 0:
-        yield f"data.batch_size={data.batch_size // 2}", grows / 2
-    yield f"logits_chunk={max(recipe.logits_chunk // 2, 1)}", _logits(step) / 2
-    if step.phase.lora:
-        rank = max(target.rank for target in step.phase.lora)
-        yield f"LoRA rank {rank // 2} instead of {rank}", memory["trained weights"] + memory["optimizer state"] / 2
-
-
-def _accumulations(step: "Step", grows: float, wanted: float, accumulators: float) -> Iterator[tuple[str, float]]:
-    """A batch in more parts: as few as would be enough, or as many as there can be."""
+def _candidates(step: "Step", devices: int) -> Iterator[tuple[str, Callable[[recipes.Recipe], recipes.Recipe]]]:
+    """(what changes, the recipe with that change)."""
     from train.run.auto_mesh import auto_mesh
 
-    data, saved, change = step.phase.data, 0.0, ""
-    for parts in range(data.accumulation + 1, data.batch_size + 1):
-        if data.batch_size % parts or saved >= wanted:
-            continue
-        try:
-            mesh = auto_mesh(step.config, step.mesh.size, data.batch_size // parts, data.sequence_length)
-        except UserError:
-            continue
-        text = ",".join(f"{name}={size}" for name, size in mesh.items())
-        change = f"data.accumulation={parts} mesh={text}"
-        saved = grows * (1 - data.accumulation / parts) - (accumulators if data.accumulation == 1 else 0)
-    if change:
-        yield change, saved
+    if not step.recipe.remat:
+        yield "remat=true", lambda recipe: recipe.model_copy(update={"remat": True})
+    if step.recipe.dtype == "float32":
+        yield "dtype=bfloat16", lambda recipe: recipe.model_copy(update={"dtype": "bfloat16"})
+    data, found = step.phase.data, []
+    for parts in range(data.gradient_accumulation_steps + 1, data.batch_size + 1):
+        if data.batch_size % parts == 0:
+            with contextlib.suppress(UserError):  # no division of the devices fits so few rows
+                auto_mesh(step.config, devices, data.batch_size // parts, data.sequence_length)
+                found.append(parts)
+    for parts in dict.fromkeys([*found[:1], *found[-1:]]):  # the fewest, and as many as there can be
+        yield f"data.gradient_accumulation_steps={parts} mesh=auto", functools.partial(_in_microbatches, parts)
 
 
-def _logits(step: "Step") -> float:
-    """Bytes of one chunk's logits: in float32 as they are, as probabilities and as their gradient."""
-    models = 2 if step.teacher_config else 1
-    return 3 * models * step.recipe.logits_chunk * step.config.vocab * 4 / step.mesh.shape.get("tensor", 1)
-
-
-def _constant_temporaries(step: "Step", memory: dict[str, int]) -> float:
-    """Bytes that do not go by the tokens: gathered heads, a layer's gathered weights twice, gradients, logits."""
-    from nemoe_jax.spec.schema import declare, leaves
-
-    itemsize = 2 if step.recipe.dtype == "bfloat16" else 4
-    total = _logits(step) + memory["trained weights"]
-    for config in filter(None, (step.config, step.teacher_config)):
-        specs = [spec for spec in leaves(declare(config)).values() if "layers" in spec.stacked]
-        layer = max(
-            sum(math.prod(spec.shape) / spec.shape[0] for spec in specs if f"blocks/{run.kind}/" in spec.path)
-            for run in config.runs
-        )
-        own = step.mesh.shape.get("expert", 1) if config.experts else 1
-        total += itemsize * (config.vocab * config.hidden + 2 * layer / own) / step.mesh.shape.get("tensor", 1)
-    return total
+def _in_microbatches(parts: int, recipe: recipes.Recipe) -> recipes.Recipe:
+    phases = [
+        phase.model_copy(update={"data": phase.data.model_copy(update={"gradient_accumulation_steps": parts})})
+        for phase in recipe.phases
+    ]
+    return recipe.model_copy(update={"phases": phases, "mesh": "auto"})
 
 
 def render(figures: dict[str, Any]) -> Iterator[str]:
     """The figures as lines to read."""
     rows, length = figures["batch"]
     mesh = ",".join(f"{name}={size}" for name, size in figures["mesh"].items())
-    parts = f" in {figures['accumulation']} parts" if figures["accumulation"] > 1 else ""
+    accumulated = figures["gradient_accumulation_steps"]
+    parts = f" in {accumulated} microbatches" if accumulated > 1 else ""
     phase = f"phase {figures['phase']} ({figures['trainable']})"
     yield f"{figures['model']}, {phase}, {rows} rows of {length} tokens{parts}"
     yield f"{figures['topology']}: {figures['devices']} × {figures['device_kind']}, mesh {mesh}"
@@ -214,7 +174,8 @@ def render(figures: dict[str, Any]) -> Iterator[str]:
     if "compile_seconds" in figures:
         yield f"\ncompiled in {figures['compile_seconds']:.0f} s"
     if not figures["fits"]:
-        yield "\nchanges, by estimate    saves 10^9 bytes   leaves"
+        yield "\nchanges, compiled       10^9 bytes"
         for change in figures["changes"]:
-            enough = "fits" if change["fits"] else "not enough alone"
-            yield f"  {change['change']:<44}{change['saves'] / 1e9:>8.2f}{change['total'] / 1e9:>9.2f}  {enough}"
+            yield f"  {change['total'] / 1e9:>12.3f}   {'fits' if change['fits'] else 'not enough'}: {change['change']}"
+        if not any(change["fits"] for change in figures["changes"]):
+            yield "  none is enough: more chips, shorter rows (data.sequence_length), or a lower LoRA rank"

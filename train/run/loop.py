@@ -8,7 +8,6 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -19,25 +18,29 @@ from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.distributed import barrier
 from train.data.loader import Batch, Corpus, open_corpus, source_files
 from train.recipe import Phase, Recipe, to_yaml
-from train.run.journal import LOG, TENSORBOARD, MetricsLogger
+from train.run.metrics_logger import LOG, TENSORBOARD, MetricsLogger
 from train.run.phase import ADAPTERS, PhaseRun
 from train.run.prepare import Inputs, load, recipe_mesh, resolve
 from train.run.report import write_report
+from train.run.results import PhaseResult, RunReport
 from train.run.run_directory import Signals, run_directory
 
 REPORT, RECIPE = "report.json", "recipe.yaml"
 NO_TARGETS = "no token to be predicted in its rows; longer rows (data.sequence_length) may reach the answers"
 
 
-def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) -> dict[str, Any]:
-    """Runs a recipe, or goes on with it, and returns what report.json holds.
+def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) -> RunReport:
+    """Runs a recipe, or goes on with it.
 
     Args:
         restart: begin anew, whatever an earlier attempt left.
         profile: directory for a trace of a few steps.
 
+    Returns:
+        What report.json holds.
+
     Raises:
-        UserError: what the user can mend, found before any device is touched as far as possible.
+        UserError: what the user can correct, found before any device is touched as far as possible.
         ResumableError: too many steps in a row were not finite.
         Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
@@ -46,19 +49,19 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
     corpora = [_corpora(phase, inputs) for phase in recipe.phases]
     mesh = recipe_mesh(recipe, inputs.config)
     with run_directory(recipe, restart) as directory, Signals() as signals:
-        with MetricsLogger(directory, recipe) as journal, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        with MetricsLogger(directory, recipe) as logger, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             # 2. train, each phase on the merged result of the last accepted one
             params = load(recipe, inputs.config, mesh)
-            phases: list[dict[str, Any]] = []
+            phases: list[PhaseResult] = []
             for number in range(len(recipe.phases)):
-                merged = [phase["name"] for phase in phases if phase["accepted"]]
-                run = PhaseRun(recipe, inputs, number, corpora[number], mesh, directory, journal, merged)
-                params, figures = run(params, signals, profile)
-                phases.append(figures)
+                merged = [phase.name for phase in phases if phase.accepted]
+                run = PhaseRun(recipe, inputs, number, corpora[number], mesh, directory, logger, merged)
+                params, result = run(params, signals, profile)
+                phases.append(result)
 
         # 3. save
-        report = _summary(recipe, inputs, phases, journal)
-        _save(directory, recipe, inputs, params, report, journal)
+        report = _summary(recipe, inputs, phases, logger)
+        _save(directory, recipe, inputs, params, report, logger)
     return report
 
 
@@ -67,7 +70,7 @@ def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Batch]]:
     data, held_out = phase.data, []
     if data.held_out:
         corpus = open_corpus(data.held_out, data, inputs.tokenizer, inputs.config.vocab, "data.held_out")
-        held_out = corpus.held_out_batches(data.batch_size // data.accumulation, phase.eval_batches)
+        held_out = corpus.held_out_batches(data.microbatch_size, phase.eval_batches)
         if not any(batch.mask.any() for batch in held_out):
             raise UserError(f"data.held_out: {NO_TARGETS}")
     exclude = source_files(data.held_out)
@@ -77,32 +80,25 @@ def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Batch]]:
     return corpus, held_out
 
 
-def _summary(recipe: Recipe, inputs: Inputs, phases: list[dict[str, Any]], journal: MetricsLogger) -> dict[str, Any]:
-    """The report: the run, and each phase; the last accepted phase's held-out figures stand at the top as well.
-
-    Where every phase was discarded, the model is what it was, and so is its loss.
-    """
-    unchanged = {"tokens_per_second": phases[-1]["tokens_per_second"], "params_trained": 0}
-    if "held_out_loss_before" in phases[0]:
-        unchanged["held_out_loss_after"] = phases[0]["held_out_loss_before"]
-    last = next((phase for phase in reversed(phases) if phase["accepted"]), unchanged)
+def _summary(recipe: Recipe, inputs: Inputs, phases: list[PhaseResult], logger: MetricsLogger) -> RunReport:
+    last = next((phase for phase in reversed(phases) if phase.accepted), None)
     sizes = [phase.data.batch_size * phase.data.sequence_length * phase.steps for phase in recipe.phases]
-    first = {name: phases[0][name] for name in ("held_out_loss_before",) if name in phases[0]}
-    shown = ("held_out_loss_after", "perplexity", "load_max_over_mean", "expert_load", "params_trained")
-    return {
-        "steps": sum(phase.steps for phase in recipe.phases),
-        "tokens": sum(sizes),
-        "tokens_per_second": last["tokens_per_second"],
-        "params_total": schema.count(inputs.config)[0],
-        **first,
-        **{name: last[name] for name in shown if name in last},
-        "phases": phases,
-        "seconds": round(journal.seconds, 3),
-    }
+    before = phases[0].before
+    return RunReport(
+        steps=sum(phase.steps for phase in recipe.phases),
+        tokens=sum(sizes),
+        tokens_per_second=(last or phases[-1]).tokens_per_second,
+        params_total=schema.count(inputs.config)[0],
+        params_trained=last.params_trained if last else 0,
+        phases=phases,
+        seconds=round(logger.seconds, 3),
+        before=before,
+        after=last.after if last else before,
+    )
 
 
 def _save(
-    directory: Path, recipe: Recipe, inputs: Inputs, params: Tree, report: dict[str, Any], journal: MetricsLogger
+    directory: Path, recipe: Recipe, inputs: Inputs, params: Tree, report: RunReport, logger: MetricsLogger
 ) -> None:
     """The model, merged, in the recipe's dtype, with tokenizer, log, adapters and report, under the output's name."""
     source, model = inputs.tokenizer_path, directory / "model"
@@ -123,9 +119,9 @@ def _save(
                 "sentencepiece": "tokenizer" + "".join(source.name.partition(".model")[1:]),
             }
             shutil.copyfile(source, model / names.get(inputs.tokenizer.kind, "tokenizer.json"))
-        (model / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        (model / REPORT).write_text(json.dumps(report.as_json(), indent=2) + "\n", "utf-8")
         (model / RECIPE).write_text(to_yaml(recipe), "utf-8")
-        write_report(model, report, journal.lines)
+        write_report(model, report, logger.lines)
         shutil.copyfile(directory / LOG, model / LOG)  # what goes on from here, should this be interrupted, needs it
         for name in (TENSORBOARD, ADAPTERS):
             if (directory / name).exists():

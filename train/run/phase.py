@@ -22,8 +22,9 @@ from nemoe_jax.spec.schema import Tree
 from train.data.loader import Batch, Corpus
 from train.recipe import Recipe
 from train.run.checkpoint import Checkpoints
-from train.run.journal import MetricsLogger
+from train.run.metrics_logger import MetricsLogger
 from train.run.prepare import Inputs, routers_scale, trainable_of
+from train.run.results import HeldOut, PhaseResult
 from train.run.run_directory import Interrupted, Signals
 from train.step import model_flops
 from train.step.batch_sharding import local_rows, place_whole, shard_batch
@@ -53,21 +54,21 @@ class PhaseRun:
         corpora: tuple[Corpus, list[Batch]],
         mesh: Mesh | None,
         directory: Path,
-        journal: MetricsLogger,
+        logger: MetricsLogger,
         merged: list[str],
     ):
         """`merged`: the phases before that were accepted."""
         self.recipe, self.phase, self.config = recipe, recipe.phases[number], inputs.config
         self.targets, self.teacher_config = inputs.targets[number], inputs.teachers[number]
         self.corpus, self.held_out = corpora
-        self.mesh, self.journal, self.merged = mesh, journal, merged
+        self.mesh, self.logger, self.merged = mesh, logger, merged
         self.label = f"{number + 1}-{self.phase.name}"
         self.checkpoints = directory / "checkpoints" / self.label
         self.adapters = directory / ADAPTERS
         self.offset = sum(phase.steps for phase in recipe.phases[:number])
 
-    def __call__(self, params: Tree, signals: Signals, profile: Path | None) -> tuple[Tree, dict[str, Any]]:
-        """(the parameters after the phase, or those before it where it was discarded; figures)."""
+    def __call__(self, params: Tree, signals: Signals, profile: Path | None) -> tuple[Tree, PhaseResult]:
+        """The parameters after the phase (those before it where it was discarded), and what it came to."""
         phase = self.phase
         optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh))
         trainable, frozen = trainable_of(self.recipe, phase, self.config, self.targets, params, self.mesh)
@@ -82,7 +83,7 @@ class PhaseRun:
             else:
                 state = initial_state(trainable, optimizer, phase.seed)
             tokens = phase.data.batch_size * phase.data.sequence_length
-            self.journal.begin(phase.name, int(state.step), self.offset, tokens, self._seconds_per_token())
+            self.logger.begin(phase.name, int(state.step), self.offset, tokens, self._seconds_per_token())
             if state.step < phase.steps:
                 batches = (shard_batch(batch, rows, phase.data, self.mesh) for batch in iterator)
                 state = self._steps(
@@ -102,7 +103,7 @@ class PhaseRun:
         profile: Path | None,
     ) -> TrainState:
         """Takes the steps that are left; evaluates, logs and saves on the way."""
-        phase, journal = self.phase, self.journal
+        phase, logger = self.phase, self.logger
         objective = Objective(self.recipe, phase, self.config, self.teacher_config)
         teacher = None
         if phase.distill:
@@ -113,7 +114,7 @@ class PhaseRun:
         evaluate = self._evaluator(objective)
         done = first = int(state.step)
         if not done and self.held_out:
-            journal.evaluated(0, evaluate(state.trainable, frozen))
+            logger.evaluated(0, evaluate(state.trainable, frozen))
         while done < phase.steps:
             batch = next(batches)
             with jax.profiler.trace(profile) if profile and done == first + 1 else contextlib.nullcontext():
@@ -121,54 +122,55 @@ class PhaseRun:
                 if profile:
                     jax.block_until_ready(figures)
             done += 1
-            journal.step(done, figures)
+            logger.step(done, figures)
             stop, last = signals.received(self.offset + done), done == phase.steps
             evaluates = self.held_out and (last or (phase.eval_every and done % phase.eval_every == 0))
             saves = last or stop or done % checkpoints.every == 0
             if evaluates or saves or done == first + 1:  # the first step compiles and is not timed
-                journal.flush()
+                logger.flush()
                 if evaluates:
-                    journal.evaluated(done, evaluate(state.trainable, frozen))
-                if last or stop or (saves and not journal.skipped_in_row):
-                    loss = journal.evaluations(phase.name).get(done, {}).get("loss")
-                    checkpoints.save(state, iterator_state(), loss, wait=bool(stop))
-                journal.resume()
+                    logger.evaluated(done, evaluate(state.trainable, frozen))
+                if last or stop or (saves and not logger.skipped_in_row):
+                    measured = logger.evaluations(phase.name).get(done)
+                    checkpoints.save(state, iterator_state(), measured and measured.loss, wait=bool(stop))
+                logger.resume()
             if stop:
                 raise Interrupted(stop, f"{phase.name}: saved after step {done}; the same command goes on")
-            if journal.skipped_in_row > self.recipe.max_skipped:
+            if logger.skipped_in_row > self.recipe.max_skipped:
                 raise ResumableError(self._given_up(checkpoints.latest))
         return state
 
-    def _judge(self, trainable: Tree, frozen: Flat, before: Tree) -> tuple[Tree, dict[str, Any]]:
-        """Takes or discards the phase's result, and keeps its adapter either way."""
-        phase, evaluations = self.phase, self.journal.evaluations(self.phase.name)
-        first, last = evaluations.get(0, {}), evaluations.get(phase.steps, {})
-        accepted = phase.tolerance is None or last["loss"] <= first["loss"] + phase.tolerance
-        lines = [line for line in self.journal.lines if line["phase"] == phase.name]
-        figures = {
-            "name": phase.name,
-            "accepted": accepted,
-            "steps": phase.steps,
-            "skipped": sum(line.get("skipped", False) for line in lines),
-            "params_trained": sum(array.size for array in jax.tree.leaves(trainable)),
-            "tokens_per_second": max((line.get("tokens_per_second", 0.0) for line in lines[-2:]), default=0.0),
-            "data": [figures._asdict() for figures in self.corpus.figures],
-        }
-        if last:
-            figures |= {"held_out_loss_before": first["loss"], "held_out_loss_after": last["loss"]}
-            figures |= {name: value for name, value in last.items() if name != "loss"}
+    def _judge(self, trainable: Tree, frozen: Flat, before: Tree) -> tuple[Tree, PhaseResult]:
+        """Takes or discards the phase's parameters by its acceptance test, and keeps its adapter either way."""
+        phase, evaluations = self.phase, self.logger.evaluations(self.phase.name)
+        first, last = evaluations.get(0), evaluations.get(phase.steps)
+        rise = last.loss - first.loss if first and last else 0.0
+        accepted = phase.tolerance is None or rise <= phase.tolerance
+        name = self.label if accepted else f"{self.label}.discarded"
         if phase.trainable != "all":
-            name = self.label if accepted else f"{self.label}.discarded"
             self._save_adapters(self.adapters / name, trainable, before)
-            figures["adapter"] = f"{ADAPTERS}/{name}"
-        if not accepted:
-            kept = f"; its adapter is kept in {figures['adapter']}" if "adapter" in figures else ""
-            self.journal.say(
-                f"{phase.name}: discarded: held-out loss {first['loss']:.4f} -> {last['loss']:.4f}, tolerance "
-                f"{phase.tolerance}{kept}"
-            )
-            return before, figures
-        return lora.merge(self.config, combine(trainable["params"], frozen), trainable["adapters"]), figures
+        lines = [line for line in self.logger.lines if line["phase"] == phase.name]
+        result = PhaseResult(
+            name=phase.name,
+            accepted=accepted,
+            steps=phase.steps,
+            skipped=sum(line.get("skipped", False) for line in lines),
+            params_trained=sum(array.size for array in jax.tree.leaves(trainable)),
+            tokens_per_second=max((line.get("tokens_per_second", 0.0) for line in lines[-2:]), default=0.0),
+            data=self.corpus.figures,
+            before=first if last else None,
+            after=last,
+            adapter=f"{ADAPTERS}/{name}" if phase.trainable != "all" else None,
+        )
+        if accepted:
+            return lora.merge(self.config, combine(trainable["params"], frozen), trainable["adapters"]), result
+        assert first and last  # tolerance needs data.held_out
+        kept = f"; its adapter is kept in {result.adapter}" if result.adapter else ""
+        self.logger.say(
+            f"{phase.name}: discarded: held-out loss {first.loss:.4f} -> {last.loss:.4f}, tolerance "
+            f"{phase.tolerance}{kept}"
+        )
+        return before, result
 
     def _save_adapters(self, directory: Path, trainable: Tree, before: Tree) -> None:
         if not directory.exists():
@@ -195,22 +197,21 @@ class PhaseRun:
             f"finite; {kept}; a lower optimizer.learning_rate may help (with --restart)"
         )
 
-    def _evaluator(self, objective: Objective) -> Callable[[Tree, Flat], dict[str, Any]]:
+    def _evaluator(self, objective: Objective) -> Callable[[Tree, Flat], HeldOut]:
         """(trainable, frozen) → loss, perplexity and the experts' load on the held-out text."""
         batch_sums = jax.jit(objective.held_out)
 
-        def evaluate(trainable: Tree, frozen: Flat) -> dict[str, Any]:
+        def evaluate(trainable: Tree, frozen: Flat) -> HeldOut:
             sums = []
             for batch in self.held_out:
                 on_devices = place_whole(batch, self.mesh)
                 sums.append(jax.device_get(batch_sums(trainable, frozen, on_devices)))
             total = jax.tree.map(lambda *terms: sum(np.asarray(term, np.float64) for term in terms), *sums)
             loss = float(total["loss"] / total["tokens"])
-            result: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-            if "load" in total:
-                load_LE = total["load"] / total["tokens"]
-                result["load_max_over_mean"] = float(load_max_over_mean(load_LE))
-                result["expert_load"] = load_LE.round(6).tolist()
-            return result
+            perplexity = math.exp(min(loss, 700.0))
+            if "load" not in total:
+                return HeldOut(loss, perplexity)
+            load_LE = total["load"] / total["tokens"]
+            return HeldOut(loss, perplexity, float(load_max_over_mean(load_LE)), load_LE.round(6).tolist())
 
         return evaluate

@@ -58,7 +58,7 @@ def resolve(recipe: Recipe) -> Inputs:
 
 
 def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelConfig | None) -> None:
-    """Whether a phase, the model, its teacher and the mesh fit together; raises UserError."""
+    """Raises UserError where a phase, the model, its teacher and the mesh do not fit together."""
     if teacher and phase.distill and teacher.vocab != config.vocab:
         raise UserError(
             f"distill.teacher: {phase.distill.teacher}: expected the model's vocabulary of {config.vocab}, "
@@ -72,11 +72,11 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
             )
     for key, wanted in (("train_router", phase.train_router), ("trainable: router", phase.trainable == "router")):
         if wanted and not config.experts:
-            raise UserError(f"{key}: expected a mixture of experts, got the dense {recipe.model}")
+            raise UserError(f"{key}: expected an MoE model, got the dense {recipe.model}")
     if recipe.mesh and recipe.mesh != "auto":
         sizes = parse_mesh(recipe.mesh)
         for model in filter(None, (config, teacher)):
-            sharding.check(model, sizes, phase.data.batch_size // phase.data.accumulation, phase.data.sequence_length)
+            sharding.check(model, sizes, phase.data.microbatch_size, phase.data.sequence_length)
 
 
 def targets_of(phase: Phase, config: ModelConfig) -> list[lora.Target]:
@@ -98,7 +98,7 @@ def recipe_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mes
     if recipe.mesh != "auto":
         return make_mesh(parse_mesh(recipe.mesh), devices)
     data = [phase.data for phase in recipe.phases]
-    rows = int(np.gcd.reduce([part.batch_size // part.accumulation for part in data]))
+    rows = int(np.gcd.reduce([part.microbatch_size for part in data]))
     from train.run.auto_mesh import auto_mesh
 
     return make_mesh(auto_mesh(config, len(devices), rows, max(part.sequence_length for part in data)), devices)

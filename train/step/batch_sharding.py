@@ -27,13 +27,14 @@ def local_rows(data: Data, mesh: Mesh | None) -> list[int]:
     if mesh is None:
         return list(range(data.batch_size))
     shape = (data.batch_size, data.sequence_length)
-    held = batch_sharding(data.batch_size, data.accumulation, mesh).addressable_devices_indices_map(shape)
+    sharding = batch_sharding(data.batch_size, data.gradient_accumulation_steps, mesh)
+    held = sharding.addressable_devices_indices_map(shape)
     return sorted({row for index in held.values() if index for row in range(*index[0].indices(data.batch_size))})
 
 
 def shard_batch(batch: Batch, rows: Sequence[int], data: Data, mesh: Mesh | None) -> Batch:
     """A step's batch, of which the rows `rows` are at hand, on the devices."""
-    return _place(batch, rows, data.batch_size, data.accumulation, mesh)
+    return _place(batch, rows, data.batch_size, data.gradient_accumulation_steps, mesh)
 
 
 def place_whole(batch: Batch, mesh: Mesh | None) -> Batch:

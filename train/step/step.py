@@ -222,7 +222,7 @@ def make_update(
     Args:
         state: an example (arrays or their shapes with shardings), whose shardings the next states keep.
     """
-    parts = objective.phase.data.accumulation
+    parts = objective.phase.data.gradient_accumulation_steps
 
     def gradient_of(state: TrainState, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[Tree, Sums]:
         """The gradient of the whole batch's loss, and the loss with its parts; computed part by part."""

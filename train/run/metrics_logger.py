@@ -5,6 +5,7 @@ train_log.jsonl is also the run's memory of what was measured: a run that is tak
 behind its last checkpoint.
 """
 
+import dataclasses
 import json
 import math
 import resource
@@ -21,6 +22,7 @@ import jax
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.progress import progress_bar
 from train.recipe import Recipe
+from train.run.results import HeldOut
 
 LOG = "train_log.jsonl"
 TENSORBOARD = "tensorboard"
@@ -93,10 +95,11 @@ class MetricsLogger:
         """The phase's speed without the first step (which compiles) and without evaluations; 0 while unknown."""
         return self._timed_steps * self.tokens_per_step / self._timed_seconds if self._timed_steps else 0.0
 
-    def evaluations(self, phase: str) -> dict[int, Line]:
+    def evaluations(self, phase: str) -> dict[int, HeldOut]:
         """{step: held-out figures} of a phase."""
+        names = [field.name for field in dataclasses.fields(HeldOut)]
         return {
-            line["step"]: {name.removeprefix(HELD_OUT): value for name, value in line.items() if HELD_OUT in name}
+            line["step"]: HeldOut(**{name: line.get(HELD_OUT + name) for name in names})
             for line in self.lines
             if line["phase"] == phase and f"{HELD_OUT}loss" in line
         }
@@ -117,10 +120,10 @@ class MetricsLogger:
         """Starts the clock of the training speed again."""
         self._clock = time.monotonic()
 
-    def evaluated(self, done: int, held_out: Line) -> None:
+    def evaluated(self, done: int, held_out: HeldOut) -> None:
         """Records a held-out evaluation after `done` steps."""
-        self._write(done, {HELD_OUT + name: value for name, value in held_out.items()})
-        text = f"held-out {held_out['loss']:.4f}"
+        self._write(done, {HELD_OUT + name: value for name, value in held_out.as_json().items()})
+        text = f"held-out {held_out.loss:.4f}"
         self._bar.update(self._task, held_out=text)
         self.say(f"{self._phase}: step {done}/{self.steps}  {text}", now=True)
 
