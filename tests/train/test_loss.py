@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from nemoe_jax.model.logprobs import token_logprobs
+from nemoe_jax.model.next_token import token_logprobs
 from train.recipe import Optimizer
 from train.step.loss import chunked_sums, forward_kl, masked_sum
 from train.step.optimizer import learning_rate_schedule, make_optimizer, router_scale

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nemoe_jax.adapters import lora
 from nemoe_jax.model import transformer
-from nemoe_jax.model.logprobs import token_logprobs
+from nemoe_jax.model.next_token import token_logprobs
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, declare, leaves, unflatten
 from nemoe_jax.spec.sharding import compiler_options
