@@ -27,7 +27,7 @@ class Characters(Tokenizer):
     def _decode(self, ids, skip_special):
         return "".join(map(chr, ids))
 
-    def piece(self, token):
+    def _piece(self, token):
         return chr(token)
 
 

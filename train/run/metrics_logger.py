@@ -99,7 +99,7 @@ class MetricsLogger:
         """{step: held-out figures} of a phase."""
         names = [field.name for field in dataclasses.fields(HeldOut)]
         return {
-            line["step"]: HeldOut(**{name: line.get(HELD_OUT + name) for name in names})
+            line["step"]: HeldOut(**{name: line[HELD_OUT + name] for name in names if HELD_OUT + name in line})
             for line in self.lines
             if line["phase"] == phase and f"{HELD_OUT}loss" in line
         }

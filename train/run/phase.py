@@ -132,7 +132,7 @@ class PhaseRun:
                     logger.evaluated(done, evaluate(state.trainable, frozen))
                 if last or stop or (saves and not logger.skipped_in_row):
                     measured = logger.evaluations(phase.name).get(done)
-                    checkpoints.save(state, iterator_state(), measured and measured.loss, wait=bool(stop))
+                    checkpoints.save(state, iterator_state(), measured.loss if measured else None, wait=bool(stop))
                 logger.resume()
             if stop:
                 raise Interrupted(stop, f"{phase.name}: saved after step {done}; the same command goes on")

@@ -71,7 +71,7 @@ def rewritten(path: Path) -> dict[str, Any]:
         model |= {"type": "Unigram", "vocab": scores, "unk_id": trainer.unk_id}
     prefix = config.get("add_prefix_space")
     prefix = rules.add_dummy_prefix if prefix is None else prefix
-    steps = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
