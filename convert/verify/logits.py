@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.checkpoints import pretrained, reader
-from nemoe_jax.checkpoints.gguf.header import is_gguf
+from nemoe_jax.checkpoints.gguf.naming import is_gguf
 from nemoe_jax.checkpoints.layout import MISTRAL, layout_of
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
