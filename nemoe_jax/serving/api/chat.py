@@ -1,6 +1,5 @@
 """POST /v1/chat/completions: the next message of a chat, or calls of tools."""
 
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ from starlette.responses import Response
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.api.errors import ApiError
-from nemoe_jax.serving.api.middleware import add_access_log
 from nemoe_jax.serving.api.requests import ChatRequest, ChosenTool, JsonObjectFormat, JsonSchemaFormat
 from nemoe_jax.serving.api.responses import (
     AssistantMessage,
@@ -26,11 +24,11 @@ from nemoe_jax.serving.api.responses import (
     Finish,
     LikelyToken,
     TokenLogprob,
-    Usage,
     finite,
 )
 from nemoe_jax.serving.api.served_model import ServedModel
-from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event, new_id
+from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event
+from nemoe_jax.serving.api.writer import ResponseWriter
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import Constraint, ScoredToken
 from nemoe_jax.serving.structured.grammar import tool_calls
@@ -46,7 +44,7 @@ async def chat(served: ServedModel, asked: ChatRequest, request: Request) -> Res
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []] or None
     wanted = await run_in_threadpool(read, served, asked, tools)
     answers = EngineStreams(served.engine, wanted, served.metrics)
-    writer = Writer(served, asked, tools if asked.tool_choice != "none" else None, len(wanted[0].prompt))
+    writer = ChatWriter(served, asked, tools if asked.tool_choice != "none" else None, len(wanted[0].prompt))
     headers = {"Warning": '299 nemoe "reasoning_effort: no effect"'} if asked.reasoning_effort is not None else {}
     if asked.stream:
         return EventStream(writer.events(answers, request), answers, headers)
@@ -120,18 +118,17 @@ def response_schema(asked: ChatRequest) -> Plain | None:
     return {"type": "object"} if isinstance(asked.response_format, JsonObjectFormat) else None
 
 
-class Writer:
-    """Puts pieces into the API's shape."""
+class ChatWriter(ResponseWriter):
+    """Chats, with tool calls."""
 
     def __init__(self, served: ServedModel, asked: ChatRequest, tools: list[Plain] | None, prompt_tokens: int):
-        self.served, self.asked = served, asked
+        super().__init__(served, asked, "chatcmpl", prompt_tokens)
+        self.asked = asked
         count = asked.n or 1
         self.readers = [ToolCallStreamParser(served.tokenizer, tools, served.ends) for _ in range(count)]
         self.texts = [""] * count
         self.schema = response_schema(asked)
         self.parameters = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
-        self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
-        self.id, self.created = new_id("chatcmpl"), int(time.time())
 
     async def whole(self, answers: EngineStreams, request: Request) -> ChatCompletion:
         """All of it at once."""
@@ -156,7 +153,7 @@ class Writer:
             )
         self.answer_tokens = sum(map(len, tokens))
         usage = self.usage(request)
-        return ChatCompletion(id=self.id, created=self.created, model=self.asked.model, choices=choices, usage=usage)
+        return ChatCompletion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
     async def events(self, answers: EngineStreams, request: Request) -> AsyncIterator[str]:
         """The role, a chunk for each piece, the calls, the reason why it ended."""
@@ -193,11 +190,6 @@ class Writer:
             found += [f"the response does not fit its schema: {problem}"] if problem else []
         return found
 
-    @property
-    def counted(self) -> bool:
-        """Whether the client wants the numbers of tokens behind a stream."""
-        return bool(self.asked.stream_options and self.asked.stream_options.include_usage)
-
     def event(self, index: int, delta: Delta, **fields: Any) -> str:
         """One answer's part of a chunk; only what is said is in it."""
         choice = ChatChunkChoice(index=index, delta=delta, **{"logprobs": None, "finish_reason": None, **fields})
@@ -207,12 +199,7 @@ class Writer:
     def chunk(self, choices: list[ChatChunkChoice], **usage: Any) -> ChatChunk:
         """Choices with what stands around them."""
         return ChatChunk(
-            id=self.id,
-            object="chat.completion.chunk",
-            created=self.created,
-            model=self.asked.model,
-            choices=choices,
-            **usage,
+            id=self.id, object="chat.completion.chunk", created=self.created, model=self.model, choices=choices, **usage
         )
 
     def logprobs(self, tokens: Sequence[ScoredToken]) -> ChatLogprobs | None:
@@ -220,11 +207,6 @@ class Writer:
         if not self.asked.logprobs:
             return None
         return chat_logprobs(self.served, (scored for scored in tokens if scored.token not in self.served.ends))
-
-    def usage(self, request: Request) -> Usage:
-        """The tokens in all, also for the log."""
-        add_access_log(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
-        return Usage.of(self.prompt_tokens, self.answer_tokens)
 
 
 def call_of(call: Any) -> Call:

@@ -1,6 +1,5 @@
 """POST /v1/completions: texts or token ids, continued."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
 
 from fastapi import Request
@@ -8,11 +7,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from nemoe_jax.serving.api.errors import ApiError
-from nemoe_jax.serving.api.middleware import add_access_log
 from nemoe_jax.serving.api.requests import CompletionRequest
 from nemoe_jax.serving.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, finite
 from nemoe_jax.serving.api.served_model import ServedModel
-from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event, new_id
+from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event
+from nemoe_jax.serving.api.writer import ResponseWriter
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
 
@@ -23,7 +22,7 @@ async def complete(served: ServedModel, asked: CompletionRequest, request: Reque
     """The answer to one HTTP request. Raises ApiError, UserError or Busy."""
     wanted, echoes = await run_in_threadpool(read, served, asked)
     answers = EngineStreams(served.engine, wanted, served.metrics)
-    writer = Writer(served, asked, echoes, sum(len(one.prompt) for one in wanted[:: asked.n or 1]))
+    writer = CompletionWriter(served, asked, echoes, sum(len(one.prompt) for one in wanted[:: asked.n or 1]))
     if asked.stream:
         return EventStream(writer.events(answers, request), answers)
     return as_json(await cancel_on_disconnect(request, writer.whole(answers, request), answers))
@@ -59,15 +58,14 @@ def prompt_ids(served: ServedModel, asked: CompletionRequest) -> list[tuple[str,
     return [(one, served.tokenizer.encode_prompt(one)) if isinstance(one, str) else ("", list(one)) for one in several]
 
 
-class Writer:
-    """Puts pieces into the API's shape."""
+class CompletionWriter(ResponseWriter):
+    """Continued prompts."""
 
     def __init__(self, served: ServedModel, asked: CompletionRequest, echoes: list[str], prompt_tokens: int):
-        self.served, self.asked = served, asked
+        super().__init__(served, asked, "cmpl", prompt_tokens)
+        self.asked = asked
         self.echoes = echoes  # what is still to be said before an answer's own text
         self.offsets = [0] * len(echoes)
-        self.prompt_tokens, self.answer_tokens = prompt_tokens, 0
-        self.id, self.created = new_id("cmpl"), int(time.time())
 
     async def whole(self, answers: EngineStreams, request: Request) -> Completion:
         """All of it at once."""
@@ -85,12 +83,11 @@ class Writer:
 
     async def events(self, answers: EngineStreams, request: Request) -> AsyncIterator[str]:
         """A chunk for each piece."""
-        counted = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
-        leave_out = None if counted else {"usage"}
+        leave_out = None if self.counted else {"usage"}
         async for index, piece in answers:
             yield event(self.chunk([self.choice(index, piece)]), exclude=leave_out)
         usage = self.usage(request)
-        if counted:
+        if self.counted:
             yield event(self.chunk([], usage))
 
     def choice(self, index: int, piece: RequestOutput) -> CompletionChoice:
@@ -116,12 +113,7 @@ class Writer:
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         """Choices with what stands around them."""
-        return Completion(id=self.id, created=self.created, model=self.asked.model, choices=choices, usage=usage)
-
-    def usage(self, request: Request) -> Usage:
-        """The tokens in all, also for the log."""
-        add_access_log(request.scope, self.asked.model, f"{self.prompt_tokens} + {self.answer_tokens} tokens")  # type: ignore[arg-type]
-        return Usage.of(self.prompt_tokens, self.answer_tokens)
+        return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
 
 def completion_logprobs(served: ServedModel, tokens: Sequence[ScoredToken], offset: int) -> CompletionLogprobs:
