@@ -7,8 +7,8 @@ that the tokenizer has, temperature, top-k, top-p, min-p.
 
 Nothing is sorted. Once the constraint is applied, only a token's distance from the likeliest counts, 0 or more; what
 remains are all tokens up to some distance, which top-k and top-p find by bisection on the bits of a float32 (tokens of
-equal logits go together). The draw takes a block of the vocabulary by its probability, then a token of the block; its
-random numbers depend on the row's seed and step alone, not on where in which batch the row stands.
+equal logits go together). Sampling takes a block of the vocabulary by its probability, then a token of the block; its
+random numbers depend on the request's seed and step alone, not on its slot or its batch.
 
 B batch, V vocabulary, T tokens of a chunk, N biases or likeliest tokens, W words of 32 bits, G blocks of M tokens.
 """

@@ -1,6 +1,6 @@
-"""What a request may ask of the choice of the next token, and presets of it.
+"""Sampling parameters of one request, and presets of them.
 
-Nothing here needs JAX: commands read it to explain themselves. `token_choice` does what is asked.
+Nothing here needs JAX: commands read it to explain themselves. sampler.py applies them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _SHOWN = 60  # characters of a wrong value
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """One request's wishes; the defaults change nothing, and temperature 0 takes the likeliest token.
+    """Sampling parameters of one request; the defaults change nothing, and temperature 0 is greedy.
 
     temperature: the logits are divided by it.
     top_k: only so many of the likeliest tokens remain; 0: all.
@@ -47,9 +47,9 @@ class SamplingParams:
 
     def __post_init__(self):
         problems = [
-            f"{name}: expected {wish.words}, got {_short(getattr(self, name))}"
-            for name, wish in _WISHES.items()
-            if not wish.fits(getattr(self, name))
+            f"{name}: expected {allowed.words}, got {_short(getattr(self, name))}"
+            for name, allowed in _RANGES.items()
+            if not allowed.fits(getattr(self, name))
         ]
         if problems:
             raise UserError(listed(problems))
@@ -104,7 +104,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(value)} entries)"
 
 
-_WISHES = {
+_RANGES = {
     "temperature": _number(0, 100),
     "top_k": _whole(0, 2**31 - 1, "a whole number, 0 (all) or more"),
     "top_p": _number(0, 1),

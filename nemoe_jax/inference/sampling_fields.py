@@ -34,7 +34,7 @@ def preset(name: str | None) -> SamplingParams:
 
 
 def from_text(base: SamplingParams, name: str, text: str) -> SamplingParams:
-    """`base` with one wish changed, as `temperature` and `0.7`; biases as `5=-100,7=2`. Raises UserError."""
+    """`base` with one field changed, as `temperature` and `0.7`; biases as `5=-100,7=2`. Raises UserError."""
     if name not in _KINDS:
         raise UserError(f"{name}: no such setting; expected one of {', '.join(_KINDS)}")
     kind = _KINDS[name]
@@ -48,7 +48,7 @@ def from_text(base: SamplingParams, name: str, text: str) -> SamplingParams:
 
 
 def from_fields(base: SamplingParams, fields: Mapping[str, Any]) -> SamplingParams:
-    """`base` with the wishes of a JSON object: `preset`, and any field; biases as `{"5": -100}`. Raises UserError."""
+    """`base` with the fields of a JSON object: `preset`, and any field; biases as `{"5": -100}`. Raises UserError."""
     if "preset" in fields:
         base = dataclasses.replace(preset(fields["preset"]), seed=base.seed)
     wishes = {name: fields[name] for name in _KINDS if fields.get(name) is not None}
@@ -59,7 +59,7 @@ def from_fields(base: SamplingParams, fields: Mapping[str, Any]) -> SamplingPara
 
 
 def as_fields(sampling: SamplingParams) -> dict[str, Any]:
-    """The wishes by name, biases as `5=-100,7=2`, for people to read."""
+    """The fields by name, biases as `5=-100,7=2`, for people to read."""
     values = dataclasses.asdict(sampling)
     return values | {"logit_bias": ",".join(f"{token}={bias:g}" for token, bias in sampling.logit_bias) or "none"}
 

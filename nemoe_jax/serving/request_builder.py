@@ -1,4 +1,4 @@
-"""What people ask, a text or a chat, as requests that the engine can answer.
+"""Builds requests to the engine from prompts and chats.
 
 All that can be wrong with one is found here, before any weights are loaded.
 """

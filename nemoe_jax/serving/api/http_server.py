@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn on a socket of ours, which ends well when it is told to."""
+"""The HTTP server: uvicorn on a pre-bound socket, with graceful shutdown."""
 
 import asyncio
 import socket

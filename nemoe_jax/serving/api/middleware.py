@@ -23,7 +23,7 @@ NOTE = "nemoe.note"  # where in an ASGI scope a handler leaves a word for the lo
 
 @dataclasses.dataclass
 class RequestMiddleware:
-    """The app with its guard.
+    """ASGI middleware: API key, body-size limit, request metrics, access log.
 
     api_key: what /v1 wants as bearer token; None: nothing.
     max_bytes: of a request's body.

@@ -1,4 +1,4 @@
-"""A model that is being served, and how a request's common wishes become the engine's terms."""
+"""A model that is being served, and how a request's common fields become an engine's request."""
 
 import dataclasses
 import functools
