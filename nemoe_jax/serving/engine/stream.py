@@ -108,22 +108,16 @@ class ResponseStream:
         last = output.finish_reason is not None
         self.text += output.text
         self.finish_reason, self.error = output.finish_reason, output.error
-        try:
-            self._call(output) or (last and self._call(output))
-        finally:
-            if last:
-                self.finished = True
-                self._done.set()
-
-    def _call(self, output: RequestOutput) -> bool:
-        """Whether the client took an output."""
-        try:
-            self._on_output(output)
-            return True
-        except BaseException:  # the client's code: not even its exit may end the engine's thread
-            _log.exception("the client fails to take its response: cancelled")
-            self.cancelled = True
-            return False
+        for _ in range(2 if last else 1):
+            try:
+                self._on_output(output)
+                break
+            except BaseException:  # the client's code: not even its exit may end the engine's thread
+                _log.exception("the client fails to take its response: cancelled")
+                self.cancelled = True
+        if last:
+            self.finished = True
+            self._done.set()
 
     def _flush(self, finish: str) -> tuple[str, str]:
         """The text that was held back, and the finish reason: a stop string may have been in it."""
