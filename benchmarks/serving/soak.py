@@ -79,6 +79,7 @@ def main() -> int:
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as directory, served(Path(directory)) as (engine, port):
         probe = {"model": "soak", "prompt": "The sky", "max_tokens": 24, "temperature": 0}
+        warm_up(port)
         before = post(port, "/v1/completions", probe)[1]["choices"][0]["text"]
         stop = threading.Event()
         clients = [
@@ -109,6 +110,16 @@ def main() -> int:
         print(f"{number:8d}  {name}")
     print("; ".join(problems) or f"after {arguments.minutes:g} minutes the engine answers as before")
     return bool(problems)
+
+
+def warm_up(port: int) -> None:
+    """Compiles what requests need, which on a busy machine takes longer than a client has patience."""
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    chat = {"model": "soak", "messages": [{"role": "user", "content": "y"}], "max_tokens": 40}
+    for length in (1, 30, 100, 200):
+        post(port, "/v1/completions", {"model": "soak", "prompt": "x" * length, "max_tokens": 8, "temperature": 1})
+    for more in ({}, {"logprobs": True}, {"response_format": schema}, {"response_format": schema, "logprobs": True}):
+        post(port, "/v1/chat/completions", {**chat, **more, "temperature": 1})
 
 
 @contextlib.contextmanager
@@ -232,14 +243,14 @@ def ask(port: int, path: str, body: dict, leaving: bool) -> str:
 
 
 def post(port: int, path: str, body: dict) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10 * PATIENCE)
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     return response.status, json.loads(response.read())
 
 
 def get(port: int, path: str) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10 * PATIENCE)
     connection.request("GET", path)
     response = connection.getresponse()
     return response.status, json.loads(response.read())
