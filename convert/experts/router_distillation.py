@@ -38,7 +38,7 @@ from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.mesh import make_mesh, parse_mesh
+from nemoe_jax.spec.mesh import make_mesh, parse_mesh, use_mesh
 from nemoe_jax.spec.schema import Tree, declare
 from nemoe_jax.utils.output_path import refuse_existing
 from nemoe_jax.utils.progress import progress_bar
@@ -155,7 +155,7 @@ def recalibrate(
 
 
 def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    return jax.set_mesh(mesh) if mesh else contextlib.nullcontext()
+    return use_mesh(mesh)
 
 
 def keep_what_helps(

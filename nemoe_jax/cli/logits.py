@@ -1,11 +1,11 @@
 """`nemoe logits`: what the model makes of a token sequence, as a NumPy file."""
 
 import argparse
-import contextlib
 from pathlib import Path
 
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
+from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.utils.command import Command
 from nemoe_jax.utils.output_path import atomic_write
 
@@ -41,7 +41,7 @@ def _logits(arguments: argparse.Namespace) -> None:
     if tokens.shape[1] > config.context:
         raise UserError(f"--tokens: {tokens.shape[1]} tokens exceed the context of {config.context}")
     _, params, mesh = model_flags.load_model_from_args(arguments)
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with use_mesh(mesh):
         logits = jax.jit(lambda params, tokens: forward(config, params, tokens).logits)(params, tokens)
     with (
         atomic_write(Path(arguments.out)) as partial,

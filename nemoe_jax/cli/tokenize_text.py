@@ -115,7 +115,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _is_tokenizer(path: Path) -> bool:
     """Whether a path is named like a tokenizer's file, or is a directory that holds one."""
-    from nemoe_jax.checkpoints.gguf.header import is_gguf
+    from nemoe_jax.checkpoints.gguf.naming import is_gguf
     from nemoe_jax.text.tokenizers.load import FILES
 
     if is_gguf(path):

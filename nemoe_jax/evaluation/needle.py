@@ -9,7 +9,6 @@ The text is read through the cache in chunks, so that the whole context fits whe
 B batch, T tokens of a chunk, V vocabulary.
 """
 
-import contextlib
 import functools
 import random
 import time
@@ -29,6 +28,7 @@ from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.model.kv_cache import KVCache, empty_cache
 from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from nemoe_jax.utils.progress import progress_bar
@@ -133,7 +133,7 @@ def find_needles(
     dtype = cache_dtype_of(params, cache_dtype)
     slots = min(-(-max(lengths) // PAGE) * PAGE, config.context)
     findings = []
-    with progress_bar() as bar, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with progress_bar() as bar, use_mesh(mesh):
         for length, depth, number, wrong_number, hay in bar.track(plans, description="looking for needles"):
             started = time.monotonic()
             cache = _empty(config, slots, dtype)

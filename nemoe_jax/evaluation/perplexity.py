@@ -6,7 +6,6 @@ least window − stride tokens before it (the strided evaluation of fixed-length
 A small stride gives much context, and costs window / stride times the computation.
 """
 
-import contextlib
 import functools
 import math
 import time
@@ -22,6 +21,7 @@ from nemoe_jax.evaluation.scoring import Ending, score
 from nemoe_jax.model.next_token import NextTokenFigures, mean_figures, next_token_sums, unigram_loss
 from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.progress import progress_bar
 
@@ -132,7 +132,7 @@ def evaluate(
 
     started = time.monotonic()
     sums, load = [], None
-    with progress_bar() as bar, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with progress_bar() as bar, use_mesh(mesh):
         for tokens, weights_B in bar.track(batches, description="evaluating"):
             of_batch, routing = measure(params, reference and reference[1], tokens, weights_B)
             sums.append(jax.device_get(of_batch))

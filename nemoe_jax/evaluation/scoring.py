@@ -7,7 +7,6 @@ head is computed only where a token is scored, so many positions at a time: logi
 B batch, T sequence, D embed, V vocabulary, C positions of a chunk.
 """
 
-import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.progress import progress_bar
 
@@ -65,7 +65,7 @@ def score(
     inputs = sorted(alike, key=len, reverse=True)  # what needs most memory comes first
     lots = [inputs[first : first + batch_size] for first in range(0, len(inputs), batch_size)]
     results: dict[int, Scores] = {}
-    with progress_bar() as bar, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    with progress_bar() as bar, use_mesh(mesh):
         for lot in bar.track(lots, description="scoring"):
             rows = [np.frombuffer(data, np.int32) for data in lot]
             tokens_BT = np.zeros((_batch(len(rows), batch_size), _length(len(rows[0]), config.context)), np.int32)

@@ -3,7 +3,6 @@
 B batch, T tokens of a chunk, V vocabulary, S tokens of a block; E stop tokens.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections import deque
@@ -34,6 +33,7 @@ from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.model.decode_weights import prepare_decode_params
 from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 
 PREFILL = 2048  # tokens of a prompt that are read at a time: bounds memory, and gives every expert many rows
@@ -84,7 +84,7 @@ def generate(
     samplings = [dataclasses.replace(sampling, seed=(sampling.seed + slot) % 2**64) for slot in range(len(prompts))]
     inputs = specialized(controls(samplings, config.vocab))
     # the caller's own mesh is not to change while he has the iterator
-    ambient = functools.partial(jax.set_mesh, mesh) if mesh else contextlib.nullcontext
+    ambient = functools.partial(use_mesh, mesh)
     with ambient():
         penalties, stop_E = has_penalty(sampling), np.array([*stop, -1], np.int32)
         state, logits_BV = _start(config, slots, dtype, penalties, max_new_tokens, stop_E)

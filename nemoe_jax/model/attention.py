@@ -17,7 +17,7 @@ from nemoe_jax.model.kv_cache import LayerCache, update_and_attend
 from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm
 from nemoe_jax.model.rope import CosSin, rope, rope_cos_sin
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.mesh import batch_axes, sequence_axes
+from nemoe_jax.spec.mesh import batch_axes, sequence_axes, spans_devices
 from nemoe_jax.spec.schema import Tree
 
 
@@ -74,7 +74,7 @@ def attend(
         UserError: the mesh's tensor and sequence axes do not divide the heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spans_devices(mesh):
         return causal_attention(q, k, v, segments_BT, window)
     rows, tokens = batch_axes(mesh.shape, q.shape[0]), sequence_axes(mesh.shape, q.shape[1])
     tensor = ("tensor",) if mesh.shape.get("tensor", 1) > 1 else ()

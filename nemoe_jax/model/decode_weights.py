@@ -19,6 +19,7 @@ from nemoe_jax.adapters.lora import Adapter, dropped
 from nemoe_jax.adapters.multi_lora import mask_ranks, with_index
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.kernels.decode_matmul_cpu import MOST_ROWS, as_uint16, decode_expert_matmul, decode_matmul
+from nemoe_jax.spec.mesh import spans_devices
 from nemoe_jax.spec.schema import Tree, map_with_path
 
 
@@ -51,7 +52,7 @@ class LayerSlice:
 def use_inplace_weights(rows: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether a step with so many tokens reads weights of that dtype where they lie."""
     mesh = jax.sharding.get_abstract_mesh()
-    if rows > MOST_ROWS or not (mesh.empty or mesh.size == 1):
+    if rows > MOST_ROWS or spans_devices(mesh):
         return False
     return target_platform() == "gpu" or (target_platform() == "cpu" and dtype in (jnp.float32, jnp.uint16))
 

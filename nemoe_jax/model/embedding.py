@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from nemoe_jax.adapters.lora import Adapter, factors
 from nemoe_jax.adapters.multi_lora import StackedAdapter, mask_ranks
-from nemoe_jax.spec.mesh import batch_axes, sequence_axes
+from nemoe_jax.spec.mesh import batch_axes, sequence_axes, spans_devices
 from nemoe_jax.spec.schema import ParamSpec
 from nemoe_jax.spec.sharding import axes_of, partition_spec
 
@@ -23,7 +23,7 @@ from nemoe_jax.spec.sharding import axes_of, partition_spec
 def embed_tokens(spec: ParamSpec, table_VD: jax.Array, tokens_BT: jax.Array, adapter: Adapter | None) -> jax.Array:
     """(V, D), int32 (B, T) -> (B, T, D), with the adapter's `scale · A[token] @ B` added."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spans_devices(mesh):
         return _rows(table_VD, tokens_BT, adapter, 0)
     rows, tokens = batch_axes(mesh.shape, tokens_BT.shape[0]), sequence_axes(mesh.shape, tokens_BT.shape[1])
     place = partition_spec(spec, mesh.shape)

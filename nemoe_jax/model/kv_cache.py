@@ -26,7 +26,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, KVPages, _attend, _ways_to_decode
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.mesh import axes_size, batch_axes
+from nemoe_jax.spec.mesh import axes_size, batch_axes, spans_devices
 
 
 class KVCache(NamedTuple):
@@ -139,7 +139,7 @@ def update_and_attend(
     if num_new_tokens_B is None:
         num_new_tokens_B = jnp.full(q_BTNH.shape[:1], q_BTNH.shape[1], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spans_devices(mesh):
         y_BTNH, k, v = _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, window, ())
         return y_BTNH, cache._replace(k=k, v=v)
     heads, row = PartitionSpec(rows or None, None, tensor or None), PartitionSpec(rows or None)
@@ -170,7 +170,7 @@ def zero_pages(pools: tuple[KVPages, KVPages], pages_M: jax.Array, here_B: jax.A
         return lax.fori_loop(0, len(pages_M), page, pools)  # one by one: for all at once, TPUs would copy the pool
 
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spans_devices(mesh):
         return of_device(pools, pages_M, here_B)
     rows, sequence, tensor = _mesh_axes(len(here_B), pools[0].pool.shape[0])
     pool = _pool_place(rows, sequence, tensor)
@@ -181,7 +181,7 @@ def zero_pages(pools: tuple[KVPages, KVPages], pages_M: jax.Array, here_B: jax.A
 def _mesh_axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """The axes of the ambient mesh that cut rows, each row's pages, and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not spans_devices(mesh):
         return (), (), ()
 
     def cuts(name: str) -> bool:

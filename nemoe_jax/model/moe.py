@@ -19,6 +19,7 @@ from nemoe_jax.model.expert_parallel import run_over_mesh
 from nemoe_jax.model.ffn import SwiGLU
 from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import spans_devices
 from nemoe_jax.spec.schema import Tree
 
 
@@ -73,7 +74,7 @@ class MoE(SpecModule):
         if isinstance(experts["gate"], LayerSlice):
             return decode_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, index_BT)
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        if not spans_devices(mesh):
             return apply_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0, index_BT)
         specs = dict(self.expert_specs)
         return run_over_mesh(x_BTD, weights_BTC, chosen_BTC, experts, adapters, specs, mesh, index_BT)

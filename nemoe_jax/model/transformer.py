@@ -31,6 +31,7 @@ from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, project, r
 from nemoe_jax.model.moe import MoE, Routing
 from nemoe_jax.model.rope import rope_cos_sin
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import spans_devices
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, map_with_path
 from nemoe_jax.spec.sharding import constrain_tokens, gathered, partition_spec, used_spec
 
@@ -212,7 +213,7 @@ def _gathered_layer(specs: Tree, weights: Tree, adapters: Tree, dtype: Any) -> t
     of_path = leaves(specs)
 
     def gather(spec: ParamSpec, array: jax.Array) -> jax.Array:
-        if mesh.empty or mesh.size == 1 or "experts" in spec.stacked or not spec.contracted:
+        if not spans_devices(mesh) or "experts" in spec.stacked or not spec.contracted:
             return array
         stored = partition_spec(spec, mesh.shape)
         return gathered(array, PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:]))

@@ -1,12 +1,13 @@
 """Device meshes: their axes, and how they are written on the command line."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from nemoe_jax.errors import UserError
 
@@ -54,6 +55,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     except NotImplementedError:  # an axis that is no whole number of the slice's physical axes
         order = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(order, names, axis_types=types)
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes a mesh the ambient one; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def spans_devices(mesh: AbstractMesh) -> bool:
+    """Whether there is an ambient mesh of more than one device."""
+    return not mesh.empty and mesh.size > 1
 
 
 def batch_axes(mesh_shape: Mapping[str, int], batch: int) -> tuple[str, ...]:

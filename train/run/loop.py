@@ -4,7 +4,6 @@ Going on with an interrupted run means to go through the phases again, each from
 finished has no steps left.
 """
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
+from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.distributed import barrier
 from train.data.loader import Batch, Corpus, open_corpus, source_files
@@ -49,7 +49,7 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
     corpora = [_corpora(phase, inputs) for phase in recipe.phases]
     mesh = recipe_mesh(recipe, inputs.config)
     with run_directory(recipe, restart) as directory, Signals() as signals:
-        with MetricsLogger(directory, recipe) as logger, jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        with MetricsLogger(directory, recipe) as logger, use_mesh(mesh):
             # 2. train, each phase on the merged result of the last accepted one
             params = load(recipe, inputs.config, mesh)
             phases: list[PhaseResult] = []

@@ -13,7 +13,6 @@ the running requests, and the waiting ones are served from an empty cache; where
 thread itself ends, everything ends with an error, nothing more is taken and `failure` says why.
 """
 
-import contextlib
 import logging
 import threading
 from collections import deque
@@ -38,6 +37,7 @@ from nemoe_jax.serving.engine.scheduler import Scheduler
 from nemoe_jax.serving.engine.slots import Slots
 from nemoe_jax.serving.engine.stream import ResponseStream
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
@@ -225,7 +225,7 @@ class Engine:
             self._changed.notify()
 
     def _ambient(self) -> Any:
-        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+        return use_mesh(self._mesh)
 
     def _run(self) -> None:
         """The engine's thread."""
