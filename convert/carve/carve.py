@@ -47,6 +47,7 @@ from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, co
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES, FamilyName
 from nemoe_jax.spec.schema import declare
 from nemoe_jax.utils.output_path import refuse_existing
 
@@ -213,7 +214,7 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
     if not options.refit_ridge >= 0:
         raise UserError(f"--refit-ridge: expected a positive number, or 0 to choose it, got {options.refit_ridge}")
     return dense.replace(
-        family="nekomind" if shared else "mixtral",
+        family=_family(dense, bool(shared), source),
         ffn=dense.ffn if options.keep_dense else 0,
         dense_layers=options.keep_dense,
         experts=options.experts,
@@ -221,6 +222,18 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
         expert_ffn=(dense.ffn - shared) // options.experts,
         shared_ffn=shared,
     )
+
+
+def _family(dense: ModelConfig, shared: bool, source: str | Path) -> FamilyName:
+    """The MoE family that expresses what the dense model has."""
+    record = FAMILIES[dense.family]
+    name = record.carved_shared if shared else record.carved
+    if name is None:
+        raise UserError(
+            f"{source}: no MoE family without a shared expert expresses a {dense.family} model; "
+            f"--layout shared writes {record.carved_shared}"
+        )
+    return name
 
 
 def data_free_scale(options: CarveOptions) -> float:

@@ -48,6 +48,10 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint's key, what became of it)
     router_is_parameter: bool = False  # of a module of its own kind, so that PEFT takes its weight as a parameter
 
+    # what a carve of a dense model of the family is written as
+    carved: FamilyName | None = "mixtral"
+    carved_shared: FamilyName = "nekomind"  # with a shared expert
+
     # llama.cpp
     gguf: str | None = None  # its architecture
     gguf_permutes: bool = False  # RoPE turns neighboring rows of q and k there
@@ -183,6 +187,8 @@ _RECORDS = (
         sometimes=frozenset({WINDOW}),
         biases=("qkv",),
         window_switch=True,
+        carved=None,
+        carved_shared="qwen2_moe",
         gguf="qwen2",
     ),
     Family(
@@ -194,6 +200,7 @@ _RECORDS = (
         sometimes=frozenset({WINDOW}),
         biases=("none", "qkvo"),
         window_switch=True,
+        carved="qwen3_moe",
         gguf="qwen3",
     ),
     Family(
