@@ -25,7 +25,7 @@ from nemoe_jax.utils.lazy import lazy_exports
 if TYPE_CHECKING:
     from convert.carve.carve import carve as carve_model
     from convert.experts.prune import prune as prune_experts
-    from convert.experts.router_distillation import relay as distill_routers
+    from convert.experts.router_distillation import distill_routers as distill_routers
     from convert.experts.upcycle import upcycle
     from convert.gguf.export import to_gguf
     from convert.gguf.from_gguf import from_gguf
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         QuantizeOptions,
         UpcycleOptions,
     )
-    from convert.options import RelayOptions as DistillRoutersOptions
+    from convert.options import DistillRoutersOptions as DistillRoutersOptions
     from convert.quantize import quantize as quantize_model
     from convert.settings import ConversionSettings
     from convert.verify.logits import LogitComparison

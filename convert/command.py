@@ -40,13 +40,14 @@ class Conversion:
     streams: bool = True  # whether the flags of `ConversionSettings` apply
     source_help: str = "model directory"
     destination_help: str = "directory to make; must not exist"
+    former: tuple[str, ...] = ()  # names that it had
 
     def add_to(self, command: Command) -> None:
         """Declares the sub-command."""
         details = self.details + (
             f"\n{MANIFEST} in the result records what was done, {REPORT} shows it." if self.streams else ""
         )
-        parser = command.add(self.name, self._handle, self.summary, details, reports=True)
+        parser = command.add(self.name, self._handle, self.summary, details, reports=True, former=self.former)
         parser.add_argument("source", metavar="SRC", help=self.source_help)
         fields = dataclasses.fields(self.options)
         for field in fields:

@@ -117,6 +117,14 @@ class LayerwiseModel:
         with jax.set_mesh(self.mesh):
             return feed_forward(self.config, kind_of(self.config, layer), weights, normed_BTD)
 
+    def head(self) -> tuple[jax.Array, jax.Array]:
+        """The final norm's weight (D,), float32, and the head (V, D), for `logits`."""
+        specs = declare(self.config)
+        norm_D, head_VD = (
+            np.asarray(self.source.view(specs[name].key)) for name in ("norm", "embed" if self.config.tied else "head")
+        )
+        return jax.device_put((norm_D.astype(np.float32), head_VD), self.whole)
+
     def next_token(
         self,
         streams: Sequence[jax.Array],
@@ -129,13 +137,9 @@ class LayerwiseModel:
         Args:
             unigram: the unigram model's loss, for the figures.
         """
-        specs = declare(self.config)
-        head_VD = self.source.view(specs["embed" if self.config.tied else "head"].key)
-        norm_D = jax.device_put(np.asarray(self.source.view(specs["norm"].key), np.float32), self.whole)
-        head_VD = jax.device_put(np.asarray(head_VD), self.whole)
-        eps = self.config.norm_eps
+        eps, head = self.config.norm_eps, self.head()
         sums = in_turn(
-            _next_token(eps, norm_D, head_VD, x_BTD, other_BTD, jax.device_put(tokens_BS[:, 1:], self.cut))
+            _next_token(eps, head, x_BTD, other_BTD, jax.device_put(tokens_BS[:, 1:], self.cut))
             for x_BTD, other_BTD, tokens_BS in zip(streams, reference, batches, strict=True)
         )
         return mean_figures(jax.device_get(list(sums)), sum(tokens[:, 1:].size for tokens in batches), unigram)
@@ -187,9 +191,15 @@ def hidden(ffn: Tree, x_BTD: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _next_token(
-    eps: float, norm_D: jax.Array, head_VD: jax.Array, x_BTD: jax.Array, reference_BTD: jax.Array, targets_BT: jax.Array
+    eps: float, head: tuple[jax.Array, jax.Array], x_BTD: jax.Array, reference_BTD: jax.Array, targets_BT: jax.Array
 ) -> NextTokenSums:
-    def logits(x_BCD):
-        return jnp.einsum("BCD,VD->BCV", rms_norm(x_BCD, norm_D, eps), head_VD.astype(jnp.float32))
+    to_logits = functools.partial(logits, eps, head)
+    return next_token_sums(targets_BT, jnp.ones(len(targets_BT)), to_logits, x_BTD, to_logits, reference_BTD)
 
-    return next_token_sums(targets_BT, jnp.ones(len(targets_BT)), logits, x_BTD, logits, reference_BTD)
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(eps: float, head: tuple[jax.Array, jax.Array], x_BTD: jax.Array) -> jax.Array:
+    """Float32 logits (…, V) of residual streams (…, D) that have passed the last layer."""
+    norm_D, head_VD = head
+    normed_BTD = rms_norm(x_BTD, norm_D, eps)
+    return jnp.matmul(normed_BTD, head_VD.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)

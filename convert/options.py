@@ -135,13 +135,13 @@ PRUNE = Conversion(
     "keep the most useful experts of every MoE layer and drop the others",
     "One pass over calibration text with one layer in memory finds them; the rest is nearly a file copy. Scores, kept\n"
     "experts and each layer's error (of the experts' summed output, in squares, relative) are in the manifest.\n"
-    "`relay` may recover part of what it costs.",
+    "`distill-routers` may recover part of what it costs.",
     source_help="directory of a mixture",
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class RelayOptions:
+class DistillRoutersOptions:
     """How routers are recalibrated."""
 
     teacher: str = option(
@@ -161,14 +161,15 @@ class RelayOptions:
     dtype: Literal["float32", "bfloat16"] = option("float32", "dtype to compute in; routers are float32 always")
 
 
-RELAY = Conversion(
-    "relay",
-    "convert.experts.router_distillation:relay",
-    RelayOptions,
-    "recalibrate the routers of a mixture, as after prune-experts, to a teacher",
+DISTILL_ROUTERS = Conversion(
+    "distill-routers",
+    "convert.experts.router_distillation:distill_routers",
+    DistillRoutersOptions,
+    "distill the routers of an MoE, as after prune-experts, from a teacher",
     'Only what lowers the loss on the last tenth of the text is kept, and nothing but routers changes; "kept 0 of N\n'
     'layers" says that nothing helped. Both models are in memory, in --dtype; ridge adds one layer of each.',
-    source_help="directory of a mixture",
+    source_help="directory of an MoE",
+    former=("relay",),
 )
 
 
@@ -315,4 +316,4 @@ FROM_GGUF = Conversion(
 )
 
 
-CONVERSIONS = (CARVE, UPCYCLE, PRUNE, RELAY, MINITRON, MERGE, LAYOUT, QUANTIZE, GGUF, FROM_GGUF)
+CONVERSIONS = (CARVE, UPCYCLE, PRUNE, DISTILL_ROUTERS, MINITRON, MERGE, LAYOUT, QUANTIZE, GGUF, FROM_GGUF)

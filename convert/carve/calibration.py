@@ -40,6 +40,7 @@ from convert.layerwise import (
 )
 from convert.streaming import Figures, Tensors
 from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.model.moe import top_k_weights
 from nemoe_jax.model.next_token import unigram_loss
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
@@ -305,8 +306,8 @@ def _router_step(top_k, router_ED, state, x_BTD, target_BTE, learning_rate):
 
 def _routing_weights(x_BTD, router_ED, top_k):
     """(B, T, E): softmax over the chosen experts' logits, 0 elsewhere."""
-    top_BTC, chosen_BTC = jax.lax.top_k(_einsum("BTD,ED->BTE", x_BTD, router_ED), top_k)
-    return _einsum("BTC,BTCE->BTE", jax.nn.softmax(top_BTC), jax.nn.one_hot(chosen_BTC, len(router_ED)))
+    weights_BTC, chosen_BTC = top_k_weights(_einsum("BTD,ED->BTE", x_BTD, router_ED), top_k)
+    return _einsum("BTC,BTCE->BTE", weights_BTC, jax.nn.one_hot(chosen_BTC, len(router_ED)))
 
 
 def _by_neuron(weights_BTE, label_F):

@@ -1,9 +1,9 @@
-"""Relay: a mixture's routers are recalibrated to a teacher; every other weight stays as it is.
+"""Router distillation: an MoE's routers are recalibrated to a teacher; every other weight stays as it is.
 
-A pruned mixture still routes as if the dropped experts were there. The teacher is the mixture before pruning, or the
+A pruned MoE still routes as if the dropped experts were there. The teacher is the model before pruning, or the
 dense model that it was carved from. Two ways, one after the other if both are asked for:
 
-ridge   Layer by layer, each brought nearer to the teacher's on what the relayed layers before it give: ridge
+ridge   Layer by layer, each brought nearer to the teacher's on what the layers before it, recalibrated, give: ridge
         regressions of the router's change from cached products of the experts' outputs (ridge_router.py).
 distil  The whole model: Adam on the routers alone, for KL(teacher ‖ model) of the next token (Hyeon and Do, 2026, arXiv
         2603.02217, Router KD). Adam moves every weight by about its learning rate, so that is a share of each router's
@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from convert.experts.router_ridge import ridge_routers
 from convert.layerwise import calibration_batches, fitted_batches
-from convert.options import RelayOptions
+from convert.options import DistillRoutersOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
@@ -48,13 +48,16 @@ SHARES = (1.0, 0.5, 0.25, 0.125)  # of a change, tried in this order
 _ADAM = optax.scale_by_adam()
 
 
-def relay(
-    source: str | Path, destination: str | Path, options: RelayOptions, run: ConversionSettings = ConversionSettings()
+def distill_routers(
+    source: str | Path,
+    destination: str | Path,
+    options: DistillRoutersOptions,
+    run: ConversionSettings = ConversionSettings(),
 ) -> Manifest:
-    """Writes the mixture `source` with recalibrated routers; returns the manifest (see convert/streaming.py).
+    """Writes the MoE `source` with recalibrated routers; returns the manifest (see convert/streaming.py).
 
     Raises:
-        UserError: not a mixture, a teacher that does not fit it, bad options, no text, existing destination.
+        UserError: not an MoE, a teacher that does not fit it, bad options, no text, existing destination.
     """
     student, teacher = Checkpoint(source), Checkpoint(options.teacher)
     config = student.config
@@ -75,7 +78,7 @@ def relay(
         return {router.key_of(number): router.to_torch(new_DE)}, {"router_change": float(change)}
 
     state = {
-        "command": "relay",
+        "command": "distill-routers",
         **dataclasses.asdict(options),
         # an interrupted run goes on only if it finds the same routers again
         "routers_sha256": hashlib.sha256(new_LDE.tobytes()).hexdigest(),
@@ -83,9 +86,9 @@ def relay(
     return convert_layers(student, destination, config, layer, state, run=run, summary=lambda: figures)
 
 
-def _refuse_misfits(student: ModelConfig, teacher: ModelConfig, options: RelayOptions, source: str) -> None:
+def _refuse_misfits(student: ModelConfig, teacher: ModelConfig, options: DistillRoutersOptions, source: str) -> None:
     if not student.experts:
-        raise UserError(f"{source}: a dense model; relay wants a mixture")
+        raise UserError(f"{source}: expected an MoE, got a dense model")
     if teacher.vocab != student.vocab:
         raise UserError(f"{options.teacher}: expected the vocabulary of {source}, {student.vocab}, got {teacher.vocab}")
     if options.method != "distil":
@@ -109,7 +112,7 @@ def stored_routers(source: Checkpoint) -> np.ndarray:
 
 
 def recalibrate(
-    student: Checkpoint, teacher: Checkpoint, batches: Sequence[np.ndarray], options: RelayOptions
+    student: Checkpoint, teacher: Checkpoint, batches: Sequence[np.ndarray], options: DistillRoutersOptions
 ) -> tuple[np.ndarray, Figures]:
     """Routers (L, D, E), float32 values of the checkpoint's dtype, and figures for the manifest.
 
@@ -236,4 +239,4 @@ def _distil_step(config, params, teacher_config, teacher, old_LDE, deviation_L11
 
 def printed_figures(manifest: Manifest) -> Figures:
     figures = {name: value for name, value in manifest.items() if name.startswith("held_out")}
-    return {**figures, "relay": f"kept {manifest['kept']} of {manifest['moe_layers']} layers"}
+    return {**figures, "routers": f"kept {manifest['kept']} of {manifest['moe_layers']} layers"}

@@ -11,17 +11,14 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from convert.layerwise import BATCH, SEQUENCE_LENGTH, LayerwiseModel
+from convert.layerwise import BATCH, SEQUENCE_LENGTH, LayerwiseModel, logits
 from convert.verify.logits import compare as compare_logits
 from nemoe_jax.checkpoints.reader import Checkpoint
-from nemoe_jax.model.layers import rms_norm
-from nemoe_jax.model.moe import MoE
+from nemoe_jax.model.layers import project
+from nemoe_jax.model.moe import top_k_weights
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.schema import Tree, declare
 from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from nemoe_jax.utils.progress import progress_bar
@@ -29,7 +26,7 @@ from nemoe_jax.utils.progress import progress_bar
 
 @dataclasses.dataclass(frozen=True)
 class RoutingComparison:
-    """What two mixtures make of the same tokens."""
+    """What two MoE models make of the same tokens."""
 
     max_difference: float  # of two logits, relative to the standard deviation of the first model's
     kl_divergence: float  # mean over tokens of KL(first ‖ second), nats
@@ -54,7 +51,7 @@ def windows(source: Checkpoint, texts: Sequence[str], tokens: int, seed: int) ->
 
 
 def compare(first: Checkpoint, second: Checkpoint, batches: Sequence[np.ndarray]) -> RoutingComparison:
-    """Runs two mixtures over batches of tokens, int32 (B, T), in float32."""
+    """Runs two MoE models over batches of tokens, int32 (B, T), in float32."""
     experts = first.config.experts
     models = [_Model(checkpoint, batches) for checkpoint in (first, second)]
     changed, groups = [], []
@@ -78,7 +75,7 @@ def compare(first: Checkpoint, second: Checkpoint, batches: Sequence[np.ndarray]
 
 
 class _Model:
-    """A mixture with the residual streams of all batches on their way through it."""
+    """An MoE with the residual streams of all batches on their way through it."""
 
     def __init__(self, checkpoint: Checkpoint, batches: Sequence[np.ndarray]):
         self.checkpoint, self.config = checkpoint, checkpoint.config
@@ -93,18 +90,14 @@ class _Model:
             middle_BTD, normed_BTD = self.layers.attend(layer, weights, x_BTD)
             self.streams[number] = middle_BTD + self.layers.feed_forward(layer, weights, normed_BTD)
             if "router" in weights["ffn"]:
-                chosen.append(np.asarray(_choose(self.config, weights["ffn"], normed_BTD)))
+                chosen.append(np.asarray(_choose(self.config, weights["ffn"]["router"], normed_BTD)))
         return np.concatenate(chosen) if chosen else None
 
     def logits(self) -> np.ndarray:
         """(batches · B, T, V), float32."""
-        specs = declare(self.config)
-        norm_D, head_VD = (
-            jnp.asarray(self.checkpoint.view(specs[name].key), jnp.float32)
-            for name in ("norm", "embed" if self.config.tied else "head")
-        )
+        head = self.layers.head()
         rows = [x_TD for x_BTD in self.streams for x_TD in np.asarray(x_BTD)]
-        return np.stack([np.asarray(_logits(self.config, norm_D, head_VD, x_TD)) for x_TD in rows])
+        return np.stack([np.asarray(logits(self.config.norm_eps, head, x_TD)) for x_TD in rows])
 
 
 def _members(chosen_BTC: np.ndarray, experts: int) -> np.ndarray:
@@ -113,13 +106,6 @@ def _members(chosen_BTC: np.ndarray, experts: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _choose(config: ModelConfig, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
+def _choose(config: ModelConfig, router_DE: jax.Array, normed_BTD: jax.Array) -> jax.Array:
     """The chosen experts, (B, T, C)."""
-    graph = nnx.split(nnx.eval_shape(lambda: MoE(config, declare(config)["blocks"]["moe"]["ffn"])))[0]
-    return nnx.merge(graph, weights).route(normed_BTD)[1]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, norm_D: jax.Array, head_VD: jax.Array, x_TD: jax.Array) -> jax.Array:
-    normed_TD = rms_norm(x_TD, norm_D, config.norm_eps)
-    return jnp.matmul(normed_TD, head_VD.T, precision=jax.lax.Precision.HIGHEST)
+    return top_k_weights(project(normed_BTD, router_DE, 1, None), config.top_k, config.normalize_top_k)[1]

@@ -58,11 +58,7 @@ class MoE(SpecModule):
         """Routing weights (B, T, C) in x's dtype, the chosen experts (B, T, C), and statistics."""
         # float32: bfloat16 ties change which experts are chosen
         logits_BTE = self.project("router", x_BTD.astype(jnp.float32), adapters)
-        top_BTC, chosen_BTC = lax.top_k(logits_BTE, self.top_k)
-        if self.normalize:
-            weights_BTC = jax.nn.softmax(top_BTC)
-        else:
-            weights_BTC = jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1)
+        weights_BTC, chosen_BTC = top_k_weights(logits_BTE, self.top_k, self.normalize)
         return weights_BTC.astype(x_BTD.dtype), chosen_BTC, _statistics(logits_BTE, chosen_BTC, segments_BT)
 
     def _compute(
@@ -78,6 +74,18 @@ class MoE(SpecModule):
             return apply_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, 0, index_BT)
         specs = dict(self.expert_specs)
         return run_over_mesh(x_BTD, weights_BTC, chosen_BTC, experts, adapters, specs, mesh, index_BT)
+
+
+def top_k_weights(logits_BTE: jax.Array, top_k: int, normalize: bool = True) -> tuple[jax.Array, jax.Array]:
+    """Routing weights (B, T, C) and the chosen experts (B, T, C).
+
+    Args:
+        normalize: softmax over the chosen experts' logits, so that the weights sum to 1; else over all experts'.
+    """
+    top_BTC, chosen_BTC = lax.top_k(logits_BTE, top_k)
+    if normalize:
+        return jax.nn.softmax(top_BTC), chosen_BTC
+    return jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1), chosen_BTC
 
 
 def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.Array | None) -> Routing:

@@ -1,4 +1,4 @@
-"""Relayed routers: what is kept, what is never worse, and the layer fits against least squares in NumPy."""
+"""Distilled routers: what is kept, what is never worse, and the layer fits against least squares in NumPy."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import pytest
 from convert import cli
 from convert.experts import router_distillation, router_ridge
 from convert.experts.outputs import expert_products, routing
-from convert.experts.router_distillation import RelayOptions, keep_what_helps, recalibrate
+from convert.experts.router_distillation import DistillRoutersOptions, keep_what_helps, recalibrate
 from convert.experts.router_ridge import fitted_router
 from convert.streaming import MANIFEST, ConversionSettings, Writer
 from nemoe_jax.checkpoints import pretrained
@@ -70,7 +70,7 @@ def pair(tmp_path, request):
     return tmp_path / "student", tmp_path / "teacher", sampled_text(config, params, 160)
 
 
-OPTIONS = RelayOptions("", (), "both", steps=40, learning_rate=0.1)
+OPTIONS = DistillRoutersOptions("", (), "both", steps=40, learning_rate=0.1)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def text(tmp_path):
 def command_of(pair, text, *flags):
     student, teacher, _ = pair
     common = ["--calibration", str(text), "--teacher", str(teacher), "--calibration-tokens", "1500", "--steps", "3"]
-    return ["relay", str(student), str(student.parent / "relayed"), *common, *flags]
+    return ["distill-routers", str(student), str(student.parent / "distilled"), *common, *flags]
 
 
 def tensors_of(directory):
@@ -224,21 +224,23 @@ def test_the_command_changes_routers_only_and_says_how_many(pair, text, capsys, 
         bool((params["blocks"]["moe"]["ffn"]["router"] != old).any()), helps)])  # fmt: skip
     assert cli.main(command_of(pair, text, "--json")) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["relay"] == ("kept 1 of 3 layers" if helps else "kept 0 of 3 layers")
+    assert figures["routers"] == ("kept 1 of 3 layers" if helps else "kept 0 of 3 layers")
     assert figures["held_out_loss_after"] == (1.0 if helps else figures["held_out_loss_before"])
-    before, after = tensors_of(pair[0]), tensors_of(pair[0].parent / "relayed")
+    before, after = tensors_of(pair[0]), tensors_of(pair[0].parent / "distilled")
     changed = [key for key in before if not np.array_equal(before[key], after[key])]
     assert changed == (["model.layers.1.block_sparse_moe.gate.weight"] if helps else [])
     if helps:
         key = changed[0]
         np.testing.assert_allclose(after[key] - before[key], np.eye(16, 24), atol=1e-6)
-    manifest = json.loads((pair[0].parent / "relayed" / MANIFEST).read_text())
+    manifest = json.loads((pair[0].parent / "distilled" / MANIFEST).read_text())
     assert [layer["router_change"] > 0 for layer in manifest["layers"]] == [False, helps, False]
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(pair, text, tmp_path, monkeypatch):
-    options = RelayOptions(str(pair[1]), (str(text),), calibration_tokens=1500, steps=3)
-    expected = router_distillation.relay(pair[0], tmp_path / "whole", options, ConversionSettings(shard_bytes=1))
+    options = DistillRoutersOptions(str(pair[1]), (str(text),), calibration_tokens=1500, steps=3)
+    expected = router_distillation.distill_routers(
+        pair[0], tmp_path / "whole", options, ConversionSettings(shard_bytes=1)
+    )
     write = Writer.write
 
     def interrupt(self, unit, *rest):
@@ -249,20 +251,25 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(pair, text, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "write", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            router_distillation.relay(pair[0], tmp_path / "relayed", options, ConversionSettings(shard_bytes=1))
+            router_distillation.distill_routers(
+                pair[0], tmp_path / "distilled", options, ConversionSettings(shard_bytes=1)
+            )
     assert (
-        router_distillation.relay(pair[0], tmp_path / "relayed", options, ConversionSettings(shard_bytes=1)) == expected
+        router_distillation.distill_routers(pair[0], tmp_path / "distilled", options, ConversionSettings(shard_bytes=1))
+        == expected
     )
     assert expected["held_out_loss_after"] <= expected["held_out_loss_before"]
     for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert (tmp_path / "relayed" / path.name).read_bytes() == path.read_bytes()
+        assert (tmp_path / "distilled" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_on_a_mesh(pair):
     student, teacher, tokens = pair
     batches = list(tokens[:32].reshape(-1, 8, LENGTH + 1))
     alone, apart = (
-        recalibrate(Checkpoint(student), Checkpoint(teacher), batches, RelayOptions("", (), steps=2, mesh=mesh))
+        recalibrate(
+            Checkpoint(student), Checkpoint(teacher), batches, DistillRoutersOptions("", (), steps=2, mesh=mesh)
+        )
         for mesh in ("", "data=2,expert=4")
     )
     assert alone[1] == pytest.approx(apart[1], rel=1e-4)
@@ -298,4 +305,4 @@ def test_bad_options_are_one_line_and_exit_status_2(pair, text, tmp_path, capsys
 def test_a_dense_model_has_no_routers(pair, text, tmp_path, capsys):
     pretrained.save_pretrained(tmp_path / "dense", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     assert cli.main(command_of((tmp_path / "dense", pair[1], None), text)) == 2
-    assert "dense: a dense model; relay wants a mixture" in capsys.readouterr().err
+    assert "dense: expected an MoE, got a dense model" in capsys.readouterr().err
