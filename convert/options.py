@@ -70,7 +70,7 @@ CARVE = Conversion(
 
 @dataclasses.dataclass(frozen=True)
 class UpcycleOptions:
-    """How a mixture gets more experts."""
+    """How an MoE model gets more experts."""
 
     experts: int = option(dataclasses.MISSING, "experts per layer of the result: a multiple of the source's")
     mode: Literal["wide", "split", "copies"] = option(
@@ -98,13 +98,13 @@ UPCYCLE = Conversion(
     "upcycle",
     "convert.experts.upcycle:upcycle",
     UpcycleOptions,
-    "give a mixture two, three, … times its experts",
+    "give an MoE model two, three, … times its experts",
     "No data, no model in memory. Expert j·E + e of the result descends from expert e of the source's E.\n"
     "wide and split give the source's logits. copies gives them but for tokens between two groups or near a tie,\n"
     "about 1 in 1000 in each layer with float32 weights and up to 1 in 10 with others.\n"
     "--check prints how far the logits are apart, relative to their standard deviation, and the share of (token,\n"
     "layer) pairs with other experts chosen.",
-    source_help="directory of a mixture",
+    source_help="directory of an MoE model",
 )
 
 
@@ -136,7 +136,7 @@ PRUNE = Conversion(
     "One pass over calibration text with one layer in memory finds them; the rest is nearly a file copy. Scores, kept\n"
     "experts and each layer's error (of the experts' summed output, in squares, relative) are in the manifest.\n"
     "`distill-routers` may recover part of what it costs.",
-    source_help="directory of a mixture",
+    source_help="directory of an MoE model",
 )
 
 
@@ -145,7 +145,7 @@ class DistillRoutersOptions:
     """How routers are recalibrated."""
 
     teacher: str = option(
-        dataclasses.MISSING, "model directory of the same vocabulary: the unpruned mixture or the dense model", "DIR"
+        dataclasses.MISSING, "model directory of the same vocabulary: the unpruned MoE model or the dense model", "DIR"
     )
     calibration: tuple[str, ...] = option(dataclasses.MISSING, "text files, directories or globs")
     method: Literal["distil", "ridge", "both"] = option(
@@ -178,9 +178,9 @@ class MinitronOptions:
     """What a model is pruned to; what is not given stays as wide as it is."""
 
     hidden: int | None = option(None, "channels of the residual stream to keep")
-    ffn: int | None = option(None, "FFN neurons to keep in each layer; of a mixture, in each expert")
+    ffn: int | None = option(None, "FFN neurons to keep in each layer; of an MoE model, in each expert")
     shared_ffn: int | None = option(None, "neurons of the shared expert to keep (NekoMind)")
-    dense_ffn: int | None = option(None, "neurons to keep in a mixture's dense first layers (NekoMind)")
+    dense_ffn: int | None = option(None, "neurons to keep in an MoE model's dense first layers (NekoMind)")
     calibration: tuple[str, ...] = option((), "text files, directories or globs to measure activations on; needed")
     calibration_tokens: int = option(16384, "tokens of it to use, in sequences of 256; the papers take 1024 sequences")
     importance: Literal["activations", "random"] = option(
@@ -195,8 +195,8 @@ MINITRON = Conversion(
     "convert.minitron.minitron:minitron",
     MinitronOptions,
     "prune the width: drop the residual channels and FFN neurons that calibration text excites least",
-    "Any dense model or mixture becomes a narrower one of its family: one pass over the text scores every channel\n"
-    "and neuron, and the best are kept (Minitron, arXiv 2407.14679 and 2408.11796). Each expert of a mixture keeps\n"
+    "Any dense or MoE model becomes a narrower one of its family: one pass over the text scores every channel\n"
+    "and neuron, and the best are kept (Minitron, arXiv 2407.14679 and 2408.11796). Each expert of an MoE model keeps\n"
     "its own neurons. The result is a damaged model until it is distilled from its source (nemoe-train).\n\n"
     "  nemoe-convert minitron nemo-12b minitron-8b --hidden 4096 --ffn 11520 --calibration text/\n",
 )

@@ -9,7 +9,7 @@ import nemoe_jax
 directory, prompt = sys.argv[1:]
 config, params = nemoe_jax.load_pretrained(directory)
 tokenizer = nemoe_jax.load_tokenizer(directory)
-tokens = tokenizer.encode(prompt, bos=True)
+tokens = tokenizer.encode_prompt(prompt)
 logits_BTV = nemoe_jax.forward(config, params, jnp.array([tokens])).logits
 print("most likely next token:", tokenizer.decode([int(logits_BTV[0, -1].argmax())]))
 for step_B in nemoe_jax.generate(config, params, [tokens], max_new_tokens=16):

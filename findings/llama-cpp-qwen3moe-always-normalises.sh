@@ -8,7 +8,7 @@
 # Seen (largest difference of log-probabilities, one small model, 8 experts, top-2): against transformers with
 # norm_topk_prob=False 0.62, with True 3e-6, whether the file says false, true or nothing.
 #
-# Why it matters: a mixture whose router is meant to weigh without normalising (carved from a dense model, say) answers
+# Why it matters: an MoE model whose router is meant to weigh without normalising (carved from a dense model, say) answers
 # differently in llama.cpp, and nothing in its file can be set to correct that.
 set -euo pipefail
 work=$(mktemp -d)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # peft 0.21.2, transformers 5.24.0, torch 2.13.0
 #
-# LoRA on a mixture's fused experts (`target_parameters`) is saved as two matrices for all experts together, and the two
+# LoRA on an MoE model's fused experts (`target_parameters`) is saved as two matrices for all experts together, and the two
 # are ordered differently. Row e * r + i of A is rank i of expert e; column i * E + e of B is the same rank of the same
 # expert. Nothing in the file says so, and all shapes fit the other orders as well.
 #

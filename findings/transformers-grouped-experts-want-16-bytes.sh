@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers 5.24.0, torch 2.13.0
 #
-# Mixtures of transformers 5 compute their experts by `torch._grouped_mm` unless told otherwise. It raises on experts
+# MoE models of transformers 5 compute their experts by `torch._grouped_mm` unless told otherwise. It raises on experts
 # whose rows are no multiple of 16 bytes, which the config and the weights do not tell: the model loads, and the first
 # forward pass fails. `set_experts_implementation("eager")` or `"batched_mm"` computes all of them.
 #

@@ -8,7 +8,7 @@
 # Seen (512 rows, 128 to 256, groups of equal size): executed over needed FLOPs 1.0, 4.0, 16.1 and 64.5 for 1, 4, 16
 # and 64 groups, scratch 0.3, 1.6, 6.3 and 25.2 MB.
 #
-# Why it matters: a mixture with few active experts is no faster than one that uses all, on CPU, and a test that counts
+# Why it matters: an MoE model with few active experts is no faster than one that uses all, on CPU, and a test that counts
 # FLOPs there says nothing about other devices.
 set -euo pipefail
 work=$(mktemp -d)

@@ -71,10 +71,10 @@ def compiled() -> dict[str, Any]:
         tokens_BT = placed(jax.ShapeDtypeStruct((4, 2048), jnp.int32))
         stop_E = np.array([-1], np.int32)
         state, _ = placed(jax.eval_shape(lambda: _start(config, (SLOTS,), jnp.dtype("bfloat16"), False, 1, stop_E)))
-        steps, wishes = placed((np.int32(0), controls([SamplingParams()], config.vocab)))
+        steps, inputs = placed((np.int32(0), controls([SamplingParams()], config.vocab)))
         return {
             "forward": jax.jit(forward).lower(params, tokens_BT).compile(),
-            "decode": _decode.lower(config, params, state, steps, wishes).compile(),
+            "decode": _decode.lower(config, params, state, steps, inputs).compile(),
         }
 
 

@@ -6,7 +6,7 @@
 - Grouped matmul forward, and both of its gradients, of 8192 tokens and of one: ours with several blocks, XLA's
   `ragged_dot`, JAX's kernels for Hopper, tokamax's where it is installed. Tokens are spread unevenly; "equal groups" is
   a batched product without that, for comparison. Named limit: the card's rate of products, of reading for one token.
-- One token times a layer of stacked weights that is not a mixture: ours, and XLA's in two spellings.
+- One token times a layer of stacked weights that is not an MoE model: ours, and XLA's in two spellings.
 - Attention of 8192 tokens, forward alone and with its gradient: cuDNN, Pallas for packed documents, the chunked form,
   XLA's plain one.
 - Attention of one query over the pages of a cache.

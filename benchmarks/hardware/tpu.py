@@ -156,10 +156,10 @@ def lower(config: Any, mesh: Any, work: Work) -> tuple[Any, list[tuple[int, ...]
     state, _ = jax.tree.map(shape, start.out_info, start.output_shardings)
     shares = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves((state.cache.k, state.cache.v))]
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    wishes = jax.tree.map(
+    inputs = jax.tree.map(
         lambda array: shape(array, everywhere), controls([SamplingParams()] * work.rows, config.vocab)
     )
-    return generate._decode.lower(config, params, state, steps, wishes), shares
+    return generate._decode.lower(config, params, state, steps, inputs), shares
 
 
 def copies(program: Any, shares: list[tuple[int, ...]]) -> int:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.inference.sampler                (CPU; half a minute)
 
-Named peer: the processors that transformers' `generate` makes for the same wishes, then torch's multinomial draw or
-argmax; the same float32 logits, both sides one call after the other in one process. Figures are CPU time of the process
-in milliseconds for a batch, each side's least of the turns: other work on the machine can only add to it, above all
+Named peer: the processors that transformers' `generate` makes for the same sampling parameters, then torch's
+multinomial or argmax; the same float32 logits, both sides one call after the other in one process. Figures are CPU time
+of the process in milliseconds for a batch, each side's least of the turns: other work can only add to it, above all
 where there are several threads (taskset -c 1). Limit: half of the peer's time where a token is drawn, its whole time
 for the likeliest token.
 """
@@ -25,7 +25,7 @@ from nemoe_jax.inference.sampler import TokenCounts, controls, sample
 from nemoe_jax.inference.sampling import PRESETS, SamplingParams
 
 VOCAB, ROWS, HISTORY = 131072, 8, 512
-CASES = {  # the wishes, and the share of the peer's time that they may take
+CASES = {  # sampling parameters, and the share of the peer's time that they may take
     "greedy": (SamplingParams(), 1.0),
     "temperature": (SamplingParams(0.8), 0.5),
     "temperature, min-p": (SamplingParams(0.8, min_p=0.1), 0.5),
@@ -77,10 +77,10 @@ def main() -> None:
     figures, missed = {}, False
     print(f"{'':24}{'ours':>10}{'transformers':>14}{'share':>8}{'limit':>8}")
     for name, (sampling, limit) in CASES.items():
-        wishes = jax.device_put(controls([sampling] * ROWS, VOCAB))
+        inputs = jax.device_put(controls([sampling] * ROWS, VOCAB))
 
-        def ours(wishes=wishes):
-            run(ours_BV, wishes, counts, step_B).block_until_ready()
+        def ours(inputs=inputs):
+            run(ours_BV, inputs, counts, step_B).block_until_ready()
 
         def theirs(sampling=sampling):
             by_transformers(sampling, theirs_BV, history_BT)

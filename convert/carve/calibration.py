@@ -7,8 +7,8 @@ carved layers before it give:
    energy. A ridge regression of its logarithm starts the router; cross-entropy, with a penalty on uneven load, finishes
    it. Its rows are then made so short that the chosen experts weigh nearly the same: who is chosen stays, and equal
    weights serve the refit far better than the shares that the router was trained to tell.
-2. Scale. Least squares finds the factor of each expert's `down` with which the mixture comes nearest to the dense FFN.
-3. Refit. With the choices fixed, the mixture is linear in `down`: y = Φ·down, where token t's row of Φ holds the hidden
+2. Scale. Least squares finds the factor of each expert's `down` with which the MoE FFN comes nearest to the dense FFN.
+3. Refit. With the choices fixed, the MoE FFN is linear in `down`: y = Φ·down, where token t's row of Φ holds the hidden
    activations of its chosen experts times their routing weights, and zeros. Ridge regression towards the scaled weights
    of step 2 gives all experts' `down` at once. Its y leads from the carved model's stream to the dense model's after
    the layer, so that each layer mends what those before it got wrong.
@@ -194,7 +194,7 @@ def normal_equations(
 def output_scale(
     gram_FF: jax.Array, moment_FD: jax.Array, down_FD: jax.Array, label_F: jax.Array, groups: int
 ) -> jax.Array:
-    """The factor of each group's `down`, (groups,), with which the mixture comes nearest to the target output.
+    """The factor of each group's `down`, (groups,), with which the MoE FFN comes nearest to the target output.
 
     Least squares on the normal equations of all of `down`, with a small ridge towards the common factor.
 

@@ -2,13 +2,13 @@
 
 Neuron i of a dense SwiGLU adds silu(g_i·x)(u_i·x) w_i. The sum over any partition of the neurons is the dense FFN, so
 the experts are groups of neurons that fire together: balanced k-means of the gate rows. An expert's router row is its
-mean gate row, made orthonormal over the experts (partition.py, router.py).
+mean gate row, made orthonormal over the experts (clustering.py, router_init.py).
 
 The routing weights of the chosen k sum to 1 while a partition sums to the whole, so `down` wants a factor: k if the
 chosen experts gave the whole output, E if all gave alike. Without data it is the power of two next to √(kE), which
 keeps the output's variance where the experts' outputs are independent (a power of two, so that bfloat16 weights come
 back exactly); with calibration text it is what least squares finds for each expert. Too small a factor costs more than
-too large a one: see `benchmarks/convert/output_scale.py`.
+too large a one.
 
 The result is a Mixtral directory. Nothing is retrained: gate and up rows are the dense model's bits, and so are down's
 columns divided by the scale.

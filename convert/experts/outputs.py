@@ -61,5 +61,5 @@ def routing_within(config: ModelConfig, logits_TE: jax.Array, member_ES: jax.Arr
 
 
 def moe_layers(config: ModelConfig) -> range:
-    """The numbers of the layers that are mixtures."""
+    """The numbers of the MoE layers."""
     return range(config.dense_layers, config.layers)

@@ -51,12 +51,12 @@ SUBSETS_AT_ONCE = 128
 def prune(
     source: str | Path, destination: str | Path, options: PruneOptions, run: ConversionSettings = ConversionSettings()
 ) -> Manifest:
-    """Prunes a mixture's directory into another; returns the manifest (see convert/streaming.py).
+    """Prunes an MoE model's directory into another; returns the manifest (see convert/streaming.py).
 
     A run that goes on after an interruption finds its choices again from the same text.
 
     Raises:
-        UserError: not a mixture, bad options, no text, existing destination.
+        UserError: not an MoE model, bad options, no text, existing destination.
     """
     checkpoint = Checkpoint(source)
     config = pruned_config(checkpoint.config, options, str(source))
@@ -97,10 +97,10 @@ def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> Model
     """The shape of the result.
 
     Raises:
-        UserError: the source is no mixture, or the options do not fit it.
+        UserError: the source is not an MoE model, or the options do not fit it.
     """
     if not old.experts:
-        raise UserError(f"{source}: a dense model; prune-experts wants a mixture")
+        raise UserError(f"{source}: a dense model; prune-experts wants an MoE model")
     if bool(options.choices) == bool(options.calibration):
         raise UserError("prune-experts: expected either --calibration text or --choices of an earlier run")
     if not old.top_k <= options.experts < old.experts:

@@ -4,7 +4,7 @@ A pruned MoE still routes as if the dropped experts were there. The teacher is t
 dense model that it was carved from. Two ways, one after the other if both are asked for:
 
 ridge   Layer by layer, each brought nearer to the teacher's on what the layers before it, recalibrated, give: ridge
-        regressions of the router's change from cached products of the experts' outputs (ridge_router.py).
+        regressions of the router's change from cached products of the experts' outputs (router_ridge.py).
 distil  The whole model: Adam on the routers alone, for KL(teacher ‖ model) of the next token (Hyeon and Do, 2026, arXiv
         2603.02217, Router KD). Adam moves every weight by about its learning rate, so that is a share of each router's
         own deviation: a carved router's may be 1e-5.

@@ -1,4 +1,4 @@
-"""Routers fitted layer by layer: each layer of a mixture comes nearer to the teacher's, by its router alone.
+"""Routers fitted layer by layer: each layer of an MoE model comes nearer to the teacher's, by its router alone.
 
 With the choice of experts fixed, routing weights a(R) are a smooth function of the router R. Linearised, the squared
 distance to the teacher's output y,

@@ -1,4 +1,4 @@
-"""Upcycle: a mixture of E experts becomes one of m·E, in one pass over its files and without data.
+"""Upcycle: an MoE model of E experts becomes one of m·E, in one pass over its files and without data.
 
 Expert j·E + e of the result descends from expert e; a result may be upcycled again. There are three ways:
 
@@ -57,7 +57,7 @@ def upcycle(
     With `check` or `check_tokens` the report's "check" holds what `compare.compare` finds.
 
     Raises:
-        UserError: not a mixture, experts that are no multiple, bad options, existing destination.
+        UserError: not an MoE model, experts that are no multiple, bad options, existing destination.
     """
     checkpoint = Checkpoint(source)
     config = upcycled_config(checkpoint.config, options, str(source))
@@ -106,10 +106,10 @@ def upcycled_config(old: ModelConfig, options: UpcycleOptions, source: str) -> M
     """The shape of the result.
 
     Raises:
-        UserError: the source is no mixture, or the options do not fit it.
+        UserError: the source is not an MoE model, or the options do not fit it.
     """
     if not old.experts:
-        raise UserError(f"{source}: a dense model; upcycle wants a mixture (carve makes one)")
+        raise UserError(f"{source}: a dense model; upcycle wants an MoE model (carve makes one)")
     groups = options.experts // old.experts
     if options.experts % old.experts or groups < 2:
         raise UserError(

@@ -2,7 +2,7 @@
 
 One pass of the model over the text, layer by layer, scores everything; the rest is sort and slice:
 
-1. Neurons. Each layer, and each expert, keeps those that the text excites most (minitron_scores.py).
+1. Neurons. Each layer, and each expert, keeps those that the text excites most (importance.py).
 2. Channels. One set for the whole model, since every layer adds to the same stream.
 3. Norms. Over fewer channels an RMSNorm divides by another mean square. Each norm's weight is multiplied by
    √(mean square of the kept channels / mean square of all), measured on the text; epsilon, of which a config has but

@@ -1,4 +1,4 @@
-"""Adapter trees as PEFT's tensors: their names, shapes and values, one layer at a time (the format: peft_tensors.py).
+"""Adapter trees as PEFT's tensors: their names, shapes and values, one layer at a time (the format: peft_format.py).
 
 Since transformers 5 an expert's gate and up are one parameter with one A. Ours have one each, so A is stacked from both
 and B is block-diagonal: the same update, at a rank that is the sum of theirs.

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT's adapter directories as adapter trees to go on training; peft_writer.py is the other direction.
+"""Hugging Face PEFT's adapter directories as adapter trees to go on training; peft_save.py is the other direction.
 
     targets, adapters = load_adapters("adapter", config, mesh)
     save_adapters("adapter-2", config, adapters, base_model="mistralai/Mixtral-8x7B-v0.1")

@@ -1,12 +1,14 @@
 """Many prompts and chats from a file of JSON lines, and their answers line by line in the same order.
 
-What is asked is checked as a whole before the weights are loaded. Answers are made together, written one by one as soon
-as all before them are, and never lost: the same command goes on behind the last whole line of its output.
+What is asked is checked as a whole before the weights are loaded. Responses are made together, written one by one as
+soon as all before them are, and never lost: the same command goes on behind the last whole line of its output. Each
+line has a key, a hash of the model and of the request, by which a changed batch or model is told.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 from collections import deque
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from nemoe_jax.checkpoints.fingerprint import model_fingerprint
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference import sampling_fields
 from nemoe_jax.serving.engine.completion import collect
@@ -45,9 +48,19 @@ class Job(NamedTuple):
     """A line of the input."""
 
     number: int  # from 1
+    line: str
     name: Any  # its "id", which the response carries; None where it has none
     request: Request
     tools: Any
+
+
+class Asked(NamedTuple):
+    """What is kept of every line while the batch runs."""
+
+    number: int
+    prompt_tokens: int
+    max_new_tokens: int
+    key: str
 
 
 def run(
@@ -68,14 +81,15 @@ def run(
     """
     source, target = arguments.batch, arguments.output
     lines = [line for line in enumerate(read_text(source).split("\n"), 1) if line[1].strip()]
+    model = _model_key(arguments.directory, arguments.adapter)
     asked = [
-        (job.number, len(job.request.prompt), job.request.max_new_tokens)
+        Asked(job.number, len(job.request.prompt), job.request.max_new_tokens, _key(model, job))
         for job in jobs(lines, source, builder, template)
     ]
     done = 0 if target == "-" else _finished(Path(target), asked)
     failed: list[int] = []
     if done < len(asked):
-        longest = max(prompt + new for _, prompt, new in asked[done:])
+        longest = max(one.prompt_tokens + one.max_new_tokens for one in asked[done:])
         slots = min(arguments.max_num_seqs, len(asked) - done)
         todo = jobs(lines[done:], source, builder, template)
         with (
@@ -86,7 +100,8 @@ def run(
             task = bar.add_task("answering", total=len(asked), completed=done)
             for job, figures in _answers(engine, todo, AHEAD * slots, builder):
                 name = {} if job.name is None else {"id": job.name}
-                out.write(json.dumps({"line": job.number, **name, **figures}, ensure_ascii=False) + "\n")
+                row = {"line": job.number, **name, **figures, "key": _key(model, job)}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 out.flush()
                 bar.advance(task)
                 failed += [job.number] if "error" in figures else []
@@ -99,7 +114,7 @@ def jobs(lines: Iterable[tuple[int, str]], source: str, builder: RequestBuilder,
     for number, line in lines:
         try:
             fields = json.loads(line)
-            yield Job(number, fields.get("id"), _request(fields, builder, template), fields.get("tools"))
+            yield Job(number, line, fields.get("id"), _request(fields, builder, template), fields.get("tools"))
         except UserError as error:
             raise UserError(f"{source}:{number}: {error}") from error
         except (ValueError, RecursionError, AttributeError) as error:
@@ -162,7 +177,23 @@ def _answers(
         yield first()
 
 
-def _finished(path: Path, asked: Sequence[tuple[int, int, int]]) -> int:
+def _model_key(directory: str, adapter: str | None) -> str:
+    """A hash of the model and of the adapter's files."""
+    digest = hashlib.sha256(model_fingerprint(directory).encode())
+    for path in sorted(Path(adapter).glob("adapter_*")) if adapter else ():
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _key(model: str, job: Job) -> str:
+    """What a response depends on, in 16 hexadecimal digits."""
+    request = job.request
+    settings = [request.max_new_tokens, dataclasses.asdict(request.sampling), request.stop, request.top_logprobs]
+    content = json.dumps([model, job.line, list(map(int, request.prompt)), settings], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _finished(path: Path, asked: Sequence[Asked]) -> int:
     """How many answers a file holds already; what is left of an interrupted line is cut off. Raises UserError."""
     try:
         data = path.read_bytes() if path.exists() else b""
@@ -170,10 +201,9 @@ def _finished(path: Path, asked: Sequence[tuple[int, int, int]]) -> int:
         numbers = []
         for at, line in enumerate(whole.splitlines()):
             answer = json.loads(line)
-            number, prompt, _ = asked[at]
-            if answer["line"] != number or answer.get("prompt_tokens", prompt) != prompt:
+            if answer["line"] != asked[at].number or answer["key"] != asked[at].key:
                 raise ValueError
-            numbers.append(number)
+            numbers.append(asked[at].number)
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
@@ -181,7 +211,7 @@ def _finished(path: Path, asked: Sequence[tuple[int, int, int]]) -> int:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"{path}: line {at + 1} is no answer to what the batch asks there; expected a new file"
+            f"{path}: line {at + 1} is no response of this model to what the batch asks there; expected a new file"
         ) from error
     return len(numbers)
 

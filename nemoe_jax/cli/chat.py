@@ -42,6 +42,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.serving.engine.completion import end_tokens
     from nemoe_jax.serving.engine.request import Request
+    from nemoe_jax.serving.terminal import repl
     from nemoe_jax.serving.terminal.conversation import Conversation
     from nemoe_jax.serving.terminal.session import Session
     from nemoe_jax.serving.terminal.slash_commands import COMMANDS
@@ -81,11 +82,11 @@ def _chat(arguments: argparse.Namespace) -> None:
     with engine_from_args(arguments, tokenizer, generation, max_num_seqs=1, kv_tokens=context) as engine:
         session = Session(conversation, engine, template, preset, end_tokens(config, tokenizer))
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            session.run(PipeIO())
+            repl.run(session, PipeIO())
             return
         # compiles while the first message is typed
         engine.submit(Request((1, 1), 1, template.sampling), lambda piece: None)
         name = model_flags.name_of(arguments.directory)
         terminal = TerminalIO([f"/{command}" for command in COMMANDS], lambda: f"{name} · {session.status()}")
         terminal.note(f"{name}: {config.family}, {context} tokens of context. /help shows the commands, Ctrl-D ends.")
-        session.run(terminal)
+        repl.run(session, terminal)

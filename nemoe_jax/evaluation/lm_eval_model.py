@@ -172,9 +172,9 @@ class NemoeLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def request(self, context: str, wishes: dict[str, Any]) -> Request:
+    def request(self, context: str, gen_kwargs: dict[str, Any]) -> Request:
         """What the engine is asked for a context and a task's `generation_kwargs`."""
-        left: dict[str, Any] = dict(normalize_gen_kwargs(wishes, DEFAULT_NEW_TOKENS))
+        left: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_NEW_TOKENS))
         until, new_tokens = left.pop("until"), left.pop("max_gen_toks")
         left.pop("do_sample")
         sampling = SamplingParams(**{name: left.pop(name) for name in SAMPLING_WISHES if name in left})

@@ -144,56 +144,56 @@ def sample(
         step_B: how many tokens each row's request has chosen before.
         allowed_BW: bits of the tokens that may come, uint32 (B, ceil(V / 32)), the lowest bit first; None: all.
     """
-    wishes = jax.tree.map(jnp.asarray, controls)
-    logits_BV = adjusted(logits_BV, wishes, counts, allowed_BW)
+    inputs = jax.tree.map(jnp.asarray, controls)
+    logits_BV = adjusted(logits_BV, inputs, counts, allowed_BW)
     best_B = logits_BV.max(axis=-1)
     greedy_B = argmax(logits_BV)
-    if wishes.temperature_B is None:
+    if inputs.temperature_B is None:
         return jnp.where(jnp.isfinite(best_B), greedy_B, -1)
-    warm_B = wishes.temperature_B > 0
-    drawn_B = lax.cond(warm_B.any(), lambda: draw(weights(logits_BV, wishes), wishes, step_B), lambda: greedy_B)
+    warm_B = inputs.temperature_B > 0
+    drawn_B = lax.cond(warm_B.any(), lambda: draw(weights(logits_BV, inputs), inputs, step_B), lambda: greedy_B)
     return jnp.where(jnp.isfinite(best_B) & (greedy_B >= 0), jnp.where(warm_B, drawn_B, greedy_B), -1)
 
 
 def adjusted(
-    logits_BV: jax.Array, wishes: SamplerInputs, counts: TokenCounts | None, allowed_BW: jax.Array | None = None
+    logits_BV: jax.Array, inputs: SamplerInputs, counts: TokenCounts | None, allowed_BW: jax.Array | None = None
 ) -> jax.Array:
     """The logits in float32 behind penalties and bias; what is not allowed, or no token, has −∞."""
     logits_BV = logits_BV.astype(jnp.float32)
-    if counts is not None and wishes.repetition_B is not None:
-        asked_B = (wishes.repetition_B != 1) | (wishes.presence_B != 0) | (wishes.frequency_B != 0)
-        logits_BV = lax.cond(asked_B.any(), lambda: _penalised(logits_BV, wishes, counts), lambda: logits_BV)
-    if wishes.bias_BN is not None:
-        biased_BN = wishes.bias_BN != 0
-        logits_BV = lax.cond(biased_BN.any(), lambda: _biased(logits_BV, wishes), lambda: logits_BV)
+    if counts is not None and inputs.repetition_B is not None:
+        asked_B = (inputs.repetition_B != 1) | (inputs.presence_B != 0) | (inputs.frequency_B != 0)
+        logits_BV = lax.cond(asked_B.any(), lambda: _penalised(logits_BV, inputs, counts), lambda: logits_BV)
+    if inputs.bias_BN is not None:
+        biased_BN = inputs.bias_BN != 0
+        logits_BV = lax.cond(biased_BN.any(), lambda: _biased(logits_BV, inputs), lambda: logits_BV)
     if allowed_BW is not None:
         logits_BV = jnp.where(_bits(allowed_BW, logits_BV.shape[1]), logits_BV, -jnp.inf)
-    if wishes.known_V is not None:
-        logits_BV = jnp.where(wishes.known_V, logits_BV, -jnp.inf)
+    if inputs.known_V is not None:
+        logits_BV = jnp.where(inputs.known_V, logits_BV, -jnp.inf)
     return logits_BV
 
 
-def weights(logits_BV: jax.Array, wishes: SamplerInputs) -> jax.Array:
+def weights(logits_BV: jax.Array, inputs: SamplerInputs) -> jax.Array:
     """What the probabilities are in proportion to, (B, V) float32: 1 for the likeliest token, 0 for what drops out."""
-    warmth_B = jnp.where(wishes.temperature_B > 0, wishes.temperature_B, 1)
+    warmth_B = jnp.where(inputs.temperature_B > 0, inputs.temperature_B, 1)
     distance_BV = (logits_BV.max(axis=-1, keepdims=True) - logits_BV) / warmth_B[:, None]
-    few_B, part_B = wishes.top_k_B > 0, wishes.top_p_B < 1
+    few_B, part_B = inputs.top_k_B > 0, inputs.top_p_B < 1
     everything_B = jnp.full(warmth_B.shape, jnp.inf)
 
     def near(limit_B):
         return jnp.where(distance_BV <= limit_B[:, None], jnp.exp(-distance_BV), 0)
 
     def by_rank():
-        reach_B = _reach(distance_BV, jnp.ones_like(distance_BV), wishes.top_k_B.astype(jnp.float32))
+        reach_B = _reach(distance_BV, jnp.ones_like(distance_BV), inputs.top_k_B.astype(jnp.float32))
         return jnp.where(few_B, reach_B, jnp.inf)
 
     def by_share():
         left_BV = near(rank_B)
-        return jnp.where(part_B, _reach(distance_BV, left_BV, wishes.top_p_B * left_BV.sum(axis=-1)), jnp.inf)
+        return jnp.where(part_B, _reach(distance_BV, left_BV, inputs.top_p_B * left_BV.sum(axis=-1)), jnp.inf)
 
     rank_B = lax.cond(few_B.any(), by_rank, lambda: everything_B)
     share_B = lax.cond(part_B.any(), by_share, lambda: everything_B)
-    return near(jnp.minimum(jnp.minimum(rank_B, share_B), -jnp.log(wishes.min_p_B)))
+    return near(jnp.minimum(jnp.minimum(rank_B, share_B), -jnp.log(inputs.min_p_B)))
 
 
 def scores(logits_BV: jax.Array, token_B: jax.Array, top: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -216,18 +216,18 @@ def argmax(logits_BV: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(logits_BV), -1, token_BV).min(axis=-1)
 
 
-def _penalised(logits_BV: jax.Array, wishes: SamplerInputs, counts: TokenCounts) -> jax.Array:
+def _penalised(logits_BV: jax.Array, inputs: SamplerInputs, counts: TokenCounts) -> jax.Array:
     """Repetition penalty on prompt and answer, presence and frequency penalty on the answer."""
-    repetition_B1 = wishes.repetition_B[:, None]
+    repetition_B1 = inputs.repetition_B[:, None]
     answered_BV = counts.answer_BV > 0
     weaker_BV = jnp.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
     logits_BV = jnp.where(counts.prompt_BV | answered_BV, weaker_BV, logits_BV)
-    return logits_BV - wishes.presence_B[:, None] * answered_BV - wishes.frequency_B[:, None] * counts.answer_BV
+    return logits_BV - inputs.presence_B[:, None] * answered_BV - inputs.frequency_B[:, None] * counts.answer_BV
 
 
-def _biased(logits_BV: jax.Array, wishes: SamplerInputs) -> jax.Array:
+def _biased(logits_BV: jax.Array, inputs: SamplerInputs) -> jax.Array:
     rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-    return logits_BV.at[rows_B1, wishes.bias_token_BN].add(wishes.bias_BN, mode="drop")
+    return logits_BV.at[rows_B1, inputs.bias_token_BN].add(inputs.bias_BN, mode="drop")
 
 
 def _bits(words_BW: jax.Array, vocab: int) -> jax.Array:
@@ -251,9 +251,9 @@ def _reach(distance_BV: jax.Array, weight_BV: jax.Array, wanted_B: jax.Array) ->
     return lax.bitcast_convert_type(jnp.maximum(reach_B, 0), jnp.float32)
 
 
-def draw(weight_BV: jax.Array, wishes: SamplerInputs, step_B: jax.Array) -> jax.Array:
+def draw(weight_BV: jax.Array, inputs: SamplerInputs, step_B: jax.Array) -> jax.Array:
     """Tokens drawn in proportion to their weights, (B,) int32, by each row's own random numbers."""
-    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(wishes.seed_B2, impl="threefry2x32"), step_B)
+    keys_B = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(inputs.seed_B2, impl="threefry2x32"), step_B)
     chance_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
     rows, vocab = weight_BV.shape
     blocks = math.ceil(vocab / _BLOCK)

@@ -51,11 +51,11 @@ def from_fields(base: SamplingParams, fields: Mapping[str, Any]) -> SamplingPara
     """`base` with the fields of a JSON object: `preset`, and any field; biases as `{"5": -100}`. Raises UserError."""
     if "preset" in fields:
         base = dataclasses.replace(preset(fields["preset"]), seed=base.seed)
-    wishes = {name: fields[name] for name in _KINDS if fields.get(name) is not None}
-    biases = wishes.get("logit_bias")
+    given = {name: fields[name] for name in _KINDS if fields.get(name) is not None}
+    biases = given.get("logit_bias")
     if isinstance(biases, Mapping):
-        wishes["logit_bias"] = tuple(_bias(f"{token}={bias}") for token, bias in biases.items())
-    return dataclasses.replace(base, **wishes)
+        given["logit_bias"] = tuple(_bias(f"{token}={bias}") for token, bias in biases.items())
+    return dataclasses.replace(base, **given)
 
 
 def as_fields(sampling: SamplingParams) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Block(SpecModule):
     def feed_forward(
         self, normed_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Routing | None]:
-        """What the FFN adds to the stream, and its routing where it is a mixture."""
+        """What the FFN adds to the stream, and its routing where it is an MoE FFN."""
         if isinstance(self.ffn, MoE):
             return self.ffn(normed_BTD, adapters, segments_BT)
         return self.ffn(normed_BTD, adapters), None

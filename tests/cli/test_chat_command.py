@@ -18,6 +18,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.completion import harmless
 from nemoe_jax.serving.engine.request import Request, RequestOutput, ScoredToken
+from nemoe_jax.serving.terminal import repl
 from nemoe_jax.serving.terminal.conversation import Conversation
 from nemoe_jax.serving.terminal.session import Session
 from nemoe_jax.serving.terminal.terminal import PipeIO, history_file, is_whole, message_of
@@ -298,7 +299,7 @@ def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(capsys, monkeypa
     conversation, engine = Conversation(tokenizer, context), Parrot()
     session = Session(conversation, engine, Request((), 4, SamplingParams(seed=7)), None, {2})
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{first}\nsecond\n/regenerate\n"))
-    session.run(PipeIO())
+    repl.run(session, PipeIO())
     printed = capsys.readouterr()
     assert printed.out == "1\n2\n3\n"
     assert printed.err.count("the context is full: the model no longer sees the oldest turn") == 1

@@ -1,4 +1,4 @@
-"""`nemoe generate`: its prompts, its wishes, its batches, as a user gives them."""
+"""`nemoe generate`: its prompts, its sampling parameters, its batches, as a user gives them."""
 
 import io
 import json
@@ -125,7 +125,7 @@ def test_calls_of_tools_and_answers_by_a_schema(capsys, model, tmp_path):
     assert json.loads(run(capsys, "generate", model, *asked)[1])["function"] == call["function"]
 
 
-def wishes(*arguments, default=None):
+def sampling_of(*arguments, default=None):
     parsed = []
     command = Command("nemoe", "")
     sampling_flags.add_flags(command.add("generate", parsed.append, ""), default)
@@ -147,25 +147,25 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_every_wish_has_a_flag_a_setting_and_a_field(flag):
+def test_every_parameter_has_a_flag_a_setting_and_a_field(flag):
     text, expected = FLAGS[flag]
     name = flag.removeprefix("--").replace("-", "_")
     expected = SamplingParams(**expected)
-    assert wishes(f"{flag}={text}") == sampling_fields.from_text(SamplingParams(), name, text) == expected
+    assert sampling_of(f"{flag}={text}") == sampling_fields.from_text(SamplingParams(), name, text) == expected
     value = {"5": -100} if flag == "--logit-bias" else getattr(expected, name)
     assert sampling_fields.from_fields(SamplingParams(), {name: value}) == expected
 
 
-def test_there_are_no_other_wishes():
+def test_there_are_no_other_parameters():
     assert [flag.removeprefix("--").replace("-", "_") for flag in FLAGS] == list(vars(SamplingParams()))
     assert list(sampling_fields.SAMPLING_FIELDS) == list(vars(SamplingParams()))
 
 
 def test_explicit_flags_win_over_a_preset():
     creative = PRESETS["creative"]
-    assert wishes("--sampling-preset", "creative") == wishes("--preset", "creative") == creative
-    assert wishes(default="nemo") == PRESETS["nemo"]
-    chosen = wishes("--temperature", "0", "--sampling-preset", "creative", "--seed", "4")
+    assert sampling_of("--sampling-preset", "creative") == sampling_of("--preset", "creative") == creative
+    assert sampling_of(default="nemo") == PRESETS["nemo"]
+    chosen = sampling_of("--temperature", "0", "--sampling-preset", "creative", "--seed", "4")
     assert chosen == SamplingParams(min_p=creative.min_p, repetition_penalty=creative.repetition_penalty, seed=4)
     assert sampling_fields.from_fields(SamplingParams(seed=5), {"preset": "nemo"}) == SamplingParams(
         temperature=0.3, seed=5
@@ -236,6 +236,18 @@ def test_a_batch_is_answered_in_order_and_goes_on_where_it_stopped(capsys, model
     assert run(capsys, *command, "-", "--output", "-")[1].encode() == whole
 
 
+def test_a_batch_of_another_model_is_not_continued(capsys, model, tmp_path):
+    source, target = write_batch(tmp_path / "in.jsonl", [{"prompt": "Hello"}]), tmp_path / "out.jsonl"
+    assert run(capsys, "generate", model, "--max-new-tokens", 2, "--batch", source, "--output", target)[0] == 0
+    before = target.read_bytes()
+    config, params = pretrained.load_pretrained(model)
+    params["norm"] = -params["norm"]
+    pretrained.save_pretrained(tmp_path / "other", config, params, tokenizer_from=model)
+    for changed in ([tmp_path / "other", "--max-new-tokens", 2], [model, "--max-new-tokens", 3]):
+        status, _, err = run(capsys, "generate", *changed, "--batch", source, "--output", target)
+        assert status == 2 and "no response of this model" in err and target.read_bytes() == before
+
+
 BAD_LINES = {
     "no JSON": ("Hello", "in.jsonl:2: expected a JSON object, got 'Hello'"),
     "no object": ("[1]", "in.jsonl:2: expected a JSON object, got '[1]'"),
@@ -290,7 +302,7 @@ def test_the_answers_of_other_work_are_left_alone(capsys, model, tmp_path, name)
     (tmp_path / "out.jsonl").write_text(OTHER_WORK[name])
     arguments = ["--batch", write_batch(tmp_path / "in.jsonl"), "--output", tmp_path / "out.jsonl"]
     status, _, err = run(capsys, "generate", model, "--max-new-tokens", 5, *arguments)
-    assert status == 2 and "is no answer to what the batch asks there" in err and err.count("\n") == 1
+    assert status == 2 and "is no response of this model to what the batch asks there" in err and err.count("\n") == 1
     assert (tmp_path / "out.jsonl").read_text() == OTHER_WORK[name]
 
 

@@ -233,7 +233,7 @@ def test_too_many_subsets_and_dense_models_are_refused():
     with pytest.raises(UserError, match=r"64 experts have 1,832,624,140,942,590,534 subsets of 32.*use --method reap"):
         prune.pruned_config(MIXTRAL.replace(experts=64), options, "model")
     assert prune.pruned_config(MIXTRAL, PruneOptions(8, ("text.txt",), "exhaustive"), "model").experts == 8
-    with pytest.raises(UserError, match="model: a dense model; prune-experts wants a mixture"):
+    with pytest.raises(UserError, match="model: a dense model; prune-experts wants an MoE model"):
         prune.pruned_config(DENSE, options, "model")
 
 

@@ -251,4 +251,4 @@ def test_bad_options_are_one_line_and_exit_status_2(tmp_path, capsys, flags, mes
 def test_a_dense_model_is_refused(tmp_path, capsys):
     pretrained.save_pretrained(tmp_path / "1", DENSE, schema.initialize(DENSE, jax.random.key(0)))
     assert cli.main(["upcycle", str(tmp_path / "1"), str(tmp_path / "2"), "--experts", "32"]) == 2
-    assert "a dense model; upcycle wants a mixture" in capsys.readouterr().err
+    assert "a dense model; upcycle wants an MoE model" in capsys.readouterr().err

@@ -72,8 +72,8 @@ def by_transformers(sampling, logits_V, tokens_T):
 
 def test_what_remains_is_what_transformers_leaves_and_as_likely(given, counts):
     logits_BV, prompt_BT, answer_BT = given
-    wishes = controls(WISHES, VOCAB)
-    weight_BV = np.asarray(jit_weights(jit_adjusted(logits_BV, wishes, counts), wishes), np.float64)
+    inputs = controls(WISHES, VOCAB)
+    weight_BV = np.asarray(jit_weights(jit_adjusted(logits_BV, inputs, counts), inputs), np.float64)
     for sampling, logits_V, tokens_T, weight_V in zip(
         WISHES, logits_BV, np.concatenate([prompt_BT, answer_BT], axis=1), weight_BV, strict=True
     ):
@@ -125,9 +125,9 @@ def test_rows_without_a_token_are_never_chosen(given, counts):
     logits_BV, prompt_BT, answer_BT = given
     known_V = np.arange(VOCAB) < VOCAB - 5
     known_V[logits_BV[0].argmax()] = False
-    wishes = controls(WISHES, VOCAB, known_V)
-    weight_BV = np.asarray(jit_weights(jit_adjusted(logits_BV, wishes, counts), wishes))
-    got_B = np.asarray(jit_choose(logits_BV, wishes, counts, STEPS))
+    inputs = controls(WISHES, VOCAB, known_V)
+    weight_BV = np.asarray(jit_weights(jit_adjusted(logits_BV, inputs, counts), inputs))
+    got_B = np.asarray(jit_choose(logits_BV, inputs, counts, STEPS))
     for sampling, logits_V, tokens_T, weight_V, got in zip(
         WISHES, logits_BV, np.concatenate([prompt_BT, answer_BT], axis=1), weight_BV, got_B, strict=True
     ):
@@ -153,13 +153,13 @@ def test_draws_come_as_often_as_they_are_likely():
     logits_V = (3 * random.standard_normal(VOCAB)).astype(np.float32)
     sampling = SamplingParams(1.3, top_p=0.95)
     seeds = [0, 1, 2**32, 2**32 + 1, -1, 2**64 - 2, 12345678901, 7]  # their upper halves count, too
-    wishes = controls([SamplingParams(1.3, top_p=0.95, seed=seed) for seed in seeds], VOCAB)
+    inputs = controls([SamplingParams(1.3, top_p=0.95, seed=seed) for seed in seeds], VOCAB)
     logits_BV = jnp.tile(logits_V, (ROWS, 1))
 
     @jax.jit
     def draws(steps_S):
-        weight_BV = sampler.weights(logits_BV, wishes)
-        return jax.lax.map(lambda step: sampler.draw(weight_BV, wishes, jnp.full(ROWS, step)), steps_S)
+        weight_BV = sampler.weights(logits_BV, inputs)
+        return jax.lax.map(lambda step: sampler.draw(weight_BV, inputs, jnp.full(ROWS, step)), steps_S)
 
     token_SB = np.asarray(draws(jnp.arange(3000)))
     probabilities_V = by_transformers(sampling, logits_V, [0]).double().softmax(-1).numpy()
@@ -189,15 +189,15 @@ def test_a_row_is_the_same_wherever_it_stands(given, counts):
     np.testing.assert_array_equal(moved_B, got_B[order])
     for row in range(ROWS):
         alone = TokenCounts(counts.prompt_BV[row : row + 1], counts.answer_BV[row : row + 1])
-        wishes = controls([samplings[row]], VOCAB)
-        assert jit_choose(logits_BV[row : row + 1], wishes, alone, step_B[row : row + 1]).tolist() == [got_B[row]]
+        inputs = controls([samplings[row]], VOCAB)
+        assert jit_choose(logits_BV[row : row + 1], inputs, alone, step_B[row : row + 1]).tolist() == [got_B[row]]
 
 
 def test_another_step_or_seed_draws_anew(given):
     logits_BV = jnp.tile(given[0][0], (ROWS, 1))
-    wishes = controls([SamplingParams(5.0, seed=9)] * ROWS, VOCAB)
+    inputs = controls([SamplingParams(5.0, seed=9)] * ROWS, VOCAB)
     step_B = jnp.array([0, 0, 1, 2, 3, 4, 5, 6])
-    drawn = np.asarray(jit_choose(logits_BV, wishes, None, step_B))
+    drawn = np.asarray(jit_choose(logits_BV, inputs, None, step_B))
     assert drawn[0] == drawn[1] and len(set(drawn.tolist())) == ROWS - 1
 
 
@@ -239,11 +239,11 @@ def test_over_a_mesh_as_on_one_device(given, counts):
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     logits_BV = given[0][:, : VOCAB // 4 * 4]
     fewer = TokenCounts(*(array_BV[:, : VOCAB // 4 * 4] for array_BV in counts))
-    wishes = controls(WISHES, VOCAB // 4 * 4)
-    alone_B = jit_choose(logits_BV, wishes, fewer, STEPS)
+    inputs = controls(WISHES, VOCAB // 4 * 4)
+    alone_B = jit_choose(logits_BV, inputs, fewer, STEPS)
     cut = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     with jax.set_mesh(mesh):
-        spread_B = jit_choose(jax.device_put(logits_BV, cut), wishes, jax.device_put(fewer, cut), STEPS)
+        spread_B = jit_choose(jax.device_put(logits_BV, cut), inputs, jax.device_put(fewer, cut), STEPS)
     np.testing.assert_array_equal(spread_B, alone_B)
 
 

@@ -80,13 +80,13 @@ def openai_client(address, key="none"):
     )
 
 
-def complete(client, prompt=PROMPT, **wishes):
-    return client.completions.create(**{"model": "nano", "prompt": prompt, "max_tokens": 8, "temperature": 0, **wishes})
+def complete(client, prompt=PROMPT, **params):
+    return client.completions.create(**{"model": "nano", "prompt": prompt, "max_tokens": 8, "temperature": 0, **params})
 
 
-def ask(client, messages=CHAT, **wishes):
-    wishes = {"model": "nano", "max_tokens": 8, "temperature": 0, **wishes}
-    return client.chat.completions.create(messages=messages, **wishes)
+def ask(client, messages=CHAT, **params):
+    params = {"model": "nano", "max_tokens": 8, "temperature": 0, **params}
+    return client.chat.completions.create(messages=messages, **params)
 
 
 def wait_for(condition, seconds=20):
@@ -157,11 +157,11 @@ def test_a_chat_is_the_rendered_prompt_continued(client, tokenizer):
     assert going_on.usage.prompt_tokens == len(render_chat(tokenizer, begun, continue_answer=True))
 
 
-@pytest.mark.parametrize("wishes", [{}, {"n": 3, "temperature": 1, "seed": 3, "logprobs": 1}])
-def test_a_streamed_completion_joins_to_the_whole(client, wishes):
-    whole = complete(client, **wishes)
+@pytest.mark.parametrize("params", [{}, {"n": 3, "temperature": 1, "seed": 3, "logprobs": 1}])
+def test_a_streamed_completion_joins_to_the_whole(client, params):
+    whole = complete(client, **params)
     texts, tokens, reasons, usage = {}, {}, {}, None
-    for chunk in complete(client, stream=True, stream_options={"include_usage": True}, **wishes):
+    for chunk in complete(client, stream=True, stream_options={"include_usage": True}, **params):
         assert usage is None
         usage = chunk.usage
         for choice in chunk.choices:
@@ -212,8 +212,8 @@ def test_stop_texts_and_tokens_end_an_answer(client, tokenizer):
 def test_wishes_reach_the_choice_of_tokens(client, tokenizer):
     first = complete(client, max_tokens=1, logprobs=5).choices[0]
     hot = {"temperature": 2, "max_tokens": 1}
-    for wishes in ({"top_p": 0}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1}}):
-        assert complete(client, **hot, **wishes).choices[0].text == first.text, wishes
+    for params in ({"top_p": 0}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 1}}):
+        assert complete(client, **hot, **params).choices[0].text == first.text, params
     made, _ = greedy(tokenizer.encode(PROMPT, bos=True), 1)
     assert complete(client, max_tokens=1, logit_bias={str(made[0]): -100}).choices[0].text != first.text
 
@@ -295,10 +295,10 @@ def test_what_usual_clients_send(client, tokenizer):
     stops = [f"never {number}" for number in range(20)]
     assert complete(client, stop=stops).choices[0].text == complete(client).choices[0].text
     begun = [*CHAT, {"role": "assistant", "content": "It"}]
-    wishes = {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": {"x": 1}}
-    assert ask(client, begun, extra_body=wishes).choices[0].message.content
+    params = {"continue_final_message": True, "add_generation_prompt": False, "chat_template_kwargs": {"x": 1}}
+    assert ask(client, begun, extra_body=params).choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="add_generation_prompt"):
-        ask(client, begun, extra_body=wishes | {"add_generation_prompt": True})
+        ask(client, begun, extra_body=params | {"add_generation_prompt": True})
     push = {"logit_bias": {"2": 100}, "max_tokens": 4}
     assert complete(client, **push).choices[0].finish_reason == "stop"
     assert complete(client, **push, extra_body={"ignore_eos": True}).usage.completion_tokens == 4
@@ -314,13 +314,13 @@ def test_what_usual_clients_send(client, tokenizer):
 
 def test_adapters_are_chosen_by_model_within_a_batch(client, engine):
     names = ("nano", *ADAPTERS)
-    wishes = {"max_tokens": 24, "logit_bias": NO_END}
-    alone = {name: complete(client, model=name, **wishes).choices[0].text for name in names}
+    params = {"max_tokens": 24, "logit_bias": NO_END}
+    alone = {name: complete(client, model=name, **params).choices[0].text for name in names}
     assert len(set(alone.values())) == 3
     together, most = {}, 0
 
     def run(name):
-        together[name] = complete(client, model=name, **wishes).choices[0].text
+        together[name] = complete(client, model=name, **params).choices[0].text
 
     threads = [threading.Thread(target=run, args=(name,)) for name in names]
     for thread in threads:

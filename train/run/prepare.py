@@ -153,7 +153,7 @@ def abstract_trainable(
 
 
 def routers_scale(phase: Phase, params: Tree, mesh: Mesh | None) -> np.ndarray | None:
-    """The learning-rate factor of each layer's router; a model has at most one run of mixtures."""
+    """The learning-rate factor of each layer's router; a model has at most one group of MoE layers."""
     for path, router_LDE in leaves(params).items():
         if path.endswith("/router"):
             everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None

@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """SIGTERM and the first Ctrl-C as a wish that the loop asks about; use it as a context.
+    """SIGTERM and the first Ctrl-C as a request to stop that the loop asks about; use it as a context.
 
     Over several processes it is SIGTERM alone, to any of them, and JAX's own service that agrees on the step.
     """

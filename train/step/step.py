@@ -130,7 +130,7 @@ class Objective:
         return total, parts
 
     def held_out(self, trainable: Tree, frozen: Flat, batch: Batch) -> Sums:
-        """Sums over the targets that count: "loss" (nats), "tokens"; and "load" (L, E) of a mixture, times tokens."""
+        """Sums over the targets that count: "loss" (nats), "tokens"; and "load" (L, E) of MoE layers, times tokens."""
         hidden, (_, sums) = self._through(trainable, frozen, None, batch)
         tokens = batch.mask.sum()
         load = {} if hidden.routing is None else {"load": hidden.routing.load_E * tokens}

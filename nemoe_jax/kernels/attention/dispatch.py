@@ -2,7 +2,7 @@
 
 - TPU: splash attention, JAX's own Pallas kernel, which keeps no scores and shares keys and values between the heads of
   a group; where head_dim and length are multiples of its 128 lanes.
-- NVIDIA GPU: attention_gpu.py, in bfloat16 and float16.
+- NVIDIA GPU: gpu.py, in bfloat16 and float16.
 - Elsewhere, and there too otherwise: XLA's plain attention while the scores are small, then `flash_attention_xla`.
 - On CPU not the plain attention but `blockwise_attention_cpu`, which leaves out most of what the causal mask hides.
 

@@ -3,7 +3,7 @@
     y_RF[r] = x_RD[r] @ w_EDF[expert of row r]        rows r in groups of sizes_E, in order
 
 `jax.lax.ragged_dot` is a real kernel on TPU. Elsewhere it multiplies every row with every expert: on CPU a loop runs
-over tiles of rows instead (grouped_matmul_cpu.py), and NVIDIA GPUs have kernels (grouped_matmul_gpu.py). Rows beyond
+over tiles of rows instead (cpu.py), and NVIDIA GPUs have kernels (gpu.py). Rows beyond
 the last group (experts that live on another device) are neither computed nor defined.
 
 R rows, D inputs, F outputs, E experts, K rank of the adapters.

@@ -116,15 +116,15 @@ class ServedModel:
         ]
 
     def _sampling(self, asked: GenerationParams) -> SamplingParams:
-        wishes = {
+        given = {
             field.name: value
             for field in dataclasses.fields(SamplingParams)
             if field.name not in ("seed", "logit_bias") and (value := getattr(asked, field.name)) is not None
         }
-        if wishes.get("top_k") == -1:
-            wishes["top_k"] = 0
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
         biases = tuple((int(token), float(bias)) for token, bias in (asked.logit_bias or {}).items())
-        return dataclasses.replace(self.sampling, **wishes, logit_bias=biases)
+        return dataclasses.replace(self.sampling, **given, logit_bias=biases)
 
     def room(self, prompt: Sequence[int], wanted: int | None, default: int | None, param: str) -> int:
         """How many tokens an answer may have.

@@ -56,7 +56,7 @@ class ModelRunner:
             sooner ready; otherwise one program does for all requests that have no log-probabilities or constraints.
         pages: of each device's pool, with page 0.
         slots: tokens of a row at most.
-        bank: all adapters (adapter_bank.py), or None. Where there are some, rows without one pass through them as well.
+        bank: all adapters (adapters/multi_lora), or None. Rows without one pass through them as well.
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""A chat as it goes: messages are answered, and lines that begin with a slash are commands.
-
-Ctrl-C stops an answer: what came of it stays.
-"""
+"""A chat as it goes: messages are answered. Ctrl-C stops a response: what came of it stays."""
 
 import contextlib
 import dataclasses
@@ -13,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.completion import Completion, collect
 from nemoe_jax.serving.engine.request import Request, RequestOutput
-from nemoe_jax.serving.terminal import slash_commands
 from nemoe_jax.serving.terminal.conversation import Conversation
 from nemoe_jax.serving.terminal.terminal import PipeIO
 
@@ -24,48 +20,28 @@ if TYPE_CHECKING:
 class Session:
     """One chat with one model.
 
-    wishes: what each request asks for; its prompt is not used. Its seed is that of the first answer, and each further
+    template: what each request asks for; its prompt is not used. Its seed is that of the first answer, and each further
         answer takes the next one, so that an answer made anew is another.
-    preset: the name of the preset that the wishes come from.
+    preset: the name of the preset that the sampling parameters come from.
     ends: the model's end tokens.
     """
 
     def __init__(
-        self, conversation: Conversation, engine: "Engine", wishes: Request, preset: str | None, ends: Collection[int]
+        self, conversation: Conversation, engine: "Engine", template: Request, preset: str | None, ends: Collection[int]
     ):
         self.conversation = conversation
         self.engine = engine
-        self.wishes = wishes
+        self.template = template
         self.preset = preset
         self.ends = ends
         self.terminal = PipeIO()
         self._answers = 0
         self._left_out = 0
 
-    def run(self, terminal: PipeIO) -> None:
-        """Reads messages and commands to their end.
-
-        Raises:
-            UserError: the first thing that is wrong, where nobody sits at the terminal to mend it.
-        """
-        self.terminal = terminal
-        for text in terminal.messages():
-            try:
-                if text.startswith("/") and not text.startswith("//"):
-                    slash_commands.run(self, text)
-                else:
-                    self.ask(text.removeprefix("/") if text.startswith("//") else text)
-            except slash_commands.Quit:
-                return
-            except UserError as error:
-                if not terminal.interactive:
-                    raise
-                terminal.note(f"error: {error}", "red")
-
     def status(self) -> str:
         """Where the chat is, in one line."""
         preset = f"{self.preset} · " if self.preset else ""
-        return f"{preset}temperature {self.wishes.sampling.temperature:g} · /help"
+        return f"{preset}temperature {self.template.sampling.temperature:g} · /help"
 
     def ask(self, text: str) -> None:
         """Adds a question, and has it answered. Raises UserError."""
@@ -96,7 +72,7 @@ class Session:
 
     def room(self) -> int:
         """Tokens that are kept free for an answer: what it may take, or a quarter of the context if that is less."""
-        return max(1, min(self.wishes.max_new_tokens, self.conversation.context // 4))
+        return max(1, min(self.template.max_new_tokens, self.conversation.context // 4))
 
     def _made(self) -> Completion:
         prompt = self.conversation.prompt(self.room())
@@ -104,11 +80,11 @@ class Session:
             turns = "turn" if prompt.left_out == 1 else f"{prompt.left_out} turns"
             self.terminal.note(f"the context is full: the model no longer sees the oldest {turns}", "yellow")
         self._left_out = prompt.left_out
-        sampling = self.wishes.sampling
+        sampling = self.template.sampling
         request = dataclasses.replace(
-            self.wishes,
+            self.template,
             prompt=prompt.tokens,
-            max_new_tokens=min(self.wishes.max_new_tokens, self.conversation.context - len(prompt.tokens)),
+            max_new_tokens=min(self.template.max_new_tokens, self.conversation.context - len(prompt.tokens)),
             sampling=dataclasses.replace(sampling, seed=sampling.seed + self._answers),
         )
         self._answers += 1

@@ -57,24 +57,24 @@ def _system(session: "Session", text: str) -> None:
 
 def _preset(session: "Session", name: str) -> None:
     if name:
-        sampling = dataclasses.replace(sampling_fields.preset(name), seed=session.wishes.sampling.seed)
-        session.wishes = dataclasses.replace(session.wishes, sampling=sampling)
+        sampling = dataclasses.replace(sampling_fields.preset(name), seed=session.template.sampling.seed)
+        session.template = dataclasses.replace(session.template, sampling=sampling)
         session.preset = name
     session.terminal.note(f"preset: {session.preset or 'none'} (of {', '.join(PRESETS)})")
 
 
 def _set(session: "Session", setting: str) -> None:
     name, value = [*re.split(r"[\s=]+", setting, maxsplit=1), ""][:2]
-    wishes = session.wishes
+    template = session.template
     if name == "max_new_tokens":
         if not value.isdecimal() or int(value) < 1:
             raise UserError(f"max_new_tokens: expected a positive number, got {value!r:.80}")
-        session.wishes = dataclasses.replace(wishes, max_new_tokens=int(value))
+        session.template = dataclasses.replace(template, max_new_tokens=int(value))
     elif name:
-        sampling = sampling_fields.from_text(wishes.sampling, name, value)
+        sampling = sampling_fields.from_text(template.sampling, name, value)
         sampling.check(session.engine.config.vocab)
-        session.wishes = dataclasses.replace(wishes, sampling=sampling)
-    values = sampling_fields.as_fields(session.wishes.sampling) | {"max_new_tokens": session.wishes.max_new_tokens}
+        session.template = dataclasses.replace(template, sampling=sampling)
+    values = sampling_fields.as_fields(session.template.sampling) | {"max_new_tokens": session.template.max_new_tokens}
     chosen = [name] if name else list(values)
     session.terminal.note("\n".join(f"{name} {values[name]}" for name in chosen))
 
@@ -83,7 +83,7 @@ def _regenerate(session: "Session", _: str) -> None:
     before = list(session.conversation.messages)
     if not session.conversation.reopen():
         raise UserError("/regenerate: there is no question yet")
-    if session.wishes.sampling.temperature == 0:
+    if session.template.sampling.temperature == 0:
         session.terminal.note("at temperature 0 an answer is always the same; /set temperature 0.7")
     session.answer(before)
 

@@ -1,7 +1,7 @@
 """Loads the tokenizer of a model, whatever its kind.
 
     tokenizer = load_tokenizer("models/nemo")       # or …/tekken.json, …/tokenizer.model.v3, …/tokenizer.json
-    ids = tokenizer.encode("Hello", bos=True)
+    ids = tokenizer.encode_prompt("Hello")
     tokenizer.decode(ids)
 
 Text is read as text: control tokens that it spells out stay characters. Chats are rendered by `nemoe_jax.text.chat`.
