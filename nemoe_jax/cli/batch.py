@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from nemoe_jax.checkpoints.fingerprint import model_fingerprint
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference import sampling_fields
 from nemoe_jax.serving.engine.completion import collect
@@ -179,6 +178,8 @@ def _answers(
 
 def _model_key(directory: str, adapter: str | None) -> str:
     """A hash of the model and of the adapter's files."""
+    from nemoe_jax.checkpoints.fingerprint import model_fingerprint
+
     digest = hashlib.sha256(model_fingerprint(directory).encode())
     for path in sorted(Path(adapter).glob("adapter_*")) if adapter else ():
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

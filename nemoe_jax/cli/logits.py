@@ -5,7 +5,6 @@ from pathlib import Path
 
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
-from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.utils.command import Command
 from nemoe_jax.utils.output_path import atomic_write
 
@@ -30,6 +29,7 @@ def _logits(arguments: argparse.Namespace) -> None:
 
     from nemoe_jax.checkpoints import reader
     from nemoe_jax.model.transformer import forward
+    from nemoe_jax.spec.mesh import use_mesh
 
     try:
         tokens = np.array([[int(token) for token in arguments.tokens.split(",")]], np.int32)

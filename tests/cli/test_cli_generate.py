@@ -346,4 +346,4 @@ def test_logits_that_are_no_numbers(capsys, tmp_path):
     status, _, err = run(capsys, "generate", tmp_path / "infinite", *batch, "--max-new-tokens", 5)
     assert status == 2 and "2 of 2 lines got an error, line 1 the first" in err
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [set(answer) for answer in answers] == [{"line", "id", "error"}, {"line", "error"}]
+    assert [set(answer) for answer in answers] == [{"line", "id", "error", "key"}, {"line", "error", "key"}]
