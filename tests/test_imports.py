@@ -34,19 +34,10 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for top in TOP for path in (ROOT / top).rglob("*.py")}
 
 
-def imported_modules(name: str, types: bool = True) -> set[str]:
-    """The project's modules that a module imports anywhere in it, also within functions.
-
-    Args:
-        types: whether imports for the type checker alone count.
-    """
+def imported_modules(name: str) -> set[str]:
+    """The project's modules that a module imports anywhere in it, also within functions and for the type checker."""
     found: set[str] = set()
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    if not types:
-        tree.body = [
-            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-        ]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -75,7 +66,7 @@ def test_every_import_goes_down_a_level():
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    graph = {name: imported_modules(name, types=False) for name in MODULES if name != "nemoe_jax"}
+    graph = {name: imported_modules(name) for name in MODULES if name != "nemoe_jax"}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
