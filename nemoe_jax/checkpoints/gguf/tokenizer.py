@@ -18,6 +18,7 @@ from nemoe_jax.checkpoints.gguf.header import GgufHeader
 from nemoe_jax.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer, to_json
 from nemoe_jax.errors import UserError
 
+EXACT_SPACES = "sentencepiece_spaces"  # in tokenizer_config.json: text gets its space in front as SentencePiece does it
 _PREFIX = "tokenizer.ggml."
 _BPE = 2  # trainer_spec.model_type
 _SPACE = "▁"
@@ -70,7 +71,7 @@ def tokenizer_files(header: GgufHeader) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
     }
     if model == "llama":
-        config |= {"legacy": True, "add_prefix_space": fields.get("add_space_prefix", bool, True)}
+        config |= {"legacy": True, EXACT_SPACES: True, "add_prefix_space": fields.get("add_space_prefix", bool, True)}
     files["tokenizer_config.json"] = (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
     return files | _templates(header)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from nemoe_jax.checkpoints.gguf.tokenizer import EXACT_SPACES
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.tokenizers.hf_tokenizer import (
     ALWAYS_CONTROL,
@@ -64,7 +65,7 @@ def rewritten(path: Path) -> dict[str, Any]:
     vocab = {one.piece: i for i, one in enumerate(proto.pieces)}
     model: dict[str, Any] = {"byte_fallback": trainer.byte_fallback}
     if trainer.model_type == BPE:
-        model |= {"type": "BPE", "vocab": vocab, "merges": implied_merges(vocab)}
+        model |= {"type": "BPE", "vocab": vocab, "merges": implied_merges(vocab, [one.score for one in proto.pieces])}
         model |= {"unk_token": trainer.unk_piece, "fuse_unk": True}
     else:
         scores = [[one.piece, one.score] for one in proto.pieces]
@@ -75,22 +76,29 @@ def rewritten(path: Path) -> dict[str, Any]:
     steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
     steps += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
+    spaces: Any = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+    steps_before = normalizers(rules)
+    if prefix and config.get(EXACT_SPACES):  # Metaspace adds no space before a space
+        steps_before += [{"type": "Prepend", "prepend": SPACE}]
+        steps_before += [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+        spaces = None
     added = added_tokens(path.parent, config, vocab, proto)
     return {
         "version": "1.0",
         "model": model,
-        "normalizer": normalizer(rules),
-        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False},
+        "normalizer": sequence(steps_before),
+        "pre_tokenizer": spaces,
         "post_processor": post_processor(config, {token["content"]: token["id"] for token in added}),
         "decoder": {"type": "Sequence", "decoders": steps},
         "added_tokens": added,
     }
 
 
-def implied_merges(vocab: dict[str, int]) -> list[list[str]]:
-    """The merges of a BPE that is known by its tokens, in order of their ids: every pair that makes a token."""
+def implied_merges(vocab: dict[str, int], scores: list[float]) -> list[list[str]]:
+    """The merges of a BPE that is known by its tokens: every pair that makes a token, the best score first."""
     merges = []
-    for merged, rank in vocab.items():
+    for merged, i in vocab.items():
+        rank = (-scores[i], i)
         for cut in range(1, len(merged)):
             left, right = merged[:cut], merged[cut:]
             if left in vocab and right in vocab:
@@ -98,7 +106,7 @@ def implied_merges(vocab: dict[str, int]) -> list[list[str]]:
     return [[left, right] for *_, left, right in sorted(merges)]
 
 
-def normalizer(rules: Any) -> dict[str, Any] | None:
+def normalizers(rules: Any) -> list[dict[str, Any]]:
     """SentencePiece's rules for text: its table of characters, and no spaces but single ones."""
     steps: list[dict[str, Any]] = []
     if rules.precompiled_charsmap:
@@ -107,6 +115,11 @@ def normalizer(rules: Any) -> dict[str, Any] | None:
     if rules.remove_extra_whitespaces:
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    return steps
+
+
+def sequence(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Normalizers one after another; None without any."""
     return {"type": "Sequence", "normalizers": steps} if steps else None
 
 
