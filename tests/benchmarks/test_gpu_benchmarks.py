@@ -7,24 +7,24 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 def run(name, *arguments):
-    command = [sys.executable, BENCHMARKS / name, *arguments]
+    command = [sys.executable, "-m", f"benchmarks.hardware.{name}", *arguments]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
 
 
 def test_the_models_dry_run_prints_every_row():
     pytest.importorskip("transformers")
-    printed = run("gpu.py", "--tiny")
+    printed = run("gpu", "--tiny")
     assert printed.count("(limit 2.0)") == 3 and printed.count("(limit 0.5)") == 2
     assert "ours: forward" in printed and "peer: forward" in printed
 
 
 def test_the_kernels_dry_run_times_what_a_cpu_can_interpret():
-    printed = run("gpu_kernels.py", "--tiny")
+    printed = run("gpu_kernels", "--tiny")
     kernels = [line for line in printed.splitlines() if line.startswith("  ")]
     assert sum("Triton" in line and " us" in line for line in kernels) == 2 * 5 + 2  # three kinds, two of one token
     assert sum("Pallas" in line and " us" in line for line in kernels) == 6
@@ -35,9 +35,9 @@ def test_the_kernels_dry_run_times_what_a_cpu_can_interpret():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("gpu.py", "JAX finds no GPU"),
-        ("gpu_kernels.py", "JAX finds no GPU"),
-        ("gpu_compile.py", "jax-cuda12-plugin is not installed"),
+        ("gpu", "JAX finds no GPU"),
+        ("gpu_kernels", "JAX finds no GPU"),
+        ("gpu_compile", "jax-cuda12-plugin is not installed"),
     ],
 )
 def test_what_is_missing_is_said(name, reason):

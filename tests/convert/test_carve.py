@@ -143,7 +143,7 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
         (["--experts", "5", "--layout", "shared"], "39 of the 48 FFN neurons do not divide into --experts 5"),
         (["--experts", "4", "--router", "distilled"], "--router distilled: expected --calibration text"),
         (["--experts", "4", "--control"], "--control: expected --calibration text"),
-        (["--experts", "4", "--calibration", "nowhere.txt"], "nowhere.txt: no text there"),
+        (["--experts", "4", "--calibration", "nowhere.txt"], "no tokenizer (expected tekken.json, tokenizer.json or"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_status_2(dense_directory, tmp_path, capsys, flags, message):
@@ -159,7 +159,7 @@ def test_bad_options_are_one_line_and_exit_status_2(dense_directory, tmp_path, c
     ("tokens", "message"),
     [
         ("9", "--calibration-tokens: expected more than 768, for two batches, one held out"),
-        ("131072", "expected more than 131,328 tokens (--calibration-tokens 131072, in batches of 768), got 2,001"),
+        ("131072", "expected more than 131,328 tokens (--calibration-tokens 131072, in batches of 768), got 2,002"),
         ("0", "--calibration-tokens: expected a positive number, got 0"),
     ],
 )
