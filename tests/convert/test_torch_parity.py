@@ -127,8 +127,10 @@ def test_the_verify_command_agrees_and_disagrees(family, tmp_path, capsys, monke
     assert json.loads(capsys.readouterr().out)["agrees"] is True
 
     # one expert's rows in another order: a mistake that only logits show
-    def shuffled(self, key):
-        tensor = self.files[key].view(key)
+    view = reader.Checkpoint.view
+
+    def shuffled(self, key, *dtype):
+        tensor = view(self, key, *dtype)
         return tensor[::-1] if ".experts.3." in key else tensor
 
     monkeypatch.setattr(reader.Checkpoint, "view", shuffled)

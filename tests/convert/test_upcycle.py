@@ -234,7 +234,7 @@ def test_the_check_on_text(tmp_path, capsys):
         (["--experts", "80", "--mode", "split"], "experts of 12 neurons do not divide into 5 parts"),
         (["--experts", "32", "--noise", "-1"], "--noise: expected 0 or more, got -1.0"),
         (["--experts", "32", "--noise", "nan"], "--noise: expected 0 or more, got nan"),
-        (["--experts", "32", "--check", "nowhere.txt"], "nowhere.txt: no text there"),
+        (["--experts", "32", "--check", "nowhere.txt"], "no tokenizer (expected tekken.json, tokenizer.json or"),
         (["--experts", "32", "--check", __file__], "tokenizer"),
         (["--experts", "464", "--mode", "copies"], "29 groups want 29 channels"),
     ],

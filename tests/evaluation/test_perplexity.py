@@ -138,7 +138,7 @@ def test_a_model_is_compared_with_its_reference(directory, tmp_path, capsys):
     assert main(["perplexity", str(tmp_path / "moe"), text, "--reference", str(directory), *flags]) == 0
     printed = capsys.readouterr()
     figures = json.loads(printed.out)
-    ids = np.array(load_tokenizer(directory).encode((directory.parent / "text.txt").read_text(), eos=True))
+    ids = np.array(load_tokenizer(directory).encode_document((directory.parent / "text.txt").read_text()))
     starts = np.linspace(0, len(ids) - 33, (len(ids) - 1) // 32).astype(int)
     windows = np.stack([ids[start : start + 33] for start in starts]).astype(np.int32)
     log_p, log_q = (

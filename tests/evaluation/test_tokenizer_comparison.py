@@ -156,7 +156,7 @@ def test_figures_are_the_quotients():
 BAD = {
     "no UTF-8": ({"x.txt": b"ok\n" * 50 + b"caf\xe9 \n"}, "x.txt: expected UTF-8 text, got byte 0xe9 at 153"),
     "cut short": ({"x.txt": "é".encode() * 40 + b"\xe2\x82"}, "x.txt: expected UTF-8 text, got byte 0xe2 at 80"),
-    "bad line": ({"x.jsonl": b'{"text": "a"}\n[1]\n'}, 'x.jsonl:2: expected a JSON object with a "text"'),
+    "bad line": ({"x.jsonl": b'{"text": "a"}\n[1]\n'}, r"x.jsonl:2: expected an object, got \[1\]"),
     "no text": ({"x.txt": b"", "y.txt": b""}, "x.txt, .*y.txt: empty text"),
 }
 

@@ -9,8 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.kernels.attention import paged
 from nemoe_jax.kernels.attention.paged import KEYS, PAGE, _attend, _ways_to_decode
-from nemoe_jax.model import kv_cache as module
 from nemoe_jax.model.kv_cache import (
     LayerCache,
     division,
@@ -181,7 +181,7 @@ def test_the_kernel_for_gpus_equals_the_plain_steps(dtype, monkeypatch):
     _, held = attend(q, k, v, [200], dtype, config=dataclasses.replace(LONG, head_dim=16))
     given = q[:, :1], jnp.asarray([[199], [0], [70]]), held.k, held.v, held.table_BM, held.layer
     alike = _attend(*given, pages=KEYS // PAGE)
-    monkeypatch.setattr(module, "gpu_paged_attention", functools.partial(module.gpu_paged_attention, interpret=True))
+    monkeypatch.setattr(paged, "gpu_paged_attention", functools.partial(paged.gpu_paged_attention, interpret=True))
     y = _ways_to_decode(q[:, :1], held.k)["cuda"](*given)
     np.testing.assert_allclose(y.astype(jnp.float32), alike.astype(jnp.float32), atol=3e-2)
 
