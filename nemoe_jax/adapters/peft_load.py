@@ -1,7 +1,6 @@
 """Hugging Face PEFT's adapter directories as adapter trees to go on training; peft_save.py is the other direction.
 
     targets, adapters = load_adapters("adapter", config, mesh)
-    save_adapters("adapter-2", config, adapters, base_model="mistralai/Mixtral-8x7B-v0.1")
 
 PEFT gives every module an adapter of its own; ours are stacked over layers and experts. Where some of them have none or
 a smaller rank, the missing ranks are zero in A and B, whose gradients are then zero as well: they stay as they are.
@@ -23,15 +22,12 @@ from jax.sharding import Mesh
 from nemoe_jax.adapters import lora
 from nemoe_jax.adapters.lora import Adapter, Target
 from nemoe_jax.adapters.peft_format import LowRank, PeftAdapter
-from nemoe_jax.adapters.peft_save import save_adapters
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, Tree, leaves, map_with_path
 from nemoe_jax.spec.sharding import RULES, Rules
 from nemoe_jax.utils.progress import progress_bar
-
-__all__ = ["load_adapters", "read_targets", "save_adapters"]
 
 
 class _Stack(NamedTuple):

@@ -1,7 +1,8 @@
 """The key/value cache: pages of a fixed number of tokens from one pool, which a table gives to the rows of a batch.
 
 A row of length l holds ceil(l / page) pages, so rows of different lengths waste less than a page each (Kwon et al.,
-2023, PagedAttention). Page 0 is nobody's: a table has it where a row has no page, and nothing is ever written there.
+2023, PagedAttention). Page 0 is the null page: unallocated
+entries of a table point to it, and nothing is ever written there.
 Keys and values are kept in the model's dtype, in another float dtype (float8_e4m3fn as it is: its range needs no
 scales), or in int8 with a float32 scale for each token and head.
 
@@ -23,7 +24,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, KVPages, _attend, _ways_to_decode
+from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, KVPages, attend_pages, decode_kernels
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import axes_size, batch_axes, spans_devices
@@ -202,7 +203,7 @@ def _placed(place: PartitionSpec) -> Any:
 
 
 def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, window, sequence):
-    """`extend` on one device, with its heads, rows and pages."""
+    """`update_and_attend` on one device, with its heads, sequences and pages."""
     cuts = axes_size(sequence)
     part = lax.axis_index(sequence) if sequence else 0
     table_BM = cache.table_BM.reshape(len(cache.table_BM), -1, cuts)[:, :, part]
@@ -217,18 +218,16 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, windo
 
     def attend(queries):
         q, positions = queries
-        return _attend(q, positions, k, v, table_BM, cache.layer, window, pages, part, sequence)
+        return attend_pages(q, positions, k, v, table_BM, cache.layer, window, pages, part, sequence)
 
     # a query that does not count sees its row's first key, so that it makes no work
     seen_BT = jnp.where(jnp.arange(positions_BT.shape[1]) < counts_B1, positions_BT, 0)
     batch, length = positions_BT.shape
     pages = KEYS // PAGE
-    if (
-        target_platform() == "cpu"
-    ):  # where few new tokens seldom have many before them, and a step costs what it computes
+    if target_platform() == "cpu":  # few new tokens seldom have many before them, and a step costs what it computes
         pages = next(few for few in (1, 2, pages) if few == pages or length <= few * PAGE)
     if length == 1 and not sequence:
-        ways = _ways_to_decode(q_BTNH, k, window)
+        ways = decode_kernels(q_BTNH, k, window)
         given = (q_BTNH, seen_BT, k, v, table_BM, cache.layer)
         return lax.platform_dependent(*given, **ways, default=lambda *given: attend(given[:2])), k, v
     if length <= QUERIES:

@@ -27,7 +27,8 @@ from safetensors.numpy import save_file
 from nemoe_jax.adapters import lora, peft_save
 from nemoe_jax.adapters.lora import Target
 from nemoe_jax.adapters.peft_format import PeftAdapter
-from nemoe_jax.adapters.peft_load import load_adapters, read_targets, save_adapters
+from nemoe_jax.adapters.peft_load import load_adapters, read_targets
+from nemoe_jax.adapters.peft_save import save_adapters
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward

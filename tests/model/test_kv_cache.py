@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.kernels.attention import paged
-from nemoe_jax.kernels.attention.paged import KEYS, PAGE, _attend, _ways_to_decode
+from nemoe_jax.kernels.attention.paged import KEYS, PAGE, attend_pages, decode_kernels
 from nemoe_jax.model.kv_cache import (
     LayerCache,
     division,
@@ -73,7 +73,7 @@ def test_a_window_hides_the_keys_before_it(window):
     y, _ = attend(q, k, v, [1030, 1, 69], window=window)
     np.testing.assert_allclose(y, plain(q, k, v, None, window), atol=2e-5)
     held = shared_cache(LONG, 2, 1100, 30, jnp.float32)
-    assert {*_ways_to_decode(q[:, :1], held.k, window)} == {"cpu", "tpu"}  # the kernels of GPUs know no window
+    assert {*decode_kernels(q[:, :1], held.k, window)} == {"cpu", "tpu"}  # the kernels of GPUs know no window
 
 
 def test_rows_take_whole_pages_of_their_own():
@@ -164,14 +164,14 @@ def test_int8_with_its_scales_is_within_half_a_step():
 
 
 @pytest.mark.parametrize("way", ["tpu", "cpu"])
-def test_other_ways_to_decode_equal_the_plain_steps(way):
+def test_otherdecode_kernels_equal_the_plain_steps(way):
     config = dataclasses.replace(LONG, heads=4, head_dim=128)
     q, k, v = inputs(3, 600, config)
     _, held = attend(q, k, v, [600], config=config)
     given = q[:, :1], jnp.asarray([[599], [0], [70]]), held.k, held.v, held.table_BM, held.layer
-    alike = _attend(*given, pages=KEYS // PAGE)
+    alike = attend_pages(*given, pages=KEYS // PAGE)
     with pltpu.force_tpu_interpret_mode() if way == "tpu" else contextlib.nullcontext():
-        y = _ways_to_decode(q[:, :1], held.k)[way](*given)
+        y = decode_kernels(q[:, :1], held.k)[way](*given)
     np.testing.assert_allclose(y, alike, atol=2e-2 if way == "tpu" else 1e-5)  # the kernel multiplies in bfloat16
 
 
@@ -180,9 +180,9 @@ def test_the_kernel_for_gpus_equals_the_plain_steps(dtype, monkeypatch):
     q, k, v = (x.astype(jnp.bfloat16) for x in inputs(3, 200, dataclasses.replace(LONG, head_dim=16)))
     _, held = attend(q, k, v, [200], dtype, config=dataclasses.replace(LONG, head_dim=16))
     given = q[:, :1], jnp.asarray([[199], [0], [70]]), held.k, held.v, held.table_BM, held.layer
-    alike = _attend(*given, pages=KEYS // PAGE)
+    alike = attend_pages(*given, pages=KEYS // PAGE)
     monkeypatch.setattr(paged, "gpu_paged_attention", functools.partial(paged.gpu_paged_attention, interpret=True))
-    y = _ways_to_decode(q[:, :1], held.k)["cuda"](*given)
+    y = decode_kernels(q[:, :1], held.k)["cuda"](*given)
     np.testing.assert_allclose(y.astype(jnp.float32), alike.astype(jnp.float32), atol=3e-2)
 
 

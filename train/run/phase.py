@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from nemoe_jax.adapters import lora, peft_load
+from nemoe_jax.adapters import lora, peft_save
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import ResumableError
 from nemoe_jax.spec import schema
@@ -179,7 +179,7 @@ class PhaseRun:
             base = str((self.recipe.model or self.recipe.output).absolute())
             if self.merged:  # a model that is on no disk: PEFT is not to take another for it
                 base += f" after {', '.join(self.merged)}"
-            peft_load.save_adapters(directory, self.config, trainable["adapters"], base_model=base, changes=changes)
+            peft_save.save_adapters(directory, self.config, trainable["adapters"], base_model=base, changes=changes)
 
     def _seconds_per_token(self) -> float | None:
         """Seconds that the devices need for a token at their peak; None where no peak is known."""

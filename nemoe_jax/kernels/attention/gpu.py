@@ -1,13 +1,12 @@
-"""Causal attention on NVIDIA GPUs, none of which keeps the scores.
+"""Causal attention of whole sequences on NVIDIA GPUs; no way keeps the scores. (Decoding: paged.py.)
 
 - One document a row: cuDNN's flash attention, forward and gradient; it shares keys and values between the heads of a
   group.
 - Packed documents: cuDNN takes them only as a mask of all pairs, so JAX's own Pallas kernel for Triton, with keys and
   values repeated.
-- One query a row over the pages of a cache: JAX's own Pallas kernel for Triton, which reads them where they lie.
 - What none of them takes, float32 above all, and packed documents with a sliding window: `flash_attention_xla`.
 
-B batch, T sequence, N heads, K kv heads, H head_dim, P pages, S slots of a page, M pages of a row.
+B batch, T sequence, N heads, K kv heads, H head_dim.
 """
 
 import importlib

@@ -1,4 +1,12 @@
-"""PAGED"""
+"""Attention over the pages of a key/value cache: in blocks of keys everywhere, and a kernel a platform for decoding.
+
+`attend_pages` takes any number of queries a sequence and keeps a running maximum and sum over blocks of keys; on
+several devices along `sequence` each adds up its own pages and they merge (Flash-Decoding). For one query a sequence
+`decode_kernels` gives what is faster: on CPU each sequence alone, on TPUs and NVIDIA GPUs JAX's own Pallas kernels.
+
+B sequences, Q queries, N heads, K kv heads, G = N / K, H head_dim, L layers, P pages of the pool, S slots of a page, M
+pages of a sequence, C keys of a step.
+"""
 
 import functools
 import math
@@ -11,50 +19,13 @@ from jax import lax
 from nemoe_jax.kernels.attention.gpu import pallas_kernel
 from nemoe_jax.spec.mesh import axes_size
 
-_PAGES = 2  # pages that a program reads at a time
-_SPLITS = 32  # programs at most that share a row's keys
-
-
-def gpu_paged_attention(
-    q_BNH: jax.Array,
-    k_KPSH: jax.Array,
-    v_KPSH: jax.Array,
-    length_B: jax.Array,
-    table_BM: jax.Array,
-    k_scale_KPS: jax.Array | None = None,
-    v_scale_KPS: jax.Array | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """Attention of one query a row over its row's first `length_B` tokens, (B, N, H) in q's dtype; scaled by H^-1/2.
-
-    Args:
-        length_B: int32, one at least.
-        table_BM: int32: the page that holds a row's m-th page.
-        k_scale_KPS: of int8 keys; with `v_scale_KPS`.
-        interpret: runs it on any platform, slowly.
-    """
-    splits = min(table_BM.shape[1] & -table_BM.shape[1], _SPLITS)
-    of_program = table_BM.shape[1] // splits
-    return pallas_kernel("paged_attention").paged_attention(
-        (q_BNH.astype(jnp.float32) * q_BNH.shape[-1] ** -0.5).astype(q_BNH.dtype),
-        k_KPSH,
-        v_KPSH,
-        table_BM,
-        length_B,
-        k_scale_KPS,
-        v_scale_KPS,
-        k_splits=splits,
-        pages_per_compute_block=min(of_program & -of_program, _PAGES),
-        num_warps=4,
-        interpret=interpret,
-    )
-
-
 PAGE = 128  # tokens: as many as a TPU's lanes, or it would copy all scales of an int8 cache in every layer
 KEYS = 512  # keys of a step: how many scores a query has at a time; tables have whole steps
 KEYS_ON_TPU = 8192  # of a step with one query, without the kernel: a step costs as much as some thousand keys
 QUERIES = 512  # queries of a step
-_HIDDEN = -1e30  # finite, so that a row that sees nothing yet gives no NaN
+_HIDDEN = -1e30  # finite, so that a query that sees nothing yet gives no NaN
+_PAGES = 2  # pages that a program reads at a time
+_SPLITS = 32  # programs at most that share a sequence's keys
 
 
 class KVPages(NamedTuple):
@@ -64,8 +35,17 @@ class KVPages(NamedTuple):
     scale: jax.Array | None  # float32 (K, L, P, S), for int8
 
 
-def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, window=None, pages=1, part=0, sequence=()):
-    """Attention of some queries over their rows' pages, so many a step, with a running maximum and sum."""
+def attend_pages(
+    q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, window=None, pages=1, part=0, sequence=()
+):
+    """Attention of some queries over their sequences' pages, (B, Q, N, H), `pages` of them a step.
+
+    Args:
+        positions_BQ: of the queries; a query sees the keys up to its own position.
+        table_BM: the pages of each sequence, 0 where there is none.
+        window: how many keys back a query sees, itself included.
+        part: which of the devices along `sequence` this one is: page m is on device m modulo their number.
+    """
     batch, queries, heads, width = q_BQNH.shape
     kv_heads, cuts, dtype = k.pool.shape[0], axes_size(sequence), q_BQNH.dtype
     q = (q_BQNH.astype(jnp.float32) * width**-0.5).astype(dtype)
@@ -115,8 +95,8 @@ def _attend(q_BQNH, positions_BQ, k: KVPages, v: KVPages, table_BM, layer, windo
     return y.transpose(1, 3, 0, 2, 4).reshape(q_BQNH.shape)
 
 
-def _ways_to_decode(q_B1NH: jax.Array, k: KVPages, window: int | None = None) -> dict[str, Any]:
-    """By platform, what attends for one query a row better than `_attend` for all rows: `_attend`'s arguments."""
+def decode_kernels(q_B1NH: jax.Array, k: KVPages, window: int | None = None) -> dict[str, Any]:
+    """By platform, what is faster than `attend_pages` for one query a sequence; it takes `attend_pages`'s arguments."""
     ways: dict[str, Any] = {"cpu": _row_by_row, "tpu": _in_long_steps}
     if window is not None:  # which the kernels do not know
         return {platform: functools.partial(way, window=window) for platform, way in ways.items()}
@@ -130,23 +110,23 @@ def _ways_to_decode(q_B1NH: jax.Array, k: KVPages, window: int | None = None) ->
 
 
 def _row_by_row(q_B1NH, positions_B1, k, v, table_BM, layer, window=None):
-    """Each row goes over its own pages alone, one at a time."""
+    """Each sequence goes over its own pages alone, one at a time."""
 
     def attend(row):
         q, positions, table = (x[None] for x in row)
-        return _attend(q, positions, k, v, table, layer, window)[0]
+        return attend_pages(q, positions, k, v, table, layer, window)[0]
 
     return lax.map(attend, (q_B1NH, positions_B1, table_BM))
 
 
 def _in_long_steps(q_B1NH, positions_B1, k, v, table_BM, layer, window=None):
-    """As many of `KEYS_ON_TPU` as divide the rows' room."""
+    """As many of `KEYS_ON_TPU` as divide a sequence's pages."""
     pages = math.gcd(table_BM.shape[1], KEYS_ON_TPU // PAGE)
-    return _attend(q_B1NH, positions_B1, k, v, table_BM, layer, window, pages)
+    return attend_pages(q_B1NH, positions_B1, k, v, table_BM, layer, window, pages)
 
 
 def _kernel_for_tpus(q_B1NH, positions_B1, k, v, table_BM, layer):
-    """JAX's Pallas kernel for TPUs, which reads the pages where they lie."""
+    """JAX's Pallas kernel for TPUs, which reads the pages in place."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention  # half a second
 
     q_BNH = (q_B1NH[:, 0].astype(jnp.float32) * q_B1NH.shape[3] ** -0.5).astype(q_B1NH.dtype)
@@ -169,3 +149,38 @@ def _kernel_for_gpus(q_B1NH, positions_B1, k, v, table_BM, layer):
 def _all_pages(array: jax.Array) -> jax.Array:
     """(K, L, P, S, …) -> (K, L·P, S, …)."""
     return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
+def gpu_paged_attention(
+    q_BNH: jax.Array,
+    k_KPSH: jax.Array,
+    v_KPSH: jax.Array,
+    length_B: jax.Array,
+    table_BM: jax.Array,
+    k_scale_KPS: jax.Array | None = None,
+    v_scale_KPS: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of one query a sequence over its first `length_B` tokens, (B, N, H) in q's dtype; scaled by H^-1/2.
+
+    Args:
+        length_B: int32, one at least.
+        table_BM: int32: the page that holds a sequence's m-th page.
+        k_scale_KPS: of int8 keys; with `v_scale_KPS`.
+        interpret: runs it on any platform, slowly.
+    """
+    splits = min(table_BM.shape[1] & -table_BM.shape[1], _SPLITS)
+    of_program = table_BM.shape[1] // splits
+    return pallas_kernel("paged_attention").paged_attention(
+        (q_BNH.astype(jnp.float32) * q_BNH.shape[-1] ** -0.5).astype(q_BNH.dtype),
+        k_KPSH,
+        v_KPSH,
+        table_BM,
+        length_B,
+        k_scale_KPS,
+        v_scale_KPS,
+        k_splits=splits,
+        pages_per_compute_block=min(of_program & -of_program, _PAGES),
+        num_warps=4,
+        interpret=interpret,
+    )

@@ -6,7 +6,7 @@
 Mistral's format, as mistral-common encodes it (it is the reference; the tests compare ids): neighboring messages of
 one role join with a blank line; the system prompts, joined likewise, go before the *last* user message (`v2`, `v3`),
 before the first (`v1`), or between control tokens of their own (`v7` on); each answer ends with `</s>`. Tools, their
-calls and their results (`v3` on) are JSON between control tokens, in `nemoe_jax.chat_tools`. Only these functions make
+calls and their results (`v3` on) are JSON between control tokens, in tools.py. Only these functions make
 control ids: what a message spells out is encoded as text. (In `v1` the markers themselves are text.)
 
 For training, `encode_with_assistant_mask` also returns a loss mask: true for the ids of the assistant's answers, calls
