@@ -227,8 +227,11 @@ MERGE = Conversion(
 class LayoutOptions:
     """What is to be written."""
 
-    to: Literal["mistral", "huggingface"] = option(
-        dataclasses.MISSING, "layout of DST: consolidated.safetensors and params.json, or config.json and shards"
+    to: Literal["mistral", "huggingface", "qwen3-next", "ernie"] = option(
+        dataclasses.MISSING,
+        "layout of DST: mistral: consolidated.safetensors and params.json; huggingface: config.json and shards; "
+        "qwen3-next, ernie: an MoE with a shared expert as Qwen3NextForCausalLM (with QK-norm) or as "
+        "Ernie4_5_MoeForCausalLM (a carved one without QK-norm)",
     )
 
 
@@ -236,9 +239,10 @@ LAYOUT = Conversion(
     "layout",
     "convert.layout:change_layout",
     LayoutOptions,
-    "write a model in Mistral's own layout, or in Hugging Face's",
+    "write a model in Mistral's own layout, in Hugging Face's, or as an architecture that transformers and vLLM open",
     "SRC may have either layout: config.json with model*.safetensors, or params.json with consolidated.safetensors.\n"
-    "Tokenizer files are carried along. Mistral's layout has one weight file, whatever --shard-gb says.",
+    "Tokenizer files are carried along. Mistral's layout has one weight file, whatever --shard-gb says.\n"
+    "qwen3-next and ernie give the same logits in transformers, vLLM and SGLang, and are not read back here.",
 )
 
 
