@@ -239,10 +239,10 @@ LAYOUT = Conversion(
     "layout",
     "convert.layout:change_layout",
     LayoutOptions,
-    "write a model in Mistral's own layout, in Hugging Face's, or as an architecture that transformers and vLLM open",
+    "write a model in Mistral's own layout, in Hugging Face's, or as an architecture that transformers opens",
     "SRC may have either layout: config.json with model*.safetensors, or params.json with consolidated.safetensors.\n"
     "Tokenizer files are carried along. Mistral's layout has one weight file, whatever --shard-gb says.\n"
-    "qwen3-next and ernie give the same logits in transformers, vLLM and SGLang, and are not read back here.",
+    "qwen3-next and ernie give the same logits in transformers, and are not read back here.",
 )
 
 

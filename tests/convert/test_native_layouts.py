@@ -14,18 +14,13 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
-from nemoe_jax.spec.config import ModelConfig, RopeScaling
+from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.utils.command import Command
 from tests.support.configs import DENSE, MIXTRAL, NEKOMIND
 
 CARVED = NEKOMIND.replace(qk_norm=False, shared_ffn=24, dense_layers=1, tied=False)
 MODELS = {
     "qwen3-next": (NEKOMIND, "Qwen3NextForCausalLM"),
-    "qwen3-next unnormalized": (
-        NEKOMIND.replace(normalize_top_k=False, tied=False, dense_layers=0, rope_scaling=RopeScaling("linear", 2.0)),
-        "Qwen3NextForCausalLM",
-    ),
-    "ernie": (CARVED, "Ernie4_5_MoeForCausalLM"),
     "ernie tied": (CARVED.replace(tied=True, dense_layers=0, shared_ffn=12), "Ernie4_5_MoeForCausalLM"),
 }
 
