@@ -40,8 +40,8 @@ def add(command: Command) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from nemoe_jax.checkpoints import reader
-    from nemoe_jax.serving.engine.completion import end_tokens
     from nemoe_jax.serving.engine.request import Request
+    from nemoe_jax.serving.request_builder import RequestBuilder
     from nemoe_jax.serving.terminal import repl
     from nemoe_jax.serving.terminal.conversation import Conversation
     from nemoe_jax.serving.terminal.session import Session
@@ -72,7 +72,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         render.render_chat(tokenizer, [{"role": "user", "content": "Hello"}])
     except UserError as error:
         raise UserError(f"{error}; nemoe generate continues plain text") from error
-    conversation = Conversation(tokenizer, context)
+    builder, conversation = RequestBuilder(config, tokenizer), Conversation(tokenizer, context)
     if arguments.load:
         conversation.load(Path(arguments.load))
     if arguments.system is not None:
@@ -80,7 +80,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     preset = arguments.sampling_preset or (None if generation.sampling else arguments.default_preset)
     with engine_from_args(arguments, tokenizer, generation, max_num_seqs=1, kv_tokens=context) as engine:
-        session = Session(conversation, engine, template, preset, end_tokens(config, tokenizer))
+        session = Session(conversation, engine, builder, template, preset)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             repl.run(session, PipeIO())
             return

@@ -191,7 +191,7 @@ def _warm_up(served: "ServedModel") -> None:
     requests = [Request((token,) * length, WARM_UP_TOKENS) for length in sorted(lengths)]
     requests.append(Request((token,), WARM_UP_TOKENS, SamplingParams(repetition_penalty=1.1), top_logprobs=0))
     with contextlib.suppress(UserError):  # a tokenizer that no grammar can be made of
-        requests.append(Request((token,), WARM_UP_TOKENS, constraint=json_object(served.vocabulary)))
+        requests.append(Request((token,), WARM_UP_TOKENS, constraint=json_object(served.builder.vocabulary)))
     for request in requests:
         for output in served.engine.submit(request):
             if output.error:

@@ -29,6 +29,7 @@ from nemoe_jax.inference.generate import cache_dtype_of
 from nemoe_jax.inference.generation_config import read_generation_config
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.request import Request
+from nemoe_jax.serving.request_builder import RequestBuilder
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from nemoe_jax.utils.progress import progress_bar
@@ -73,6 +74,7 @@ class NemoeLM(TemplateLM):
         self.mesh = make_mesh(parse_mesh(mesh)) if mesh else None
         config, self.params = load_pretrained(pretrained, mesh=self.mesh, dtype=dtype, progress=True)
         self.model_config = read_generation_config(pretrained).with_end_tokens(config)
+        self.builder = RequestBuilder(self.model_config, self.tokenizer)
         self.max_length = self.model_config.context if max_length is None else int(max_length)
         if not 1 <= self.max_length <= self.model_config.context:
             raise UserError(f"max_length: expected 1 to the context of {self.model_config.context}, got {max_length}")
@@ -187,4 +189,5 @@ class NemoeLM(TemplateLM):
         ids = self.text.encode(context)[-(self.max_length - new_tokens) :]
         stop_tokens = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
         stop = tuple(text for text in until if text)
-        return Request(tuple(ids), new_tokens, sampling, stop=stop, stop_tokens=stop_tokens)
+        template = Request((), new_tokens, sampling, stop=stop, stop_tokens=stop_tokens)
+        return self.builder.of_tokens(template, ids)

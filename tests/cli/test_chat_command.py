@@ -13,11 +13,13 @@ import time
 
 import pytest
 
+from nemoe_jax.checkpoints.reader import read_config
 from nemoe_jax.cli import main
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.completion import harmless
 from nemoe_jax.serving.engine.request import Request, RequestOutput, ScoredToken
+from nemoe_jax.serving.request_builder import RequestBuilder
 from nemoe_jax.serving.terminal import repl
 from nemoe_jax.serving.terminal.conversation import Conversation
 from nemoe_jax.serving.terminal.session import Session
@@ -293,11 +295,12 @@ class Parrot:
         on_piece(RequestOutput("", (ScoredToken(2),), "stop"))
 
 
-def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(capsys, monkeypatch, tokenizer):
+def test_a_full_context_leaves_out_the_oldest_turns_and_says_so(capsys, monkeypatch, model, tokenizer):
     first = "first " * 20
     context = len(render.render_chat(tokenizer, [{"role": "user", "content": first}])) + 6
     conversation, engine = Conversation(tokenizer, context), Parrot()
-    session = Session(conversation, engine, Request((), 4, SamplingParams(seed=7)), None, {2})
+    builder = RequestBuilder(read_config(model), tokenizer)
+    session = Session(conversation, engine, builder, Request((), 4, SamplingParams(seed=7)))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{first}\nsecond\n/regenerate\n"))
     repl.run(session, PipeIO())
     printed = capsys.readouterr()

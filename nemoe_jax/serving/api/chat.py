@@ -31,10 +31,9 @@ from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json,
 from nemoe_jax.serving.api.writer import ResponseWriter
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import Constraint, ScoredToken
-from nemoe_jax.serving.structured.grammar import tool_calls
 from nemoe_jax.serving.structured.validation import schema_violation
 from nemoe_jax.text.chat.render import render_chat
-from nemoe_jax.text.chat.tool_parser import ParsedAnswer, ToolCallStreamParser
+from nemoe_jax.text.chat.tool_parser import ParsedAnswer
 
 Plain = dict[str, Any]
 
@@ -102,7 +101,7 @@ def constraint_maker(
     def constraint() -> Constraint | None:
         try:
             parallel = asked.parallel_tool_calls is not False
-            return tool_calls(served.vocabulary, served.tokenizer, tools, choice, parallel, schema)
+            return served.builder.constraint(tools, choice, schema, parallel)
         except UserError as error:
             if str(error).startswith("schema: "):
                 raise ApiError(400, f"response_format: {error}", "response_format") from error
@@ -125,7 +124,7 @@ class ChatWriter(ResponseWriter):
         super().__init__(served, asked, "chatcmpl", prompt_tokens)
         self.asked = asked
         count = asked.n or 1
-        self.readers = [ToolCallStreamParser(served.tokenizer, tools, served.ends) for _ in range(count)]
+        self.readers = [served.builder.parser(tools) for _ in range(count)]
         self.texts = [""] * count
         self.schema = response_schema(asked)
         self.parameters = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools or ()}
@@ -206,7 +205,9 @@ class ChatWriter(ResponseWriter):
         """Those of the tokens that are text."""
         if not self.asked.logprobs:
             return None
-        return chat_logprobs(self.served, (scored for scored in tokens if scored.token not in self.served.ends))
+        return chat_logprobs(
+            self.served, (scored for scored in tokens if scored.token not in self.served.builder.end_tokens)
+        )
 
 
 def call_of(call: Any) -> Call:
@@ -225,7 +226,7 @@ def chat_logprobs(served: ServedModel, tokens: Iterable[ScoredToken]) -> ChatLog
     """Those of a chat's answer; a token that is a part of a character shows as U+FFFD beside its bytes."""
 
     def likely(token: int, logprob: float | None) -> LikelyToken:
-        data = served.vocabulary.token_bytes(token)
+        data = served.builder.vocabulary.token_bytes(token)
         text = data.decode("utf-8", "replace") if data else served.tokenizer.piece(token)
         return LikelyToken(token=text, logprob=finite(logprob), bytes=list(data))
 

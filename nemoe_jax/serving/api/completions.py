@@ -100,7 +100,7 @@ class CompletionWriter(ResponseWriter):
         if self.asked.logprobs is not None:
             tokens = [
                 *piece.prompt,
-                *(one for one in piece.tokens if self.asked.echo or one.token not in self.served.ends),
+                *(one for one in piece.tokens if self.asked.echo or one.token not in self.served.builder.end_tokens),
             ]
             logprobs = completion_logprobs(self.served, tokens, self.offsets[index])
             self.offsets[index] += sum(len(completion_text(self.served, scored.token)) for scored in tokens)
@@ -143,7 +143,7 @@ def likeliest(served: ServedModel, scored: ScoredToken) -> dict[str, float]:
 
 def completion_text(served: ServedModel, token: int) -> str:
     """A token as completions name it."""
-    data = served.vocabulary.token_bytes(token)
+    data = served.builder.vocabulary.token_bytes(token)
     try:
         return data.decode() or served.tokenizer.piece(token)
     except UnicodeDecodeError:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 
 from nemoe_jax.inference.sampling import SamplingParams
+from nemoe_jax.inference.sampling_fields import SAMPLING_FIELDS, from_fields
 from nemoe_jax.serving.api.errors import ApiError
 from nemoe_jax.serving.api.metrics import Metrics
 from nemoe_jax.serving.api.requests import GenerationParams
-from nemoe_jax.serving.engine.completion import end_tokens
 from nemoe_jax.serving.engine.engine import Engine
 from nemoe_jax.serving.engine.request import Constraint, Request
-from nemoe_jax.serving.structured.grammar import TokenBytes
+from nemoe_jax.serving.request_builder import RequestBuilder
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.text.tokenizers.base import Tokenizer
 
@@ -47,14 +47,9 @@ class ServedModel:
         return Metrics(self.engine.statistics)
 
     @functools.cached_property
-    def vocabulary(self) -> TokenBytes:
-        """The tokens' bytes, for grammars and log-probabilities."""
-        return TokenBytes(self.tokenizer, self.config.vocab, self.ends)
-
-    @functools.cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        return tuple(sorted(end_tokens(self.config, self.tokenizer)))
+    def builder(self) -> RequestBuilder:
+        """Makes the engine's requests."""
+        return RequestBuilder(self.config, self.tokenizer)
 
     @property
     def context(self) -> int:
@@ -96,35 +91,25 @@ class ServedModel:
             if wrong is not None:
                 message = f"{param}: expected token ids from 0 to {vocab - 1}, got {wrong}"
                 raise ApiError(400, message, param, "invalid_value")
-        sampling = self._sampling(asked)
-        sampling.check(vocab)
+        fields = asked.model_dump(include=set(SAMPLING_FIELDS))
+        sampling = from_fields(self.sampling, fields | ({"top_k": 0} if asked.top_k == -1 else {}))
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
-        return [
-            Request(
-                tuple(prompt),
-                max_tokens,
-                dataclasses.replace(sampling, seed=(seed + at) % SEEDS),
-                tuple(stop),
-                tuple(asked.stop_token_ids or ()),
-                bool(asked.ignore_eos),
-                top_logprobs=top_logprobs,
-                adapter=self.adapter(asked.model),
-                constraint=constraint,
-                prompt_logprobs=prompt_logprobs,
-            )
-            for at, constraint in enumerate(constraints)
-        ]
-
-    def _sampling(self, asked: GenerationParams) -> SamplingParams:
-        given = {
-            field.name: value
-            for field in dataclasses.fields(SamplingParams)
-            if field.name not in ("seed", "logit_bias") and (value := getattr(asked, field.name)) is not None
-        }
-        if given.get("top_k") == -1:
-            given["top_k"] = 0
-        biases = tuple((int(token), float(bias)) for token, bias in (asked.logit_bias or {}).items())
-        return dataclasses.replace(self.sampling, **given, logit_bias=biases)
+        template = Request(
+            (),
+            max_tokens,
+            stop=tuple(stop),
+            stop_tokens=tuple(asked.stop_token_ids or ()),
+            ignore_eos=bool(asked.ignore_eos),
+            top_logprobs=top_logprobs,
+            adapter=self.adapter(asked.model),
+            prompt_logprobs=prompt_logprobs,
+        )
+        requests = []
+        for at, constraint in enumerate(constraints):
+            seeded = dataclasses.replace(sampling, seed=(seed + at) % SEEDS)
+            one = dataclasses.replace(template, sampling=seeded)
+            requests.append(self.builder.of_tokens(one, prompt, constraint))
+        return requests
 
     def room(self, prompt: Sequence[int], wanted: int | None, default: int | None, param: str) -> int:
         """How many tokens an answer may have.

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.completion import Completion, collect
 from nemoe_jax.serving.engine.request import Request, RequestOutput
+from nemoe_jax.serving.request_builder import RequestBuilder
 from nemoe_jax.serving.terminal.conversation import Conversation
 from nemoe_jax.serving.terminal.terminal import PipeIO
 
@@ -23,17 +24,21 @@ class Session:
     template: what each request asks for; its prompt is not used. Its seed is that of the first answer, and each further
         answer takes the next one, so that an answer made anew is another.
     preset: the name of the preset that the sampling parameters come from.
-    ends: the model's end tokens.
     """
 
     def __init__(
-        self, conversation: Conversation, engine: "Engine", template: Request, preset: str | None, ends: Collection[int]
+        self,
+        conversation: Conversation,
+        engine: "Engine",
+        builder: RequestBuilder,
+        template: Request,
+        preset: str | None = None,
     ):
         self.conversation = conversation
         self.engine = engine
+        self.builder = builder
         self.template = template
         self.preset = preset
-        self.ends = ends
         self.terminal = PipeIO()
         self._answers = 0
         self._left_out = 0
@@ -81,15 +86,15 @@ class Session:
             self.terminal.note(f"the context is full: the model no longer sees the oldest {turns}", "yellow")
         self._left_out = prompt.left_out
         sampling = self.template.sampling
-        request = dataclasses.replace(
+        template = dataclasses.replace(
             self.template,
-            prompt=prompt.tokens,
             max_new_tokens=min(self.template.max_new_tokens, self.conversation.context - len(prompt.tokens)),
             sampling=dataclasses.replace(sampling, seed=sampling.seed + self._answers),
         )
         self._answers += 1
+        request = self.builder.of_tokens(template, prompt.tokens)
         with contextlib.closing(self._pieces(request)) as pieces:
-            answer = collect(pieces, self.ends, self.terminal.answer)
+            answer = collect(pieces, self.builder.end_tokens, self.terminal.answer)
         if answer.finish_reason == "cancelled" or (answer.text and not answer.text.endswith("\n")):
             self.terminal.answered()  # Ctrl-C shows as ^C
         return answer
