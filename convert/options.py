@@ -24,8 +24,12 @@ class CarveOptions:
     )
     shared_ffn: int = option(0, "shared: neurons of the shared expert; 0 takes FFN neurons / experts")
     keep_dense: int = option(0, "shared: how many first layers stay as they are")
-    partition: Literal["gate-kmeans", "contiguous"] = option(
-        "gate-kmeans", "neurons of an expert: balanced k-means of gate rows, or runs of neighbors (a baseline)"
+    partition: Literal["auto", "token-clusters", "gate-kmeans", "contiguous"] = option(
+        "auto",
+        "neurons of an expert. token-clusters (auto with calibration, where top-k divides experts): the neurons most "
+        "active on each cluster of tokens, in a group of top-k experts that are chosen together; a neuron may be in "
+        "several; gate-kmeans (auto otherwise): balanced k-means of gate rows; contiguous: runs of neighbors (a "
+        "baseline)",
     )
     router: Literal["auto", "gate-mean", "distilled", "random"] = option(
         "auto",

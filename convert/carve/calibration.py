@@ -20,6 +20,7 @@ B batch, T sequence, D embed, F neurons of the dense FFN, E experts, C top-k.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -64,11 +65,12 @@ class LayerText:
     ffn: Tree  # the dense FFN: gate, up (D, F) and down (F, D)
     inputs: Sequence[jax.Array]
     wanted: Sequence[jax.Array]  # with which the stream after the layer would be the dense model's
+    weights: Sequence[jax.Array] = ()  # (B, T): the inverse mean square of that stream
 
     @property
     def tokens(self) -> int:
         """How many there are."""
-        return sum(x_BTD[..., 0].size for x_BTD in self.inputs)
+        return sum(math.prod(x_BTD.shape[:-1]) for x_BTD in self.inputs)
 
     def hidden(self, number: int) -> jax.Array:
         """The hidden activations (B, T, F) of a batch."""
@@ -104,7 +106,7 @@ class CalibrationStreams:
     def enter(self, layer: int) -> tuple[LayerText, LayerText]:
         """The layer's text to fit on and the held-out text; layers come in ascending order."""
         weights = self.layers.weights(layer)
-        self._after_attention, inputs, wanted = [], [], []
+        self._after_attention, inputs, wanted, token_weights = [], [], [], []
         for number, (dense_BTD, carved_BTD) in enumerate(zip(self.dense, self.carved, strict=True)):
             middle_BTD, normed_BTD = self.layers.attend(layer, weights, dense_BTD)
             self.dense[number] = middle_BTD + self.layers.feed_forward(layer, weights, normed_BTD)
@@ -112,9 +114,12 @@ class CalibrationStreams:
             self._after_attention.append(middle_BTD)
             inputs.append(normed_BTD)
             wanted.append(self.dense[number] - middle_BTD)
+            token_weights.append(_inverse_mean_square(self.dense[number]))
         self._inputs, self._entered = inputs, layer
         parts = slice(None, self.fitted), slice(self.fitted, None)
-        fitted, held_out = (LayerText(weights["ffn"], inputs[part], wanted[part]) for part in parts)
+        fitted, held_out = (
+            LayerText(weights["ffn"], inputs[part], wanted[part], token_weights[part]) for part in parts
+        )
         return fitted, held_out
 
     def leave(self, layer: int, config: ModelConfig, written: Tensors) -> None:
@@ -313,6 +318,11 @@ def _routing_weights(x_BTD, router_ED, top_k):
 def _by_neuron(weights_BTE, label_F):
     """(B, T, F): each neuron's routing weight; a neuron with the label E belongs to the shared expert."""
     return jnp.pad(weights_BTE, ((0, 0), (0, 0), (0, 1)), constant_values=SHARED_GATE)[..., label_F]
+
+
+@jax.jit
+def _inverse_mean_square(x_BTD):
+    return 1 / jnp.maximum(jnp.mean(x_BTD**2, axis=-1), jnp.finfo(jnp.float32).tiny)
 
 
 @jax.jit

@@ -96,7 +96,7 @@ def interrupted(*, after_layers, monkeypatch):
     """Carving stops with Ctrl-C in that layer."""
     from convert.carve import carve as module
 
-    original, seen = module.cluster_and_route, []
+    original, seen = module._dense_ffn, []
 
     def choose(*arguments):
         if len(seen) == after_layers:
@@ -104,7 +104,7 @@ def interrupted(*, after_layers, monkeypatch):
         seen.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(module, "cluster_and_route", choose)
+    monkeypatch.setattr(module, "_dense_ffn", choose)
     return seen
 
 
@@ -142,6 +142,14 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
         (["--experts", "4", "--layout", "shared", "--keep-dense", "3"], "--keep-dense: expected 0 to 2, got 3"),
         (["--experts", "5", "--layout", "shared"], "39 of the 48 FFN neurons do not divide into --experts 5"),
         (["--experts", "4", "--router", "distilled"], "--router distilled: expected --calibration text"),
+        (
+            ["--experts", "3", "--partition", "token-clusters"],
+            "expected --experts to be a multiple of --top-k 2, got 3",
+        ),
+        (
+            ["--experts", "4", "--partition", "token-clusters"],
+            "--partition token-clusters: expected --calibration text",
+        ),
         (["--experts", "4", "--control"], "--control: expected --calibration text"),
         (["--experts", "4", "--calibration", "nowhere.txt"], "no tokenizer (expected tekken.json, tokenizer.json or"),
     ],
@@ -251,7 +259,8 @@ def test_an_interrupted_calibrated_carve_gives_the_same_bytes(
     options = dataclasses.replace(OPTIONS, layout=layout, **more, **calibration)
     expected = carve(dense_directory, tmp_path / "whole", options)
     last = expected["layers"][-1]
-    assert 0 < last["reconstruction_error"] < 1 and last["recall"] > 0.3 and last["load_max_over_mean"] < 1.9
+    assert 0 < last["reconstruction_error"] < 1 and last["load_max_over_mean"] < 1.9
+    assert layout == "mixtral" or last["recall"] > 0.3
     assert expected["held_out_loss_carved"] == pytest.approx(expected["held_out_loss_dense"], abs=0.2)
     with monkeypatch.context() as patched:
         interrupted(after_layers=1, monkeypatch=patched)

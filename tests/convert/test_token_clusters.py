@@ -1,0 +1,88 @@
+"""Experts chosen in groups: the fits against NumPy's least squares, the choice on text whose clusters are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.carve.calibration import LayerText
+from convert.carve.token_clusters import OTHERS, Groups, _fit, carve_token_clusters, measure_groups
+
+CLUSTERS, HIDDEN, NEURONS, KEPT = 2, 10, 24, 12
+
+
+def hidden_of(ffn, x):
+    gate = x @ ffn["gate"]
+    return gate / (1 + np.exp(-gate)) * (x @ ffn["up"])
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Tokens of two kinds, told apart by the sign of the first channel; each kind uses a half of the neurons."""
+    random = np.random.default_rng(0)
+    ffn = {name: random.normal(size=(HIDDEN, NEURONS)).astype(np.float32) for name in ("gate", "up")}
+    ffn["gate"][0] = np.where(np.arange(NEURONS) % 2, 4, -4)
+    ffn["down"] = random.normal(size=(NEURONS, HIDDEN)).astype(np.float32)
+    inputs = [random.normal(size=(2, 96, HIDDEN)).astype(np.float32) for _ in range(3)]
+    for x in inputs:
+        x[..., 0] = 3 * np.where(random.random(x.shape[:2]) < 0.5, 1, -1)
+    weights = [random.uniform(0.5, 2, x.shape[:2]).astype(np.float32) for x in inputs]
+    arrays = [[jnp.asarray(part) for part in parts] for parts in (inputs, weights)]
+    return LayerText(ffn, arrays[0], [jnp.asarray(hidden_of(ffn, x) @ ffn["down"]) for x in inputs], arrays[1])
+
+
+def flat(parts):
+    return np.concatenate([np.asarray(part, np.float64).reshape(-1, *part.shape[2:]) for part in parts])
+
+
+def test_a_group_has_the_neurons_most_active_on_its_cluster_and_their_ridge_regression(text):
+    labels = [(x[..., 1] > 0).astype(int) for x in text.inputs]
+    ridge = 0.1
+    members, down = _fit(text, text.hidden, labels, CLUSTERS, KEPT, ridge)
+    hidden, wanted = hidden_of({k: np.float64(v) for k, v in text.ffn.items()}, flat(text.inputs)), flat(text.wanted)
+    for cluster in range(CLUSTERS):
+        weight = flat(text.weights) * ((flat(labels) == cluster) + OTHERS / CLUSTERS)
+        activity = (weight[:, None] * hidden**2).sum(0) * (text.ffn["down"] ** 2).sum(1)
+        kept = np.sort(np.argsort(-activity)[:KEPT])
+        np.testing.assert_array_equal(members[cluster], kept)
+        root = np.sqrt(weight)[:, None]
+        pull = np.sqrt(ridge * np.mean(np.sum((root * hidden[:, kept]) ** 2, axis=0)))
+        expected = np.linalg.lstsq(
+            np.concatenate([root * hidden[:, kept], pull * np.eye(KEPT)]),
+            np.concatenate([root * wanted, pull * text.ffn["down"][kept]]),
+            rcond=None,
+        )[0]
+        np.testing.assert_allclose(down[cluster], expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_clusters_that_use_other_neurons_are_found(text):
+    groups = carve_token_clusters(text, CLUSTERS, KEPT, 0.01, 0.02, jax.random.key(0))
+    x = flat(text.inputs)
+    choice = np.argmax(x @ np.asarray(groups.router_CD).T, axis=1)
+    positive = int(np.mean(choice[x[:, 0] > 0]) > 0.5)
+    assert np.mean((choice == positive) == (x[:, 0] > 0)) > 0.97
+    np.testing.assert_array_equal(groups.members_CS[positive], np.arange(NEURONS)[1::2])
+    np.testing.assert_array_equal(groups.members_CS[1 - positive], np.arange(NEURONS)[::2])
+    logits = x @ np.asarray(groups.router_CD).T
+    assert np.sqrt(np.mean((logits - logits.mean(1, keepdims=True)) ** 2)) == pytest.approx(0.02, rel=1e-3)
+    assert measure_groups(text, groups)["error_to_dense_stream"] < 0.02
+
+
+def test_the_figures_are_those_of_a_loop_over_tokens(text):
+    random = np.random.default_rng(1)
+    members = np.stack([np.sort(random.permutation(NEURONS)[:KEPT]) for _ in range(CLUSTERS)])
+    router, down = random.normal(size=(CLUSTERS, HIDDEN)), random.normal(size=(CLUSTERS, KEPT, HIDDEN))
+    got = measure_groups(text, Groups(members, jnp.asarray(router, jnp.float32), jnp.asarray(down, jnp.float32)))
+    chosen = best = total = plain = energy = 0.0
+    load = np.zeros(CLUSTERS)
+    for x, y, weight in zip(flat(text.inputs), flat(text.wanted), flat(text.weights), strict=True):
+        hidden = hidden_of(text.ffn, x)
+        errors = [np.sum((hidden[members[cluster]] @ down[cluster] - y) ** 2) for cluster in range(CLUSTERS)]
+        cluster = int(np.argmax(router @ x))
+        load[cluster] += 1
+        chosen, best, total = chosen + weight * errors[cluster], best + weight * min(errors), total + weight * (y @ y)
+        plain, energy = plain + errors[cluster], energy + y @ y
+    assert got["error_to_dense_stream"] == pytest.approx(chosen / total, rel=1e-4)
+    assert got["error_to_dense_stream_best_choice"] == pytest.approx(best / total, rel=1e-4)
+    assert got["reconstruction_error"] == pytest.approx(plain / energy, rel=1e-4)
+    assert got["load_max_over_mean"] == pytest.approx(load.max() / load.mean(), rel=1e-6)
