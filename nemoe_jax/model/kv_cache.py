@@ -1,9 +1,8 @@
 """The key/value cache: pages of a fixed number of tokens from one pool, which a table gives to the rows of a batch.
 
 A row of length l holds ceil(l / page) pages, so rows of different lengths waste less than a page each (Kwon et al.,
-2023, PagedAttention). Page 0 is the null page: unallocated
-entries of a table point to it, and nothing is ever written there.
-Keys and values are kept in the model's dtype, in another float dtype (float8_e4m3fn as it is: its range needs no
+2023, PagedAttention). Page 0 is the null page: unallocated entries of a table point to it, and nothing is ever written
+there. Keys and values are kept in the model's dtype, in another float dtype (float8_e4m3fn as it is: its range needs no
 scales), or in int8 with a float32 scale for each token and head.
 
 Over a mesh heads are cut over `tensor`, rows with their pages over the batch's axes, and each row's pages in turn over
