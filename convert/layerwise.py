@@ -164,14 +164,14 @@ def block_weights(config: ModelConfig, layer: int, view: Callable[[str], np.ndar
 
 
 @functools.lru_cache(maxsize=32)
-def _graph(config: ModelConfig, kind: str) -> Any:
+def block_graph(config: ModelConfig, kind: str) -> Any:
     return nnx.split(nnx.eval_shape(lambda: Block(config, declare(config)["blocks"][kind])))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _attend(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-    middle, normed, _ = nnx.merge(_graph(config, kind), weights).attend(
+    middle, normed, _ = nnx.merge(block_graph(config, kind), weights).attend(
         x_BTD, Context(positions, None, None), None, NO_ADAPTERS
     )
     return middle, normed
@@ -180,7 +180,7 @@ def _attend(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array) -> 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def feed_forward(config: ModelConfig, kind: str, weights: Tree, normed_BTD: jax.Array) -> jax.Array:
     """What the FFN of a block with those weights adds to the stream, (B, T, D)."""
-    return nnx.merge(_graph(config, kind), weights).feed_forward(normed_BTD)[0]
+    return nnx.merge(block_graph(config, kind), weights).feed_forward(normed_BTD)[0]
 
 
 @jax.jit

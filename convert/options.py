@@ -254,12 +254,18 @@ LAYOUT = Conversion(
 class QuantizeOptions:
     """What is to be written."""
 
-    to: Literal["fp8-dynamic", "fp8-block", "mistral", "bf16"] = option(
+    to: Literal["fp8-dynamic", "fp8-static", "fp8-block", "mistral", "bf16"] = option(
         "fp8-dynamic",
-        "fp8-dynamic: compressed-tensors' FP8_DYNAMIC, a scale for each row; fp8-block: transformers' fp8, a scale for "
-        "each block of 128 x 128 (smaller where a width is no multiple); mistral: Mistral's own layout, a scale for "
-        "each matrix; bf16: no FP8",
+        "fp8-dynamic: compressed-tensors' FP8_DYNAMIC, a scale for each row; fp8-static: its FP8, a scale for each "
+        "matrix and one for its input; fp8-block: transformers' fp8, a scale for each block of 128 x 128 (smaller "
+        "where a width is no multiple); mistral: Mistral's own layout, a scale for each matrix, and with calibration "
+        "one for its input; bf16: no FP8",
     )
+    calibration: tuple[str, ...] = option(
+        (), "text files, directories or globs on which inputs, keys and values are measured; needed for their scales"
+    )
+    calibration_tokens: int = option(16384, "tokens of the text to use")
+    kv_cache: bool = option(False, "write scales of keys and values for a cache in FP8; not with fp8-block or bf16")
 
 
 QUANTIZE = Conversion(
@@ -268,9 +274,11 @@ QUANTIZE = Conversion(
     QuantizeOptions,
     "write a model's linear maps in FP8, or an FP8 model in bfloat16",
     "FP8 weights take half the bytes of bfloat16. Every command reads what this writes, and the FP8 checkpoints of\n"
-    "compressed-tensors, transformers, vLLM, ModelOpt and Mistral. fp8-dynamic opens in vLLM, SGLang and transformers\n"
-    "(with the package compressed-tensors), fp8-block in transformers and vLLM. No calibration is needed: activations\n"
-    "are scaled when they are computed.",
+    "compressed-tensors, transformers, vLLM, ModelOpt and Mistral. fp8-dynamic and fp8-static open in vLLM, SGLang\n"
+    "and transformers (with the package compressed-tensors), fp8-block in transformers and vLLM. Only fp8-static and\n"
+    "--kv-cache need calibration text: elsewhere activations are scaled when they are computed. An expert that saw\n"
+    "too few of the text's tokens gets the largest scale of its layer's experts, and is named.\n\n"
+    "  nemoe-convert quantize nemo-12b nemo-12b-fp8 --to fp8-static --kv-cache --calibration text/\n",
 )
 
 

@@ -39,16 +39,22 @@ class Attention(SpecModule):
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None = None, adapters: Adapters = NO_ADAPTERS
     ) -> tuple[jax.Array, LayerCache | None]:
         """(B, T, D) -> (B, T, D) and the cache with the new keys and values in it."""
-        q, k, v = (self._biased(name, self.project(name, x_BTD, adapters)) for name in "qkv")
-        if self.config.qk_norm:
-            q, k = self._normed("q_norm", q), self._normed("k_norm", k)
-        cos_sin = context.cos_sin or rope_cos_sin(self.config, context.positions_BT)
-        q, k = rope(q, cos_sin), rope(k, cos_sin)
+        q, k, v = self.queries_keys_values(x_BTD, context, adapters)
         if cache is None:
             y_BTNH = attend(q, k, v, context.segments_BT, self.config.sliding_window)
         else:
             y_BTNH, cache = update_and_attend(q, k, v, context.positions_BT, cache, self.config.sliding_window)
         return self._biased("o", self.project("o", y_BTNH, adapters)), cache
+
+    def queries_keys_values(
+        self, x_BTD: jax.Array, context: Context, adapters: Adapters = NO_ADAPTERS
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(B, T, N, H), and (B, T, K, H) twice, as the cache keeps them: with biases, QK-norm and RoPE."""
+        q, k, v = (self._biased(name, self.project(name, x_BTD, adapters)) for name in "qkv")
+        if self.config.qk_norm:
+            q, k = self._normed("q_norm", q), self._normed("k_norm", k)
+        cos_sin = context.cos_sin or rope_cos_sin(self.config, context.positions_BT)
+        return rope(q, cos_sin), rope(k, cos_sin), v
 
     def _biased(self, name: str, y: jax.Array) -> jax.Array:
         return y + self.weight(f"{name}_bias").astype(y.dtype) if name in self.biased else y

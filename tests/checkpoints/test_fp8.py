@@ -1,5 +1,6 @@
 """FP8 checkpoints: each format's definition, and what other programs read of what is written here."""
 
+import functools
 import json
 
 import jax
@@ -13,12 +14,14 @@ import torch
 import transformers
 
 from convert.cli import main
+from convert.layerwise import calibration_batches
 from convert.quantize import QuantizeOptions, quantize
 from nemoe_jax.checkpoints import fp8
 from nemoe_jax.checkpoints.pretrained import load_pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
+from tests.support.command_models import write_tokenizer
 
 SIZES = {
     "hidden_size": 64,
@@ -26,7 +29,7 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
-    "vocab_size": 97,
+    "vocab_size": 400,
     "max_position_embeddings": 64,
     "sliding_window": None,
 }
@@ -44,6 +47,8 @@ def models(tmp_path_factory):
     config = transformers.MixtralConfig(intermediate_size=96, num_local_experts=4, num_experts_per_tok=2, **SIZES)
     for name, model in (("dense", dense), ("moe", transformers.MixtralForCausalLM(config))):
         model.to(torch.bfloat16).save_pretrained(root / name)
+        write_tokenizer(root / name, SIZES["vocab_size"])
+    (root / "text.txt").write_text("".join(f"{number} times {number} is {number**2}. " for number in range(300)))
     return root
 
 
@@ -74,17 +79,135 @@ def test_transformers_opens_blocks_with_the_same_logits(models, tmp_path, name):
 def test_compressed_tensors_opens_rows_with_the_same_logits(models, tmp_path):
     for name in ("dense", "moe"):
         quantize(models / name, tmp_path / name, QuantizeOptions(to="fp8-dynamic"))
-        theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / name,
-            dtype=torch.bfloat16,
-            attn_implementation="eager",
-            output_loading_info=True,
-            quantization_config=transformers.CompressedTensorsConfig(run_compressed=False),
-        )
+        theirs, report = opened_by_compressed_tensors(tmp_path / name, False)
         assert not any(report.values())
         with torch.no_grad():
             expected = theirs.float().eval()(torch.from_numpy(TOKENS)).logits.numpy()
         np.testing.assert_allclose(logits(tmp_path / name), expected, atol=1e-5 * expected.std())
+
+
+@pytest.fixture(scope="module")
+def static(models):
+    """Both models with static scales of activations, keys and values; the tokens that they were measured on."""
+    text = (str(models / "text.txt"),)
+    for name in ("dense", "moe"):
+        options = QuantizeOptions(to="fp8-static", calibration=text, calibration_tokens=700, kv_cache=True)
+        quantize(models / name, models / f"{name}-static", options)
+    batches = calibration_batches(Checkpoint(models / "dense"), text, 700)
+    return models, torch.from_numpy(np.concatenate([tokens[:, :-1] for tokens in batches])).long()
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_static_scales_are_the_largest_activations_of_transformers(static, name):
+    models, tokens = static
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        models / name, dtype=torch.float32, attn_implementation="eager"
+    )
+    largest = {}
+
+    def see(module, inputs, name):
+        largest[name] = max(largest.get(name, 0), inputs[0].abs().max().item())
+
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(functools.partial(see, name=path))
+        if path.endswith("experts"):
+            module.register_forward_pre_hook(functools.partial(see_experts, largest=largest, path=path))
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+    tensors = safetensors.torch.load_file(models / f"{name}-static" / "model.safetensors")
+    scales = {name: scale.item() for name, scale in tensors.items() if name.endswith("input_scale")}
+    assert len(scales) == 2 * (7 if name == "dense" else 4 + 3 * 4)
+    for path, scale in scales.items():
+        path = path.removesuffix(".input_scale").replace("block_sparse_moe", "mlp")
+        np.testing.assert_allclose(scale, largest[path] / 448, rtol=2**-8)  # they are bfloat16
+    for number, layer in enumerate(cache.layers):
+        for what, seen in (("k", layer.keys), ("v", layer.values)):
+            scale = tensors[f"model.layers.{number}.self_attn.{what}_scale"]
+            np.testing.assert_allclose(scale.float(), [seen.abs().max() / 448], rtol=2**-8)
+
+
+def see_experts(module, inputs, largest, path):
+    x, chosen = inputs[:2]
+    for expert in range(4):
+        own = x[(chosen == expert).any(-1)]
+        gate, up = (own @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+        hidden = torch.nn.functional.silu(gate) * up
+        for name, array in (("w1", own), ("w3", own), ("w2", hidden)):
+            largest[f"{path}.{expert}.{name}"] = array.abs().max().item()
+
+
+def opened_by_compressed_tensors(directory, run_compressed):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        output_loading_info=True,
+        quantization_config=transformers.CompressedTensorsConfig(run_compressed=run_compressed),
+    )
+
+
+def test_compressed_tensors_opens_static_scales(static):
+    models, _ = static
+    theirs, report = opened_by_compressed_tensors(models / "dense-static", True)
+    assert not any(report.values())
+    tensors = safetensors.torch.load_file(models / "dense-static" / "model.safetensors")
+    scales = [name for name in tensors if name.endswith("_scale")]
+    assert len(scales) == 2 * (7 + 7 + 2)
+    for name in scales:
+        torch.testing.assert_close(theirs.get_parameter(name), tensors[name], rtol=0, atol=0)
+    theirs, report = opened_by_compressed_tensors(models / "moe-static", False)  # fused experts are no linear modules
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert all(fp8.is_activation_scale(name) for name in report["unexpected_keys"])
+    with torch.no_grad():
+        expected = theirs.float().eval()(torch.from_numpy(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits(models / "moe-static"), expected, atol=1e-5 * expected.std())
+
+
+def test_experts_with_few_tokens_are_named_and_get_the_layers_largest_scale(static, tmp_path, capsys, monkeypatch):
+    models, _ = static
+    monkeypatch.setattr("convert.activation_scales.FEWEST_TOKENS", 1 << 30)
+    arguments = ["--calibration", str(models / "text.txt"), "--calibration-tokens", "700"]
+    assert main(["quantize", str(models / "moe"), str(tmp_path / "fp8"), "--to", "fp8-static", *arguments]) == 0
+    assert "layer 0: 0, 1, 2, 3; layer 1: 0, 1, 2, 3" in capsys.readouterr().err
+    before, after = (
+        safetensors.torch.load_file(directory / "model.safetensors")
+        for directory in (models / "moe-static", tmp_path / "fp8")
+    )
+    for name in ("w1", "w2"):
+        keys = [f"model.layers.1.block_sparse_moe.experts.{expert}.{name}.input_scale" for expert in range(4)]
+        assert {after[key].item() for key in keys} == {max(before[key].item() for key in keys)}
+
+
+def test_mistrals_layout_holds_static_scales(static, tmp_path):
+    models, _ = static
+    options = QuantizeOptions("mistral", (str(models / "text.txt"),), 700, kv_cache=True)
+    quantize(models / "dense", tmp_path / "fp8", options)
+    assert json.loads((tmp_path / "fp8" / "params.json").read_text())["quantization"]["qscheme_act"] == "TENSOR"
+    ours = safetensors.torch.load_file(tmp_path / "fp8" / "consolidated.safetensors")
+    other = safetensors.torch.load_file(models / "dense-static" / "model.safetensors")
+    for name, key in {
+        "layers.1.attention.wo.qscale_act": "model.layers.1.self_attn.o_proj.input_scale",
+        "layers.1.attention.k_fake_quantizer.qscale_act": "model.layers.1.self_attn.k_scale",
+    }.items():
+        assert ours[name].item() == pytest.approx(other[key].item(), rel=2**-8)
+    Checkpoint(tmp_path / "fp8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--to", "fp8-static"], "--to fp8-static: expected --calibration text"),
+        (["--kv-cache"], "--kv-cache: expected --calibration text"),
+        (["--to", "fp8-block", "--kv-cache"], "--to fp8-block has no scales of keys and values"),
+        (["--calibration", "text.txt"], "without --kv-cache has no scales to measure"),
+        (["--to", "fp8-static", "--calibration", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_flags_that_do_not_go_together(models, tmp_path, capsys, flags, message):
+    assert main(["quantize", str(models / "dense"), str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_rows_blocks_and_wholes_are_scaled_by_their_largest_weight():

@@ -16,11 +16,16 @@ VOCABULARY = 400
 
 def write_model(directory: Path, **changes) -> Path:
     """Writes it; `changes` are other values of its config."""
+    config = MIXTRAL.replace(**({"vocab": VOCABULARY} | changes))
+    pretrained.save_pretrained(directory, config, schema.initialize(config, jax.random.key(0)))
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path, vocabulary: int = VOCABULARY) -> None:
+    """Puts the first tokens of Tekken's vocabulary beside a model."""
     package = find_spec("mistral_common")
     if package is None or package.origin is None:
         pytest.skip("mistral-common is not installed")
-    config = MIXTRAL.replace(**({"vocab": VOCABULARY} | changes))
-    pretrained.save_pretrained(directory, config, schema.initialize(config, jax.random.key(0)))
     tekken = Path(package.origin).parent / "data" / "tekken_240718.json"
-    cut_tekken(tekken, directory / "tekken.json", VOCABULARY)
-    return directory
+    cut_tekken(tekken, directory / "tekken.json", vocabulary)
