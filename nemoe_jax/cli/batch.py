@@ -80,7 +80,7 @@ def run(
     """
     source, target = arguments.batch, arguments.output
     lines = [line for line in enumerate(read_text(source).split("\n"), 1) if line[1].strip()]
-    model = _model_key(arguments.directory, arguments.adapter)
+    model = _model_key(arguments, builder)
     asked = [
         Asked(job.number, len(job.request.prompt), job.request.max_new_tokens, _key(model, job))
         for job in jobs(lines, source, builder, template)
@@ -176,13 +176,14 @@ def _answers(
         yield first()
 
 
-def _model_key(directory: str, adapter: str | None) -> str:
-    """A hash of the model and of the adapter's files."""
+def _model_key(arguments: argparse.Namespace, builder: RequestBuilder) -> str:
+    """A hash of the model, of the adapter's files and of what else decides about every response."""
     from nemoe_jax.checkpoints.fingerprint import model_fingerprint
 
-    digest = hashlib.sha256(model_fingerprint(directory).encode())
-    for path in sorted(Path(adapter).glob("adapter_*")) if adapter else ():
+    digest = hashlib.sha256(model_fingerprint(arguments.directory).encode())
+    for path in sorted(Path(arguments.adapter).glob("adapter_*")) if arguments.adapter else ():
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    digest.update(repr((arguments.dtype, arguments.kv_cache, sorted(builder.end_tokens))).encode())
     return digest.hexdigest()
 
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,9 +95,11 @@ class NemoeLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The tokenizer's file and its checksum, for the harness's cache of requests."""
-        checksum = hashlib.sha256(Path(self.tokenizer.path).read_bytes()).hexdigest()[:16]
-        return f"{self.tokenizer.path}__{checksum}".replace("/", "__")
+        """The tokenizer's file and a checksum of all of its files, for the harness's cache of requests."""
+        digest = hashlib.sha256()
+        for path in self.tokenizer.files:
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return f"{self.tokenizer.path}__{digest.hexdigest()[:16]}".replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """What says how chats are written: the template, or the version of Mistral's format."""

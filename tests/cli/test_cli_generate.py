@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import jax
@@ -243,7 +244,15 @@ def test_a_batch_of_another_model_is_not_continued(capsys, model, tmp_path):
     config, params = pretrained.load_pretrained(model)
     params["norm"] = -params["norm"]
     pretrained.save_pretrained(tmp_path / "other", config, params, tokenizer_from=model)
-    for changed in ([tmp_path / "other", "--max-new-tokens", 2], [model, "--max-new-tokens", 3]):
+    shutil.copytree(model, tmp_path / "endings")
+    (tmp_path / "endings" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    for changed in (
+        [tmp_path / "other", "--max-new-tokens", 2],
+        [model, "--max-new-tokens", 3],
+        [model, "--max-new-tokens", 2, "--kv-cache", "int8"],
+        [model, "--max-new-tokens", 2, "--dtype", "bfloat16"],
+        [tmp_path / "endings", "--max-new-tokens", 2],
+    ):
         status, _, err = run(capsys, "generate", *changed, "--batch", source, "--output", target)
         assert status == 2 and "no response of this model" in err and target.read_bytes() == before
 

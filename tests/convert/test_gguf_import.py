@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import gguf
@@ -360,6 +361,17 @@ def test_commands_take_a_gguf_file_for_a_directory(mixed, tmp_path, capsys):
     np.testing.assert_array_equal(np.load(tmp_path / "file.npy"), np.load(tmp_path / "directory.npy"))
     assert main(["gguf", str(mixed), str(tmp_path / "other.gguf"), "--type", "f32"]) == 0
     assert load_tokenizer(tmp_path / "other.gguf").encode("ab") == [258]
+
+
+def test_a_file_that_changed_under_its_name_is_read_anew(mixed, plain, tmp_path):
+    file = tmp_path / "model.gguf"
+    seen = []
+    for source in (mixed, plain, mixed):
+        shutil.copy(source, file)
+        os.utime(file, ns=(time.time_ns(), time.time_ns()))
+        seen.append(load_pretrained(file)[1]["blocks"]["dense"]["ffn"]["up"])
+    assert not np.array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[0], seen[2])
 
 
 @pytest.mark.skipif("NEMOE_SMOLLM2_GGUF" not in os.environ, reason="wants the real file")

@@ -1,5 +1,6 @@
 """Pruned mixtures against loops over tokens in NumPy, and against the source with the dropped experts' logits at −∞."""
 
+import dataclasses
 import itertools
 import json
 
@@ -198,6 +199,50 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text, tmp_path, mon
     assert len(files) == 5
     for path in files:
         assert (tmp_path / "pruned" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("way", ["calibration", "choices"])
+def test_an_interrupted_run_does_not_go_on_with_other_choices(way, text, tmp_path, monkeypatch):
+    """The file keeps its name; what is in it changes in the meantime."""
+    directory = save(tmp_path / "source", MIXTRAL)
+    options = PruneOptions(10, **{way: (str(tmp_path / "input"),) if way == "calibration" else str(tmp_path / "input")})
+    options = dataclasses.replace(options, calibration_tokens=700)
+    one, other = ("sorted", "as drawn") if way == "calibration" else (0, 1)
+
+    def give(content):
+        if way == "calibration":
+            words = text.read_text().split()
+            (tmp_path / "input").write_text(" ".join(words if content == "as drawn" else sorted(words)))
+        else:
+            rows = np.random.default_rng(content).random((3, 16)).tolist()
+            layers = [{"layer": layer, "scores": row} for layer, row in enumerate(rows)]
+            (tmp_path / "input").write_text(json.dumps({"layers": layers}))
+
+    def kept(manifest):
+        return [figures["kept"] for figures in manifest["layers"]]
+
+    give(other)
+    expected = prune.prune(directory, tmp_path / "whole", options)
+    give(one)
+    assert kept(prune.prune(directory, tmp_path / "first", options)) != kept(expected)
+    original, written = Writer.write, []
+
+    def write(self, unit, *rest):
+        if unit == 3 and 3 not in written:
+            written.append(unit)
+            raise KeyboardInterrupt
+        original(self, unit, *rest)
+        written.append(unit)
+
+    monkeypatch.setattr(Writer, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        prune.prune(directory, tmp_path / "pruned", options)
+    assert len(written) > 1  # some of it is finished
+    written[:] = [3]
+    give(other)
+    assert prune.prune(directory, tmp_path / "pruned", options) == expected
+    assert sorted(written[1:]) == [0, 1, 2, 3, 4]
+    assert (tmp_path / "pruned/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
 def test_a_dry_run_writes_nothing(text, tmp_path, capsys):

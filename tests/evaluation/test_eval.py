@@ -127,6 +127,8 @@ def test_results_of_other_weights_or_tasks_are_not_reported(place, capsys, tmp_p
     tokenizer = model / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     before = evaluated(False, again)
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')  # other ends of generated text
+    before = evaluated(False, again)
     (tasks / "choices.yaml").write_text((tasks / "choices.yaml").read_text() + "# changed\n")
     before = evaluated(False, again)
     evaluated(True, "reused")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 os.environ["HF_DATASETS_OFFLINE"] = "1"  # read at import
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
@@ -21,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from nemoe_jax.checkpoints import pretrained
+from nemoe_jax.evaluation import lm_eval_model
 from nemoe_jax.evaluation.lm_eval_model import NemoeLM
 from nemoe_jax.spec import schema
 from tests.support.configs import DENSE, write_tokenizer
@@ -185,3 +187,33 @@ def test_tasks_get_equal_scores(pair, tmp_path, chat, monkeypatch):
     assert samples[0]["our_answers"] == samples[1]["our_answers"]
     assert len({text for (text,) in samples[0]["our_answers"]}) > 3
     assert 0 < ours["our_choices"]["acc,none"] < 1
+
+
+def test_the_harness_s_cache_of_requests_is_keyed_by_the_tokenizer_s_files(tmp_path, monkeypatch):
+    """Tasks build their requests with the model's tokenizer; the harness keeps them by this name."""
+    monkeypatch.setattr(lm_eval_model, "load_pretrained", lambda directory, **_: (DENSE, None))
+    monkeypatch.setattr(lm_eval_model, "cache_dtype_of", lambda *_: None)
+    directory = write_model(tmp_path / "dense")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"question": "word1", "options": ["word2", "word3"], "answer": 0}))
+    spec = CHOICES.replace("num_fewshot: 2", "num_fewshot: 0").format(name="keyed", data=tmp_path / "data.jsonl")
+    (tmp_path / "keyed.yaml").write_text(spec)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (task,) = TaskManager(include_path=str(tmp_path), include_defaults=False).load(["keyed"])["tasks"].values()
+    keys = []
+    monkeypatch.setattr("lm_eval.api.task.load_from_cache", lambda file_name, cache: keys.append(file_name))
+
+    def key():
+        task.build_all_requests(rank=0, world_size=1, tokenizer_name=NemoeLM(str(directory)).tokenizer_name)
+        return keys[-1]
+
+    first = key()
+    assert key() == first
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((directory / name).read_text())
+        content |= {"post_processor": None} if name == "tokenizer.json" else {"add_bos_token": False}
+        (directory / name).write_text(json.dumps(content))
+        assert key() != first
+        first = key()
+    shutil.copytree(directory, tmp_path / "elsewhere")
+    directory = tmp_path / "elsewhere"
+    assert key() != first

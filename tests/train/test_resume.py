@@ -177,6 +177,13 @@ def test_another_recipe_is_refused_and_restart_throws_away(recipe, whole, workpl
     assert main(["run", str(recipe), "steps=9"]) == 2
     assert "holds an unfinished run of another recipe or model (phases differ)" in capsys.readouterr().err
     assert sorted(path.as_posix() for path in PARTIAL.rglob("*")) == before
+    weights = workplace / "mixture" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])  # as large as before
+    assert main(["run", str(recipe)]) == 2
+    assert "of another recipe or model (model weights differ)" in capsys.readouterr().err
+    weights.write_bytes(content)
+    assert sorted(path.as_posix() for path in PARTIAL.rglob("*")) == before
     with (PARTIAL / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as a process that is still at it
         assert main(["run", str(recipe), "--restart"]) == 2

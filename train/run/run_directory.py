@@ -17,7 +17,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from nemoe_jax.checkpoints.gguf.directory import model_directory
+from nemoe_jax.checkpoints.fingerprint import weights_fingerprint
+from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.output_path import staging_path
@@ -134,6 +135,6 @@ def _compare(recipe: Recipe, directory: Path) -> None:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What an attempt must have in common with the one that it goes on from, as JSON holds it."""
     keys = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in RESUMABLE_KEYS}
-    model = model_directory(recipe.model) if recipe.model else None
-    files = [file for pattern in ("*.safetensors", "*.gguf") for file in sorted(model.glob(pattern))] if model else []
-    return keys | {"model files": {file.name: file.stat().st_size for file in files}}
+    named = {recipe.model, *(phase.distill.teacher for phase in recipe.phases if phase.distill)}
+    prints = {str(model): weights_fingerprint(Checkpoint(model), times=False) for model in named if model}
+    return keys | {"model weights": prints}
