@@ -78,6 +78,34 @@ def test_chunks_give_the_sums_and_gradients_of_the_whole(chunk):
     np.testing.assert_allclose(jax.jit(chunked)(head, hidden)[0], expected, rtol=1e-6)  # without a gradient as well
 
 
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 9, 15])
+def test_the_head_runs_on_the_tokens_that_count_alone(count):
+    """Losses and gradients as of all tokens, in as few chunks of 4 as hold those that count."""
+    hidden, head = jnp.asarray(STUDENT[..., :6]), jnp.asarray(RNG.normal(size=(6, 11)), jnp.float32)
+    mask = np.zeros(15, "f4")
+    mask[RNG.permutation(15)[:count]] = 1
+    tokens = {"targets": jnp.asarray(TARGETS), "mask": jnp.asarray(mask.reshape(3, 5))}
+
+    def of_chunk(head, chunk, rest):
+        entropy = masked_sum(-token_logprobs(chunk["hidden"] @ head, chunk["targets"]), chunk["mask"])
+        return entropy, {"chunks": jnp.float32(1)}
+
+    def plain(head, hidden):
+        return masked_sum(-token_logprobs(hidden @ head, tokens["targets"]), tokens["mask"])
+
+    expected, gradients_ = jax.value_and_grad(plain, argnums=(0, 1))(head, hidden)
+    for all_count in (False, True):
+
+        def chunked(head, hidden, all_count=all_count):
+            return chunked_sums(of_chunk, head, hidden, tokens, {}, 4, all_count)
+
+        (value, sums), gradients = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(head, hidden)
+        assert sums["chunks"] == (4 if all_count else -(-count // 4))
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        for got, want in zip(gradients, gradients_, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_no_logits_of_all_tokens_are_held(optimized):
     """Compiled memory of value and gradient: a few chunks' logits, far below those of all tokens."""
     batch, length, width, vocabulary, chunk = 2, 512, 16, 8192, 64

@@ -141,7 +141,7 @@ def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = No
     dtypes = {"mask": jnp.float32}
     batch = Batch(*(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=place) for name in Batch._fields))
     update = make_update(
-        Objective(recipe, phase, config, teacher_config),
+        Objective(recipe, phase, config, teacher_config, all_count=True),
         optimizer,
         learning_rate_schedule(phase.optimizer, phase.steps),
         state,

@@ -1,14 +1,20 @@
 """Losses over a vocabulary so large that the logits of all tokens are never held at once.
 
-`chunked_sums` goes through the tokens in chunks: for each, the head's logits, the losses and, where a gradient is
-asked for, at once the gradients with respect to the hidden states and to whatever of the head is trained. So the head
-is computed once forward and once backward, nothing is kept but gradients of the hidden states' size, and a frozen head
-never gets a gradient.
+`chunked_sums` goes through the tokens that count in chunks: for each, the head's logits, the losses and, where a
+gradient is asked for, at once the gradients with respect to the hidden states and to whatever of the head is trained.
+So the head is computed once forward and once backward, nothing is kept but gradients of the hidden states' size, and a
+frozen head never gets a gradient.
 
-Letters: B batch, T sequence, D embed, V vocabulary, C tokens of a chunk.
+Tokens with a mask of 0 carry no loss, and no logits are computed for them: each device puts its tokens that count
+first, and the loop ends behind the last of them. Its bound is a number in the program, not a shape, so that nothing is
+compiled anew and no token is ever left out, however many count.
+
+Letters: B batch, T sequence, D embed, V vocabulary, G devices that tokens are cut over, N tokens of each, C of a chunk.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,81 +43,141 @@ def masked_sum(values_BT: Array, mask_BT: Array) -> Array:
 
 
 def chunked_sums(
-    loss: ChunkLoss, trained: Any, hidden_BTD: Array, tokens: dict[str, Array], rest: Any, chunk: int
+    loss: ChunkLoss,
+    trained: Any,
+    hidden_BTD: Array,
+    tokens: dict[str, Array],
+    rest: Any,
+    chunk: int,
+    all_count: bool = False,
 ) -> tuple[Array, Sums]:
-    """The sums of `loss` over all chunks of tokens; differentiable in `trained` and `hidden_BTD` alone.
+    """The sums of `loss` over the tokens that count; differentiable in `trained` and `hidden_BTD` alone.
 
     Args:
-        loss: given the trained part, {"hidden": (B, C, D)} and a chunk of each of `tokens`, and `rest`.
-        tokens: more arrays (B, T, …); where the chunks do not come out even they are filled up with zeros, and so must
-            give no loss there (a mask of 0).
+        loss: given the trained part, `rest`, and of a chunk {"hidden": (G, C, D), "number": which chunk it is} and each
+            of `tokens`. The last chunk is filled up with tokens that have a mask of 0, and so must give no loss.
+        tokens: "mask" (B, T), 0 where a token does not count, and more arrays (B, T, …).
         rest: the frozen head and the like.
-        chunk: tokens on one device in a chunk, at most (but one of each of its rows at least).
+        chunk: tokens on one device in a chunk, at most.
+        all_count: compute every token, whatever the mask: the loop's bound is then a constant of the program.
     """
-    chunks = _cut({"hidden": hidden_BTD} | tokens, chunk)
-    return _summed(loss, trained, chunks.pop("hidden"), chunks, rest)
+    layout = _Layout.of(*hidden_BTD.shape[:2], chunk, all_count)
+    grouped = {name: layout.by_device(array) for name, array in tokens.items()}
+    return _summed(loss, layout, trained, layout.by_device(hidden_BTD), grouped, rest)
 
 
-def _cut(arrays: dict[str, Array], chunk: int) -> dict[str, Array]:
-    """(B, T, …) -> (chunks, B, shards of the sequence · C, …), so that each device cuts its own tokens."""
-    batch, length = arrays["hidden"].shape[:2]
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape.get("sequence", 1)
-    rows = () if mesh.empty else batch_axes(mesh.shape, batch)
-    for axis in rows:
-        batch //= mesh.shape[axis]
-    own = length // shards  # tokens of a row on one device
-    count = -(-own * batch // chunk)
-    width = -(-own // min(count, own))
-    count = -(-own // width)
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How (B, T) tokens are cut over the devices, and the tokens of each into chunks."""
 
-    def cut(array: Array) -> Array:
-        array = array.reshape(array.shape[0], shards, own, *array.shape[2:])
-        array = jnp.pad(array, [(0, 0), (0, 0), (0, count * width - own)] + [(0, 0)] * (array.ndim - 3))
-        array = jnp.moveaxis(array.reshape(*array.shape[:2], count, width, *array.shape[3:]), 2, 0)
-        if not mesh.empty:
-            place = PartitionSpec(None, rows or None, "sequence" if shards > 1 else None)
-            array = jax.lax.with_sharding_constraint(array, place)
-        return array.reshape(count, array.shape[1], shards * width, *array.shape[4:])
+    rows: tuple[str, ...]  # mesh axes that the batch is cut over
+    row_shards: int
+    sequence_shards: int
+    width: int  # tokens of a chunk on one device
+    chunks: int  # where all tokens count
+    all_count: bool
 
-    return {name: cut(array) for name, array in arrays.items()}
+    @classmethod
+    def of(cls, batch: int, length: int, chunk: int, all_count: bool) -> "_Layout":
+        mesh = jax.sharding.get_abstract_mesh()
+        rows = () if mesh.empty else batch_axes(mesh.shape, batch)
+        row_shards = math.prod(mesh.shape[axis] for axis in rows)
+        sequence_shards = 1 if mesh.empty else mesh.shape.get("sequence", 1)
+        own = batch * length // (row_shards * sequence_shards)
+        chunks = -(-own // chunk)
+        width = -(-own // chunks)
+        return cls(rows, row_shards, sequence_shards, width, -(-own // width), all_count)
+
+    def by_device(self, array: Array) -> Array:
+        """(B, T, …) -> (G, N, …): of each device its own tokens, which no device has to ask another for."""
+        batch, length, *other = array.shape
+        array = array.reshape(
+            self.row_shards, batch // self.row_shards, self.sequence_shards, length // self.sequence_shards, *other
+        )
+        array = jnp.moveaxis(array, 2, 1).reshape(self.row_shards * self.sequence_shards, -1, *other)
+        axes = (*self.rows, *(["sequence"] if self.sequence_shards > 1 else []))
+        if jax.sharding.get_abstract_mesh().empty:
+            return array
+        return jax.lax.with_sharding_constraint(array, PartitionSpec(axes or None))
+
+    def order(self, mask_GN: Array) -> tuple[Array, Any]:
+        """(numbers of each device's tokens, those that count first; number of chunks until none does).
+
+        The numbers are filled up to whole chunks with one that is no token's.
+        """
+        order_GN = jnp.argsort(mask_GN == 0, axis=1, stable=True)
+        filling = self.width * self.chunks - order_GN.shape[1]
+        order_GN = jnp.pad(order_GN, ((0, 0), (0, filling)), constant_values=order_GN.shape[1])
+        most = jnp.max(jnp.sum(mask_GN != 0, axis=1))
+        return order_GN, self.chunks if self.all_count else (most + self.width - 1) // self.width
+
+    def chunk(self, tokens: dict[str, Array], order_GN: Array, number: Array) -> dict[str, Array]:
+        """A chunk's part of each array, and its number; 0 for what is no token."""
+        chosen_GC = jax.lax.dynamic_slice_in_dim(order_GN, number * self.width, self.width, axis=1)
+        return {name: _take(array, chosen_GC) for name, array in tokens.items()} | {"number": number}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(loss: ChunkLoss, trained: Any, hidden: Array, tokens: dict[str, Array], rest: Any) -> tuple[Array, Sums]:
-    def step(total: Any, chunk: dict[str, Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, loss(trained, chunk, rest)), None
-
-    chunks = {"hidden": hidden} | tokens
-    return jax.lax.scan(step, _zeros(loss, trained, chunks, rest), chunks)[0]
+def _take(array_GN: Array, places_GC: Array) -> Array:
+    """(G, N, …), (G, C) -> (G, C, …); 0 for places beyond the array."""
+    take = jax.vmap(lambda array, places: array.at[places].get(mode="fill", fill_value=0))
+    return take(array_GN, places_GC)
 
 
-def _zeros(loss: ChunkLoss, trained: Any, chunks: dict[str, Array], rest: Any) -> Any:
-    first = {name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype) for name, array in chunks.items()}
-    return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(loss, trained, first, rest))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(
+    loss: ChunkLoss, layout: _Layout, trained: Any, hidden: Array, tokens: dict[str, Array], rest: Any
+) -> tuple[Array, Sums]:
+    order_GN, chunks = layout.order(tokens["mask"])
+    tokens = {"hidden": hidden} | tokens
+
+    def step(number: Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, loss(trained, layout.chunk(tokens, order_GN, number), rest))
+
+    return jax.lax.fori_loop(0, chunks, step, _zeros(loss, layout, trained, tokens, order_GN, rest))
 
 
-def _forward(loss: ChunkLoss, trained: Any, hidden: Array, tokens: dict[str, Array], rest: Any) -> Any:
-    def step(carry: Any, chunk: dict[str, Array]) -> tuple[Any, Array]:
-        total, gradient = carry
+def _zeros(loss: ChunkLoss, layout: _Layout, trained: Any, tokens: dict[str, Array], order_GN: Array, rest: Any) -> Any:
+    def first(tokens: dict[str, Array], order_GN: Array) -> tuple[Array, Sums]:
+        return loss(trained, layout.chunk(tokens, order_GN, jnp.int32(0)), rest)
+
+    return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(first, tokens, order_GN))
+
+
+def _forward(
+    loss: ChunkLoss, layout: _Layout, trained: Any, hidden: Array, tokens: dict[str, Array], rest: Any
+) -> Any:
+    order_GN, chunks = layout.order(tokens["mask"])
+    arrays = {"hidden": hidden} | tokens
+
+    def step(number: Array, carry: Any) -> Any:
+        total, of_head, of_hidden = carry
+        chunk = layout.chunk(arrays, order_GN, number)
 
         def of(trained: Any, hidden: Array) -> tuple[Array, Sums]:
             return loss(trained, chunk | {"hidden": hidden}, rest)
 
-        value, (of_trained, of_hidden) = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(trained, chunk["hidden"])
-        gradient = jax.tree.map(lambda sofar, part: sofar + part.astype(jnp.float32), gradient, of_trained)
-        return (jax.tree.map(jnp.add, total, value), gradient), of_hidden
+        value, (more, new) = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(trained, chunk["hidden"])
+        of_head = jax.tree.map(lambda sofar, part: sofar + part.astype(jnp.float32), of_head, more)
+        of_hidden = jax.lax.dynamic_update_slice_in_dim(of_hidden, new, number * layout.width, axis=1)
+        return jax.tree.map(jnp.add, total, value), of_head, of_hidden
 
-    chunks = {"hidden": hidden} | tokens
     nothing = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), trained)
-    (total, gradient), of_hidden = jax.lax.scan(step, (_zeros(loss, trained, chunks, rest), nothing), chunks)
-    gradient = jax.tree.map(lambda part, array: part.astype(array.dtype), gradient, trained)
-    return total, (gradient, of_hidden)
+    groups, _, width = hidden.shape
+    ordered = jnp.zeros((groups, order_GN.shape[1], width), hidden.dtype)
+    carry = _zeros(loss, layout, trained, arrays, order_GN, rest), nothing, ordered
+    total, of_head, ordered = jax.lax.fori_loop(0, chunks, step, carry)
+    counts_GN = tokens["mask"] != 0
+    place_GN = jnp.where(counts_GN, jnp.cumsum(counts_GN, axis=1) - 1, ordered.shape[1])
+    of_hidden = _take(ordered, place_GN)
+    of_head = jax.tree.map(lambda part, array: part.astype(array.dtype), of_head, trained)
+    return total, (of_head, of_hidden)
 
 
-def _backward(loss: ChunkLoss, gradients: Any, cotangent: tuple[Array, Sums]) -> tuple[Any, Array, None, None]:
-    of_trained, of_hidden = jax.tree.map(lambda part: (part * cotangent[0]).astype(part.dtype), gradients)
-    return of_trained, of_hidden, None, None
+def _backward(
+    loss: ChunkLoss, layout: _Layout, gradients: Any, cotangent: tuple[Array, Sums]
+) -> tuple[Any, Array, None, None]:
+    of_head, of_hidden = jax.tree.map(lambda part: (part * cotangent[0]).astype(part.dtype), gradients)
+    return of_head, of_hidden, None, None
 
 
 _summed.defvjp(_forward, _backward)

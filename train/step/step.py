@@ -111,6 +111,7 @@ class Objective:
     phase: Phase
     config: ModelConfig
     teacher_config: ModelConfig | None
+    all_count: bool = False  # for a program whose work is to be counted: the head computes every token
 
     def loss(self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[Array, Sums]:
         """(the loss, its parts): the weighted sum that the recipe asks for, in nats per target that counts."""
@@ -152,19 +153,19 @@ class Objective:
             trained["adapters"][name] = dataclasses.replace(adapter, key=None)  # nothing differentiates a key
             if adapter.key is not None:
                 rest["key"] = adapter.key
-                arrays["number"] = jnp.arange(batch.targets.size).reshape(batch.targets.shape)
         if teacher is not None and self.teacher_config:
             arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
             name = _head_of(self.teacher_config)
             rest["teacher"] = {name: _gathered(self.teacher_config, teacher[name])}
-        return hidden, chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, self.recipe.logits_chunk)
+        chunk, all_count = self.recipe.logits_chunk, self.all_count
+        return hidden, chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, chunk, all_count)
 
     def _token_losses(self, trained: Tree, chunk: dict[str, Array], rest: Tree) -> tuple[Array, Sums]:
         """(sum to differentiate, its parts) of a chunk of tokens."""
         head, distill = trained["params"] | rest["head"], self.phase.distill
         adapters = trained["adapters"]
         if "key" in rest:  # each chunk drops other elements
-            key = jax.random.fold_in(rest["key"], chunk["number"][0, 0])
+            key = jax.random.fold_in(rest["key"], chunk["number"])
             adapters = {name: dataclasses.replace(adapter, key=key) for name, adapter in adapters.items()}
         logits = transformer.logits(self.config, head, chunk["hidden"], adapters)
         total = entropy = masked_sum(-token_logprobs(logits, chunk["targets"]), chunk["mask"])
