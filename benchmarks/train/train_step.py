@@ -2,6 +2,8 @@
 
     python -m benchmarks.train.train_step                  (CPU, float32, a small Mixtral; three minutes)
     python -m benchmarks.train.train_step --device gpu     (the 12B with 16 experts, bfloat16, random weights)
+    python -m benchmarks.train.train_step --model runs/demo/calibrated --text runs/demo/text/train.jsonl --counts 0.5
+        (chats: half of the tokens carry loss; with --teacher runs/demo/dense, distillation by KL)
 
 Named peer: transformers with PEFT (attention's modules, the fused experts as target_parameters), torch's AdamW and
 torch's clipping. Each runs in a process of its own; on CPU they take steps in turn, on a GPU they have it one after the
@@ -81,19 +83,54 @@ def prepare(directory: Path, options: argparse.Namespace) -> None:
     import numpy as np
 
     from nemoe_jax.adapters import lora
-    from nemoe_jax.checkpoints import pretrained
+    from nemoe_jax.checkpoints import pretrained, reader
     from nemoe_jax.spec import schema
 
-    config = model_config(options.device, options.vocab)
-    pretrained.save_pretrained(directory / "model", config, schema.initialize(config, jax.random.key(0), config.dtype))
+    if options.model:
+        config = reader.read_config(options.model)
+        (directory / "model").symlink_to(options.model.absolute())
+    else:
+        config = model_config(options.device, options.vocab)
+        params = schema.initialize(config, jax.random.key(0), config.dtype)
+        pretrained.save_pretrained(directory / "model", config, params)
     adapters = schema.leaves(lora.initialize(config, targets(), jax.random.key(1)))
     first = {path: np.asarray(adapter.a) for path, adapter in adapters.items()}
     first["blocks/moe/ffn/up"] = first["blocks/moe/ffn/gate"]  # PEFT has one for both
     np.savez(directory / "adapters.npz", **first)
-    np.save(
-        directory / "tokens.npy",
-        np.random.default_rng(0).integers(0, config.vocab, (options.rows, options.length + 1)).astype(np.int32),
-    )
+    rng = np.random.default_rng(0)
+    count = options.rows * (options.length + 1)
+    tokens = rng.integers(0, config.vocab, count) if options.text is None else text_tokens(options, count)
+    np.save(directory / "tokens.npy", tokens.reshape(options.rows, -1).astype(np.int32))
+    np.save(directory / "mask.npy", chat_mask(options.rows, options.length, options.counts, rng))
+
+
+def text_tokens(options: argparse.Namespace, count: int) -> Any:
+    """The first tokens of a .jsonl file of texts."""
+    import numpy as np
+
+    from nemoe_jax.text.tokenizers.load import load_tokenizer
+
+    tokenizer, tokens = load_tokenizer(options.model), list[int]()
+    for line in options.text.read_text("utf-8").splitlines():
+        tokens += tokenizer.encode_document(json.loads(line)["text"])
+        if len(tokens) >= count:
+            return np.array(tokens[:count])
+    raise SystemExit(f"{options.text}: expected {count} tokens, got {len(tokens)}")
+
+
+def chat_mask(rows: int, length: int, share: float, rng: Any) -> Any:
+    """Which targets count: turns of 20 to 200 tokens of who asks and who answers, the latter's in that share."""
+    import numpy as np
+
+    mask = np.zeros((rows, length), np.float32)
+    for row in mask:
+        at = 0
+        while at < length:
+            turn = int(rng.integers(20, 200))
+            asked = round(turn * (1 - share))
+            row[at + asked : at + turn] = 1
+            at += turn
+    return mask
 
 
 def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
@@ -125,6 +162,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
                     "data": {"train": "-", "sequence_length": options.length, "batch_size": options.rows},
                     "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
                     "steps": 1,
+                    "distill": {"teacher": options.teacher} if options.teacher else None,
                 }
             ],
         }
@@ -144,20 +182,22 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     batch = Batch(
         inputs=jnp.asarray(tokens[:, :-1]),
         targets=jnp.asarray(tokens[:, 1:]),
-        mask=jnp.ones(shape, jnp.float32),
+        mask=jnp.asarray(np.load(directory / "mask.npy")),
         segments=jnp.ones(shape, jnp.int32),
         positions=jnp.broadcast_to(jnp.arange(options.length, dtype=jnp.int32), shape),
     )
 
-    def compiled(remat: bool) -> Any:
-        objective = Objective(recipe.model_copy(update={"remat": remat}), phase, config, None)
-        return make_update(objective, optimizer, schedule, state).lower(state, frozen, None, batch).compile()
+    teacher_config, teacher = pretrained.load_pretrained(options.teacher) if options.teacher else (None, None)
+
+    def compiled(remat: bool, all_count: bool = False) -> Any:
+        objective = Objective(recipe.model_copy(update={"remat": remat}), phase, config, teacher_config, all_count)
+        return make_update(objective, optimizer, schedule, state).lower(state, frozen, teacher, batch).compile()
 
     update = compiled(options.remat)
 
     def step() -> float:
         nonlocal state
-        state, figures = update(state, frozen, None, batch)
+        state, figures = update(state, frozen, teacher, batch)
         return float(figures["loss"])
 
     def facts() -> dict[str, Any]:
@@ -165,9 +205,11 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
             model_flops.model_flops_per_token(config, options.length, "lora", targets=targets()) * tokens[:, 1:].size
         )
         figures: dict[str, Any] = {"model_flops_per_step": model}
+        if options.model:
+            return figures
         if options.device == "cpu":
             for name, remat in (("executed_over_model", options.remat), ("executed_over_model_with_remat", True)):
-                program = hlo.parse((update if remat == options.remat else compiled(remat)).as_text())
+                program = hlo.parse(compiled(remat, all_count=True).as_text())
                 figures[name] = executed_flops(program, config, tokens[:, 1:].size) / model
             return figures
         figures["matmul_flops_per_second"] = matmul_rate()
@@ -257,10 +299,24 @@ def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     tokens = torch.from_numpy(np.load(directory / "tokens.npy")).long().to(place)
+    mask = torch.from_numpy(np.load(directory / "mask.npy")).to(place)
+    labels = torch.where(mask > 0, tokens[:, 1:], -100).flatten()
+    teacher = None
+    if options.teacher:
+        teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype="auto").to(place).eval()
+        teacher.config.use_cache = False
+
+    def loss_of(logits: Any) -> Any:
+        if teacher is None:
+            return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels)
+        with torch.no_grad():
+            expected = torch.log_softmax(teacher(input_ids=tokens[:, :-1]).logits.float(), -1)
+        own = torch.log_softmax(logits.float(), -1)
+        kl = torch.nn.functional.kl_div(own, expected, log_target=True, reduction="none").sum(-1)
+        return (kl * mask).sum() / mask.sum()
 
     def step() -> float:
-        logits = model(input_ids=tokens[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss = loss_of(model(input_ids=tokens[:, :-1]).logits)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -368,6 +424,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows of tokens; default: 4")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row; default: 512")
     parser.add_argument("--vocab", type=int, default=32000, help="vocabulary of the small model; default: 32000")
+    parser.add_argument("--model", type=Path, help="an MoE model's directory, instead of random weights")
+    parser.add_argument("--text", type=Path, help="with --model: .jsonl of texts, instead of random tokens")
+    parser.add_argument("--teacher", type=Path, help="with --model: a dense model's directory, to distill from by KL")
+    parser.add_argument("--counts", type=float, default=1.0, help="share of the tokens that carry loss; default: 1")
     parser.add_argument("--remat", action="store_true", help="both recompute each block in the backward pass")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     add_keep(parser)
@@ -392,7 +452,9 @@ def main() -> None:
         if Worker("prepare", directory, arguments).process.wait():
             raise SystemExit("the model could not be written")
         figures = {**measure(directory, options, arguments), **machine(PACKAGES)}
-    figures["options"] = {key: getattr(options, key) for key in ("device", "rows", "length", "vocab", "remat", "steps")}
+    figures["options"] = {
+        key: getattr(options, key) for key in ("device", "rows", "length", "vocab", "counts", "remat", "steps")
+    }
     print(json.dumps(figures, indent=2)) if options.json else show(figures)
     if options.keep:
         keep(f"train_step-{options.device}", figures)

@@ -143,9 +143,7 @@ def _zeros(loss: ChunkLoss, layout: _Layout, trained: Any, tokens: dict[str, Arr
     return jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(first, tokens, order_GN))
 
 
-def _forward(
-    loss: ChunkLoss, layout: _Layout, trained: Any, hidden: Array, tokens: dict[str, Array], rest: Any
-) -> Any:
+def _forward(loss: ChunkLoss, layout: _Layout, trained: Any, hidden: Array, tokens: dict[str, Array], rest: Any) -> Any:
     order_GN, chunks = layout.order(tokens["mask"])
     arrays = {"hidden": hidden} | tokens
 
