@@ -25,6 +25,9 @@ from jax.sharding import PartitionSpec
 
 from nemoe_jax.spec.mesh import batch_axes
 
+# The last chunk is half full on average: so many chunks at least, unless they would be too narrow for fast products.
+MIN_CHUNKS, MIN_WIDTH = 8, 128
+
 Sums = dict[str, Array]
 # (trained part of the head, {name: (B, C, …)} of a chunk, everything else) -> (sum to differentiate, sums to report)
 ChunkLoss = Callable[[Any, dict[str, Array], Any], tuple[Array, Sums]]
@@ -61,7 +64,8 @@ def chunked_sums(
         chunk: tokens on one device in a chunk, at most.
         all_count: compute every token, whatever the mask: the loop's bound is then a constant of the program.
     """
-    layout = _Layout.of(*hidden_BTD.shape[:2], chunk, all_count)
+    batch, length, _ = hidden_BTD.shape
+    layout = _Layout.of(batch, length, chunk, all_count)
     grouped = {name: layout.by_device(array) for name, array in tokens.items()}
     return _summed(loss, layout, trained, layout.by_device(hidden_BTD), grouped, rest)
 
@@ -84,7 +88,7 @@ class _Layout:
         row_shards = math.prod(mesh.shape[axis] for axis in rows)
         sequence_shards = 1 if mesh.empty else mesh.shape.get("sequence", 1)
         own = batch * length // (row_shards * sequence_shards)
-        chunks = -(-own // chunk)
+        chunks = max(-(-own // chunk), min(MIN_CHUNKS, own // MIN_WIDTH))
         width = -(-own // chunks)
         return cls(rows, row_shards, sequence_shards, width, -(-own // width), all_count)
 
