@@ -114,7 +114,8 @@ def engine_from_args(
 ) -> "Iterator[Engine]":
     """An engine with the model of `arguments.directory`, for as long as the context lasts.
 
-    Its requests name the adapter as the flag does.
+    Its requests name the adapter as the flag does. With several slots it is deterministic: a file of responses does not
+    depend on where it was interrupted.
 
     Args:
         generation: its end tokens are the model's.
@@ -143,6 +144,7 @@ def engine_from_args(
         cache_dtype=arguments.kv_cache,
         adapters=adapters or None,
         specialize=max_num_seqs == 1,
+        deterministic=max_num_seqs > 1,
     )
     try:
         yield engine

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from nemoe_jax.cli import model_flags, sampling_flags
 from nemoe_jax.errors import UserError
-from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
 from nemoe_jax.utils.command import Command, rename_flags
 
@@ -30,7 +29,6 @@ seed; top_k, min_p and repetition_penalty are extensions. /health says whether i
 clients get status 429 and try again. Where the environment has {KEY}, clients must send it as their API key.
 Only this machine can reach it unless --host says otherwise (0.0.0.0: everybody who reaches this machine).
 """
-WARM_UP_TOKENS = 4
 
 
 def add(command: Command) -> None:
@@ -50,11 +48,13 @@ def add(command: Command) -> None:
         help="a LoRA adapter in Hugging Face PEFT's form, for requests whose model is NAME; may be repeated",
     )
     parser.add_argument(
-        "--max-num-seqs",
-        type=int,
-        default=8,
-        metavar="N",
-        help="requests that run at a time (default 8; a lone one is faster with 1)",
+        "--max-num-seqs", type=int, default=8, metavar="N", help="requests that run at a time (default 8)"
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="every step takes all slots: a response is the same to the last bit whoever else is there, and a lone "
+        "request several times slower",
     )
     parser.add_argument(
         "--kv-cache-tokens", type=int, metavar="N", help="size of the KV cache in tokens, of all requests together"
@@ -164,6 +164,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
         mesh=mesh,
         cache_dtype=arguments.kv_cache,
         adapters=trees or None,
+        deterministic=arguments.deterministic,
     )
     return ServedModel(
         engine,
@@ -178,25 +179,21 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
 
 
 def _warm_up(served: "ServedModel") -> None:
-    """Compiles what requests need, so that the first ones do not wait for it. Raises UserError where it fails."""
+    """Compiles what requests need, so that none waits for it. Raises UserError where the model cannot respond."""
     from nemoe_jax.serving.engine.request import Request
-    from nemoe_jax.serving.engine.runner import CHUNK
     from nemoe_jax.serving.structured.grammar import json_object
 
     _say("compiling")
     started = time.monotonic()
-    token, most = served.tokenizer.bos_id or 0, min(CHUNK, served.context - WARM_UP_TOKENS)
-    # prompts are read in chunks padded to powers of two
-    lengths = {min(most, CHUNK >> halvings) for halvings in range(CHUNK.bit_length())}
-    requests = [Request((token,) * length, WARM_UP_TOKENS) for length in sorted(lengths)]
-    requests.append(Request((token,), WARM_UP_TOKENS, SamplingParams(repetition_penalty=1.1), top_logprobs=0))
+    constraints = False
     with contextlib.suppress(UserError):  # a tokenizer that no grammar can be made of
-        requests.append(Request((token,), WARM_UP_TOKENS, constraint=json_object(served.builder.vocabulary)))
-    for request in requests:
-        for output in served.engine.submit(request):
-            if output.error:
-                raise UserError(f"the model cannot answer: {output.error}")
-    _say(f"compiled in {time.monotonic() - started:.1f} s")
+        json_object(served.builder.vocabulary)
+        constraints = True
+    names = [*served.engine.compile(constraints)]
+    _say(f"compiled {len(names)} programs in {time.monotonic() - started:.1f} s: {', '.join(names)}")
+    for output in served.engine.submit(Request((served.tokenizer.bos_id or 0,), 1)):
+        if output.error:
+            raise UserError(f"the model cannot answer: {output.error}")
 
 
 def _say(words: str) -> None:

@@ -164,6 +164,7 @@ class NemoeLM(TemplateLM):
             max_queued=len(wanted),
             mesh=self.mesh,
             cache_dtype=self.cache_dtype,
+            deterministic=True,
         )
         with engine, progress_bar() as bar:
             answers = [engine.submit(one) for one in wanted]

@@ -108,6 +108,60 @@ def test_whatever_joins_and_leaves_an_answer_is_that_of_the_request_alone(engine
             assert answers[number].finish_reason == "cancelled"
 
 
+def test_a_step_takes_as_many_slots_as_are_at_work(engine, monkeypatch):
+    """With those that leave, a slot changes its place in the batch; its penalties and its adapter go along."""
+    requests = [
+        Request(prompt(seed, 9), 10 + 30 * seed, SamplingParams(seed % 2, repetition_penalty=1.3)) for seed in range(3)
+    ]
+    sizes, decode = [], runner.ModelRunner.decode
+
+    def spy(self, batch, places, *given):
+        sizes.append(len(places))
+        return decode(self, batch, places, *given)
+
+    monkeypatch.setattr(runner.ModelRunner, "decode", spy)
+    alone = [tokens_of(engine.submit(request)) for request in requests]
+    assert set(sizes) == {1}
+    sizes.clear()
+    answers = [engine.submit(request) for request in requests]
+    assert [tokens_of(answer) for answer in answers] == alone
+    assert set(sizes) == {1, 2, 4}
+
+
+def test_what_is_compiled_at_the_start_is_enough(engine):
+    names = list(engine.compile())
+    assert [name for name in names if name.startswith("decode")] == [
+        *("decode 1", "decode 2", "decode 4"),
+        *("decode 1 with log-probabilities", "decode 1 under constraints"),
+        *("decode 4 with log-probabilities", "decode 4 under constraints"),
+    ]
+    programs = (runner._decode, runner._prefill, runner._count, runner._wipe)
+    before = [program._cache_size() for program in programs]
+    hot = SamplingParams(1, repetition_penalty=1.2, logit_bias=WORDS)
+    answers = [engine.submit(Request(prompt(length, length), 5, hot)) for length in (1, 20, 70, 200, 500)]
+    answers += [
+        engine.submit(Request((5,), 5, hot, top_logprobs=2)),
+        engine.submit(Request((5,), constraint=Only({5}, 2))),
+    ]
+    answers.append(engine.submit(Request((5,), constraint=object())))
+    for answer in answers:
+        answer.result(60)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_deterministic_to_the_last_bit_whoever_else_is_there(params, tokenizer):
+    requests = [Request(prompt(seed, 5 + 40 * seed), 20 + seed, top_logprobs=1) for seed in range(5)]
+    with Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE, deterministic=True) as own:
+        alone = []
+        for request in requests:
+            alone.append(own.submit(request))
+            alone[-1].result(60)
+        joined = [own.submit(request) for request in requests]
+        for answer, before in zip(joined, alone, strict=True):
+            answer.result(60)
+            assert answer.tokens == before.tokens  # with their log-probabilities
+
+
 def test_pieces_join_to_the_answer(engine, tokenizer):
     request = Request(prompt(4, 7), 80, SamplingParams(temperature=1, logit_bias=WORDS))
     answer = engine.submit(request)
@@ -389,7 +443,8 @@ def test_over_a_mesh(engine, params, tokenizer):
         bad = own.submit(Request((5, 6, 7), 300, constraint=object()))
         assert bad.result(60) == "" and bad.finish_reason == "error"
         assert own.statistics().free_tokens == own.statistics().tokens == 8 * PAGE
-    assert runner._decode._cache_size() == before + 1  # one program serves them all
+        assert own._scheduler.runner.batch_sizes == (2, 4)
+    assert runner._decode._cache_size() <= before + 2  # one program of each size serves them all
 
 
 def test_programs_for_what_is_asked_alone_give_the_same_tokens(engine, params, tokenizer):

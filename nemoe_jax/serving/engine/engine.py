@@ -4,9 +4,9 @@
         for output in engine.submit(Request(tuple(tokenizer.encode_prompt("Hello")))):
             print(output.text, end="", flush=True)
 
-The batch has a fixed number of slots. A request gets an idle slot and pages for its prompt and all tokens that it may
-generate, so that it is never preempted; it waits while there are none, first come, first served. A thread runs the
-scheduler (scheduler.py).
+The batch has a number of slots, of which a step takes about as many as are at work (runner.py). A request gets an idle
+slot and pages for its prompt and all tokens that it may generate, so that it is never preempted; it waits while there
+are none, first come, first served. A thread runs the scheduler (scheduler.py).
 
 Whatever fails ends as little as possible: a response whose text or constraint fails ends alone; a step that fails ends
 the running requests, and the waiting ones are served from an empty cache; where the cache cannot be made anew, or the
@@ -16,7 +16,8 @@ thread itself ends, everything ends with an error, nothing more is taken and `fa
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,8 @@ class Engine:
         adapters: LoRA adapters by the names that requests give.
         specialize: compile only what the requests at hand need: the first token comes sooner, but a later request that
             asks for more waits for another program.
+        deterministic: every step takes all slots, so that a response is the same to the last bit whoever else is there;
+            otherwise the others make a difference of rounding, and a few slots at work are much faster.
         cache_dtype: one of `generate.CACHE_DTYPES`, or None for the model's own.
 
     Raises:
@@ -103,6 +106,7 @@ class Engine:
         cache_dtype: str | None = None,
         adapters: Mapping[str, Tree] | None = None,
         specialize: bool = False,
+        deterministic: bool = False,
     ):
         sizes = {"max_num_seqs": max_num_seqs, "kv_tokens": kv_tokens, "max_queued": max_queued}
         for name, value in sizes.items():
@@ -127,10 +131,12 @@ class Engine:
             pools = [PageAllocator(1 + -(-kv_tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
             self.context = min(config.context, pools[0].tokens)  # of one request, prompt and response together
             runner = ModelRunner(
-                config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked, specialize
+                config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked, specialize, deterministic
             )
         self._slots = Slots(max_num_seqs, pools, runner.width)
         self._scheduler = Scheduler(config, runner, self._slots, self._end_tokens, known_V)
+        self._runner, self._known_V = runner, known_V
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # for the thread, between its steps
         self._queue: deque[ResponseStream] = deque()
         self._running: list[ResponseStream] = []  # those that were admitted and have no end yet
         self._changed = threading.Condition()
@@ -177,6 +183,26 @@ class Engine:
             self._requests += 1
             self._changed.notify()
         return response
+
+    def compile(self, constraints: bool = True) -> Iterator[str]:
+        """Compiles whatever requests may need, so that none waits for it, and yields the names of the programs.
+
+        Args:
+            constraints: also what requests under constraints need.
+        """
+        for name, program in self._runner.programs(self._known_V, constraints):
+            self._call(program)
+            yield name
+
+    def _call(self, work: Callable[[], Any]) -> Any:
+        """The result of something that is done in the engine's thread, between its steps."""
+        done: Future[Any] = Future()
+        with self._changed:
+            if self._closed is not None:
+                raise Closed(self._closed)
+            self._calls.append((work, done))
+            self._changed.notify()
+        return done.result()
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests, and returns when the engine's thread has ended.
@@ -247,16 +273,24 @@ class Engine:
             self._closed = self._closed or failure
             left = [*self._running, *self._queue]
             self._queue.clear()
+            for _, done in self._calls:
+                done.set_exception(Closed(self._closed or "the engine is closed"))
         for response in left:
             self._end(response, "error", failure or "the engine is closed")
 
     def _iterate(self) -> bool:
         """Waits for work and does a step of it; False where the engine is closed and nothing is left to do."""
         with self._changed:
-            while not (self._queue or self._running):
+            while not (self._queue or self._running or self._calls):
                 if self._closed is not None:
                     return False
                 self._changed.wait()
+        while self._calls:
+            work, done = self._calls.popleft()
+            try:
+                done.set_result(work())
+            except BaseException as error:  # the caller's
+                done.set_exception(error)
         self._drop_cancelled()
         self._admit()
         self._scheduler.step()

@@ -1,12 +1,17 @@
 """What the engine runs on the device, and what stays there: the pools of keys and values, the counts, the parameters.
 
-Every program has few shapes: the rows of the batch are always as many, and a prompt's chunks have a few widths. So what
-a row gives depends on its own request alone, to the last bit, whatever the other rows do.
+Every program has few shapes, so that all can be compiled before the first request: a decode step takes 1, 2, 4, … slots
+or all of them, whichever is the least that holds those at work (a lone request does not pay for idle slots), and a
+prompt's chunks are padded to powers of two. Sums over another number of slots may be added up in another order: what a
+slot gives then depends on the others by rounding. `deterministic`: every step takes all slots, and what a slot gives
+depends on its own request alone, to the last bit.
 
-B rows, T tokens of a chunk, M pages of a row, E stop tokens, V vocabulary, W words of 32 bits.
+B slots of a step, T tokens of a chunk, M pages of a sequence, E stop tokens, V vocabulary, W words of 32 bits.
 """
 
 import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +19,20 @@ import numpy as np
 
 from nemoe_jax.adapters.multi_lora import select_adapters
 from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only
-from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, scores, specialized
+from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, controls, scores, specialized
+from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import KVPages
 from nemoe_jax.model.decode_weights import prepare_decode_params
 from nemoe_jax.model.kv_cache import KVCache, division, shared_cache, zero_pages
 from nemoe_jax.model.transformer import hidden_states, logits
+from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.spec.sharding import constrain_tokens
 
 CHUNK = 512  # tokens of a prompt that are read at a time
 _NARROWEST = 32
-MOST_ENDS = 16  # tokens that end a row on the device; more are found by the host, some steps later
+MOST_ENDS = 16  # stop tokens of a slot on the device; more are found by the host, some steps later
 
 
 class DeviceState(NamedTuple):
@@ -37,15 +44,15 @@ class DeviceState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The rows as the host wants them to be; all NumPy's int32 until a program has them."""
+    """The slots as the host wants them to be; all NumPy's int32 until a program has them."""
 
     table_BM: Any
-    length_B: Any  # tokens that each row holds in the cache
+    length_B: Any  # tokens that each slot holds in the cache
     next_B: Any  # the tokens that are read next
-    step_B: Any  # tokens chosen so far
-    remaining_B: Any  # tokens that each row may still have; 0: it rests
-    stop_BE: Any  # tokens that end the row; -1 for none
-    adapter_B: Any  # the number of each row's adapter; -1 for none
+    step_B: Any  # tokens generated so far
+    remaining_B: Any  # tokens that each slot may still generate; 0: it is idle
+    stop_BE: Any  # tokens that end the response; -1 for none
+    adapter_B: Any  # the number of each slot's adapter; -1 for none
 
 
 class ModelRunner:
@@ -55,44 +62,68 @@ class ModelRunner:
         specialize: compile what samples without penalties, biases, log-probabilities and constraints apart, which is
             sooner ready; otherwise one program does for all requests that have no log-probabilities or constraints.
         pages: of each device's pool, with page 0.
-        slots: tokens of a row at most.
-        bank: all adapters (adapters/multi_lora), or None. Rows without one pass through them as well.
+        tokens: of a sequence at most.
+        stacked: all adapters (adapters/multi_lora), or None. Slots without one pass through them as well.
+        deterministic: every step takes all slots.
+
+    batch_sizes: how many slots a step may take.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         params: Tree,
-        rows: int,
         slots: int,
+        tokens: int,
         pages: int,
         dtype: Any,
-        bank: Tree | None = None,
+        stacked: Tree | None = None,
         specialize: bool = False,
+        deterministic: bool = False,
     ):
         self._specialize = specialize
-        self.config, self.params, self.rows, self.bank = config, params, rows, bank
-        self.decode_params = prepare_decode_params(params, rows)
-        self.parts, self.cuts = division(config, rows)
-        self._shape = (slots, pages, dtype)
+        self.config, self.params, self.slots, self.stacked = config, params, slots, stacked
+        self.parts, self.cuts = division(config, slots)
+        self.batch_sizes = (slots,) if deterministic else tuple(_batch_sizes(config, slots))
+        self._decode_params = {size: prepare_decode_params(params, size) for size in self.batch_sizes}
+        self._shape = (tokens, pages, dtype)
         self.reset()
 
     def reset(self) -> None:
         """An empty cache, as at the start."""
-        cache, counts = _start(self.config, self.rows, *self._shape)
+        cache, counts = _start(self.config, self.slots, *self._shape)
         self.width = cache.table_BM.shape[1]
         self.held = DeviceState(cache.k, cache.v, counts)
         if jax.sharding.get_abstract_mesh().empty:  # where the parameters are: once for all, or it would compile twice
             self.held = jax.device_put(self.held, self.params["embed"].sharding)
 
-    def read(self, row: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> None:
+    def places(self, numbers: Sequence[int], all_variants: bool = True) -> np.ndarray:
+        """The slots that a step takes, by their places in its batch, int32 (B,); -1: an idle one.
+
+        Args:
+            numbers: of the slots at work.
+            all_variants: of all sizes; otherwise of the smallest or the largest.
+        """
+        part_slots = self.slots // self.parts
+        by_part = [[number for number in numbers if number // part_slots == part] for part in range(self.parts)]
+        most = max(map(len, by_part)) * self.parts
+        sizes = self.batch_sizes if all_variants else (self.batch_sizes[0], self.batch_sizes[-1])
+        size = next(size for size in sizes if size >= most)
+        if size == self.slots:
+            return np.array([number if number in numbers else -1 for number in range(size)], np.int32)
+        places = np.full((self.parts, size // self.parts), -1, np.int32)
+        for part, own in enumerate(by_part):
+            places[part, : len(own)] = own
+        return places.reshape(-1)
+
+    def prefill(self, slot: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> None:
         """A chunk of a prompt, at most `CHUNK` tokens, from that position on; `adapter` is a number, or -1."""
-        part = self._part(row)
+        part = self._part(slot)
         width = max(_NARROWEST, 1 << (len(tokens) - 1).bit_length())
         tokens_BT, table_BM = np.zeros((self.parts, width), np.int32), np.zeros((self.parts, self.width), np.int32)
         tokens_BT[part, : len(tokens)], table_BM[part] = tokens, table_M
         here_B = np.arange(self.parts, dtype=np.int32) == part
-        self.held = _read(
+        self.held = _prefill(
             self.config,
             self.params,
             tokens_BT,
@@ -100,7 +131,7 @@ class ModelRunner:
             self.held,
             table_BM,
             np.where(here_B, np.int32(position), np.int32(0)),
-            self.bank,
+            self.stacked,
             np.full(self.parts, adapter, np.int32),
         )
 
@@ -108,48 +139,95 @@ class ModelRunner:
         """Log-probabilities (nats) of a prompt's tokens but the first, and the `top` likeliest in their places."""
         width = max(_NARROWEST, 1 << (len(prompt) - 1).bit_length())
         tokens_T = np.pad(prompt, (0, width - len(prompt)))
-        scored = _score(self.config, self.params, tokens_T, self.bank, np.full(1, adapter, np.int32), top=top)
+        scored = _score(self.config, self.params, tokens_T, self.stacked, np.full(1, adapter, np.int32), top=top)
         return [array[: len(prompt) - 1] for array in jax.device_get(scored)]
 
-    def count_prompt(self, row: int, prompt: np.ndarray) -> None:
-        """The row's counts are those of a new prompt."""
-        here_B = np.arange(self.rows) == row
+    def count_prompt(self, slot: int, prompt: np.ndarray) -> None:
+        """The slot's counts are those of a new prompt."""
+        here_B = np.arange(self.slots) == slot
         for first in range(0, len(prompt), CHUNK):
             chunk = prompt[first : first + CHUNK]
-            tokens_BT = np.zeros((self.rows, CHUNK), np.int32)
-            tokens_BT[row, : len(chunk)] = chunk
+            tokens_BT = np.zeros((self.slots, CHUNK), np.int32)
+            tokens_BT[slot, : len(chunk)] = chunk
             num_new_tokens_B = np.where(here_B, np.int32(len(chunk)), np.int32(0))
             self.held = _count(self.held, here_B & (first == 0), tokens_BT, num_new_tokens_B)
 
     def decode(
-        self, batch: Batch, steps: int, controls: SamplerInputs, allowed_BW: np.ndarray | None, top: int | None
+        self,
+        batch: Batch,
+        places: np.ndarray,
+        steps: int,
+        controls: SamplerInputs,
+        allowed_BW: np.ndarray | None,
+        top: int | None,
     ) -> DecodedTokens:
-        """Up to so many steps of all rows; what they gave, on the host."""
+        """Up to so many steps of the slots in those `places`; what they gave, on the host."""
         if self._specialize and allowed_BW is None and top is None:
             controls = specialized(controls)
+        size = len(places)
+        slot_B = None if size == self.slots else np.where(places < 0, np.int32(self.slots), places)
+        params = self._decode_params[size]
         self.held, block = _decode(
-            self.config, self.decode_params, self.held, batch, steps, controls, allowed_BW, self.bank, top=top
+            self.config, params, self.held, batch, slot_B, steps, controls, allowed_BW, self.stacked, top=top
         )
         return jax.device_get(block)
 
-    def wipe(self, row: int, pages: list[int]) -> None:
-        """Zeros in a row's pages: what is no number in them would harm the next row even where it is hidden from it."""
+    def wipe(self, slot: int, pages: list[int]) -> None:
+        """Zeros in a slot's pages: NaN in them would harm the next sequence even where it is masked."""
         pages_M = np.full(self.width, np.iinfo(np.int32).max, np.int32)
         pages_M[: len(pages)] = pages
-        self.held = _wipe(self.held, pages_M, np.arange(self.parts) == self._part(row))
+        self.held = _wipe(self.held, pages_M, np.arange(self.parts) == self._part(slot))
 
-    def _part(self, row: int) -> int:
-        """Which of the equal parts of the rows has this one."""
-        return row // (self.rows // self.parts)
+    def programs(self, known_V: np.ndarray | None, constraints: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """What requests may need, by name, and a call that compiles it: of idle slots, so that nothing changes."""
+
+        def decode(size: int, allowed: bool, top: int | None) -> None:
+            zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+            table_BM, stop_BE = np.zeros((size, self.width), np.int32), np.full((size, MOST_ENDS), -1, np.int32)
+            batch = Batch(table_BM, zeros_B, zeros_B, zeros_B, zeros_B, stop_BE, idle_B)
+            allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if allowed else None
+            given = controls([SamplingParams()] * size, self.config.vocab, known_V)
+            self.decode(batch, idle_B, 1, given, allowed_BW, top)
+
+        longest = min(CHUNK, self._shape[0])
+        table_M = np.zeros(self.width, np.int32)
+        for width in (_NARROWEST << doublings for doublings in range(16)):
+            yield f"prefill {width}", functools.partial(self.prefill, 0, np.zeros(width, np.int32), 0, table_M, -1)
+            if width >= longest:
+                break
+        top = min(MAX_TOP_LOGPROBS, self.config.vocab)
+        for size in self.batch_sizes:
+            yield f"decode {size}", functools.partial(decode, size, False, None)
+        for size in sorted({self.batch_sizes[0], self.batch_sizes[-1]}):
+            yield f"decode {size} with log-probabilities", functools.partial(decode, size, False, top)
+            if constraints:
+                yield f"decode {size} under constraints", functools.partial(decode, size, True, None)
+        yield "penalties", functools.partial(self.count_prompt, 0, np.zeros(1, np.int32))
+        yield "wipe", functools.partial(self.wipe, 0, [])
+
+    def _part(self, slot: int) -> int:
+        """Which of the equal parts of the slots has this one."""
+        return slot // (self.slots // self.parts)
+
+
+def _batch_sizes(config: ModelConfig, slots: int) -> Iterator[int]:
+    """1, 2, 4, … slots for each part of the batch, as far as the mesh divides them as it does all, and all."""
+    whole = division(config, slots)
+    size = whole[0]
+    while size < slots:
+        if division(config, size) == whole:
+            yield size
+        size *= 2
+    yield slots
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _start(config: ModelConfig, rows: int, slots: int, pages: int, dtype: Any) -> tuple[KVCache, TokenCounts]:
-    return shared_cache(config, rows, slots, pages, dtype), _laid(TokenCounts.empty(rows, config.vocab))
+def _start(config: ModelConfig, slots: int, tokens: int, pages: int, dtype: Any) -> tuple[KVCache, TokenCounts]:
+    return shared_cache(config, slots, tokens, pages, dtype), _laid(TokenCounts.empty(slots, config.vocab))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="held")
-def _read(
+def _prefill(
     config: ModelConfig,
     params: Tree,
     tokens_BT: Any,
@@ -157,10 +235,10 @@ def _read(
     held: DeviceState,
     table_BM: Any,
     length_B: Any,
-    bank: Tree | None,
+    stacked: Tree | None,
     adapter_B: Any,
 ) -> DeviceState:
-    adapters = select_adapters(bank, adapter_B) if bank else None
+    adapters = select_adapters(stacked, adapter_B) if stacked else None
     _, cache = read_only(
         config, params, tokens_BT, num_new_tokens_B, KVCache(held.k, held.v, table_BM, length_B), adapters
     )
@@ -168,8 +246,8 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top"))
-def _score(config: ModelConfig, params: Tree, tokens_T: Any, bank: Tree | None, adapter_B: Any, top: int) -> Any:
-    adapters = select_adapters(bank, adapter_B) if bank else None
+def _score(config: ModelConfig, params: Tree, tokens_T: Any, stacked: Tree | None, adapter_B: Any, top: int) -> Any:
+    adapters = select_adapters(stacked, adapter_B) if stacked else None
     x_TD = hidden_states(config, params, tokens_T[None], adapters=adapters).x_BTD[0]
 
     def chunk(given):
@@ -193,21 +271,28 @@ def _decode(
     params: Tree,
     held: DeviceState,
     batch: Batch,
+    slot_B: Any | None,
     steps: Any,
     controls: SamplerInputs,
     allowed_BW: Any | None,
-    bank: Tree | None,
+    stacked: Tree | None,
     top: int | None,
 ) -> tuple[DeviceState, DecodedTokens]:
     cache = KVCache(held.k, held.v, batch.table_BM, batch.length_B)
     penalized = controls.repetition_B is not None  # a slot with a penalty has it from its first token to its last
-    state = DecodeState(
-        cache, held.counts if penalized else None, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE
-    )
-    adapters = select_adapters(bank, batch.adapter_B) if bank else None
+    counts = held.counts if penalized else None
+    if counts is not None and slot_B is not None:
+        counts = TokenCounts(*(array_BV.at[slot_B].get(mode="fill", fill_value=0) for array_BV in counts))
+    state = DecodeState(cache, counts, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE)
+    adapters = select_adapters(stacked, batch.adapter_B) if stacked else None
     state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
-    counts = held.counts if state.counts is None else _laid(state.counts)
-    return DeviceState(state.cache.k, state.cache.v, counts), block
+    if state.counts is None:
+        return DeviceState(state.cache.k, state.cache.v, held.counts), block
+    counts = state.counts
+    if slot_B is not None:  # the idle places' are beyond the slots
+        pairs = zip(held.counts, counts, strict=True)
+        counts = TokenCounts(*(whole_BV.at[slot_B].set(array_BV, mode="drop") for whole_BV, array_BV in pairs))
+    return DeviceState(state.cache.k, state.cache.v, _laid(counts)), block
 
 
 @functools.partial(jax.jit, donate_argnames="held")

@@ -11,10 +11,11 @@ import logging
 import math
 import time
 from collections import Counter, deque
+from typing import NamedTuple
 
 import numpy as np
 
-from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, DecodedTokens, has_penalty
+from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, DecodedTokens, Scores, has_penalty
 from nemoe_jax.inference.generate import GREEDY
 from nemoe_jax.inference.sampler import SamplerInputs, controls
 from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS, ScoredToken
@@ -53,7 +54,8 @@ class Scheduler:
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self._prefilling: deque[Slot] = deque()
         self._known_V = known_V
-        self._seconds_a_token = _STEP_SECONDS  # the first token comes alone, and says more
+        # by the size of the batch; the first token comes alone, and says more
+        self._seconds_a_token = dict.fromkeys(runner.batch_sizes, _STEP_SECONDS)
 
     def admit(self, response: ResponseStream, adapter: int) -> bool:
         """Gives a response a slot, where there is one with room for it; `adapter` is a number, or -1."""
@@ -87,7 +89,7 @@ class Scheduler:
             chunk = slot.prompt[slot.prefilled : len(slot.prompt) - 1][:CHUNK]
             if len(chunk):
                 table_M = self.slots.batch.table_BM[slot.number]
-                self.runner.read(slot.number, chunk, slot.prefilled, table_M, slot.adapter)
+                self.runner.prefill(slot.number, chunk, slot.prefilled, table_M, slot.adapter)
             slot.prefilled += len(chunk)
             left -= max(len(chunk), 1)
             if slot.prefilled < len(slot.prompt) - 1:
@@ -114,64 +116,71 @@ class Scheduler:
 
     def _decode(self) -> None:
         """Some tokens of all slots whose prompts are in the cache."""
-        allowed_BW = self._allowed(self.slots.decoding())
+        allowed = self._allowed(self.slots.decoding())
         active = self.slots.decoding()
         if not active:
             return
-        tokens = 1 if allowed_BW is not None else int(min(max(_STEP_SECONDS / self._seconds_a_token, 1), BLOCK))
         scored = any(slot.response.request.top_logprobs is not None for slot in active)
+        places = self.runner.places([slot.number for slot in active], all_variants=not (scored or allowed))
+        size = len(places)
+        tokens = 1 if allowed else int(min(max(_STEP_SECONDS / self._seconds_a_token[size], 1), BLOCK))
         started = time.monotonic()
         block = self.runner.decode(
-            self.slots.batch,
+            self.slots.at(places),
+            places,
             tokens,
-            self._sampler_inputs(),
-            allowed_BW,
+            self._sampler_inputs(places),
+            self._allowed_words(allowed, places) if allowed else None,
             min(MAX_TOP_LOGPROBS, self.config.vocab) if scored else None,
         )
         # what was compiled first took long, once
         measured = (time.monotonic() - started) / max(int(block.steps), 1)
-        self._seconds_a_token = min(measured, 2 * self._seconds_a_token)
+        self._seconds_a_token[size] = min(measured, 2 * self._seconds_a_token[size])
+        place_of = {int(number): place for place, number in enumerate(places)}
         for slot in active:
             try:
-                self._append(slot, block, allowed_BW)
+                self._append(slot, _SlotTokens.of(block, place_of[slot.number]), allowed.get(slot.number))
             except Exception as error:  # its own text, its own constraint: the others go on
                 if self.slots.taken.get(slot.number) is not slot:  # but for one in giving back its slot and pages
                     raise
                 _log.exception("a response failed")
                 self._finish(slot, "error", f"the response failed: {error}")
 
-    def _sampler_inputs(self) -> SamplerInputs:
-        """The sampling parameters of each slot; none where it is idle."""
-        samplings = [GREEDY] * len(self.slots)
-        for slot in self.slots.decoding():
-            samplings[slot.number] = slot.response.request.sampling
+    def _sampler_inputs(self, places: np.ndarray) -> SamplerInputs:
+        """The sampling parameters of the slot in each place; none where it is idle."""
+        slots = [self.slots.taken.get(int(number)) for number in places]
+        samplings = [GREEDY if slot is None else slot.response.request.sampling for slot in slots]
         return controls(samplings, self.config.vocab, self._known_V)
 
-    def _allowed(self, active: list[Slot]) -> np.ndarray | None:
-        """Bits of the tokens that each slot may have next; None where all may have all."""
-        constrained = [slot for slot in active if slot.response.request.constraint is not None]
-        if not constrained:
-            return None
-        allowed_BW = np.full((len(self.slots), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
-        for slot in constrained:
+    def _allowed(self, active: list[Slot]) -> dict[int, np.ndarray]:
+        """Bits of the tokens that each slot under a constraint may have next, by its number."""
+        words: dict[int, np.ndarray] = {}
+        for slot in active:
             constraint = slot.response.request.constraint
-            assert constraint is not None
+            if constraint is None:
+                continue
             try:
-                bits_W = constraint.allowed()[: allowed_BW.shape[1]]
-                allowed_BW[slot.number] = 0
-                allowed_BW[slot.number, : len(bits_W)] = bits_W
+                bits_W = constraint.allowed()[: math.ceil(self.config.vocab / 32)]
+                words[slot.number] = np.asarray(bits_W, np.uint32)
             except Exception as error:
                 self._finish(slot, "error", f"the answer's constraint failed: {error}")
+        return words
+
+    def _allowed_words(self, allowed: dict[int, np.ndarray], places: np.ndarray) -> np.ndarray:
+        """The same for all places, (B, W): the others may have all tokens."""
+        allowed_BW = np.full((len(places), math.ceil(self.config.vocab / 32)), 2**32 - 1, np.uint32)
+        for place, number in enumerate(places.tolist()):
+            if number in allowed:
+                allowed_BW[place] = 0
+                allowed_BW[place, : len(allowed[number])] = allowed[number]
         return allowed_BW
 
-    def _append(self, slot: Slot, block: DecodedTokens, allowed_BW: np.ndarray | None) -> None:
-        """A slot's share of a block, for its response."""
-        number, response = slot.number, slot.response
-        generated = int(block.num_generated_B[number])
-        if generated:
-            tokens = block.tokens_SB[:generated, number].tolist()
-            self.slots.advance(slot, tokens)
-            output = response.append(self._scored(slot, tokens, block))
+    def _append(self, slot: Slot, given: "_SlotTokens", allowed_W: np.ndarray | None) -> None:
+        """What a slot generated, for its response."""
+        response = slot.response
+        if given.tokens:
+            self.slots.advance(slot, given.tokens)
+            output = response.append(given.scored(response.request.top_logprobs))
             self.totals["answer"] += len(output.tokens)
             if output.finish_reason is not None:
                 self._release(slot, output.finish_reason)  # first: the slot is free when the last output comes
@@ -181,26 +190,12 @@ class Scheduler:
             constraint = response.request.constraint
             if constraint is not None:
                 try:
-                    constraint.accept(tokens[0])
+                    constraint.accept(given.tokens[0])
                 except Exception as error:
                     return self._finish(slot, "error", f"the answer's constraint failed: {error}")
-        if block.failed_B[number]:
-            nothing = allowed_BW is not None and not allowed_BW[number].any()
+        if given.failed:
+            nothing = allowed_W is not None and not allowed_W.any()
             self._finish(slot, "error", "the answer's constraint allows no token" if nothing else NOT_A_NUMBER)
-
-    def _scored(self, slot: Slot, tokens: list[int], block: DecodedTokens) -> list[ScoredToken]:
-        top = slot.response.request.top_logprobs
-        if top is None:
-            return [ScoredToken(token) for token in tokens]
-        assert block.scores is not None
-        logprob_SB, tokens_SBN, logprobs_SBN = block.scores
-        scored = []
-        for at, token in enumerate(tokens):
-            likeliest = zip(
-                tokens_SBN[at, slot.number, :top].tolist(), logprobs_SBN[at, slot.number, :top].tolist(), strict=True
-            )
-            scored.append(ScoredToken(token, float(logprob_SB[at, slot.number]), tuple(likeliest)))
-        return scored
 
     def _finish(self, slot: Slot, reason: str, error: str | None = None) -> None:
         """Ends a response before it is complete."""
@@ -216,3 +211,32 @@ class Scheduler:
         self.slots.release(slot)
         self.finished[reason] += 1
         self.durations.append(time.monotonic() - slot.since)
+
+
+class _SlotTokens(NamedTuple):
+    """One slot's share of a block."""
+
+    tokens: list[int]
+    failed: bool
+    scores: Scores | None  # (S,), (S, N) and (S, N)
+
+    @classmethod
+    def of(cls, block: DecodedTokens, place: int) -> "_SlotTokens":
+        tokens = block.tokens_SB[: int(block.num_generated_B[place]), place].tolist()
+        scores = None if block.scores is None else Scores(*(array[:, place] for array in block.scores))
+        return cls(tokens, bool(block.failed_B[place]), scores)
+
+    def scored(self, top: int | None) -> list[ScoredToken]:
+        """The tokens, with log-probabilities where `top` says so."""
+        if top is None:
+            return [ScoredToken(token) for token in self.tokens]
+        assert self.scores is not None
+        logprob_S, tokens_SN, logprobs_SN = self.scores
+        return [
+            ScoredToken(
+                token,
+                float(logprob_S[at]),
+                tuple(zip(tokens_SN[at, :top].tolist(), logprobs_SN[at, :top].tolist(), strict=True)),
+            )
+            for at, token in enumerate(self.tokens)
+        ]

@@ -38,20 +38,20 @@ class Slots:
     def __init__(self, count: int, pools: list[PageAllocator], width: int):
         self.pools = pools
         self.taken: dict[int, Slot] = {}
-        self._of_part = count // len(pools)
-        zeros_B = np.zeros(count, np.int32)
+        self._count, self._of_part = count, count // len(pools)
+        zeros_B = np.zeros(count + 1, np.int32)  # the last one, -1, is idle for good
         self.batch = Batch(
-            table_BM=np.zeros((count, width), np.int32),
+            table_BM=np.zeros((count + 1, width), np.int32),
             length_B=zeros_B.copy(),
             next_B=zeros_B.copy(),
             step_B=zeros_B.copy(),
             remaining_B=zeros_B.copy(),
-            stop_BE=np.full((count, MOST_ENDS), -1, np.int32),
+            stop_BE=np.full((count + 1, MOST_ENDS), -1, np.int32),
             adapter_B=zeros_B - 1,
         )
 
     def __len__(self) -> int:
-        return len(self.batch.remaining_B)
+        return self._count
 
     @property
     def idle(self) -> int:
@@ -61,6 +61,10 @@ class Slots:
     def decoding(self) -> list[Slot]:
         """Those whose prompts are in the cache."""
         return [slot for slot in self.taken.values() if slot.decoding]
+
+    def at(self, places: np.ndarray) -> Batch:
+        """What the device is told of the slots in those places; -1: of an idle one."""
+        return Batch(*(array[places] for array in self.batch))
 
     def assign(self, response: ResponseStream, adapter: int) -> Slot | None:
         """A slot for a response, in the part with the most free pages; None where there is no room now."""
