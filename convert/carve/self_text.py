@@ -47,6 +47,7 @@ def sample_text(source: Checkpoint, tokens: int, seed: int) -> SelfText:
     length = min(SEQUENCE_LENGTH, source.config.context - 1)
     wanted = -(-tokens // (BATCH * length)) * BATCH
     config, params = load_pretrained(source.directory, progress=True)
+    known_V = tokenizer.known(config.vocab)
     kept: dict[bytes, tuple[np.ndarray, float, int]] = {}
     drawn = lot = 0
     rows = min(ROWS, -(-wanted // len(TEMPERATURES)))
@@ -60,7 +61,7 @@ def sample_text(source: Checkpoint, tokens: int, seed: int) -> SelfText:
                 )
             temperature = TEMPERATURES[lot % len(TEMPERATURES)]
             sampling = SamplingParams(temperature=temperature, seed=seed + drawn)  # row b draws by the seed + b
-            given = generate(config, params, [[first]] * rows, length, sampling)
+            given = generate(config, params, [[first]] * rows, length, sampling, known_V=known_V)
             tokens_BT = np.concatenate([np.full((rows, 1), first), np.stack(list(given), axis=1)], axis=1)
             for number, row in enumerate(tokens_BT.astype(np.int32)):
                 kept.setdefault(row[:ALIKE].tobytes(), (row, temperature, seed + drawn + number))

@@ -61,7 +61,7 @@ class Vocabulary:
         if self.tokenizer.bos_id is not None:
             writer.add_bos_token_id(self.tokenizer.bos_id)
         stops = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
-        ends = dict.fromkeys(end for end in (self.tokenizer.eos_id, *stops) if end is not None)
+        ends = dict.fromkeys(end for end in (self.tokenizer.eos_id, *stops) if end is not None and end < config.vocab)
         kinds = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
         for end, add in zip(ends, kinds, strict=False):
             add(end)

@@ -180,6 +180,9 @@ class Checkpoint:
                     problems.append(f"{name} is in both {self.files[key].path.name} and {file.path.name}")
                 else:
                     self.files[key] = file
+        if self.config.tied and HEAD in self.files and EMBEDDING not in self.files:  # one name of two was saved
+            file = self.files[EMBEDDING] = self.files.pop(HEAD)
+            file.entries[self.layout.name(EMBEDDING)] = file.entries.pop(self.layout.name(HEAD))
         self._refuse_another_size()
         problems += self._differences()
         if problems:

@@ -57,6 +57,7 @@ def generate(
     stop: Sequence[int] = (),
     mesh: Mesh | None = None,
     cache_dtype: str | None = None,
+    known_V: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the batch's next tokens, (B,) int32, up to `max_new_tokens` times.
 
@@ -65,6 +66,7 @@ def generate(
 
     Args:
         cache_dtype: one of `CACHE_DTYPES`, or None for the model's own.
+        known_V: which embedding rows stand for a token, bool; the others are never chosen. None: all do.
 
     Raises:
         UserError: an empty prompt, prompt + new tokens beyond the model's context, an unknown dtype, a bias for a token
@@ -82,7 +84,7 @@ def generate(
     dtype = cache_dtype_of(params, cache_dtype)
     slots = tuple(min(-(-(int(length) + max_new_tokens) // PAGE) * PAGE, config.context) for length in lengths_B)
     samplings = [dataclasses.replace(sampling, seed=(sampling.seed + slot) % 2**64) for slot in range(len(prompts))]
-    inputs = specialized(controls(samplings, config.vocab))
+    inputs = specialized(controls(samplings, config.vocab, known_V))
     # the caller's own mesh is not to change while he has the iterator
     ambient = functools.partial(use_mesh, mesh)
     with ambient():

@@ -76,6 +76,16 @@ def test_a_head_that_is_the_embedding_stays_tied(tmp_path, capsys):
     Checkpoint(tmp_path)
 
 
+def test_a_tied_embedding_may_be_saved_as_the_head(tmp_path):
+    """As `safetensors.torch.save_model` does, which keeps one name of each array."""
+    lively(make("llama", tie_word_embeddings=True)).save_pretrained(tmp_path)
+    rewrite(
+        tmp_path, lambda tensors: {name.replace("model.embed_tokens", "lm_head"): tensors[name] for name in tensors}
+    )
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    np.testing.assert_allclose(our_logits(tmp_path), torch_logits(expected), atol=2e-5)
+
+
 def test_the_value_head_of_trl_is_named_and_left_out(tmp_path, capsys):
     lively(make("llama")).save_pretrained(tmp_path / "model")
     lively(make("llama")).save_pretrained(tmp_path / "plain")

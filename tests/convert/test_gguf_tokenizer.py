@@ -209,7 +209,7 @@ def test_the_config_s_other_end_token_ends_a_turn(tmp_path):
     directory = small_model(tmp_path, TOKENIZERS["llama-bpe"])
     content = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(content | {"eos_token_id": [2, 5]}))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 4]}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 4000, 4]}))
     to_gguf(directory, tmp_path / "model.gguf", GgufOptions())
     fields = GGUFReader(tmp_path / "model.gguf").fields
     ids = {

@@ -97,3 +97,15 @@ def test_logits_that_are_no_numbers():
     params = params | {"embed": params["embed"].at[31].set(jnp.nan)}
     with pytest.raises(UserError, match="no numbers"):
         next(generate(DENSE, params, [[5], [31]], 3))
+
+
+def test_rows_without_a_token_are_never_chosen():
+    params = schema.initialize(DENSE, jax.random.key(0))
+    known_V = np.arange(DENSE.vocab) < 40
+    got = np.stack(list(generate(DENSE, params, [[5, 9, 31]], 6, known_V=known_V)))[:, 0]
+    ids = [5, 9, 31]
+    for token in got:
+        logits_V = forward(DENSE, params, jnp.asarray([ids])).logits[0, -1]
+        assert token == logits_V[:40].argmax()
+        ids.append(int(token))
+    assert max(generate(DENSE, params, [[5, 9, 31]], 6)) >= 40

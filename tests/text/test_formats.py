@@ -350,7 +350,11 @@ ROWS = {
     "messages as text": ({"messages": json.dumps(chat("u:x", "a:y").messages)}, chat("u:x", "a:y")),
     "conversations as text": ({"conversations": json.dumps(turns("u:x", "a:y"))}, chat("u:x", "a:y")),
     "capitals": ({"messages": [{"role": "Human", "content": "x"}, {"role": "AI", "content": "y"}]}, chat("u:x", "a:y")),
+    "orca": ({"id": "t0.1", "system_prompt": "S", "question": "Q", "response": "R"}, chat("s:S", "u:Q", "a:R")),
+    "no system prompt": ({"system_prompt": "", "question": "Q", "response": "R"}, chat("u:Q", "a:R")),
+    "response": ({"prompt": "P", "response": "R"}, chat("u:P", "a:R")),
     "completion": ({"prompt": "x ", "completion": "y"}, Completion("x ", "y")),
+    "wanted completion": ({"prompt": "x ", "completion": "y", "label": True}, Completion("x ", "y")),
     "completion of messages": (
         {"prompt": chat("u:x", "a:w", "u:v").messages, "completion": chat("a:y").messages},
         Chat([*chat("u:x").messages, {**chat("a:w").messages[0], "weight": 0}, *chat("u:v", "a:y").messages]),
@@ -441,6 +445,7 @@ def test_rows_exported_from_arrow_lose_their_nulls_and_others_keep_them():
         ({"instruction": "x", "output": "y", "history": [["q"]]}, r"history\[0\]: expected a question and its answer"),
         ({"instruction": "x", "output": "y", "history": 3}, "history: expected a list"),
         ({"prompt": "x", "completion": " "}, "completion: empty"),
+        ({"prompt": "x", "completion": "y", "label": False}, "label: false: a completion that is not wanted"),
         ({"prompt": "x", "completion": 3}, "completion: expected a list of messages, got 3"),
         ({"messages": "[1"}, "messages: expected JSON"),
         (

@@ -8,6 +8,8 @@
     {"instruction": …, "context": …, "response": …}                    instruction-response (Dolly)
     {"query": …, "response": …}                                        metamath
     {"question": …, "answer": …}                                       question-answer (GSM8K)
+    {"system_prompt": …, "question": …, "response": …}                 question-response (OpenOrca)
+    {"prompt": …, "response": …}                                       prompt-response
 
 Other columns are ignored. A row that fits none of them, or has no answer to learn from, raises `BadRow`. Messages that
 a data set marks as not to be learned keep that mark (see `messages.loss_marks`).
@@ -39,9 +41,11 @@ KEYS = {
     "alpaca": ("instruction", "output"),
     "instruction-response": ("instruction", "response"),
     "question-answer": ("question", "answer"),
+    "question-response": ("question", "response"),
+    "prompt-response": ("prompt", "response"),
     "text": ("text",),
 }
-BESIDE = ("input", "context", "history", "system", "tools")
+BESIDE = ("input", "context", "history", "system", "system_prompt", "tools", "label")
 COLUMNS = {*(key for keys in KEYS.values() for key in keys), *BESIDE}  # all that is read
 LISTS_OF_OBJECTS = ("conversations", "messages", "prompt", "completion")
 
@@ -128,6 +132,8 @@ def _exchange(question: str, answer: str) -> list[Message]:
 def _completion(row: Row) -> Document:
     """As TRL reads it: strings are plain text, messages a chat; the loss is that of the completion alone."""
     prompt, completion = row.get("prompt"), row.get("completion")
+    if row.get("label") is False:  # of KTO: completions to be avoided
+        raise BadRow("label: false: a completion that is not wanted; expected rows to be learned")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise EmptyRow("completion: empty")
@@ -155,7 +161,17 @@ def _messages(row: Row) -> Chat:
     return _chat(row, _read(row, "messages"))
 
 
-_PAIRS = {name: KEYS[name] for name in ("metamath", "alpaca", "instruction-response", "question-answer")}
+_PAIRS = {
+    name: KEYS[name]
+    for name in (
+        "metamath",
+        "alpaca",
+        "instruction-response",
+        "question-answer",
+        "question-response",
+        "prompt-response",
+    )
+}
 _READERS: dict[str, Callable[[Row], Document]] = {
     "text": _text,
     "sharegpt": _conversations,
@@ -166,7 +182,7 @@ _READERS: dict[str, Callable[[Row], Document]] = {
 
 def _chat(row: Row, messages: list[Message]) -> Chat:
     """The chat of these messages, checked; questions after the last answer teach nothing and are left out."""
-    system = row.get("system")
+    system = row.get("system", row.get("system_prompt"))
     if isinstance(system, str) and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     messages = [

@@ -44,9 +44,8 @@ class TokenizerJson(Tokenizer):
         vocab, added = read_vocabulary(path, spec)
         config = read_side_files(path.parent)
         ids = {**vocab, **{token["content"]: token["id"] for token in added}}
-        for key, name in FALLBACK.items():
-            if key not in config and name in ids:
-                config[key] = name
+        if not config.keys() & FALLBACK.keys():
+            config |= {key: name for key, name in FALLBACK.items() if name in ids}
         self.path = path
         self.chat_templates = read_templates(path.parent, config)
         self.before, self.after = surroundings(path, spec)
