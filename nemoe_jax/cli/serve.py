@@ -57,6 +57,11 @@ def add(command: Command) -> None:
         "request several times slower",
     )
     parser.add_argument(
+        "--no-prefix-cache",
+        action="store_true",
+        help="compute every prompt anew, also where the cache still has what it begins with",
+    )
+    parser.add_argument(
         "--kv-cache-tokens", type=int, metavar="N", help="size of the KV cache in tokens, of all requests together"
     )
     parser.add_argument(
@@ -165,6 +170,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
         cache_dtype=arguments.kv_cache,
         adapters=trees or None,
         deterministic=arguments.deterministic,
+        prefix_cache=not arguments.no_prefix_cache,
     )
     return ServedModel(
         engine,

@@ -52,7 +52,8 @@ def nothing_is_left(engine):
     yield
     now = engine.statistics()
     assert (now.running, now.waiting, now.free_tokens) == (0, 0, now.tokens)
-    assert sorted(engine._slots.pools[0]._free) == list(range(1, PAGES + 1))
+    pool = engine._slots.pools[0]
+    assert sorted([*pool._free, *pool._unused]) == list(range(1, PAGES + 1)) and not pool._users
 
 
 def prompt(seed, length):

@@ -479,7 +479,7 @@ def test_the_api_key_is_wanted(engine, tokenizer):
 class Scripted:
     """An engine that does as a test says."""
 
-    failure, finished = None, False
+    failure, finished, cached_tokens = None, False, 0
 
     context = CONFIG.context
 

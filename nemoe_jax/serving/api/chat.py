@@ -151,7 +151,7 @@ class ChatWriter(ResponseWriter):
                 )
             )
         self.answer_tokens = sum(map(len, tokens))
-        usage = self.usage(request)
+        usage = self.usage(request, answers)
         return ChatCompletion(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
 
     async def events(self, answers: EngineStreams, request: Request) -> AsyncIterator[str]:
@@ -174,7 +174,7 @@ class ChatWriter(ResponseWriter):
             found = self.warnings(self.texts[index] + rest.text, rest, piece.finish_reason)
             warnings = {"warnings": found} if found else {}
             yield self.event(index, Delta(), finish_reason=finish_of(piece.finish_reason, rest), **warnings)
-        usage = self.usage(request)
+        usage = self.usage(request, answers)
         if self.counted:
             yield event(self.chunk([], usage=usage))
 

@@ -79,14 +79,14 @@ class CompletionWriter(ResponseWriter):
                 prompt=before.prompt + piece.prompt,
             )
         choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
-        return self.chunk(choices, self.usage(request))
+        return self.chunk(choices, self.usage(request, answers))
 
     async def events(self, answers: EngineStreams, request: Request) -> AsyncIterator[str]:
         """A chunk for each piece."""
         leave_out = None if self.counted else {"usage"}
         async for index, piece in answers:
             yield event(self.chunk([self.choice(index, piece)]), exclude=leave_out)
-        usage = self.usage(request)
+        usage = self.usage(request, answers)
         if self.counted:
             yield event(self.chunk([], usage))
 

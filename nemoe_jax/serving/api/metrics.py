@@ -1,10 +1,12 @@
 """What Prometheus reads at /metrics."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 FIRST_TOKEN_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -31,6 +33,7 @@ class Metrics:
             buckets=TOKEN_SECONDS,
             registry=self.registry,
         )
+        self.registry.register(_PrefixCache(statistics))
         for name, about in {
             "running": "Requests that are being answered",
             "waiting": "Requests that wait for a row",
@@ -42,6 +45,17 @@ class Metrics:
     def text(self) -> bytes:
         """All of it, in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _PrefixCache(Collector):
+    """What the prefix cache has saved, as the engine counts it."""
+
+    def __init__(self, statistics: Callable[[], Any]):
+        self.statistics = statistics
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        about = "Tokens of prompts that were in the KV cache already"
+        yield CounterMetricFamily("nemoe_cached_prompt_tokens", about, value=self.statistics().cached_tokens)
 
 
 def _figure(statistics: Callable[[], Any], name: str) -> float:

@@ -8,16 +8,29 @@ from pydantic import BaseModel, Field
 Finish = Literal["stop", "length", "tool_calls"]
 
 
+class PromptTokensDetails(BaseModel):
+    """What is known of the prompts' tokens."""
+
+    cached_tokens: int = Field(description="those that were in the KV cache already")
+
+
 class Usage(BaseModel):
     """Numbers of tokens, end tokens included."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, prompt: int, completion: int) -> "Usage":
-        return cls(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+    def of(cls, prompt: int, completion: int, cached: int) -> "Usage":
+        details = PromptTokensDetails(cached_tokens=cached)
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=details,
+        )
 
 
 class CompletionLogprobs(BaseModel):

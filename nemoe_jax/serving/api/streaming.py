@@ -52,6 +52,10 @@ class EngineStreams:
         for answer in self._answers:
             answer.cancel()
 
+    def cached_tokens(self, count: int) -> int:
+        """Tokens of the prompts that were in the cache already; `count` responses each have one prompt."""
+        return sum(answer.cached_tokens for answer in self._answers[::count])
+
     def _take(self, index: int, output: RequestOutput) -> None:
         """In the engine's thread."""
         try:

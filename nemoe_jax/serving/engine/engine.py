@@ -14,6 +14,7 @@ thread itself ends, everything ends with an error, nothing more is taken and `fa
 """
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ from nemoe_jax.model.kv_cache import division
 from nemoe_jax.serving.engine.completion import end_tokens
 from nemoe_jax.serving.engine.page_allocator import PageAllocator
 from nemoe_jax.serving.engine.request import Request, RequestOutput
-from nemoe_jax.serving.engine.runner import ModelRunner
+from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner
 from nemoe_jax.serving.engine.scheduler import Scheduler
 from nemoe_jax.serving.engine.slots import Slots
 from nemoe_jax.serving.engine.stream import ResponseStream
@@ -69,6 +70,7 @@ class Statistics(NamedTuple):
     tokens: int  # of the cache in all
     requests: int
     prompt_tokens: int
+    cached_tokens: int  # of the prompts, those that were in the cache already
     answer_tokens: int
     finished: Mapping[str, int]  # requests by finish reason
 
@@ -87,6 +89,8 @@ class Engine:
             asks for more waits for another program.
         deterministic: every step takes all slots, so that a response is the same to the last bit whoever else is there;
             otherwise the others make a difference of rounding, and a few slots at work are much faster.
+        prefix_cache: prompts share the pages of what they begin with alike; where `deterministic`, in multiples of a
+            whole chunk of a prompt, whose sums are the same whoever computes it.
         cache_dtype: one of `generate.CACHE_DTYPES`, or None for the model's own.
 
     Raises:
@@ -107,6 +111,7 @@ class Engine:
         adapters: Mapping[str, Tree] | None = None,
         specialize: bool = False,
         deterministic: bool = False,
+        prefix_cache: bool = True,
     ):
         sizes = {"max_num_seqs": max_num_seqs, "kv_tokens": kv_tokens, "max_queued": max_queued}
         for name, value in sizes.items():
@@ -133,7 +138,8 @@ class Engine:
             runner = ModelRunner(
                 config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked, specialize, deterministic
             )
-        self._slots = Slots(max_num_seqs, pools, runner.width)
+        shared_tokens = math.lcm(CHUNK, pools[0].size) if deterministic else pools[0].size
+        self._slots = Slots(max_num_seqs, pools, runner.width, shared_tokens if prefix_cache else None)
         self._scheduler = Scheduler(config, runner, self._slots, self._end_tokens, known_V)
         self._runner, self._known_V = runner, known_V
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # for the thread, between its steps
@@ -227,6 +233,7 @@ class Engine:
                 tokens=sum(pool.all * PAGE * pool.cuts for pool in self._slots.pools),
                 requests=self._requests,
                 prompt_tokens=self._scheduler.totals["prompt"],
+                cached_tokens=self._scheduler.totals["cached"],
                 answer_tokens=self._scheduler.totals["answer"],
                 finished=dict(self._scheduler.finished),
             )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.adapters.multi_lora import select_adapters
@@ -116,14 +117,17 @@ class ModelRunner:
             places[part, : len(own)] = own
         return places.reshape(-1)
 
-    def prefill(self, slot: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> None:
-        """A chunk of a prompt, at most `CHUNK` tokens, from that position on; `adapter` is a number, or -1."""
+    def prefill(self, slot: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> bool:
+        """A chunk of a prompt, at most `CHUNK` tokens, from that position on; `adapter` is a number, or -1.
+
+        Whether what it added to the cache is finite.
+        """
         part = self._part(slot)
-        width = max(_NARROWEST, 1 << (len(tokens) - 1).bit_length())
+        width = _width(len(tokens))
         tokens_BT, table_BM = np.zeros((self.parts, width), np.int32), np.zeros((self.parts, self.width), np.int32)
         tokens_BT[part, : len(tokens)], table_BM[part] = tokens, table_M
         here_B = np.arange(self.parts, dtype=np.int32) == part
-        self.held = _prefill(
+        self.held, finite_B = _prefill(
             self.config,
             self.params,
             tokens_BT,
@@ -134,10 +138,11 @@ class ModelRunner:
             self.stacked,
             np.full(self.parts, adapter, np.int32),
         )
+        return bool(finite_B.all())
 
     def score(self, prompt: np.ndarray, adapter: int, top: int) -> Any:
         """Log-probabilities (nats) of a prompt's tokens but the first, and the `top` likeliest in their places."""
-        width = max(_NARROWEST, 1 << (len(prompt) - 1).bit_length())
+        width = _width(len(prompt))
         tokens_T = np.pad(prompt, (0, width - len(prompt)))
         scored = _score(self.config, self.params, tokens_T, self.stacked, np.full(1, adapter, np.int32), top=top)
         return [array[: len(prompt) - 1] for array in jax.device_get(scored)]
@@ -210,6 +215,18 @@ class ModelRunner:
         return slot // (self.slots // self.parts)
 
 
+def chunk_length(left: int) -> int:
+    """How many of so many tokens are prefilled next: two chunks where one would be padded by a quarter or more."""
+    length = min(left, CHUNK)
+    half = _width(length) // 2
+    return half if 4 * (half + _width(length - half)) <= 3 * _width(length) else length
+
+
+def _width(length: int) -> int:
+    """To what so many tokens are padded: powers of two, for few programs."""
+    return max(_NARROWEST, 1 << (length - 1).bit_length())
+
+
 def _batch_sizes(config: ModelConfig, slots: int) -> Iterator[int]:
     """1, 2, 4, … slots for each part of the batch, as far as the mesh divides them as it does all, and all."""
     whole = division(config, slots)
@@ -237,12 +254,15 @@ def _prefill(
     length_B: Any,
     stacked: Tree | None,
     adapter_B: Any,
-) -> DeviceState:
+) -> tuple[DeviceState, jax.Array]:
     adapters = select_adapters(stacked, adapter_B) if stacked else None
-    _, cache = read_only(
+    x_BTD, cache = read_only(
         config, params, tokens_BT, num_new_tokens_B, KVCache(held.k, held.v, table_BM, length_B), adapters
     )
-    return DeviceState(cache.k, cache.v, held.counts)
+    # where a token's keys or values are NaN, so is what comes of it in the end
+    new_BT = jnp.arange(tokens_BT.shape[1]) < num_new_tokens_B[:, None]
+    finite_B = (jnp.isfinite(x_BTD).all(axis=-1) | ~new_BT).all(axis=-1)
+    return DeviceState(cache.k, cache.v, held.counts), finite_B
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top"))
@@ -255,7 +275,7 @@ def _score(config: ModelConfig, params: Tree, tokens_T: Any, stacked: Tree | Non
         return scores(logits(config, params, x_CD[None], adapters)[0], target_C, top)
 
     chunks = (-1, _NARROWEST)  # the logits of all tokens at once would take gigabytes
-    target_T = jax.numpy.roll(tokens_T, -1)
+    target_T = jnp.roll(tokens_T, -1)
     scored = jax.lax.map(chunk, (x_TD.reshape(*chunks, x_TD.shape[-1]), target_T.reshape(chunks)))
     return [array.reshape(-1, *array.shape[2:]) for array in scored]
 

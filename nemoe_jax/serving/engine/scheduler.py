@@ -19,7 +19,7 @@ from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, DecodedTokens, Score
 from nemoe_jax.inference.generate import GREEDY
 from nemoe_jax.inference.sampler import SamplerInputs, controls
 from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS, ScoredToken
-from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner
+from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner, chunk_length
 from nemoe_jax.serving.engine.slots import Slot, Slots
 from nemoe_jax.serving.engine.stream import ResponseStream
 from nemoe_jax.spec.config import ModelConfig
@@ -36,8 +36,8 @@ class Scheduler:
         end_tokens: the model's.
         known_V: which rows of the embedding stand for a token, bool; None: all.
 
-    totals: tokens of "prompt"s and "answer"s so far; finished: responses by finish reason; durations: seconds that
-        recent ones had a slot.
+    totals: tokens of "prompt"s, of them "cached" ones, and of "answer"s so far; finished: responses by finish reason;
+        durations: seconds that recent ones had a slot.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Scheduler:
 
     def admit(self, response: ResponseStream, adapter: int) -> bool:
         """Gives a response a slot, where there is one with room for it; `adapter` is a number, or -1."""
-        slot = self.slots.assign(response, adapter)
+        slot = self.slots.assign(response, adapter, _key(adapter))
         if slot is None:
             return False
         self._prefilling.append(slot)
@@ -86,15 +86,21 @@ class Scheduler:
         left = CHUNK
         while self._prefilling and left > 0:
             slot = self._prefilling.popleft()
-            chunk = slot.prompt[slot.prefilled : len(slot.prompt) - 1][:CHUNK]
+            self.slots.reuse(slot)
+            rest = slot.prompt[slot.prefilled : -1]
+            chunk = rest[: chunk_length(len(rest))] if len(rest) else rest
             if len(chunk):
                 table_M = self.slots.batch.table_BM[slot.number]
-                self.runner.prefill(slot.number, chunk, slot.prefilled, table_M, slot.adapter)
+                slot.finite &= self.runner.prefill(slot.number, chunk, slot.prefilled, table_M, slot.adapter)
             slot.prefilled += len(chunk)
+            if slot.finite:
+                self.slots.publish(slot)
             left -= max(len(chunk), 1)
             if slot.prefilled < len(slot.prompt) - 1:
                 self._prefilling.append(slot)
                 continue
+            self.totals["cached"] += slot.cached
+            slot.response.cached_tokens = slot.cached
             request = slot.response.request
             if request.prompt_logprobs:
                 slot.response.prompt_scores = self._prompt_scores(slot)
@@ -123,7 +129,9 @@ class Scheduler:
         scored = any(slot.response.request.top_logprobs is not None for slot in active)
         places = self.runner.places([slot.number for slot in active], all_variants=not (scored or allowed))
         size = len(places)
-        tokens = 1 if allowed else int(min(max(_STEP_SECONDS / self._seconds_a_token[size], 1), BLOCK))
+        tokens = int(min(max(_STEP_SECONDS / self._seconds_a_token[size], 1), BLOCK))
+        if allowed or not any(slot.response.tokens for slot in active):
+            tokens = 1  # the first one is waited for
         started = time.monotonic()
         block = self.runner.decode(
             self.slots.at(places),
@@ -200,17 +208,26 @@ class Scheduler:
     def _finish(self, slot: Slot, reason: str, error: str | None = None) -> None:
         """Ends a response before it is complete."""
         if self.slots.taken.get(slot.number) is slot:
+            if reason == "error":
+                self.slots.withdraw(slot)
             if reason == "error" or not slot.decoding:  # its pages may hold NaN
-                self.runner.wipe(slot.number, slot.pages)
+                self.runner.wipe(slot.number, self.slots.private_pages(slot))
             self._release(slot, reason)
         slot.response.finish(reason, error)
 
     def _release(self, slot: Slot, reason: str) -> None:
         if slot in self._prefilling:
             self._prefilling.remove(slot)
+        if slot.decoding and reason != "error":
+            self.slots.publish_response(slot, _key(slot.adapter))
         self.slots.release(slot)
         self.finished[reason] += 1
         self.durations.append(time.monotonic() - slot.since)
+
+
+def _key(adapter: int) -> bytes:
+    """Tells apart the pages that one adapter, or none, has computed."""
+    return str(adapter).encode()
 
 
 class _SlotTokens(NamedTuple):

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from nemoe_jax.serving.engine.page_allocator import PageAllocator
+from nemoe_jax.serving.engine.page_allocator import PageAllocator, page_keys
 from nemoe_jax.serving.engine.runner import MOST_ENDS, Batch
 from nemoe_jax.serving.engine.stream import ResponseStream
 
@@ -22,7 +22,11 @@ class Slot:
     pages: list[int]
     prompt: np.ndarray
     adapter: int  # its number; -1 for none
+    keys: list[bytes]  # of the prompt's whole pages, for those that share them
     prefilled: int = 0  # tokens of the prompt that are in the cache
+    cached: int = 0  # of them, those that were there before
+    finite: bool = True  # no NaN was seen in its pages
+    published: int = 0  # pages that others may share, the first ones
     decoding: bool = False  # its prompt is in the cache
     since: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -33,10 +37,11 @@ class Slots:
     Args:
         pools: the pages of each part of the slots.
         width: page numbers in a line of the page table.
+        shared_tokens: prompts share whole multiples of so many tokens; None: nothing.
     """
 
-    def __init__(self, count: int, pools: list[PageAllocator], width: int):
-        self.pools = pools
+    def __init__(self, count: int, pools: list[PageAllocator], width: int, shared_tokens: int | None = None):
+        self.pools, self._shared_tokens = pools, shared_tokens
         self.taken: dict[int, Slot] = {}
         self._count, self._of_part = count, count // len(pools)
         zeros_B = np.zeros(count + 1, np.int32)  # the last one, -1, is idle for good
@@ -66,19 +71,88 @@ class Slots:
         """What the device is told of the slots in those places; -1: of an idle one."""
         return Batch(*(array[places] for array in self.batch))
 
-    def assign(self, response: ResponseStream, adapter: int) -> Slot | None:
-        """A slot for a response, in the part with the most free pages; None where there is no room now."""
-        tokens = len(response.request.prompt) + response.request.max_new_tokens
+    def assign(self, response: ResponseStream, adapter: int, key: bytes = b"") -> Slot | None:
+        """A slot for a response, in the part with the most pages of its prompt or else the most free ones.
+
+        None where there is no room now.
+
+        Args:
+            key: tells apart prompts that share no pages though their tokens are the same.
+        """
+        prompt = np.array(response.request.prompt, np.int32)
+        tokens = len(prompt) + response.request.max_new_tokens
+        # the last token is read by the first step, which gives the logits behind it
+        keys = [] if self._shared_tokens is None else page_keys(prompt[:-1], self.pools[0].size, key)
+        of_part = [self._whole(pool.published(keys)) for pool in self.pools]
         idle = [number for number in range(len(self)) if number not in self.taken]
-        number = max(idle, key=lambda number: (len(self._pool(number)), -number), default=None)
-        if number is None or self._pool(number).pages_for(tokens) > len(self._pool(number)):
+        fitting = [number for number in idle if self._pool(number).has_room(tokens, of_part[self._part(number)])]
+        if not fitting:
             return None
-        pool = self._pool(number)
-        slot = Slot(number, response, pool.allocate(tokens), np.array(response.request.prompt, np.int32), adapter)
+        number = max(fitting, key=lambda number: (len(of_part[self._part(number)]), len(self._pool(number)), -number))
+        shared = of_part[self._part(number)]
+        slot = Slot(number, response, self._pool(number).allocate(tokens, shared), prompt, adapter, keys)
         self.taken[number] = slot
-        table = np.repeat(slot.pages, pool.cuts)
-        self.batch.table_BM[number, : len(table)] = table
+        self._set_table(slot)
+        self._reused(slot, len(shared))
         return slot
+
+    def reuse(self, slot: Slot) -> None:
+        """Takes pages of the prompt that others have published since, instead of computing them."""
+        pool, first = self._pool(slot.number), slot.prefilled // self.pools[0].size
+        if first * pool.size != slot.prefilled:
+            return
+        shared = self._whole(pool.published(slot.keys[first:]))
+        if shared:
+            own = slot.pages[first : first + len(shared)]
+            pool.use(shared)
+            slot.pages[first : first + len(shared)] = shared
+            pool.free(own)
+            self._set_table(slot)
+            self._reused(slot, len(shared))
+
+    def publish(self, slot: Slot) -> None:
+        """Whole pages of what is prefilled can be shared from now on."""
+        if self._shared_tokens is not None:
+            complete = slot.prefilled // self._shared_tokens * self._shared_tokens // self.pools[0].size
+            self._publish(slot, min(complete, len(slot.keys)))
+
+    def publish_response(self, slot: Slot, key: bytes) -> None:
+        """The same for what was generated: the next message of a chat comes behind it."""
+        size = self.pools[0].size
+        if self._shared_tokens == size:
+            held = int(self.batch.length_B[slot.number])
+            tokens = [*slot.response.request.prompt, *(scored.token for scored in slot.response.tokens)][:held]
+            slot.keys = page_keys(np.array(tokens, np.int32), size, key)
+            self._publish(slot, len(slot.keys))
+
+    def withdraw(self, slot: Slot) -> None:
+        """Something is wrong with the slot's pages: nobody else is to share them."""
+        for page in slot.pages:
+            self._pool(slot.number).withdraw(page)
+
+    def private_pages(self, slot: Slot) -> list[int]:
+        """Pages that no other sequence has or can have."""
+        return [page for page in slot.pages if self._pool(slot.number).is_private(page)]
+
+    def _publish(self, slot: Slot, count: int) -> None:
+        for number in range(slot.published, count):
+            self._pool(slot.number).publish(slot.pages[number], slot.keys[number])
+        slot.published = max(slot.published, count)
+
+    def _whole(self, pages: list[int]) -> list[int]:
+        """As many as can be shared."""
+        unit = (self._shared_tokens or 1) // self.pools[0].size or 1
+        return pages[: len(pages) // unit * unit]
+
+    def _reused(self, slot: Slot, pages: int) -> None:
+        tokens = pages * self.pools[0].size
+        slot.prefilled += tokens
+        slot.cached += tokens
+        slot.published += pages
+
+    def _set_table(self, slot: Slot) -> None:
+        table = np.repeat(slot.pages, self.pools[0].cuts)
+        self.batch.table_BM[slot.number, : len(table)] = table
 
     def start_decoding(self, slot: Slot, stop_tokens: list[int]) -> None:
         """The prompt is in the cache but for its last token: from now on the slot generates tokens."""
@@ -115,4 +189,7 @@ class Slots:
         batch.stop_BE[number] = batch.adapter_B[number] = -1
 
     def _pool(self, number: int) -> PageAllocator:
-        return self.pools[number // self._of_part]
+        return self.pools[self._part(number)]
+
+    def _part(self, number: int) -> int:
+        return number // self._of_part

@@ -18,7 +18,8 @@ class ResponseStream:
 
     Where a callback takes the outputs (`on_output`, called in the engine's thread), there is nothing to iterate over.
 
-    text, tokens: so far; finish_reason, error: those of the last output, None before.
+    text, tokens: so far; cached_tokens: of the prompt, those that were in the cache already; finish_reason, error:
+        those of the last output, None before.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class ResponseStream:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.cancelled = False
+        self.cached_tokens = 0  # of the prompt, known with the first output
         self.prompt_scores: tuple[ScoredToken, ...] = ()  # for the first output
         self.finished = False  # the last output was given
         self._end_tokens = end_tokens
