@@ -86,6 +86,24 @@ class Distill(Section):
     ce_weight: float = Field(0.0, ge=0, description="weight of the cross-entropy to the text, per token")
 
 
+class Preference(Section):
+    """Training on pairs of responses to a prompt, of which one is preferred; see train/step/preference_loss.py."""
+
+    loss: Literal["dpo", "ipo", "orpo", "kto", "rpo"] = Field(
+        description="loss on a pair; rpo needs scores in the data"
+    )
+    beta: float = Field(0.1, gt=0, description="how far the model may go from the reference: the smaller, the farther")
+    sft_weight: float = Field(0.0, ge=0, description="weight of the cross-entropy of the chosen responses, per token")
+    reward_scale: float = Field(1.0, gt=0, description="of rpo: factor on the difference of the scores")
+    desirable_weight: float = Field(1.0, ge=0, description="of kto: weight of the chosen responses")
+    undesirable_weight: float = Field(1.0, ge=0, description="of kto: weight of the rejected responses")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss needs the log-probabilities that the model gave before the phase."""
+        return self.loss != "orpo"
+
+
 class Source(Section):
     """One source of documents: files, or a dataset of Hugging Face."""
 
@@ -169,6 +187,9 @@ class Phase(Section):
     adapter: FilePath | None = Field(None, description="PEFT adapter to go on from, instead of lora: its targets")
     train_router: bool = Field(False, description="with adapters, whether the routers themselves learn as well")
     distill: Distill | None = Field(None, description="a teacher to match; default: plain cross-entropy")
+    preference: Preference | None = Field(
+        None, description="train on pairs of responses; the reference is the model as the phase begins"
+    )
     data: Data = Field(description="text")
     optimizer: Optimizer = Field(description="AdamW")
     steps: int = Field(gt=0, description="optimizer steps")
@@ -197,6 +218,8 @@ class Phase(Section):
             wrong = f"optimizer.warmup_steps: expected at most steps ({self.steps}), got {self.optimizer.warmup_steps}"
         elif self.tolerance is not None and not self.data.held_out:
             wrong = "tolerance: expected data.held_out to judge by"
+        elif self.preference and self.distill:
+            wrong = "preference: expected no distill beside it"
         if wrong:
             raise ValueError(wrong)
         return self

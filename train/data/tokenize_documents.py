@@ -15,10 +15,11 @@ import numpy as np
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.data.messages import BadRow
-from nemoe_jax.text.data.render import encode_rows
+from nemoe_jax.text.data.render import Rendered, encode_row, encode_rows
 from nemoe_jax.text.data.sources import Rows, find_dataset, find_rows
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from nemoe_jax.utils.progress import progress_bar
+from train.data.preference_rows import RenderedPair, encode_pair
 from train.data.token_cache import VERSION, Tokens, Writer, default_cache, open_entry
 from train.recipe import Data, Source
 
@@ -33,14 +34,18 @@ def tokenize_source(
     name: str,
     exclude: Iterable[Path] = (),
     threads: int | None = None,
+    pairs: bool = False,
 ) -> Tokens:
     """The documents of a source as tokens, from the cache where they are there.
+
+    Of pairs, chosen and rejected are documents in turn; the entry's figures hold their scores.
 
     Args:
         vocab: rows of the embedding that the tokens are for.
         name: the recipe's key of the source, for errors.
         exclude: files that are left out.
         threads: that encode; by default as many as processors.
+        pairs: whether a row is a pair of responses.
 
     Raises:
         UserError: nothing found, no document in it, too many bad rows, a token beyond the vocabulary.
@@ -49,10 +54,10 @@ def tokenize_source(
         rows = find_rows(source.files, exclude)
     else:
         rows = find_dataset(source.dataset, source.subset, source.split)
-    path = (data.cache or default_cache()) / "tokens" / _key(rows, source, tokenizer)
+    path = (data.cache or default_cache()) / "tokens" / _key(rows, source, tokenizer, pairs)
     tokens = open_entry(path)
     if tokens is None:
-        _write(path, rows, source, data, tokenizer, vocab, name, threads or os.cpu_count() or 1)
+        _write(path, rows, source, data, tokenizer, vocab, name, threads or os.cpu_count() or 1, pairs)
         tokens = open_entry(path)
         if tokens is None:
             raise UserError(f"data.cache: {path}: damaged while it was written")
@@ -61,27 +66,38 @@ def tokenize_source(
     return tokens
 
 
-def _key(rows: Rows, source: Source, tokenizer: Tokenizer) -> str:
+def _key(rows: Rows, source: Source, tokenizer: Tokenizer, pairs: bool) -> str:
     """A hash of all that the tokens depend on."""
     sums = {}
     for path in tokenizer.files:  # chat templates and the like among them
         with path.open("rb") as file:
             sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     depends = [VERSION, rows.identity, source.format, source.limit, sums, tokenizer.kind, tokenizer.version]
+    depends += ["pairs"] if pairs else []
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _write(
-    path: Path, rows: Rows, source: Source, data: Data, tokenizer: Tokenizer, vocab: int, name: str, threads: int
+    path: Path,
+    rows: Rows,
+    source: Source,
+    data: Data,
+    tokenizer: Tokenizer,
+    vocab: int,
+    name: str,
+    threads: int,
+    pairs: bool,
 ) -> None:
     """Tokenizes the source into a new entry of the cache."""
     documents, seen, bad, largest = 0, 0, 0, 0
     first_bad: list[str] = []
+    scores: list[tuple[float, float] | None] = []
+    encode = encode_pair if pairs else encode_row
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with Writer(path, dtype) as writer, progress_bar() as bar, ThreadPoolExecutor(threads) as pool:
         task = bar.add_task(f"tokenize {name}", total=source.limit)
-        for outcomes in encode_rows(rows.read(), tokenizer, source.format, pool, 2 * threads):
-            good = []
+        for outcomes in encode_rows(rows.read(), tokenizer, source.format, pool, 2 * threads, encode):
+            good: list[Rendered] = []
             for outcome in outcomes:
                 if documents == source.limit:
                     break
@@ -93,7 +109,8 @@ def _write(
                         _check_rows(seen, bad, first_bad, data, name)
                 else:
                     documents += 1
-                    good.append(outcome)
+                    good += outcome[:2] if isinstance(outcome, RenderedPair) else [outcome]
+                    scores += [outcome.scores] if isinstance(outcome, RenderedPair) else []
             largest = max([largest, *(int(document.ids_N.max()) for document in good)])
             _check_vocab(largest, tokenizer, vocab)
             writer.add(good)
@@ -103,7 +120,8 @@ def _write(
         if not documents:
             _check_rows(seen, bad, first_bad, data, name)
             raise UserError(f"{name}: {rows.name}: no document in it {_quoted(first_bad)}".rstrip())
-        writer.finish({"documents": documents, "rows": seen, "bad_rows": bad, "bad": first_bad, "largest": largest})
+        figures = {"documents": documents, "rows": seen, "bad_rows": bad, "bad": first_bad, "largest": largest}
+        writer.finish(figures | ({"scores": scores} if pairs else {}))
 
 
 def _check_vocab(largest: int, tokenizer: Tokenizer, vocab: int) -> None:

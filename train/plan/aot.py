@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nemoe_jax.adapters import lora
 from nemoe_jax.checkpoints import reader
@@ -31,16 +31,18 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import PRESETS, ModelConfig
 from nemoe_jax.text.tokenizers.load import load_tokenizer
-from train.data.loader import Batch
+from train.data.loader import Batch, PairBatch
 from train.plan import hlo, hlo_flops
 from train.recipe import Phase, Recipe
 from train.run import prepare
 from train.step import model_flops
 from train.step.batch_sharding import batch_sharding
 from train.step.optimizer import learning_rate_schedule, make_optimizer
-from train.step.step import Objective, make_update, state_shape
+from train.step.preference import SEGMENTS, make_objective
+from train.step.step import make_update, state_shape
 
 EXAMPLES = "v5e:4x4, v5e:2x4, v5p:2x2x4, v4:2x2x4, v6e:4x4"
+TOKENS_OF_A_RESPONSE = 512
 KINDS = ("frozen weights", "trained weights", "optimizer state", "teacher", "batch")
 
 
@@ -138,16 +140,30 @@ def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = No
     teacher = _abstract_model(teacher_config, recipe.dtype, mesh) if teacher_config else None
     shape = (phase.data.batch_size, phase.data.sequence_length)
     place = batch_sharding(shape[0], phase.data.gradient_accumulation_steps, mesh)
-    dtypes = {"mask": jnp.float32}
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=place) for name in Batch._fields))
+    batch = _abstract_batch(phase, shape, place)
     update = make_update(
-        Objective(recipe, phase, config, teacher_config, all_count=True),
+        make_objective(recipe, phase, config, teacher_config, all_count=True),
         optimizer,
         learning_rate_schedule(phase.optimizer, phase.steps),
         state,
     )
     arguments = (state, frozen, teacher, batch)
     return Step(recipe, phase, config, teacher_config, targets_of_phase, mesh, arguments, update)
+
+
+def _abstract_batch(phase: Phase, shape: tuple[int, int], place: NamedSharding) -> Any:
+    """A batch's shapes; of pairs as if a response with its prompt took TOKENS_OF_A_RESPONSE."""
+
+    def array(dtype: Any, sharding: NamedSharding = place, shape: tuple[int, ...] = shape) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    text = Batch(*(array(jnp.float32 if name == "mask" else jnp.int32) for name in Batch._fields))
+    if phase.preference is None:
+        return text
+    of_rows, group = NamedSharding(place.mesh, PartitionSpec(place.spec[0])), SEGMENTS.get(phase.preference.loss, 2)
+    slots = group * max(shape[1] // (group * TOKENS_OF_A_RESPONSE), 1)
+    per_slot = array(jnp.float32, of_rows, (shape[0], slots))
+    return PairBatch(*text, per_slot, per_slot, array(jnp.int32, of_rows, shape[:1]))
 
 
 def compile_step(step: Step) -> tuple[Any, float]:

@@ -7,6 +7,7 @@ finished has no steps left.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,7 +17,7 @@ from nemoe_jax.spec import schema
 from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.distributed import barrier
-from train.data.loader import Batch, Corpus, open_corpus, source_files
+from train.data.loader import Corpus, open_corpus, source_files
 from train.recipe import Phase, Recipe, to_yaml
 from train.run.metrics_logger import LOG, TENSORBOARD, MetricsLogger
 from train.run.phase import ADAPTERS, PhaseRun
@@ -65,16 +66,20 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
     return report
 
 
-def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Batch]]:
+def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Any]]:
     """A phase's rows to train on, and its held-out batches."""
     data, held_out = phase.data, []
     if data.held_out:
-        corpus = open_corpus(data.held_out, data, inputs.tokenizer, inputs.config.vocab, "data.held_out")
+        corpus = open_corpus(
+            data.held_out, data, inputs.tokenizer, inputs.config.vocab, "data.held_out", (), phase.preference
+        )
         held_out = corpus.held_out_batches(data.microbatch_size, phase.eval_batches)
         if not any(batch.mask.any() for batch in held_out):
             raise UserError(f"data.held_out: {NO_TARGETS}")
     exclude = source_files(data.held_out)
-    corpus = open_corpus(data.train, data, inputs.tokenizer, inputs.config.vocab, exclude=exclude)
+    corpus = open_corpus(
+        data.train, data, inputs.tokenizer, inputs.config.vocab, "data.train", exclude, phase.preference
+    )
     if not any(figures.loss_tokens for figures in corpus.figures):
         raise UserError(f"data.train: {NO_TARGETS}")
     return corpus, held_out

@@ -24,11 +24,13 @@ from train.recipe import Recipe
 from train.run.checkpoint import Checkpoints
 from train.run.metrics_logger import MetricsLogger
 from train.run.prepare import Inputs, routers_scale, trainable_of
+from train.run.reference import with_reference
 from train.run.results import HeldOut, PhaseResult
 from train.run.run_directory import Interrupted, Signals
 from train.step import model_flops
 from train.step.batch_sharding import local_rows, place_whole, shard_batch
 from train.step.optimizer import learning_rate_schedule, make_optimizer
+from train.step.preference import PreferenceObjective, make_objective
 from train.step.step import (
     Flat,
     Objective,
@@ -51,7 +53,7 @@ class PhaseRun:
         recipe: Recipe,
         inputs: Inputs,
         number: int,
-        corpora: tuple[Corpus, list[Batch]],
+        corpora: tuple[Corpus, list[Any]],
         mesh: Mesh | None,
         directory: Path,
         logger: MetricsLogger,
@@ -72,6 +74,9 @@ class PhaseRun:
         phase = self.phase
         optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh))
         trainable, frozen = trainable_of(self.recipe, phase, self.config, self.targets, params, self.mesh)
+        objective = make_objective(self.recipe, phase, self.config, self.teacher_config)
+        if isinstance(objective, PreferenceObjective) and phase.preference and phase.preference.has_reference:
+            self.held_out = with_reference(objective, trainable, frozen, self.corpus, self.held_out, self.mesh)
         rows = local_rows(phase.data, self.mesh)
         iterator = self.corpus.iterator(phase.data.batch_size, phase.seed, rows)
         with Checkpoints(self.checkpoints, self.recipe.checkpoints) as checkpoints:
@@ -87,7 +92,7 @@ class PhaseRun:
             if state.step < phase.steps:
                 batches = (shard_batch(batch, rows, phase.data, self.mesh) for batch in iterator)
                 state = self._steps(
-                    state, frozen, optimizer, batches, iterator.get_state, checkpoints, signals, profile
+                    state, frozen, objective, optimizer, batches, iterator.get_state, checkpoints, signals, profile
                 )
         return self._judge(state.trainable, frozen, params)
 
@@ -95,6 +100,7 @@ class PhaseRun:
         self,
         state: TrainState,
         frozen: Flat,
+        objective: Objective,
         optimizer: optax.GradientTransformation,
         batches: Iterator[Batch],
         iterator_state: Callable[[], Any],
@@ -104,7 +110,6 @@ class PhaseRun:
     ) -> TrainState:
         """Takes the steps that are left; evaluates, logs and saves on the way."""
         phase, logger = self.phase, self.logger
-        objective = Objective(self.recipe, phase, self.config, self.teacher_config)
         teacher = None
         if phase.distill:
             teacher = pretrained.load_pretrained(
@@ -207,11 +212,14 @@ class PhaseRun:
                 on_devices = place_whole(batch, self.mesh)
                 sums.append(jax.device_get(batch_sums(trainable, frozen, on_devices)))
             total = jax.tree.map(lambda *terms: sum(np.asarray(term, np.float64) for term in terms), *sums)
-            loss = float(total["loss"] / total["tokens"])
-            perplexity = math.exp(min(loss, 700.0))
-            if "load" not in total:
-                return HeldOut(loss, perplexity)
-            load_LE = total["load"] / total["tokens"]
-            return HeldOut(loss, perplexity, float(load_max_over_mean(load_LE)), load_LE.round(6).tolist())
+            means = {name: value / total["weight"] for name, value in total.items()}
+            loss, accuracy, load_LE = float(means["loss"]), means.get("accuracy"), means.get("load")
+            return HeldOut(
+                loss,
+                perplexity=math.exp(min(loss, 700.0)) if accuracy is None else None,
+                load_max_over_mean=None if load_LE is None else float(load_max_over_mean(load_LE)),
+                expert_load=None if load_LE is None else load_LE.round(6).tolist(),
+                accuracy=None if accuracy is None else float(accuracy),
+            )
 
         return evaluate

@@ -13,10 +13,11 @@ from train.data.packing import Figures
 class HeldOut:
     """An evaluation on the held-out text."""
 
-    loss: float  # nats per token
-    perplexity: float
+    loss: float  # nats per token; of pairs the mean of their loss
+    perplexity: float | None = None  # of text
     load_max_over_mean: float | None = None  # of a mixture of experts: 1 is perfect balance
     expert_load: list[list[float]] | None = None  # (L, E): share of each layer's choices
+    accuracy: float | None = None  # of pairs: share whose chosen response has the larger reward
 
     def as_json(self) -> dict[str, Any]:
         return _known(dataclasses.asdict(self))

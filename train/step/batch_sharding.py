@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemoe_jax.spec.mesh import batch_axes
-from train.data.loader import Batch
 from train.recipe import Data
 
 
@@ -32,25 +31,28 @@ def local_rows(data: Data, mesh: Mesh | None) -> list[int]:
     return sorted({row for index in held.values() if index for row in range(*index[0].indices(data.batch_size))})
 
 
-def shard_batch(batch: Batch, rows: Sequence[int], data: Data, mesh: Mesh | None) -> Batch:
+def shard_batch(batch: Any, rows: Sequence[int], data: Data, mesh: Mesh | None) -> Any:
     """A step's batch, of which the rows `rows` are at hand, on the devices."""
     return _place(batch, rows, data.batch_size, data.gradient_accumulation_steps, mesh)
 
 
-def place_whole(batch: Batch, mesh: Mesh | None) -> Batch:
+def place_whole(batch: Any, mesh: Mesh | None) -> Any:
     """A batch that every process has at hand, on the devices."""
     return _place(batch, range(len(batch.inputs)), len(batch.inputs), 1, mesh)
 
 
-def _place(batch: Batch, rows: Sequence[int], total: int, parts: int, mesh: Mesh | None) -> Batch:
+def _place(batch: Any, rows: Sequence[int], total: int, parts: int, mesh: Mesh | None) -> Any:
     if mesh is None:
-        return Batch(*map(jax.device_put, batch))
-    sharding, at = batch_sharding(total, parts, mesh), {row: number for number, row in enumerate(rows)}
+        return type(batch)(*map(jax.device_put, batch))
+    of_tokens, at = batch_sharding(total, parts, mesh), {row: number for number, row in enumerate(rows)}
+    of_rows = NamedSharding(mesh, PartitionSpec(of_tokens.spec[0]))
 
     def put(array: np.ndarray) -> jax.Array:
+        sharding = of_tokens if array.shape[1:] == batch.inputs.shape[1:] else of_rows
+
         def piece(index: Any) -> np.ndarray:
             return array[[at[row] for row in range(*index[0].indices(total))]][:, *index[1:]]
 
         return jax.make_array_from_callback((total, *array.shape[1:]), sharding, piece)
 
-    return Batch(*map(put, batch))
+    return type(batch)(*map(put, batch))

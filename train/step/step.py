@@ -113,11 +113,18 @@ class Objective:
     teacher_config: ModelConfig | None
     all_count: bool = False  # for a program whose work is to be counted: the head computes every token
 
-    def loss(self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[Array, Sums]:
+    def weight(self, batch: Any) -> Array:
+        """What a batch's loss is a mean over: its targets that count."""
+        return batch.mask.sum()
+
+    def loss(self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any) -> tuple[Array, Sums]:
         """(the loss, its parts): the weighted sum that the recipe asks for, in nats per target that counts."""
-        phase, tokens = self.phase, jnp.maximum(batch.mask.sum(), 1.0)
+        tokens = jnp.maximum(self.weight(batch), 1.0)
         hidden, (loss, sums) = self._through(trainable, frozen, teacher, batch)
-        total, parts = loss / tokens, {name: value / tokens for name, value in sums.items()}
+        return self._with_routing(hidden, loss / tokens, {name: value / tokens for name, value in sums.items()})
+
+    def _with_routing(self, hidden: transformer.HiddenOutput, total: Array, parts: Sums) -> tuple[Array, Sums]:
+        """A loss and its parts with those of the routers."""
         if hidden.routing is not None:
             routing = hidden.routing
             parts |= {
@@ -127,23 +134,36 @@ class Objective:
                 "load_max_over_mean": load_max_over_mean(routing.load_E),
                 "dead_experts": jnp.sum(routing.load_E == 0).astype(jnp.float32),
             }
-            total += phase.balance_loss_weight * routing.balance_loss + phase.z_loss_weight * routing.z_loss
+            total += self.phase.balance_loss_weight * routing.balance_loss
+            total += self.phase.z_loss_weight * routing.z_loss
         return total, parts
 
-    def held_out(self, trainable: Tree, frozen: Flat, batch: Batch) -> Sums:
-        """Sums over the targets that count: "loss" (nats), "tokens"; and "load" (L, E) of MoE layers, times tokens."""
+    def held_out(self, trainable: Tree, frozen: Flat, batch: Any) -> Sums:
+        """Sums over the targets that count: "loss" (nats), "weight"; and "load" (L, E) of MoE layers, times that."""
         hidden, (_, sums) = self._through(trainable, frozen, None, batch)
-        tokens = batch.mask.sum()
-        load = {} if hidden.routing is None else {"load": hidden.routing.load_E * tokens}
-        return {"loss": sums["cross_entropy"], "tokens": tokens} | load
+        return {"loss": sums["cross_entropy"], "weight": self.weight(batch)} | self._load(hidden, self.weight(batch))
+
+    @staticmethod
+    def _load(hidden: transformer.HiddenOutput, weight: Array) -> Sums:
+        return {} if hidden.routing is None else {"load": hidden.routing.load_E * weight}
 
     def _through(
-        self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Batch
+        self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any
     ) -> tuple[transformer.HiddenOutput, tuple[Array, Sums]]:
         """Both models' hidden states, and the sums of the token losses over their heads, chunk by chunk."""
+        hidden, trained, rest = self._student(trainable, frozen, batch)
+        arrays = {"targets": batch.targets, "mask": batch.mask}
+        if teacher is not None and self.teacher_config:
+            arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
+            name = _head_of(self.teacher_config)
+            rest["teacher"] = {name: _gathered(self.teacher_config, teacher[name])}
+        chunk, all_count = self.recipe.logits_chunk, self.all_count
+        return hidden, chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, chunk, all_count)
+
+    def _student(self, trainable: Tree, frozen: Flat, batch: Any) -> tuple[transformer.HiddenOutput, Tree, Tree]:
+        """The model's hidden states; what of its head is trained, and what is frozen."""
         params = combine(self._rounded(trainable["params"]), frozen)
         hidden = self._hidden(self.config, params, batch, trainable["adapters"] or None, self.recipe.remat)
-        arrays = {"targets": batch.targets, "mask": batch.mask}
         name = _head_of(self.config)
         head = {name: _gathered(self.config, params[name])}
         trained: Tree = {"params": {}, "adapters": {}}
@@ -153,21 +173,19 @@ class Objective:
             trained["adapters"][name] = dataclasses.replace(adapter, key=None)  # nothing differentiates a key
             if adapter.key is not None:
                 rest["key"] = adapter.key
-        if teacher is not None and self.teacher_config:
-            arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
-            name = _head_of(self.teacher_config)
-            rest["teacher"] = {name: _gathered(self.teacher_config, teacher[name])}
-        chunk, all_count = self.recipe.logits_chunk, self.all_count
-        return hidden, chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, chunk, all_count)
+        return hidden, trained, rest
 
-    def _token_losses(self, trained: Tree, chunk: dict[str, Array], rest: Tree) -> tuple[Array, Sums]:
-        """(sum to differentiate, its parts) of a chunk of tokens."""
-        head, distill = trained["params"] | rest["head"], self.phase.distill
+    def _logits(self, trained: Tree, chunk: dict[str, Array], rest: Tree) -> Array:
+        """The model's logits of a chunk of tokens."""
         adapters = trained["adapters"]
         if "key" in rest:  # each chunk drops other elements
             key = jax.random.fold_in(rest["key"], chunk["number"])
             adapters = {name: dataclasses.replace(adapter, key=key) for name, adapter in adapters.items()}
-        logits = transformer.logits(self.config, head, chunk["hidden"], adapters)
+        return transformer.logits(self.config, trained["params"] | rest["head"], chunk["hidden"], adapters)
+
+    def _token_losses(self, trained: Tree, chunk: dict[str, Array], rest: Tree) -> tuple[Array, Sums]:
+        """(sum to differentiate, its parts) of a chunk of tokens."""
+        distill, logits = self.phase.distill, self._logits(trained, chunk, rest)
         total = entropy = masked_sum(-token_logprobs(logits, chunk["targets"]), chunk["mask"])
         sums = {"cross_entropy": entropy}
         if distill and self.teacher_config and "teacher" in chunk:
@@ -177,7 +195,7 @@ class Objective:
         return total, sums
 
     def _hidden(
-        self, config: ModelConfig, params: Tree, batch: Batch, adapters: Tree | None = None, remat: bool = False
+        self, config: ModelConfig, params: Tree, batch: Any, adapters: Tree | None = None, remat: bool = False
     ) -> transformer.HiddenOutput:
         return transformer.hidden_states(
             config,
@@ -227,11 +245,13 @@ def make_update(
 
     def gradient_of(state: TrainState, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[Tree, Sums]:
         """The gradient of the whole batch's loss, and the loss with its parts; computed part by part."""
-        tokens = batch.mask.sum()
+        whole = objective.weight(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def of_part(part: Batch, number: Array | int) -> tuple[Tree, Sums]:
-            share = part.mask.sum() / jnp.maximum(tokens, 1.0)  # a part's loss times its share adds up to the batch's
+            share = objective.weight(part) / jnp.maximum(
+                whole, 1.0
+            )  # a part's loss times its share adds up to the batch's
 
             def loss(trainable: Tree) -> tuple[Array, Sums]:
                 adapters = lora.with_dropout(trainable["adapters"], jax.random.fold_in(key, number))
@@ -265,7 +285,7 @@ def make_update(
         figures |= {
             "gradient_norm": norm,
             "learning_rate": schedule(state.step - state.skipped),
-            "tokens": batch.mask.sum(),
+            "tokens": jnp.sum(batch.mask > 0),
             "skipped": ~finite,
         }
         skipped = state.skipped + ~finite

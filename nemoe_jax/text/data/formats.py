@@ -46,7 +46,8 @@ KEYS = {
     "text": ("text",),
 }
 BESIDE = ("input", "context", "history", "system", "system_prompt", "tools", "label")
-COLUMNS = {*(key for keys in KEYS.values() for key in keys), *BESIDE}  # all that is read
+PAIRS = ("chosen", "rejected", "score_chosen", "score_rejected", "completions")  # of preference data, for training
+COLUMNS = {*(key for keys in KEYS.values() for key in keys), *BESIDE, *PAIRS}  # all that is read
 LISTS_OF_OBJECTS = ("conversations", "messages", "prompt", "completion")
 
 

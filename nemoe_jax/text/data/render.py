@@ -6,9 +6,9 @@ token that ends each.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,19 +59,30 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> Rendered:
     return Rendered(np.array(ids, np.uint32), mask_N, is_chat=True)
 
 
+def encode_row(tokenizer: Tokenizer, row: Any, form: str) -> Rendered:
+    """The document of a row; raises BadRow where `to_document` or `encode_document` does."""
+    return encode_document(tokenizer, to_document(row, form))
+
+
 def encode_rows(
-    rows: Iterable[PlacedRow], tokenizer: Tokenizer, form: str, pool: ThreadPoolExecutor, in_flight: int
-) -> Iterator[list[Outcome]]:
+    rows: Iterable[PlacedRow],
+    tokenizer: Tokenizer,
+    form: str,
+    pool: ThreadPoolExecutor,
+    in_flight: int,
+    encode: Callable[[Tokenizer, Any, str], Any] = encode_row,
+) -> Iterator[list[Any]]:
     """The outcomes of all rows, some at a time and in order; of the rows, little is read ahead.
 
     Args:
         form: a row format, or `auto`.
         pool: threads that encode; encoders release the interpreter's lock.
         in_flight: groups of rows that are encoded at once.
+        encode: makes an outcome of (tokenizer, row, form), or raises BadRow.
     """
-    waiting: deque[Future[list[Outcome]]] = deque()
+    waiting: deque[Future[list[Any]]] = deque()
     for group in _groups(rows):
-        waiting.append(pool.submit(_encode, group, tokenizer, form))
+        waiting.append(pool.submit(_encode, group, tokenizer, form, encode))
         if len(waiting) >= in_flight:
             yield waiting.popleft().result()
     while waiting:
@@ -92,13 +103,15 @@ def _groups(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
         yield group
 
 
-def _encode(group: list[PlacedRow], tokenizer: Tokenizer, form: str) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+def _encode(
+    group: list[PlacedRow], tokenizer: Tokenizer, form: str, encode: Callable[[Tokenizer, Any, str], Any]
+) -> list[Any]:
+    outcomes: list[Any] = []
     for place, row in group:
         try:
             if isinstance(row, BadRow):
                 raise row
-            outcomes.append(encode_document(tokenizer, to_document(row, form)))
+            outcomes.append(encode(tokenizer, row, form))
         except BadRow as error:
             outcomes.append(type(error)(f"{place}: {error}"))
     return outcomes
