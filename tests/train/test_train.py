@@ -219,7 +219,7 @@ def test_documents_of_a_row_do_not_see_each_other(write):
         held_out(state.trainable, frozen, Batch(*(array[:, start:stop] for array in packed)))
         for start, stop in itertools.pairwise(ends)
     ]
-    assert whole["tokens"] == sum(part["tokens"] for part in alone) == 29
+    assert whole["weight"] == sum(part["weight"] for part in alone) == 29
     assert whole["loss"] == pytest.approx(float(sum(part["loss"] for part in alone)), rel=1e-5)
 
 
@@ -229,7 +229,7 @@ def test_masked_targets_and_padding_do_not_count(write):
     masked = batch._replace(mask=batch.mask.at[2:].set(0), segments=batch.segments.at[2:].set(0))
     whole = jax.jit(objective.held_out)(state.trainable, frozen, masked)
     half = jax.jit(objective.held_out)(state.trainable, frozen, Batch(*(array[:2] for array in batch)))
-    assert whole["tokens"] == half["tokens"] == 62 and whole["loss"] == pytest.approx(float(half["loss"]), rel=1e-5)
+    assert whole["weight"] == half["weight"] == 62 and whole["loss"] == pytest.approx(float(half["loss"]), rel=1e-5)
     np.testing.assert_allclose(whole["load"], half["load"], rtol=1e-5)
 
 
