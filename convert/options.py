@@ -31,6 +31,12 @@ class CarveOptions:
         "several; gate-kmeans (auto otherwise): balanced k-means of gate rows; contiguous: runs of neighbors (a "
         "baseline)",
     )
+    overlap: int = option(
+        1,
+        "token-clusters: how many times the dense FFN's neurons the experts hold together: more groups of experts, "
+        "for more kinds of tokens, at the same cost of a token; --experts 32 --overlap 2 has experts of the size of "
+        "--experts 16",
+    )
     router: Literal["auto", "gate-mean", "distilled", "random"] = option(
         "auto",
         "router rows: orthonormalized mean gate rows (auto without calibration), trained to find the experts with the "
@@ -58,6 +64,11 @@ class CarveOptions:
     )
     refit_ridge: float = option(
         0.0, "how strongly the refit holds to the dense `down`; 0 takes 2 · FFN neurons / tokens of calibration text"
+    )
+    refit_steps: int = option(
+        0,
+        "token-clusters and --control: steps of gradient descent on gate, up and `down` of each group, layer by layer, "
+        "after the refit; 300 take about twice the time and keep more",
     )
     seed: int = option(0, "seed of the k-means and of everything random")
 

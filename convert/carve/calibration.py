@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.linalg
+from jax.typing import ArrayLike
 
 from convert.carve.self_text import SELF, sample_text
 from convert.layerwise import (
@@ -178,16 +180,25 @@ def distilled_router(text: LayerText, label_F: jax.Array, experts: int, top_k: i
 
 
 def normal_equations(
-    text: LayerText, label_F: jax.Array | None = None, router_ED: jax.Array | None = None, top_k: int = 0
+    text: LayerText,
+    label_F: jax.Array | None = None,
+    router_ED: jax.Array | None = None,
+    top_k: int = 0,
+    weighted: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """ΦᵀΦ (F, F) and Φᵀy (F, D) of the hidden activations and the expected outputs, means over tokens.
 
     The activations are times their experts' routing weights, or as they are where there is no router.
+
+    Args:
+        weighted: by the text's weights of its tokens, instead of alike.
     """
     neurons, width = text.ffn["down"].shape
     gram_FF, moment_FD = jnp.zeros((neurons, neurons)), jnp.zeros((neurons, width))
     sums = in_turn(
-        _normal_sums(text.hidden(number), x_BTD, y_BTD, label_F, router_ED, top_k)
+        _normal_sums(
+            text.hidden(number), x_BTD, y_BTD, text.weights[number] if weighted else None, label_F, router_ED, top_k
+        )
         for number, (x_BTD, y_BTD) in enumerate(zip(text.inputs, text.wanted, strict=True))
     )
     for gram, moment in sums:
@@ -215,13 +226,12 @@ def output_scale(
     return jnp.linalg.solve(gram_EE + ridge * jnp.eye(groups), moment_E + ridge * common)
 
 
-@jax.jit
-def ridge_solve(gram: jax.Array, moment: jax.Array, ridge: float, towards: jax.Array | float = 0.0) -> jax.Array:
-    """(gram + λI)⁻¹ (moment + λ·towards) with λ = ridge · the mean diagonal of gram."""
-    weight = ridge * jnp.trace(gram) / len(gram)
-    return jax.scipy.linalg.solve(
-        gram + weight * jnp.eye(len(gram)), moment + weight * jnp.broadcast_to(towards, moment.shape), assume_a="pos"
-    )
+def ridge_solve(gram: ArrayLike, moment: ArrayLike, ridge: float, towards: ArrayLike = 0.0) -> jax.Array:
+    """(gram + λI)⁻¹ (moment + λ·towards) with λ = ridge · the mean diagonal of gram, by LAPACK on the host."""
+    gram_FF, moment_FD = np.array(gram), np.asarray(moment)
+    weight = np.float32(ridge * np.trace(gram_FF) / len(gram_FF))
+    gram_FF[np.diag_indices_from(gram_FF)] += weight
+    return jnp.asarray(scipy.linalg.solve(gram_FF, moment_FD + weight * np.asarray(towards), assume_a="pos"))
 
 
 def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: jax.Array, top_k: int) -> Figures:
@@ -241,10 +251,10 @@ def measure(text: LayerText, label_F: jax.Array, router_ED: jax.Array, down_FD: 
     }
 
 
-def reconstruction_error(dense: LayerText, other: LayerText, down_SD: jax.Array) -> float:
+def reconstruction_error(dense: LayerText, other: LayerText) -> float:
     """Squared error of another FFN's output to the dense one's on the same inputs, relative to that output."""
     sums = in_turn(
-        _squares(dense.hidden(number), dense.ffn["down"], other.hidden(number), down_SD)
+        _squares(dense.hidden(number), dense.ffn["down"], other.hidden(number), other.ffn["down"])
         for number in range(len(dense.inputs))
     )
     error, energy = (float(np.sum(jax.device_get(parts))) for parts in zip(*sums, strict=True))
@@ -331,12 +341,13 @@ def _mean_squares(hidden_BTF):
 
 
 @functools.partial(jax.jit, static_argnames="top_k")
-def _normal_sums(hidden_BTF, x_BTD, y_BTD, label_F, router_ED, top_k):
+def _normal_sums(hidden_BTF, x_BTD, y_BTD, weight_BT, label_F, router_ED, top_k):
     if router_ED is None:
         weighted_BTF = hidden_BTF
     else:
         weighted_BTF = hidden_BTF * _by_neuron(_routing_weights(x_BTD, router_ED, top_k), label_F)
-    return _einsum("BTF,BTG->FG", weighted_BTF, weighted_BTF), _einsum("BTF,BTD->FD", weighted_BTF, y_BTD)
+    counted_BTF = weighted_BTF if weight_BT is None else weighted_BTF * weight_BT[..., None]
+    return _einsum("BTF,BTG->FG", counted_BTF, weighted_BTF), _einsum("BTF,BTD->FD", counted_BTF, y_BTD)
 
 
 @functools.partial(jax.jit, static_argnames="top_k")

@@ -92,10 +92,10 @@ def carve(
         if options.control:
             assert texts is not None
             ridge = _ridge(options, config.ffn, texts[0])
-            return control_layer(*texts, checkpoint.config, number, dense, config.ffn, ridge, options.refit)
+            return control_layer(*texts, checkpoint.config, number, dense, config.ffn, ridge, options, key)
         if by_token_clusters(options):
             assert texts is not None
-            return _token_clusters(*texts, config, number, dense, options, key)
+            return _token_clusters(*texts, config, number, options, key, dense["up"].dtype)
         shared_S = _most_active(dense, texts and texts[0], config.shared_ffn)
         members_EF, router_ED = cluster_and_route(jnp.asarray(dense["gate"]), norm_D, options, key, shared_S)
         label_F = jnp.full(len(dense["gate"]), options.experts).at[members_EF].set(jnp.arange(options.experts)[:, None])
@@ -165,10 +165,18 @@ def _calibrated(
 
 def by_token_clusters(options: CarveOptions) -> bool:
     """Whether experts are chosen in groups (see token_clusters.py)."""
-    if options.partition != "auto":
-        return options.partition == "token-clusters"
-    fits = options.experts % options.top_k == 0 and options.layout == "mixtral" and options.router == "auto"
-    return bool(options.calibration) and options.refit and fits and options.top_k < options.experts
+    if options.partition == "auto":
+        return not _obstacle_to_token_clusters(options)
+    return options.partition == "token-clusters"
+
+
+def _obstacle_to_token_clusters(options: CarveOptions) -> str:
+    """What token clusters want and the options do not give; "" if nothing."""
+    if options.experts % options.top_k or options.experts == options.top_k:
+        return f"expected --experts to be a multiple of --top-k {options.top_k}, got {options.experts}"
+    if not (options.calibration and options.refit and options.router == "auto" and options.layout == "mixtral"):
+        return "expected --calibration text, and neither --no-refit, --router nor --layout shared"
+    return ""
 
 
 def _token_clusters(
@@ -176,25 +184,30 @@ def _token_clusters(
     held_out: LayerText,
     config: ModelConfig,
     layer: int,
-    dense: Tensors,
     options: CarveOptions,
     key: jax.Array,
+    dtype: np.dtype,
 ) -> tuple[Tensors, Figures]:
     """The layer's tensors by checkpoint keys, and figures."""
-    top_k, neurons = config.top_k, config.top_k * config.expert_ffn
+    top_k, size = config.top_k, config.expert_ffn
+    neurons = top_k * size
     groups = carve_token_clusters(
-        fitted, config.experts // top_k, neurons, _ridge(options, neurons, fitted), options.logit_std, key
+        fitted,
+        config.experts // top_k,
+        neurons,
+        _ridge(options, neurons, fitted),
+        options.logit_std,
+        key,
+        options.refit_steps,
     )
     specs = declare(config)["blocks"]["moe"]["ffn"]
-    members_EF = groups.members_CS.reshape(config.experts, -1)
-    down_EFD = top_k * np.asarray(groups.down_CSD).reshape(*members_EF.shape, -1)
-    dtype = dense["up"].dtype
+    gate_CSD, up_CSD = (np.asarray(groups.ffn[name]).swapaxes(1, 2) for name in ("gate", "up"))
+    rows = {"gate": gate_CSD, "up": up_CSD, "down": top_k * np.asarray(groups.ffn["down"])}
     tensors = {specs["router"].key_of(layer): np.repeat(np.asarray(groups.router_CD), top_k, axis=0)}
-    for expert, members in enumerate(members_EF):
-        tensors[specs["gate"].key_of(layer, expert)] = dense["gate"][members]
-        tensors[specs["up"].key_of(layer, expert)] = dense["up"][members]
-        tensors[specs["down"].key_of(layer, expert)] = down_EFD[expert].T.astype(dtype)
-    distinct = len(np.unique(members_EF)) / len(dense["up"])
+    for name, rows_CSD in rows.items():
+        for expert, rows_SD in enumerate(rows_CSD.reshape(config.experts, size, -1)):
+            tensors[specs[name].key_of(layer, expert)] = (rows_SD.T if name == "down" else rows_SD).astype(dtype)
+    distinct = len(np.unique(groups.members_CS)) / len(fitted.ffn["down"])
     return tensors, {"neurons_kept": distinct, **measure_groups(held_out, groups)}
 
 
@@ -239,11 +252,16 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
             )
         if not 0 <= options.keep_dense < dense.layers:
             raise UserError(f"--keep-dense: expected 0 to {dense.layers - 1}, got {options.keep_dense}")
-    if options.experts < 1 or (dense.ffn - shared) % options.experts:
+    if options.experts < 1 or (dense.ffn - shared) * options.overlap % options.experts:
         left = f"{dense.ffn - shared} of the {dense.ffn}" if shared else str(dense.ffn)
         raise UserError(f"{source}: {left} FFN neurons do not divide into --experts {options.experts}")
     if not 1 <= options.top_k <= options.experts:
         raise UserError(f"--top-k: expected 1 to --experts {options.experts}, got {options.top_k}")
+    if options.top_k * options.overlap > options.experts:
+        raise UserError(
+            f"--top-k: expected at most {options.experts // options.overlap}, so that the chosen experts have no more "
+            f"neurons than the dense FFN with --overlap {options.overlap}, got {options.top_k}"
+        )
     if options.output_scale < 0:
         raise UserError(f"--output-scale: expected a positive number, or 0 to choose it, got {options.output_scale}")
     if options.calibration and options.output_scale:
@@ -251,17 +269,20 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
     for flag, needs_text in (("--router distilled", options.router == "distilled"), ("--control", options.control)):
         if needs_text and not options.calibration:
             raise UserError(f"{flag}: expected --calibration text")
-    if options.partition == "token-clusters":
-        if options.experts % options.top_k or options.experts == options.top_k:
-            raise UserError(
-                f"--partition token-clusters: expected --experts to be a multiple of --top-k {options.top_k}, "
-                f"got {options.experts}"
-            )
-        if not (options.calibration and options.refit and options.router == "auto" and options.layout == "mixtral"):
-            raise UserError(
-                "--partition token-clusters: expected --calibration text, and neither --no-refit, --router nor "
-                "--layout shared"
-            )
+    obstacle = _obstacle_to_token_clusters(options)
+    for flag, given in {
+        "--partition token-clusters": options.partition == "token-clusters",
+        "--overlap": options.overlap != 1,
+    }.items():
+        if given and obstacle:
+            raise UserError(f"{flag}: {obstacle}")
+    if options.overlap < 1 or (options.overlap > 1 and not by_token_clusters(options)):
+        raise UserError(f"--overlap: expected 1, or more with --partition token-clusters, got {options.overlap}")
+    if options.refit_steps < 0 or (options.refit_steps and not (options.control or by_token_clusters(options))):
+        raise UserError(
+            f"--refit-steps: expected 0, or more with --partition token-clusters or --control, "
+            f"got {options.refit_steps}"
+        )
     if options.control and options.layout != "mixtral":
         raise UserError("--control makes a dense model; --layout shared is about experts")
     if not options.refit_ridge >= 0:
@@ -272,7 +293,7 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
         dense_layers=options.keep_dense,
         experts=options.experts,
         top_k=options.top_k,
-        expert_ffn=(dense.ffn - shared) // options.experts,
+        expert_ffn=(dense.ffn - shared) * options.overlap // options.experts,
         shared_ffn=shared,
     )
 

@@ -1,16 +1,21 @@
 """The static control of a carve: no experts, the neurons that are most active whatever the token.
 
 A router pays only where its choice of k·F/E neurons for each token does better than one choice for all tokens. The
-control makes that one choice by the mean squared output of each neuron on the calibration text, and refits `down` by
-the same ridge regression on the same text, layer after layer as a carve does. Its result is a dense model.
+control makes that one choice by the mean squared output of each neuron on the calibration text, and refits them as a
+carve does, layer after layer on the same text: by ridge regression and, if asked for, by gradient. Its result is a
+dense model.
 
 F neurons of the source, S neurons of the result, D embed.
 """
 
-import jax.numpy as jnp
+import dataclasses
+
+import jax
 import numpy as np
 
 from convert.carve.calibration import LayerText, activity, normal_equations, reconstruction_error, ridge_solve
+from convert.carve.gradient_refit import refit_by_gradient
+from convert.options import CarveOptions
 from convert.streaming import Figures, Tensors
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import declare
@@ -29,7 +34,8 @@ def control_layer(
     dense: Tensors,
     neurons: int,
     ridge: float,
-    refit: bool,
+    options: CarveOptions,
+    key: jax.Array,
 ) -> tuple[Tensors, Figures]:
     """The layer's tensors by checkpoint keys, and figures.
 
@@ -37,21 +43,23 @@ def control_layer(
         config: the source's.
         dense: gate, up (F, D) and down (D, F) on disk.
         ridge: how strongly `down` holds to the dense one; of the mean diagonal.
-        refit: whether `down` is refitted at all.
+        options: what of the carve's refit is done.
+        key: of the tokens drawn for the gradient steps.
     """
     size_F = np.asarray(activity(fitted))
     chosen_S = np.sort(np.argsort(-size_F, kind="stable")[:neurons])
-    small_fitted, small_held_out = (text.restricted(chosen_S) for text in (fitted, held_out))
-    down_SD = small_fitted.ffn["down"]
-    if refit:
-        down_SD = ridge_solve(*normal_equations(small_fitted), ridge, down_SD)
+    small_fitted = fitted.restricted(chosen_S)
+    ffn = dict(small_fitted.ffn)
+    if options.refit:
+        ffn["down"] = ridge_solve(*normal_equations(small_fitted, weighted=True), ridge, ffn["down"])
+    if options.refit and options.refit_steps:
+        everything = [np.zeros(weight_BT.shape, np.int32) for weight_BT in fitted.weights]
+        one_group = {name: array[None] for name, array in ffn.items()}
+        refitted = refit_by_gradient(fitted, everything, one_group, options.refit_steps, key)
+        ffn = {name: array[0] for name, array in refitted.items()}
     specs = declare(config)["blocks"]["dense"]["ffn"]
-    tensors = {
-        specs["gate"].key_of(layer): dense["gate"][chosen_S],
-        specs["up"].key_of(layer): dense["up"][chosen_S],
-        specs["down"].key_of(layer): np.asarray(down_SD.T).astype(dense["down"].dtype),
-    }
+    tensors = {spec.key_of(layer): np.asarray(ffn[name].T).astype(dense[name].dtype) for name, spec in specs.items()}
     return tensors, {
         "activity_share": float(size_F[chosen_S].sum() / size_F.sum()),
-        "reconstruction_error": reconstruction_error(held_out, small_held_out, jnp.asarray(down_SD)),
+        "reconstruction_error": reconstruction_error(held_out, dataclasses.replace(held_out, ffn=ffn)),
     }

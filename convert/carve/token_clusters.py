@@ -14,6 +14,10 @@ control is and differs from it as far as the tokens of its cluster do.
    divides by: a few massive tokens would otherwise decide alone.
 3. Router. Its rows minimize the expected error Σ_c p_c·error_c under p = softmax(logits), with a load-balancing term.
    Its choices are the new clusters; 2 and 3 alternate, and the last fit is on the last router's choices.
+4. With refit steps, gate, up and `down` follow the gradient of that error (gradient_refit.py).
+
+The groups may hold more neurons together than the dense FFN has (`--overlap`): more groups of the same size, for more
+kinds of tokens, at the same cost of a token.
 
 B batch, T sequence, N tokens, D embed, F neurons of the dense FFN, C clusters, S neurons of a group.
 """
@@ -29,13 +33,14 @@ import numpy as np
 import optax
 
 from convert.carve.calibration import LayerText, ridge_solve
+from convert.carve.gradient_refit import group_output, refit_by_gradient
 from convert.layerwise import in_turn
 from convert.streaming import Figures
+from nemoe_jax.spec.schema import Tree
 
-ROUNDS = 2
 OTHERS = 0.1  # of a cluster's weight: all tokens, in the fit of its group
 LLOYD_TOKENS, LLOYD_ROUNDS = 4096, 15
-ROUTER_STEPS = 300  # each on one batch
+ROUTER_STEPS = 200, 100  # of each round, each on one batch
 ROUTER_LOGIT_STEP = 1.0  # how far Adam's first step may move a logit; falls to 0 along a cosine
 ROUTER_BALANCE = 0.05  # of the target's energy
 CACHED_BYTES = 2**31  # of hidden activations; larger ones are computed anew in each pass
@@ -49,11 +54,11 @@ class Groups(NamedTuple):
 
     members_CS: np.ndarray
     router_CD: jax.Array
-    down_CSD: jax.Array  # to be added up with weight 1
+    ffn: Tree  # gate, up (C, D, S) and down (C, S, D), to be added up with weight 1
 
 
 def carve_token_clusters(
-    text: LayerText, clusters: int, neurons: int, ridge: float, logit_std: float, key: jax.Array
+    text: LayerText, clusters: int, neurons: int, ridge: float, logit_std: float, key: jax.Array, refit_steps: int = 0
 ) -> Groups:
     """The groups of a layer.
 
@@ -61,7 +66,8 @@ def carve_token_clusters(
         neurons: of each group.
         ridge: how strongly `down` holds to the dense one; of the mean diagonal.
         logit_std: the router logits' standard deviation on this text, about each token's mean.
-        key: of the first clusters.
+        key: of the first clusters and of the refit.
+        refit_steps: by gradient, after the last ridge regression.
     """
     hidden = _hidden(text)
     numbers = range(len(text.inputs))
@@ -72,26 +78,38 @@ def carve_token_clusters(
     mask_CF = np.asarray(mask_CF)
     labels = [_most_held(hidden(number), down_FD, mask_CF) for number in numbers]
     energy = sum(in_turn(map(_energy, text.wanted, text.weights))) / text.tokens
-    for _ in range(ROUNDS):
+    router_CD = jnp.zeros((clusters, text.inputs[0].shape[-1]))
+    for steps in ROUTER_STEPS:
         members_CS, down_CSD = _fit(text, hidden, labels, clusters, neurons, ridge)
         costs = [
             _costs(hidden(number), text.wanted[number], text.weights[number], members_CS, down_CSD) / energy
             for number in numbers
         ]
-        router_CD = _router(text.inputs, costs)
+        router_CD = _router(text.inputs, costs, router_CD, steps)
         labels = [_choices(x_BTD, router_CD) for x_BTD in text.inputs]
     members_CS, down_CSD = _fit(text, hidden, labels, clusters, neurons, ridge)
     router_CD -= router_CD.mean(axis=0)  # what is common to all logits chooses nothing
     variance = sum(in_turn(_logit_variance(x_BTD, router_CD) for x_BTD in text.inputs)) / len(text.inputs)
     router_CD *= logit_std / jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))
-    return Groups(members_CS, router_CD, down_CSD)
+    ffn = {name: jnp.moveaxis(text.ffn[name][:, members_CS], 1, 0) for name in ("gate", "up")} | {"down": down_CSD}
+    if refit_steps:
+        ffn = refit_by_gradient(text, [np.asarray(label_BT) for label_BT in labels], ffn, refit_steps, key)
+    return Groups(members_CS, router_CD, ffn)
 
 
 def measure_groups(text: LayerText, groups: Groups) -> Figures:
     """How a carved layer does on a text: error to the dense FFN and to the dense stream, load."""
     hidden = _hidden(text)
     sums = in_turn(
-        _measures(hidden(number), x_BTD, text.wanted[number], text.weights[number], text.ffn["down"], *groups)
+        _measures(
+            hidden(number),
+            x_BTD,
+            text.wanted[number],
+            text.weights[number],
+            text.ffn["down"],
+            groups.router_CD,
+            groups.ffn,
+        )
         for number, x_BTD in enumerate(text.inputs)
     )
     error, energy, chosen, best, wanted, load_C = (
@@ -121,24 +139,26 @@ def _fit(text, hidden, labels, clusters, neurons, ridge):
     squares_CF = sum(in_turn(_squares(hidden(number), weight) for number, weight in enumerate(weights)))
     activity_CF = np.asarray(squares_CF * jnp.sum(text.ffn["down"] ** 2, axis=1))
     members_CS = np.sort(np.argsort(-activity_CF, axis=1, kind="stable")[:, :neurons], axis=1)
-    gram_CSS, moment_CSD = 0.0, 0.0
+    gram_CSS = np.zeros((clusters, neurons, neurons), np.float32)
+    moment_CSD = np.zeros((clusters, neurons, text.ffn["down"].shape[1]), np.float32)
     sums = in_turn(
         _normal_sums(hidden(number), text.wanted[number], weight, members_CS) for number, weight in enumerate(weights)
     )
     for gram, moment in sums:
-        gram_CSS, moment_CSD = gram_CSS + gram, moment_CSD + moment
-    solve = jax.vmap(ridge_solve, (0, 0, None, 0))
-    return members_CS, solve(gram_CSS, moment_CSD, ridge, text.ffn["down"][members_CS])
+        gram_CSS += np.asarray(gram)
+        moment_CSD += np.asarray(moment)
+    dense_CSD = text.ffn["down"][members_CS]
+    down_CSD = [ridge_solve(gram_CSS[group], moment_CSD[group], ridge, dense_CSD[group]) for group in range(clusters)]
+    return members_CS, jnp.stack(down_CSD)
 
 
-def _router(inputs: Sequence[jax.Array], costs: Sequence[jax.Array]) -> jax.Array:
-    """Rows (C, D) under which the softmax of the logits has the least expected cost."""
+def _router(inputs: Sequence[jax.Array], costs: Sequence[jax.Array], router_CD: jax.Array, steps: int) -> jax.Array:
+    """Rows (C, D) under which the softmax of the logits has the least expected cost, from those of the round before."""
     size = float(jnp.mean(jnp.sum(jnp.abs(inputs[0]), axis=-1)))
-    router_CD = jnp.zeros((costs[0].shape[-1], inputs[0].shape[-1]))
     state = _ADAM.init(router_CD)
-    for step in range(ROUTER_STEPS):
+    for step in range(steps):
         number = step % len(inputs)
-        rate = ROUTER_LOGIT_STEP / size * 0.5 * (1 + math.cos(math.pi * step / ROUTER_STEPS))
+        rate = ROUTER_LOGIT_STEP / size * 0.5 * (1 + math.cos(math.pi * step / steps))
         router_CD, state = _router_step(router_CD, state, inputs[number], costs[number], rate)
         jax.block_until_ready(router_CD)
     return router_CD
@@ -244,12 +264,16 @@ def _logit_variance(x_BTD, router_CD):
 
 
 @jax.jit
-def _measures(hidden_BTF, x_BTD, y_BTD, weight_BT, dense_down_FD, members_CS, router_CD, down_CSD):
+def _measures(hidden_BTF, x_BTD, y_BTD, weight_BT, dense_down_FD, router_CD, ffn):
     dense_BTD = _einsum("BTF,FD->BTD", hidden_BTF, dense_down_FD)
     chosen_BTC = jax.nn.one_hot(_choices(x_BTD, router_CD), len(router_CD))
-    ones_BT = jnp.ones_like(weight_BT)
-    error_BTC = _costs(hidden_BTF, dense_BTD, ones_BT, members_CS, down_CSD)
-    cost_BTC = _costs(hidden_BTF, y_BTD, weight_BT, members_CS, down_CSD)
+
+    def errors(group):
+        output_BTD = group_output(group, x_BTD)
+        return jnp.sum((output_BTD - dense_BTD) ** 2, axis=-1), jnp.sum((output_BTD - y_BTD) ** 2, axis=-1)
+
+    error_BTC, cost_BTC = (jnp.moveaxis(array_CBT, 0, -1) for array_CBT in jax.lax.map(errors, ffn))
+    cost_BTC *= weight_BT[..., None]
     return (
         jnp.sum(error_BTC * chosen_BTC),
         jnp.sum(dense_BTD**2),

@@ -151,6 +151,8 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
             "--partition token-clusters: expected --calibration text",
         ),
         (["--experts", "4", "--control"], "--control: expected --calibration text"),
+        (["--experts", "8", "--overlap", "2"], "--overlap: expected --calibration text"),
+        (["--experts", "4", "--refit-steps", "9"], "--refit-steps: expected 0, or more with"),
         (["--experts", "4", "--calibration", "nowhere.txt"], "no tokenizer (expected tekken.json, tokenizer.json or"),
     ],
 )
@@ -275,7 +277,7 @@ def test_an_interrupted_calibrated_carve_gives_the_same_bytes(
 
 
 def test_the_control_keeps_the_most_active_neurons_and_refits_them(dense_directory, tmp_path, calibration, capsys):
-    """The first layer against NumPy's least squares on the dense model's own activations."""
+    """The first layer against NumPy's least squares on the dense model's own activations, with its tokens' weights."""
     text, tokens = calibration["calibration"][0], str(calibration["calibration_tokens"])
     flags = ["--experts", "4", "--top-k", "2", "--calibration", text, "--calibration-tokens", tokens, "--control"]
     assert cli.main(["carve", str(dense_directory), str(tmp_path / "control"), *flags, "--json"]) == 0
@@ -291,8 +293,10 @@ def test_the_control_keeps_the_most_active_neurons_and_refits_them(dense_directo
     batches = calibration_batches(checkpoint, calibration["calibration"], calibration["calibration_tokens"])
     layers = LayerwiseModel(checkpoint)
     weights = layers.weights(0)
-    normed = np.concatenate([layers.attend(0, weights, layers.embed(batch[:, :-1]))[1] for batch in batches[:-1]])
-    x = np.float64(normed.reshape(-1, normed.shape[-1]))
+    attended = [layers.attend(0, weights, layers.embed(batch[:, :-1])) for batch in batches[:-1]]
+    middle, x = (
+        np.float64(np.concatenate(parts)).reshape(-1, parts[0].shape[-1]) for parts in zip(*attended, strict=True)
+    )
     ffn = {name: np.float64(weights["ffn"][name]) for name in ("gate", "up", "down")}
     gate = x @ ffn["gate"]
     hidden = gate / (1 + np.exp(-gate)) * (x @ ffn["up"])
@@ -303,13 +307,29 @@ def test_the_control_keeps_the_most_active_neurons_and_refits_them(dense_directo
     np.testing.assert_array_equal(
         control["model.layers.0.mlp.up_proj.weight"], dense["model.layers.0.mlp.up_proj.weight"][kept]
     )
-    gram = hidden[:, kept].T @ hidden[:, kept] / len(x)
+    weighted = hidden[:, kept] / np.mean((middle + hidden @ ffn["down"]) ** 2, axis=1, keepdims=True)
+    gram = weighted.T @ hidden[:, kept] / len(x)
     ridge = 2 * 24 / len(x) * np.trace(gram) / 24 * np.eye(24)
-    expected = np.linalg.solve(
-        gram + ridge, hidden[:, kept].T @ hidden @ ffn["down"] / len(x) + ridge @ ffn["down"][kept]
-    )
+    expected = np.linalg.solve(gram + ridge, weighted.T @ hidden @ ffn["down"] / len(x) + ridge @ ffn["down"][kept])
     got = np.float64(control["model.layers.0.mlp.down_proj.weight"].astype(np.float32)).T
     np.testing.assert_allclose(got, expected, atol=2**-7 * np.abs(expected).max())  # bfloat16 on disk
+
+
+def test_overlapping_experts_hold_more_neurons_and_gradient_steps_bring_them_nearer(
+    dense_directory, tmp_path, calibration
+):
+    options = dataclasses.replace(OPTIONS, experts=8, overlap=2, **calibration)
+    errors = {}
+    for steps in (0, 60):
+        manifest = carve(dense_directory, tmp_path / f"moe{steps}", dataclasses.replace(options, refit_steps=steps))
+        errors[steps] = [layer["error_to_dense_stream"] for layer in manifest["layers"]]
+    config, _ = pretrained.load_pretrained(tmp_path / "moe0")
+    assert (config.experts, config.top_k, config.expert_ffn) == (8, 2, 12)
+    assert errors[60][0] < errors[0][0]  # the first layer, whose inputs are the same
+    dense, plain, refitted = (tensors_of(tmp_path / name) for name in ("dense", "moe0", "moe60"))
+    up = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    rows = {row.tobytes() for row in dense["model.layers.1.mlp.up_proj.weight"]}
+    assert {row.tobytes() for row in plain[up]} < rows and (refitted[up] != plain[up]).any()
 
 
 def test_a_carve_says_what_it_has_lost_or_that_it_has_not_looked(dense_directory, tmp_path, calibration, capsys):

@@ -1,11 +1,14 @@
 """Experts chosen in groups: the fits against NumPy's least squares, the choice on text whose clusters are known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.carve.calibration import LayerText
+from convert.carve.gradient_refit import refit_by_gradient
 from convert.carve.token_clusters import OTHERS, Groups, _fit, carve_token_clusters, measure_groups
 
 CLUSTERS, HIDDEN, NEURONS, KEPT = 2, 10, 24, 12
@@ -29,6 +32,11 @@ def text():
     weights = [random.uniform(0.5, 2, x.shape[:2]).astype(np.float32) for x in inputs]
     arrays = [[jnp.asarray(part) for part in parts] for parts in (inputs, weights)]
     return LayerText(ffn, arrays[0], [jnp.asarray(hidden_of(ffn, x) @ ffn["down"]) for x in inputs], arrays[1])
+
+
+def ffn_of(text, members, down):
+    gate, up = (jnp.stack([text.ffn[name][:, kept] for kept in members]) for name in ("gate", "up"))
+    return {"gate": gate, "up": up, "down": jnp.asarray(down, jnp.float32)}
 
 
 def flat(parts):
@@ -72,7 +80,7 @@ def test_the_figures_are_those_of_a_loop_over_tokens(text):
     random = np.random.default_rng(1)
     members = np.stack([np.sort(random.permutation(NEURONS)[:KEPT]) for _ in range(CLUSTERS)])
     router, down = random.normal(size=(CLUSTERS, HIDDEN)), random.normal(size=(CLUSTERS, KEPT, HIDDEN))
-    got = measure_groups(text, Groups(members, jnp.asarray(router, jnp.float32), jnp.asarray(down, jnp.float32)))
+    got = measure_groups(text, Groups(members, jnp.asarray(router, jnp.float32), ffn_of(text, members, down)))
     chosen = best = total = plain = energy = 0.0
     load = np.zeros(CLUSTERS)
     for x, y, weight in zip(flat(text.inputs), flat(text.wanted), flat(text.weights), strict=True):
@@ -86,3 +94,19 @@ def test_the_figures_are_those_of_a_loop_over_tokens(text):
     assert got["error_to_dense_stream_best_choice"] == pytest.approx(best / total, rel=1e-4)
     assert got["reconstruction_error"] == pytest.approx(plain / energy, rel=1e-4)
     assert got["load_max_over_mean"] == pytest.approx(load.max() / load.mean(), rel=1e-6)
+
+
+def test_the_gradient_steps_fit_each_group_on_the_tokens_that_choose_it(text):
+    """Two groups that start as the dense FFN of scaled outputs can both fit: each its own tokens' targets."""
+    kinds = [np.asarray(x[..., 0] > 0).astype(int) for x in text.inputs]
+    factor = np.array([0.5, -1.0])
+    wanted = [jnp.asarray(y * factor[kind][..., None]) for y, kind in zip(text.wanted, kinds, strict=True)]
+    both = dataclasses.replace(text, wanted=wanted)
+    ffn = ffn_of(text, [np.arange(NEURONS)] * CLUSTERS, [0.8 * scale * text.ffn["down"] for scale in factor])
+    groups = Groups(np.array([np.arange(NEURONS)] * 2), jnp.eye(CLUSTERS, HIDDEN) * np.array([[-1.0], [0.0]]), ffn)
+    before = measure_groups(both, groups)["error_to_dense_stream"]
+    refitted = groups._replace(ffn=refit_by_gradient(both, kinds, ffn, 200, jax.random.key(0)))
+    assert before == pytest.approx(0.04, rel=1e-3)  # (1 - 0.8)²
+    assert measure_groups(both, refitted)["error_to_dense_stream"] < 0.1 * before
+    swapped = groups._replace(ffn=refit_by_gradient(both, [1 - kind for kind in kinds], ffn, 200, jax.random.key(0)))
+    assert measure_groups(both, swapped)["error_to_dense_stream"] > before
