@@ -28,6 +28,7 @@ from nemoe_jax.text.data.formats import KEYS
 from nemoe_jax.text.tokenizers.load import Tokenizer
 
 DType = Literal["float32", "bfloat16"]
+Divergence = Literal["forward", "reverse", "skew-forward", "skew-reverse"]
 FilePath = Annotated[Path, BeforeValidator(lambda value: Path(str(value)).expanduser() if value is not None else value)]
 Globs = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Tree = dict[str, Any]
@@ -79,11 +80,22 @@ class LoraTarget(Section):
 
 
 class Distill(Section):
-    """Distillation: loss = kl_weight · KL(teacher ‖ student) + ce_weight · cross-entropy."""
+    """Distillation: loss = kl_weight · divergence of teacher and student + ce_weight · cross-entropy.
+
+    What has a final value goes there in a straight line, from the first step to the last.
+    """
 
     teacher: FilePath = Field(description="model directory of the teacher; it shares the student's vocabulary")
-    kl_weight: float = Field(1.0, gt=0, description="weight of the forward KL on logits at temperature 1, per token")
+    kl_weight: float = Field(1.0, gt=0, description="weight of the divergence on logits, per token")
+    final_kl_weight: float | None = Field(None, ge=0, description="the same at the last step; default: kl_weight")
     ce_weight: float = Field(0.0, ge=0, description="weight of the cross-entropy to the text, per token")
+    final_ce_weight: float | None = Field(None, ge=0, description="the same at the last step; default: ce_weight")
+    divergence: Divergence = Field(
+        "forward", description="KL(teacher ‖ student), the reverse, or either against a mixture of both"
+    )
+    skew: float = Field(0.1, gt=0, lt=1, description="of the skewed divergences: the share of the first distribution")
+    temperature: float = Field(1.0, gt=0, description="divides the logits of both; the divergence is times its square")
+    final_temperature: float | None = Field(None, gt=0, description="the same at the last step; default: temperature")
 
 
 class Preference(Section):

@@ -10,7 +10,8 @@ import pytest
 
 from nemoe_jax.model.next_token import token_logprobs
 from train.recipe import Optimizer
-from train.step.loss import chunked_sums, forward_kl, masked_sum
+from train.step.divergence import divergence, top_k_divergence
+from train.step.loss import chunked_sums, masked_sum
 from train.step.optimizer import learning_rate_schedule, make_optimizer, router_scale
 from train.step.step import initial_state, split
 
@@ -27,17 +28,40 @@ def test_log_probabilities_of_tokens_equal_torch_s_cross_entropy():
     np.testing.assert_allclose(-token_logprobs(STUDENT, TARGETS).ravel(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_forward_kl_equals_torch():
-    logs = [torch.log_softmax(torch.tensor(logits), -1) for logits in (STUDENT, TEACHER)]
-    expected = torch.nn.functional.kl_div(*logs, log_target=True, reduction="none").sum(-1)
-    np.testing.assert_allclose(forward_kl(STUDENT, TEACHER), expected, rtol=1e-4)
-    assert abs(forward_kl(TEACHER, TEACHER)).max() < 1e-6
-    assert abs(forward_kl(STUDENT, TEACHER) - forward_kl(TEACHER, STUDENT)).max() > 1e-2  # forward, not reverse
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "skew-forward", "skew-reverse"])
+def test_divergences_equal_torch(kind, temperature):
+    log_q, log_p = (torch.log_softmax(torch.tensor(logits) / temperature, -1) for logits in (STUDENT, TEACHER))
+    own, other = (log_q, log_p) if kind.endswith("reverse") else (log_p, log_q)
+    other = torch.log(0.3 * own.exp() + 0.7 * other.exp()) if kind.startswith("skew") else other
+    expected = temperature**2 * torch.nn.functional.kl_div(other, own, log_target=True, reduction="none").sum(-1)
+    found = divergence(kind, STUDENT, TEACHER, temperature, 0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert abs(divergence(kind, TEACHER, TEACHER, temperature, 0.3)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["forward", "skew-reverse"])
+def test_of_the_likeliest_tokens_the_divergence_is_that_of_their_coarser_distributions(kind):
+    ids = np.argsort(-TEACHER, -1)[..., :4]
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(TEACHER)), ids, -1)
+    found = top_k_divergence(kind, STUDENT, ids, log_p, skew=0.3)
+
+    def coarse(logits):
+        probabilities = np.asarray(jax.nn.softmax(logits))
+        kept = np.take_along_axis(probabilities, ids, -1)
+        return np.log(np.concatenate([kept, 1 - kept.sum(-1, keepdims=True)], -1))
+
+    np.testing.assert_allclose(found, divergence(kind, coarse(STUDENT), coarse(TEACHER), skew=0.3), rtol=1e-4)
+    assert (found <= divergence(kind, STUDENT, TEACHER, skew=0.3) + 1e-6).all()
+    all_ids = np.argsort(-TEACHER, -1)
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(TEACHER)), all_ids, -1)
+    whole = top_k_divergence("forward", STUDENT, all_ids[..., :-1], log_p[..., :-1])
+    np.testing.assert_allclose(whole, divergence("forward", STUDENT, TEACHER), rtol=1e-3, atol=1e-5)
 
 
 def test_losses_are_computed_in_float32():
     huge = jnp.asarray(STUDENT * 100, jnp.bfloat16)
-    for loss in (token_logprobs(huge, TARGETS), forward_kl(huge, jnp.asarray(TEACHER, jnp.bfloat16))):
+    for loss in (token_logprobs(huge, TARGETS), divergence("forward", huge, jnp.asarray(TEACHER, jnp.bfloat16))):
         assert loss.dtype == jnp.float32 and jnp.isfinite(loss).all()
 
 

@@ -27,6 +27,7 @@ from train.run import loop
 from train.run.loop import train
 from train.run.metrics_logger import MetricsLogger
 from train.run.prepare import load, resolve, routers_scale, trainable_of
+from train.run.teacher import share_weights
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.step import Objective, combine, initial_state, make_update, split
 
@@ -200,12 +201,33 @@ def test_the_loss_is_the_weighted_sum_and_zero_against_itself(write, workplace):
     expected = 0.7 * parts["kl"] + 0.2 * parts["cross_entropy"] + 0.3 * parts["balance_loss"] + 0.01 * parts["z_loss"]
     assert total == pytest.approx(float(expected), rel=1e-6) and parts["kl"] > 0.1
 
+    falling = ["distill.final_kl_weight=0.1", "distill.temperature=3", "distill.final_temperature=1", "steps=5"]
+    objective, *_ = ready(read_recipe(write("repair"), falling))
+    at = [objective.loss(state.trainable, frozen, teacher, batch_of(), step) for step in (0, 2, 4, 9)]
+    for (total, parts), weight in zip(at, (1.0, 0.55, 0.1, 0.1), strict=True):
+        assert total == pytest.approx(weight * float(parts["kl"]), rel=1e-5)
+    assert at[2][1]["kl"] == pytest.approx(float(at[3][1]["kl"])) != pytest.approx(float(at[0][1]["kl"]))
+
     itself = read_recipe(write("repair"), [f"distill.teacher={workplace / 'mixture'}"])
     objective, state, frozen, _ = ready(itself)
     total, _ = jax.jit(objective.loss)(
         state.trainable, frozen, pretrained.load_pretrained(workplace / "mixture")[1], batch_of()
     )
     assert abs(float(total)) < 1e-6
+
+
+def test_what_teacher_and_student_share_is_held_once():
+    dense, mixture = random_params(DENSE), leaves(random_params(MIXTURE, seed=1))
+    for name in ("embed", "norm", "blocks/moe/attn_norm", "blocks/moe/attn/q"):
+        mixture[name] = leaves(dense)[name.replace("/moe/", "/dense/")] + 0
+    frozen = {path: jnp.asarray(array) for path, array in mixture.items() if path != "norm"}  # which learns
+    teacher, saved = share_weights(jax.tree.map(jnp.asarray, dense), frozen)
+    shared = {path for path, array in leaves(teacher).items() if any(array is own for own in frozen.values())}
+    norms = {path for path in leaves(dense) if path.endswith("ffn_norm")}  # ones in both
+    assert shared - norms == {"embed", "blocks/dense/attn_norm", "blocks/dense/attn/q"}
+    assert saved == sum(leaves(dense)[path].nbytes for path in shared)
+    for path, array in leaves(teacher).items():
+        np.testing.assert_array_equal(array, leaves(dense)[path])
 
 
 def test_documents_of_a_row_do_not_see_each_other(write):

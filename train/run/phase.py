@@ -27,6 +27,7 @@ from train.run.prepare import Inputs, routers_scale, trainable_of
 from train.run.reference import with_reference
 from train.run.results import HeldOut, PhaseResult
 from train.run.run_directory import Interrupted, Signals
+from train.run.teacher import share_weights
 from train.step import model_flops
 from train.step.batch_sharding import local_rows, place_whole, shard_batch
 from train.step.optimizer import learning_rate_schedule, make_optimizer
@@ -115,6 +116,9 @@ class PhaseRun:
             teacher = pretrained.load_pretrained(
                 phase.distill.teacher, mesh=self.mesh, dtype=self.recipe.dtype, progress=True
             )[1]
+            teacher, saved = share_weights(teacher, frozen)
+            if saved:
+                logger.say(f"{phase.name}: {saved / 1e6:,.1f} MB of the teacher's weights are the student's, held once")
         update = make_update(objective, optimizer, learning_rate_schedule(phase.optimizer, phase.steps), state)
         evaluate = self._evaluator(objective)
         done = first = int(state.step)

@@ -33,13 +33,6 @@ Sums = dict[str, Array]
 ChunkLoss = Callable[[Any, dict[str, Array], Any], tuple[Array, Sums]]
 
 
-def forward_kl(student_BTV: Array, teacher_BTV: Array) -> Array:
-    """KL(teacher ‖ student) = Σ_v p_v (log p_v − log q_v) of each token, (B, T), at temperature 1, in nats; float32."""
-    student_BTV = jax.nn.log_softmax(student_BTV.astype(jnp.float32))
-    teacher_BTV = jax.nn.log_softmax(teacher_BTV.astype(jnp.float32))
-    return jnp.sum(jnp.exp(teacher_BTV) * (teacher_BTV - student_BTV), axis=-1)
-
-
 def masked_sum(values_BT: Array, mask_BT: Array) -> Array:
     """Σ mask · value; a value where the mask is 0 may be infinite."""
     return jnp.where(mask_BT > 0, values_BT * mask_BT, 0.0).sum()

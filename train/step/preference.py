@@ -32,7 +32,9 @@ class PreferenceObjective(Objective):
         """What a batch's loss is a mean over: its pairs."""
         return batch.items.sum().astype(jnp.float32)
 
-    def loss(self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any) -> tuple[Array, Sums]:
+    def loss(
+        self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any, step: Array | int = 0
+    ) -> tuple[Array, Sums]:
         """(the loss, its parts): mean over the pairs, with the routers' losses."""
         hidden, trained, rest = self._student(trainable, frozen, batch)
         sums = self._sums(*jax.lax.stop_gradient((trained, hidden.x_BTD)), rest, batch)

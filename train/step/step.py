@@ -25,10 +25,12 @@ from nemoe_jax.spec.schema import Tree, declare, leaves, unflatten
 from nemoe_jax.spec.sharding import compiler_options
 from train.data.loader import Batch
 from train.recipe import Phase, Recipe
-from train.step.loss import Sums, chunked_sums, forward_kl, masked_sum
+from train.step.divergence import divergence
+from train.step.loss import Sums, chunked_sums, masked_sum
 from train.step.optimizer import is_router
 
 Flat = dict[str, Array]  # {path: array}
+SCHEDULED = ("temperature", "kl_weight", "ce_weight")  # of distillation
 
 
 @jax.tree_util.register_dataclass
@@ -117,10 +119,16 @@ class Objective:
         """What a batch's loss is a mean over: its targets that count."""
         return batch.mask.sum()
 
-    def loss(self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any) -> tuple[Array, Sums]:
-        """(the loss, its parts): the weighted sum that the recipe asks for, in nats per target that counts."""
+    def loss(
+        self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any, step: Array | int = 0
+    ) -> tuple[Array, Sums]:
+        """(the loss, its parts): the weighted sum that the recipe asks for, in nats per target that counts.
+
+        Args:
+            step: updates done, for what changes on the way.
+        """
         tokens = jnp.maximum(self.weight(batch), 1.0)
-        hidden, (loss, sums) = self._through(trainable, frozen, teacher, batch)
+        hidden, (loss, sums) = self._through(trainable, frozen, teacher, batch, step)
         return self._with_routing(hidden, loss / tokens, {name: value / tokens for name, value in sums.items()})
 
     def _with_routing(self, hidden: transformer.HiddenOutput, total: Array, parts: Sums) -> tuple[Array, Sums]:
@@ -148,7 +156,7 @@ class Objective:
         return {} if hidden.routing is None else {"load": hidden.routing.load_E * weight}
 
     def _through(
-        self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any
+        self, trainable: Tree, frozen: Flat, teacher: Tree | None, batch: Any, step: Array | int = 0
     ) -> tuple[transformer.HiddenOutput, tuple[Array, Sums]]:
         """Both models' hidden states, and the sums of the token losses over their heads, chunk by chunk."""
         hidden, trained, rest = self._student(trainable, frozen, batch)
@@ -157,6 +165,7 @@ class Objective:
             arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
             name = _head_of(self.teacher_config)
             rest["teacher"] = {name: _gathered(self.teacher_config, teacher[name])}
+            rest["step"] = step
         chunk, all_count = self.recipe.logits_chunk, self.all_count
         return hidden, chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, chunk, all_count)
 
@@ -190,9 +199,21 @@ class Objective:
         sums = {"cross_entropy": entropy}
         if distill and self.teacher_config and "teacher" in chunk:
             of_teacher = transformer.logits(self.teacher_config, rest["teacher"], chunk["teacher"], {})
-            sums["kl"] = masked_sum(forward_kl(logits, of_teacher), chunk["mask"])
-            total = distill.kl_weight * sums["kl"] + distill.ce_weight * entropy
+            now = self._schedule(rest["step"])
+            kl = divergence(distill.divergence, logits, of_teacher, now["temperature"], distill.skew)
+            sums["kl"] = masked_sum(kl, chunk["mask"])
+            total = now["kl_weight"] * sums["kl"] + now["ce_weight"] * entropy
         return total, sums
+
+    def _schedule(self, step: Array | int) -> dict[str, Array | float]:
+        """The weights and the temperature of distillation at a step: constants unless they have a final value."""
+        distill, share = self.phase.distill, step / max(self.phase.steps - 1, 1)
+        assert distill
+        pairs = {name: (getattr(distill, name), getattr(distill, f"final_{name}")) for name in SCHEDULED}
+        return {
+            name: first if last is None else first + (last - first) * jnp.minimum(share, 1.0)
+            for name, (first, last) in pairs.items()
+        }
 
     def _hidden(
         self, config: ModelConfig, params: Tree, batch: Any, adapters: Tree | None = None, remat: bool = False
@@ -245,7 +266,7 @@ def make_update(
 
     def gradient_of(state: TrainState, frozen: Flat, teacher: Tree | None, batch: Batch) -> tuple[Tree, Sums]:
         """The gradient of the whole batch's loss, and the loss with its parts; computed part by part."""
-        whole = objective.weight(batch)
+        whole, done = objective.weight(batch), state.step - state.skipped
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def of_part(part: Batch, number: Array | int) -> tuple[Tree, Sums]:
@@ -255,7 +276,7 @@ def make_update(
 
             def loss(trainable: Tree) -> tuple[Array, Sums]:
                 adapters = lora.with_dropout(trainable["adapters"], jax.random.fold_in(key, number))
-                total, figures = objective.loss(trainable | {"adapters": adapters}, frozen, teacher, part)
+                total, figures = objective.loss(trainable | {"adapters": adapters}, frozen, teacher, part, done)
                 return total * share, {"loss": total * share} | {name: value * share for name, value in figures.items()}
 
             gradient, figures = jax.grad(loss, has_aux=True)(state.trainable)
