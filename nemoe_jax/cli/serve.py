@@ -26,7 +26,8 @@ Any client of the OpenAI API can talk to it: give it http://127.0.0.1:8000/v1 as
 /v1/models, /v1/completions and /v1/chat/completions stream or not, with tools, response_format, logprobs, n, stop and
 seed; top_k, min_p and repetition_penalty are extensions. /health says whether it is up, /metrics is for Prometheus,
 /openapi.json describes it all. Requests join a running batch and leave it as they are done; while its queue is full,
-clients get status 429 and try again. Where the environment has {KEY}, clients must send it as their API key.
+clients get status 429 and try again. Where there is an API key (--api-key, or the environment's {KEY}), every path
+but /health wants it.
 Only this machine can reach it unless --host says otherwise (0.0.0.0: everybody who reaches this machine).
 """
 
@@ -43,9 +44,10 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--lora-modules",
         metavar="NAME=DIR",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
-        help="a LoRA adapter in Hugging Face PEFT's form, for requests whose model is NAME; may be repeated",
+        help="LoRA adapters in Hugging Face PEFT's form, for requests whose model is NAME; may be repeated",
     )
     parser.add_argument(
         "--max-num-seqs", type=int, default=8, metavar="N", help="requests that run at a time (default 8)"
@@ -55,6 +57,20 @@ def add(command: Command) -> None:
         action="store_true",
         help="every step takes all slots: a response is the same to the last bit whoever else is there, and a lone "
         "request several times slower",
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="tokens of a prompt and its response at most (default: the model's context)",
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help=f"what clients must send as bearer token; may be repeated; other users of this machine can see it: better "
+        f"have it in the environment's {KEY}, several separated by commas",
     )
     parser.add_argument(
         "--no-prefix-cache",
@@ -80,6 +96,9 @@ def add(command: Command) -> None:
     sampling_flags.add_preset_flag(parser, default="nemo")
     parser.add_argument("--log-requests", action="store_true", help="a line on standard error for each request")
     model_flags.add_model_flags(parser)
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, metavar="N", help="the same as --mesh tensor=N: the model over N devices"
+    )
     model_flags.add_cache_flag(parser)
     model_flags.add_generation_config_flag(parser)
     rename_flags(
@@ -106,7 +125,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             _warm_up(served)
             app = create_app(
                 served,
-                api_key=os.environ.get(KEY) or None,
+                api_key=_api_keys(arguments),
                 max_request_bytes=arguments.max_request_bytes,
                 log_requests=arguments.log_requests,
                 closing=lambda: server.closing,
@@ -121,6 +140,8 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
     """The adapters by name. Raises UserError on flags that make no sense, before anything is loaded."""
     for name in (
         "max_num_seqs",
+        "max_model_len",
+        "tensor_parallel_size",
         "kv_cache_tokens",
         "max_queued",
         "max_tokens_limit",
@@ -130,6 +151,10 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    if arguments.tensor_parallel_size is not None:
+        if arguments.mesh:
+            raise UserError("--tensor-parallel-size: not together with --mesh")
+        arguments.mesh = f"tensor={arguments.tensor_parallel_size}"
     if not 0 <= arguments.port < 2**16:
         raise UserError(f"--port: expected 0 to 65535, got {arguments.port}")
     name_of_model = arguments.served_model_name or model_flags.name_of(arguments.directory)
@@ -143,6 +168,11 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
             raise UserError(f"--lora-modules {word}: the name {name} is taken")
         adapters[name] = directory
     return adapters
+
+
+def _api_keys(arguments: argparse.Namespace) -> list[str]:
+    keys = [*arguments.api_key, *os.environ.get(KEY, "").split(",")]
+    return [key.strip() for key in keys if key.strip()]
 
 
 def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedModel":
@@ -166,6 +196,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
         max_num_seqs=arguments.max_num_seqs,
         kv_tokens=arguments.kv_cache_tokens,
         max_queued=arguments.max_queued,
+        max_model_len=arguments.max_model_len,
         mesh=mesh,
         cache_dtype=arguments.kv_cache,
         adapters=trees or None,

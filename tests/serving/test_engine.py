@@ -394,9 +394,14 @@ def test_bad_requests(engine, request_, message):
 
 
 def test_bad_engines(params, tokenizer):
-    for options in ({"max_num_seqs": 0}, {"kv_tokens": 0}, {"max_queued": -1}, {"cache_dtype": "int4"}):
+    wrong = [{"max_num_seqs": 0}, {"kv_tokens": 0}, {"max_queued": -1}, {"cache_dtype": "int4"}, {"max_model_len": 641}]
+    for options in wrong:
         with pytest.raises(UserError, match="expected"):
             Engine(CONFIG, params, tokenizer, **options)
+    with Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE, max_model_len=10) as engine:
+        with pytest.raises(UserError, match="exceed the context of 10 tokens"):
+            engine.submit(Request((5,) * 6, 5))
+        assert len(tokens_of(engine.submit(Request((5,) * 6, 4)))) == 4
 
 
 def test_free_pages():

@@ -474,6 +474,36 @@ def test_the_api_key_is_wanted(engine, tokenizer):
         key = {"Authorization": "Bearer söcret".encode()}
         assert httpx.get(f"{address}/v1/models", headers=key, trust_env=False).status_code == 200
         assert httpx.get(f"{address}/health", trust_env=False).status_code == 200
+        for path in ("/metrics", "/openapi.json", "/v1/models", "/tokenize", "/nothing"):
+            assert httpx.get(f"{address}{path}", trust_env=False).status_code == 401
+    with serve(engine, tokenizer, api_key=["one", "two"]) as address:
+        for key, status in {"one": 200, "two": 200, "three": 401, "one,two": 401}.items():
+            headers = {"Authorization": f"Bearer {key}"}
+            assert httpx.get(f"{address}/v1/models", headers=headers, trust_env=False).status_code == status
+
+
+def test_tokens_and_back(address, tokenizer):
+    with httpx.Client(base_url=address, trust_env=False) as plain:
+        answer = plain.post("/tokenize", json={"model": "nano", "prompt": PROMPT, "return_token_strs": True}).json()
+        ids = tokenizer.encode_prompt(PROMPT)
+        assert answer == {
+            "count": len(ids),
+            "max_model_len": plain.get("/v1/models").json()["data"][0]["max_model_len"],
+            "tokens": ids,
+            "token_strs": [tokenizer.piece(token) for token in ids],
+        }
+        assert plain.post("/detokenize", json={"tokens": ids}).json()["prompt"] == tokenizer.decode(ids, False)
+        bare = plain.post("/tokenize", json={"prompt": PROMPT, "add_special_tokens": False}).json()
+        assert bare["tokens"] == tokenizer.encode(PROMPT)
+        messages = [{"role": "user", "content": "word5"}]
+        chat = plain.post("/tokenize", json={"messages": messages}).json()
+        assert chat["tokens"] == render_chat(tokenizer, messages)
+        for body in ({}, {"prompt": "a", "messages": messages}, {"prompt": 5}, {"messages": []}):
+            assert plain.post("/tokenize", json=body).status_code == 400
+        assert plain.post("/detokenize", json={"tokens": [10**6]}).status_code == 400
+        assert plain.post("/tokenize", json={"model": "other", "prompt": ""}).status_code == 404
+        refused = plain.post("/v1/embeddings", json={"model": "nano", "input": "text"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unsupported_endpoint")
 
 
 class Scripted:
@@ -576,8 +606,11 @@ def test_arguments_that_break_their_parameters_say_so(tokenizer):
     text = '[{"name": "f", "arguments": {"a": [1, 1]}}]'
     tokens = (tokenizer.control_id("[TOOL_CALLS]"), *tokenizer.encode(text))
     engine = Scripted(RequestOutput(text, tuple(map(ScoredToken, tokens)), "stop"))
+    engine.cached_tokens = 3
     with serve(engine, tokenizer) as address, openai_client(address) as client:
-        (choice,) = ask(client, tools=[tool]).choices
+        answer = ask(client, tools=[tool])
+    (choice,) = answer.choices
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3
     assert choice.message.tool_calls and "call 1: the arguments do not fit" in choice.warnings[0]
 
 
@@ -605,6 +638,16 @@ def test_figures_for_prometheus(engine, tokenizer):
         ("nemoe_free_tokens",): engine.statistics().free_tokens,
         ("nemoe_first_token_seconds_count",): 2,
         ("nemoe_token_seconds_count",): 2,
+        ("vllm:num_requests_running", "nano"): 0,
+        ("vllm:num_requests_waiting", "nano"): 0,
+        ("vllm:kv_cache_usage_perc", "nano"): 0,
+        ("vllm:prompt_tokens_total", "nano"): 2 * prompt,
+        ("vllm:generation_tokens_total", "nano"): 80,
+        ("vllm:request_success_total", "length", "nano"): 2,
+        ("vllm:time_to_first_token_seconds_count", "nano"): 2,
+        ("vllm:request_time_per_output_token_seconds_count", "nano"): 2,
+        ("vllm:prefix_cache_queries_total", "nano"): engine.statistics().prompt_tokens,
+        ("vllm:prefix_cache_hits_total", "nano"): engine.statistics().cached_tokens,
     }
     assert {name: values.get(name) for name in expected} == expected
 

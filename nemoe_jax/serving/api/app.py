@@ -1,9 +1,10 @@
 """A model behind the OpenAI API: its routes, as one ASGI application."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response
 
 from nemoe_jax.serving.api.chat import chat
@@ -15,13 +16,22 @@ from nemoe_jax.serving.api.requests import ChatRequest, CompletionRequest
 from nemoe_jax.serving.api.responses import ChatChunk, ChatCompletion, Completion, Health, ModelCard, ModelList
 from nemoe_jax.serving.api.served_model import ServedModel
 from nemoe_jax.serving.api.streaming import as_json
+from nemoe_jax.serving.api.tokenization import (
+    Detokenized,
+    DetokenizeRequest,
+    TokenizeChat,
+    Tokenized,
+    TokenizePrompt,
+    detokenize,
+    tokenize,
+)
 from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
 
 
 def create_app(
     served: ServedModel,
     *,
-    api_key: str | None = None,
+    api_key: str | Collection[str] | None = None,
     max_request_bytes: int = MAX_REQUEST_BYTES,
     log_requests: bool = False,
     closing: Callable[[], bool] = lambda: False,
@@ -29,14 +39,15 @@ def create_app(
     """The application; no other origin's pages may read its answers (no CORS).
 
     Args:
-        api_key: what clients must send as bearer token; None: anybody may ask.
+        api_key: what clients must send as bearer token, one of them; none: anybody may ask.
         max_request_bytes: a longer body is refused.
         log_requests: a line on standard error for each request.
         closing: says whether the server is about to end; requests are then refused.
     """
     # documentation pages would load scripts from elsewhere
     app = FastAPI(title="nemoe serve", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.openapi = lambda: describe(app, served, api_key is not None)  # type: ignore[method-assign]
+    api_keys = [api_key] if isinstance(api_key, str) else [*(api_key or ())]
+    app.openapi = lambda: describe(app, served, bool(api_keys))  # type: ignore[method-assign]
     add_error_handlers(app)
 
     @app.get("/health", summary="Whether requests are taken", response_model=Health, responses=ERRORS["always"])
@@ -45,7 +56,7 @@ def create_app(
             raise ApiError(503, f"the engine is dead: {served.engine.failure}", code="engine_dead")
         return as_json(Health())
 
-    @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse, responses=ERRORS["always"])
+    @app.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse, responses=ERRORS["/v1"])
     async def metrics() -> Response:
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -78,7 +89,19 @@ def create_app(
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await chat(served, asked, request)
 
-    options: dict[str, Any] = {"metrics": served.metrics, "api_key": api_key, "max_bytes": max_request_bytes}
+    @app.post("/tokenize", summary="A prompt's token ids", response_model=Tokenized, responses=ERRORS["POST"])
+    async def to_tokens(asked: TokenizePrompt | TokenizeChat) -> Response:
+        return as_json(await run_in_threadpool(tokenize, served, asked))
+
+    @app.post("/detokenize", summary="The text of token ids", response_model=Detokenized, responses=ERRORS["POST"])
+    async def to_text(asked: DetokenizeRequest) -> Response:
+        return as_json(await run_in_threadpool(detokenize, served, asked))
+
+    @app.post("/v1/embeddings", include_in_schema=False)
+    async def embeddings() -> Response:
+        raise ApiError(404, "this server generates text; it has no embeddings", code="unsupported_endpoint")
+
+    options: dict[str, Any] = {"metrics": served.metrics, "api_keys": api_keys, "max_bytes": max_request_bytes}
     paths = {route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path}
     app.add_middleware(RequestMiddleware, paths=paths, log=log_requests, closing=closing, **options)
     return app

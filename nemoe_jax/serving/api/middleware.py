@@ -7,7 +7,7 @@ import dataclasses
 import hmac
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -25,7 +25,7 @@ NOTE = "nemoe.note"  # where in an ASGI scope a handler leaves a word for the lo
 class RequestMiddleware:
     """ASGI middleware: API key, body-size limit, request metrics, access log.
 
-    api_key: what /v1 wants as bearer token; None: nothing.
+    api_keys: of which every path but /health wants one as bearer token; empty: anybody may ask.
     max_bytes: of a request's body.
     paths: those that are counted by name.
     closing: whether the server is about to end, and takes nothing new.
@@ -33,7 +33,7 @@ class RequestMiddleware:
 
     app: ASGIApp
     metrics: Metrics
-    api_key: str | None
+    api_keys: Sequence[str]
     max_bytes: int
     paths: Collection[str]
     log: bool
@@ -68,11 +68,11 @@ class RequestMiddleware:
     def refusal(self, scope: Scope) -> ApiError | None:
         """Why a request goes no further, before its body is read."""
         headers = Headers(scope=scope)
-        if self.api_key is not None and scope["path"].startswith("/v1/"):
+        if self.api_keys and scope["path"] != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(
-                key.strip().encode("latin-1"), self.api_key.encode()
-            ):
+            given = key.strip().encode("latin-1")
+            known = [hmac.compare_digest(given, one.encode()) for one in self.api_keys]  # all: it takes as long
+            if scheme.lower() != "bearer" or not any(known):
                 wanted = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "expected Authorization: Bearer and the API key", None, "invalid_api_key", wanted)
         if self.closing():

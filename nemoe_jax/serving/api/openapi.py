@@ -79,17 +79,22 @@ def describe(app: FastAPI, served: ServedModel, with_key: bool) -> dict[str, Any
     if with_key:
         description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for name, path in description["paths"].items():
-            for operation in path.values() if name.startswith("/v1/") else ():
+            for operation in path.values() if name != "/health" else ():
                 operation["security"] = [{"key": []}]
     app.openapi_schema = description
     return description
 
 
 def narrow(properties: dict[str, Any], served: ServedModel) -> None:
-    """Says of a body's fields what this server knows: the models that there are, the longest answer."""
+    """Says of a body's fields what this server knows: models, the vocabulary, the longest response."""
+    names = [served.name, *served.adapters]
+    if "anyOf" in properties.get("model", {}):  # and may be left out
+        properties["model"]["anyOf"] = [{"type": "string", "enum": names}, {"type": "null"}]
+        if "tokens" in properties:
+            properties["tokens"]["items"]["maximum"] = served.config.vocab - 1
     if "stream" not in properties:
         return
-    properties["model"]["enum"] = [served.name, *served.adapters]
+    properties["model"]["enum"] = names
     most = served.context if served.max_tokens is None else min(served.context, served.max_tokens)
     for name in {"max_tokens", "max_completion_tokens"} & properties.keys():
         for choice in properties[name]["anyOf"]:

@@ -44,7 +44,7 @@ class ServedModel:
     @functools.cached_property
     def metrics(self) -> Metrics:
         """Figures of this server."""
-        return Metrics(self.engine.statistics)
+        return Metrics(self.engine.statistics, self.name)
 
     @functools.cached_property
     def builder(self) -> RequestBuilder:

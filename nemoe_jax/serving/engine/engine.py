@@ -84,6 +84,7 @@ class Engine:
         kv_tokens: size of the KV cache in tokens, prompts and responses, rounded up to whole pages; by default as many
             as there is memory for, and 4096 a slot on CPU.
         max_queued: requests that may wait for a slot.
+        max_model_len: tokens of a prompt and its response at most; by default the model's context.
         adapters: LoRA adapters by the names that requests give.
         specialize: compile only what the requests at hand need: the first token comes sooner, but a later request that
             asks for more waits for another program.
@@ -106,6 +107,7 @@ class Engine:
         max_num_seqs: int = 8,
         kv_tokens: int | None = None,
         max_queued: int = 64,
+        max_model_len: int | None = None,
         mesh: Mesh | None = None,
         cache_dtype: str | None = None,
         adapters: Mapping[str, Tree] | None = None,
@@ -117,6 +119,9 @@ class Engine:
         for name, value in sizes.items():
             if value is not None and value < (name != "max_queued"):
                 raise UserError(f"engine: {name}: expected a positive number, got {value}")
+        if max_model_len is not None and not 1 <= max_model_len <= config.context:
+            raise UserError(f"max_model_len: expected 1 to {config.context}, the model's context, got {max_model_len}")
+        self._most = config.context if max_model_len is None else max_model_len
         self.config, self.tokenizer = config, tokenizer
         self._max_queued, self._mesh = max_queued, mesh
         dtype = cache_dtype_of(params, cache_dtype)
@@ -132,9 +137,9 @@ class Engine:
                 else None
             )
             parts, cuts = division(config, max_num_seqs)
-            kv_tokens = _fitting(config, max_num_seqs, dtype) if kv_tokens is None else kv_tokens
+            kv_tokens = _fitting(config, max_num_seqs, dtype, self._most) if kv_tokens is None else kv_tokens
             pools = [PageAllocator(1 + -(-kv_tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
-            self.context = min(config.context, pools[0].tokens)  # of one request, prompt and response together
+            self.context = min(self._most, pools[0].tokens)  # of one request, prompt and response together
             runner = ModelRunner(
                 config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked, specialize, deterministic
             )
@@ -240,7 +245,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """Raises UserError."""
-        where = "context" if self.context == self.config.context else "cache"
+        where = "context" if self.context == self._most else "cache"
         request.check(self.config.vocab, self.context, where)
         if request.adapter is not None and request.adapter not in self._adapters:
             raise UserError(f"no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or 'none'}")
@@ -357,9 +362,9 @@ class Engine:
                 self._running.append(self._queue.popleft())
 
 
-def _fitting(config: ModelConfig, slots: int, dtype: Any) -> int:
+def _fitting(config: ModelConfig, slots: int, dtype: Any, context: int) -> int:
     """Tokens for which the devices have memory, but for a fifth of what is free; on CPU 4096 a slot."""
-    most = slots * config.context
+    most = slots * context
     memory = [device.memory_stats() for device in jax.local_devices()]
     if any(not one or "bytes_limit" not in one for one in memory):
         return min(most, slots * 4096)
