@@ -18,6 +18,7 @@ teacher, in one phase or several.
   nemoe-train show nano-repair            a recipe with all its defaults
   nemoe-train keys                        every key with its meaning
   nemoe-train run my.yaml steps=500 optimizer.learning_rate=1e-3
+  nemoe-train cache-teacher my.yaml       what its teacher says of the text, kept: then it trains without the teacher
   nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (needs no TPU)
 """
 
@@ -58,7 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--topology", required=True, help="TPU generation and chips: v5e:4x4, v5p:2x2x4, v6e:8x8, …")
     plan.add_argument("--phase", metavar="NAME", help="phase of the recipe; default: that which trains most weights")
     plan.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
-    for parser in (run, show, plan):
+    cache = command.add(
+        "cache-teacher",
+        _cache_teacher,
+        "let a recipe's teacher read its text once, for training without it",
+        "Writes what distill.offline names: of each target that counts the distill.top_k likeliest tokens with their\n"
+        "log-probabilities, in shards of 64 rows. Given again, it goes on where it stopped. Training with the same\n"
+        "recipe then loads no teacher; text that is not what the teacher read is an error.\n\n"
+        "  nemoe-train cache-teacher nano-repair distill.offline=runs/teacher",
+        reports=True,
+    )
+    for parser in (run, show, plan, cache):
         parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         parser.add_argument(
             "overrides",
@@ -88,6 +99,15 @@ def _run(arguments: argparse.Namespace) -> int | None:
     figures.pop("expert_load", None)  # a table, in report.json
     print_figures(figures, arguments.json)
     return None
+
+
+def _cache_teacher(arguments: argparse.Namespace) -> None:
+    from train.recipe import read_recipe
+
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
+    from train.run.cache_teacher import cache_teacher
+
+    print_figures(cache_teacher(recipe), arguments.json)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -96,6 +96,16 @@ class Distill(Section):
     skew: float = Field(0.1, gt=0, lt=1, description="of the skewed divergences: the share of the first distribution")
     temperature: float = Field(1.0, gt=0, description="divides the logits of both; the divergence is times its square")
     final_temperature: float | None = Field(None, gt=0, description="the same at the last step; default: temperature")
+    offline: FilePath | None = Field(
+        None, description="directory of the teacher's predictions, from nemoe-train cache-teacher: no teacher in memory"
+    )
+    top_k: int = Field(64, gt=0, description="of offline: the teacher's likeliest tokens that are kept of each target")
+
+    @model_validator(mode="after")
+    def _constant(self) -> "Distill":
+        if self.offline and self.final_temperature is not None:
+            raise ValueError("final_temperature: expected none with offline, which is of one temperature")
+        return self
 
 
 class Preference(Section):

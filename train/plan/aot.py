@@ -32,6 +32,7 @@ from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import PRESETS, ModelConfig
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from train.data.loader import Batch, PairBatch
+from train.data.teacher_cache import TeacherBatch
 from train.plan import hlo, hlo_flops
 from train.recipe import Phase, Recipe
 from train.run import prepare
@@ -137,7 +138,8 @@ def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = No
     optimizer = make_optimizer(phase.optimizer, phase.steps, scale)
     trainable, frozen = prepare.abstract_trainable(recipe, phase, config, targets_of_phase, mesh)
     state = state_shape(trainable, optimizer)
-    teacher = _abstract_model(teacher_config, recipe.dtype, mesh) if teacher_config else None
+    offline = phase.distill is not None and phase.distill.offline is not None
+    teacher = _abstract_model(teacher_config, recipe.dtype, mesh) if teacher_config and not offline else None
     shape = (phase.data.batch_size, phase.data.sequence_length)
     place = batch_sharding(shape[0], phase.data.gradient_accumulation_steps, mesh)
     batch = _abstract_batch(phase, shape, place)
@@ -158,6 +160,9 @@ def _abstract_batch(phase: Phase, shape: tuple[int, int], place: NamedSharding) 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     text = Batch(*(array(jnp.float32 if name == "mask" else jnp.int32) for name in Batch._fields))
+    if phase.distill and phase.distill.offline:
+        kept = (*shape, phase.distill.top_k)
+        return TeacherBatch(*text, array(jnp.int32, shape=kept), array(jnp.float32, shape=kept))
     if phase.preference is None:
         return text
     of_rows, group = NamedSharding(place.mesh, PartitionSpec(place.spec[0])), SEGMENTS.get(phase.preference.loss, 2)

@@ -19,6 +19,7 @@ from nemoe_jax.spec.schema import Tree
 from nemoe_jax.utils.distributed import barrier
 from train.data.loader import Corpus, open_corpus, source_files
 from train.recipe import Phase, Recipe, to_yaml
+from train.run.cache_teacher import with_predictions
 from train.run.metrics_logger import LOG, TENSORBOARD, MetricsLogger
 from train.run.phase import ADAPTERS, PhaseRun
 from train.run.prepare import Inputs, load, recipe_mesh, resolve
@@ -47,7 +48,7 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
     """
     # 1. find and check everything; turn the text into rows
     inputs = resolve(recipe)
-    corpora = [_corpora(phase, inputs) for phase in recipe.phases]
+    corpora = [_corpora(recipe, phase, inputs) for phase in recipe.phases]
     mesh = recipe_mesh(recipe, inputs.config)
     with run_directory(recipe, restart) as directory, Signals() as signals:
         with MetricsLogger(directory, recipe) as logger, use_mesh(mesh):
@@ -66,7 +67,7 @@ def train(recipe: Recipe, restart: bool = False, profile: Path | None = None) ->
     return report
 
 
-def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Any]]:
+def _corpora(recipe: Recipe, phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Any]]:
     """A phase's rows to train on, and its held-out batches."""
     data, held_out = phase.data, []
     if data.held_out:
@@ -82,6 +83,8 @@ def _corpora(phase: Phase, inputs: Inputs) -> tuple[Corpus, list[Any]]:
     )
     if not any(figures.loss_tokens for figures in corpus.figures):
         raise UserError(f"data.train: {NO_TARGETS}")
+    if phase.distill and phase.distill.offline:
+        with_predictions(recipe, phase, corpus)
     return corpus, held_out
 
 

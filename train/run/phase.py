@@ -112,7 +112,7 @@ class PhaseRun:
         """Takes the steps that are left; evaluates, logs and saves on the way."""
         phase, logger = self.phase, self.logger
         teacher = None
-        if phase.distill:
+        if phase.distill and not phase.distill.offline:
             teacher = pretrained.load_pretrained(
                 phase.distill.teacher, mesh=self.mesh, dtype=self.recipe.dtype, progress=True
             )[1]

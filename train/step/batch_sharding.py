@@ -48,7 +48,7 @@ def _place(batch: Any, rows: Sequence[int], total: int, parts: int, mesh: Mesh |
     of_rows = NamedSharding(mesh, PartitionSpec(of_tokens.spec[0]))
 
     def put(array: np.ndarray) -> jax.Array:
-        sharding = of_tokens if array.shape[1:] == batch.inputs.shape[1:] else of_rows
+        sharding = of_tokens if array.shape[1:2] == batch.inputs.shape[1:] else of_rows
 
         def piece(index: Any) -> np.ndarray:
             return array[[at[row] for row in range(*index[0].indices(total))]][:, *index[1:]]

@@ -79,6 +79,7 @@ def model_flops_per_token(
 
 def of_phase(phase: Phase, config: ModelConfig, targets: Sequence[lora.Target], teacher: ModelConfig | None) -> float:
     """`model_flops_per_token` of a recipe's phase."""
+    teacher = None if phase.distill and phase.distill.offline else teacher
     return model_flops_per_token(
         config,
         phase.data.sequence_length,

@@ -24,8 +24,9 @@ from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree, declare, leaves, unflatten
 from nemoe_jax.spec.sharding import compiler_options
 from train.data.loader import Batch
+from train.data.teacher_cache import TeacherBatch
 from train.recipe import Phase, Recipe
-from train.step.divergence import divergence
+from train.step.divergence import divergence, top_k_divergence
 from train.step.loss import Sums, chunked_sums, masked_sum
 from train.step.optimizer import is_router
 
@@ -161,7 +162,10 @@ class Objective:
         """Both models' hidden states, and the sums of the token losses over their heads, chunk by chunk."""
         hidden, trained, rest = self._student(trainable, frozen, batch)
         arrays = {"targets": batch.targets, "mask": batch.mask}
-        if teacher is not None and self.teacher_config:
+        if isinstance(batch, TeacherBatch):
+            arrays |= {"teacher_ids": batch.teacher_ids, "teacher_logprobs": batch.teacher_logprobs}
+            rest["step"] = step
+        elif teacher is not None and self.teacher_config:
             arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
             name = _head_of(self.teacher_config)
             rest["teacher"] = {name: _gathered(self.teacher_config, teacher[name])}
@@ -197,10 +201,15 @@ class Objective:
         distill, logits = self.phase.distill, self._logits(trained, chunk, rest)
         total = entropy = masked_sum(-token_logprobs(logits, chunk["targets"]), chunk["mask"])
         sums = {"cross_entropy": entropy}
-        if distill and self.teacher_config and "teacher" in chunk:
-            of_teacher = transformer.logits(self.teacher_config, rest["teacher"], chunk["teacher"], {})
+        if distill and self.teacher_config and "step" in rest:
             now = self._schedule(rest["step"])
-            kl = divergence(distill.divergence, logits, of_teacher, now["temperature"], distill.skew)
+            options = now["temperature"], distill.skew
+            if "teacher_ids" in chunk:
+                known = chunk["teacher_ids"], chunk["teacher_logprobs"]
+                kl = top_k_divergence(distill.divergence, logits, *known, *options)
+            else:
+                of_teacher = transformer.logits(self.teacher_config, rest["teacher"], chunk["teacher"], {})
+                kl = divergence(distill.divergence, logits, of_teacher, *options)
             sums["kl"] = masked_sum(kl, chunk["mask"])
             total = now["kl_weight"] * sums["kl"] + now["ce_weight"] * entropy
         return total, sums
