@@ -33,8 +33,8 @@ def main() -> None:
         """Runs a command that makes work/NAME; its figures, and the model's held-out loss, are kept beside it."""
         kept = work / f"{name}.json"
         if not kept.exists():
-            figures = run("nemoe-convert", command[0], command[1], str(work / name), *command[2:])
-            figures |= run("nemoe", "perplexity", str(work / name), held_out, *WINDOWS)
+            figures = run("nemoe-convert", command[0], command[1], str(work / name), *command[2:])[0]
+            figures |= run("nemoe", "perplexity", str(work / name), held_out, *WINDOWS)[0]
             kept.write_text(json.dumps(figures), encoding="utf-8")
         return json.loads(kept.read_text(encoding="utf-8"))
 
@@ -42,7 +42,7 @@ def main() -> None:
         kept = work / f"{directory.name}-loss.json"
         if not kept.exists():
             kept.write_text(
-                json.dumps(run("nemoe", "perplexity", str(directory), held_out, *WINDOWS)), encoding="utf-8"
+                json.dumps(run("nemoe", "perplexity", str(directory), held_out, *WINDOWS)[0]), encoding="utf-8"
             )
         return json.loads(kept.read_text(encoding="utf-8"))["loss"]
 

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seed", default="0", help="of the carves")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--before", type=Path, help="an earlier build's directory, to carve 4/16 with it as well")
-    parser.add_argument("--batches", default="16", help="of held-out text, 8 sequences each (default 16)")
+    parser.add_argument("--batches", default="8", help="of held-out text, 8 sequences each (default 8)")
     add_keep(parser)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -58,13 +58,16 @@ def main() -> None:
     def measured(flags: str, build: Path | None = None) -> dict[str, Any]:
         name = "_".join(flags.replace("--", "").split()) + f"_{arguments.tokens}_{arguments.seed}"
         directory = (arguments.output / (name + ("_before" if build else ""))).resolve()
-        kept = directory.with_suffix(".json")
-        if not kept.exists():
-            cost = timed(build, "convert.cli", "carve", dense, str(directory), *flags.split(), *text)
+        cost, scores = directory.with_suffix(".cost.json"), directory.with_suffix(f".{arguments.batches}.json")
+        if not cost.exists():
+            made = timed(build, "convert.cli", "carve", dense, str(directory), *flags.split(), *text)
+            cost.write_text(json.dumps({name: made[name] for name in ("cpu_s", "peak_mb")}))
+        if not scores.exists():
             against = ("--reference", dense, "--batches", arguments.batches, "--batch-size", "8", "--json")
-            scores = timed(None, "nemoe_jax.cli.main", "perplexity", str(directory), held_out, *against)
-            kept.write_text(json.dumps(json.loads(scores["stdout"]) | {k: cost[k] for k in ("cpu_s", "peak_mb")}))
-        return json.loads(kept.read_text(encoding="utf-8"))
+            scores.write_text(
+                timed(None, "nemoe_jax.cli.main", "perplexity", str(directory), held_out, *against)["stdout"]
+            )
+        return json.loads(scores.read_text(encoding="utf-8")) | json.loads(cost.read_text(encoding="utf-8"))
 
     table = {}
     for name in arguments.rows:

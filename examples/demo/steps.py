@@ -30,30 +30,36 @@ class Steps:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, stage: str, *command: str, stdin: str | None = None) -> dict[str, Any]:
+    def __call__(self, stage: str, *command: str) -> dict[str, Any]:
         """The figures of a command; its seconds count for a stage."""
-        before = time.monotonic()
-        figures = run(*command, stdin=stdin)
-        self.seconds[stage] = self.seconds.get(stage, 0) + time.monotonic() - before
+        (figures,) = self.lines(stage, *command)
+        shown = {name: value for name, value in figures.items() if isinstance(value, (int, float, str))}
+        print(
+            ", ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in shown.items()
+                if name != "text"
+            ),
+            flush=True,
+        )
         return figures
 
+    def lines(self, stage: str, *command: str) -> list[dict[str, Any]]:
+        """The lines of a command's JSON; its seconds count for a stage."""
+        before = time.monotonic()
+        lines = run(*command)
+        self.seconds[stage] = self.seconds.get(stage, 0) + time.monotonic() - before
+        return lines
 
-def run(*command: str, stdin: str | None = None) -> dict[str, Any]:
-    """Prints a public command, runs it, and returns the figures of its `--json`."""
+
+def run(*command: str) -> list[dict[str, Any]]:
+    """Prints a public command, runs it, and returns the lines of its `--json`."""
     print(f"\n$ {shlex.join(command)}", flush=True)
     program = [sys.executable, "-m", MODULES[command[0]], *command[1:], "--json"]
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False, input=stdin)
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(done.returncode)
-    figures = json.loads(done.stdout)
-    shown = {name: value for name, value in figures.items() if isinstance(value, (int, float, str)) and name != "text"}
-    print(
-        ", ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
-        ),
-        flush=True,
-    )
-    return figures
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def row(directory: Path, measured: dict[str, Any], seconds: float) -> dict[str, Any]:
