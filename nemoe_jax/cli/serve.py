@@ -73,6 +73,12 @@ def add(command: Command) -> None:
         f"have it in the environment's {KEY}, several separated by commas",
     )
     parser.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="guess several tokens from what the prompt and the response hold, and check them at a time, where that is "
+        "faster: for responses that repeat much of their prompt (not with --deterministic)",
+    )
+    parser.add_argument(
         "--no-prefix-cache",
         action="store_true",
         help="compute every prompt anew, also where the cache still has what it begins with",
@@ -155,6 +161,8 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
         if arguments.mesh:
             raise UserError("--tensor-parallel-size: not together with --mesh")
         arguments.mesh = f"tensor={arguments.tensor_parallel_size}"
+    if arguments.prompt_lookup and arguments.deterministic:
+        raise UserError("--prompt-lookup: not together with --deterministic")
     if not 0 <= arguments.port < 2**16:
         raise UserError(f"--port: expected 0 to 65535, got {arguments.port}")
     name_of_model = arguments.served_model_name or model_flags.name_of(arguments.directory)
@@ -201,6 +209,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
         cache_dtype=arguments.kv_cache,
         adapters=trees or None,
         deterministic=arguments.deterministic,
+        prompt_lookup=arguments.prompt_lookup,
         prefix_cache=not arguments.no_prefix_cache,
     )
     return ServedModel(

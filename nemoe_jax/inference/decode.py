@@ -118,6 +118,47 @@ def decode(
     )
 
 
+def verify(
+    config: ModelConfig,
+    params: Tree,
+    state: DecodeState,
+    guess_BK: Any,
+    num_guesses_B: Any,
+    controls: SamplerInputs,
+    *,
+    adapters: Tree | None = None,
+) -> tuple[DecodeState, DecodedTokens]:
+    """The tokens that `decode` would give, as many as one forward pass over guessed tokens can tell: 1 to K + 1.
+
+    A position samples its token as ever; what lies behind the first one that was not guessed says nothing, and is
+    overwritten in the cache by what comes next.
+
+    Args:
+        guess_BK: what may follow `next_B`; the first `num_guesses_B` of them count, fewer than each row may still have.
+    """
+    state = DecodeState(*jax.tree.map(jnp.asarray, tuple(state)))
+    guess_BK, num_guesses_B = jnp.asarray(guess_BK), jnp.asarray(num_guesses_B)
+    length_B, active_B = state.cache.length_B, state.remaining_B > 0
+    tokens_BT = jnp.concatenate([state.next_B[:, None], guess_BK], axis=1)
+    num_new_tokens_B = jnp.where(active_B, 1 + num_guesses_B, 0)
+    x_BTD, cache = read_only(config, params, tokens_BT, num_new_tokens_B, state.cache, adapters)
+    logits_BTV = logits(config, params, x_BTD, adapters, decoding=True)
+    following_BT = jnp.pad(guess_BK, ((0, 0), (0, 1)), constant_values=-1)
+
+    def step(carry):
+        state, block, right_B = carry
+        at = block.steps
+        own = state._replace(remaining_B=jnp.where(right_B, state.remaining_B, 0))
+        new, block = take(logits_BTV[:, at], own, block, controls)
+        right_B &= (new.remaining_B > 0) & (at < num_guesses_B) & (new.next_B == following_BT[:, at])
+        remaining_B = jnp.where(own.remaining_B > 0, new.remaining_B, state.remaining_B)
+        return new._replace(remaining_B=remaining_B), block, right_B
+
+    carry = (state._replace(cache=cache), no_steps(state, None), active_B)
+    state, block, _ = jax.lax.while_loop(lambda carry: carry[2].any(), step, carry)
+    return state._replace(cache=cache._replace(length_B=length_B + block.num_generated_B)), block
+
+
 def take(
     logits_BV: jax.Array,
     state: DecodeState,

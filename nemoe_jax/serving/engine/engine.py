@@ -92,6 +92,8 @@ class Engine:
             otherwise the others make a difference of rounding, and a few slots at work are much faster.
         prefix_cache: prompts share the pages of what they begin with alike; where `deterministic`, in multiples of a
             whole chunk of a prompt, whose sums are the same whoever computes it.
+        prompt_lookup: guess tokens from what the prompt and the response hold, and check several at a time, where that
+            is faster (speculation.py); not where `deterministic`.
         cache_dtype: one of `generate.CACHE_DTYPES`, or None for the model's own.
 
     Raises:
@@ -114,6 +116,7 @@ class Engine:
         specialize: bool = False,
         deterministic: bool = False,
         prefix_cache: bool = True,
+        prompt_lookup: bool = False,
     ):
         sizes = {"max_num_seqs": max_num_seqs, "kv_tokens": kv_tokens, "max_queued": max_queued}
         for name, value in sizes.items():
@@ -145,7 +148,9 @@ class Engine:
             )
         shared_tokens = math.lcm(CHUNK, pools[0].size) if deterministic else pools[0].size
         self._slots = Slots(max_num_seqs, pools, runner.width, shared_tokens if prefix_cache else None)
-        self._scheduler = Scheduler(config, runner, self._slots, self._end_tokens, known_V)
+        self._scheduler = Scheduler(
+            config, runner, self._slots, self._end_tokens, known_V, prompt_lookup and not deterministic
+        )
         self._runner, self._known_V = runner, known_V
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # for the thread, between its steps
         self._queue: deque[ResponseStream] = deque()
@@ -201,7 +206,9 @@ class Engine:
         Args:
             constraints: also what requests under constraints need.
         """
-        for name, program in self._runner.programs(self._known_V, constraints):
+        speculation = self._scheduler.speculation
+        guessed = {} if speculation is None else speculation.width
+        for name, program in self._runner.programs(self._known_V, constraints, guessed):
             self._call(program)
             yield name
 

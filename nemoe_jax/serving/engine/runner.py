@@ -11,7 +11,7 @@ B slots of a step, T tokens of a chunk, M pages of a sequence, E stop tokens, V 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.adapters.multi_lora import select_adapters
-from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only
+from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only, verify
 from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, controls, scores, specialized
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import KVPages
@@ -165,15 +165,20 @@ class ModelRunner:
         controls: SamplerInputs,
         allowed_BW: np.ndarray | None,
         top: int | None,
+        guesses: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> DecodedTokens:
-        """Up to so many steps of the slots in those `places`; what they gave, on the host."""
+        """Up to so many steps of the slots in those `places`; what they gave, on the host.
+
+        Args:
+            guesses: tokens that may come next, (B, K), and how many of them count, (B,): one step checks them.
+        """
         if self._specialize and allowed_BW is None and top is None:
             controls = specialized(controls)
         size = len(places)
         slot_B = None if size == self.slots else np.where(places < 0, np.int32(self.slots), places)
         params = self._decode_params[size]
         self.held, block = _decode(
-            self.config, params, self.held, batch, slot_B, steps, controls, allowed_BW, self.stacked, top=top
+            self.config, params, self.held, batch, slot_B, steps, controls, allowed_BW, self.stacked, guesses, top=top
         )
         return jax.device_get(block)
 
@@ -183,16 +188,23 @@ class ModelRunner:
         pages_M[: len(pages)] = pages
         self.held = _wipe(self.held, pages_M, np.arange(self.parts) == self._part(slot))
 
-    def programs(self, known_V: np.ndarray | None, constraints: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """What requests may need, by name, and a call that compiles it: of idle slots, so that nothing changes."""
+    def programs(
+        self, known_V: np.ndarray | None, constraints: bool, guessed: Mapping[int, int]
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """What requests may need, by name, and a call that compiles it: of idle slots, so that nothing changes.
 
-        def decode(size: int, allowed: bool, top: int | None) -> None:
+        Args:
+            guessed: how many tokens are checked at a time, by the size of the batch.
+        """
+
+        def decode(size: int, allowed: bool, top: int | None, width: int = 1) -> None:
             zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
             table_BM, stop_BE = np.zeros((size, self.width), np.int32), np.full((size, MOST_ENDS), -1, np.int32)
             batch = Batch(table_BM, zeros_B, zeros_B, zeros_B, zeros_B, stop_BE, idle_B)
             allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if allowed else None
             given = controls([SamplingParams()] * size, self.config.vocab, known_V)
-            self.decode(batch, idle_B, 1, given, allowed_BW, top)
+            guesses = (np.zeros((size, width - 1), np.int32), zeros_B) if width > 1 else None
+            self.decode(batch, idle_B, 1, given, allowed_BW, top, guesses)
 
         longest = min(CHUNK, self._shape[0])
         table_M = np.zeros(self.width, np.int32)
@@ -203,6 +215,8 @@ class ModelRunner:
         top = min(MAX_TOP_LOGPROBS, self.config.vocab)
         for size in self.batch_sizes:
             yield f"decode {size}", functools.partial(decode, size, False, None)
+        for size, width in guessed.items():
+            yield f"decode {size} with {width - 1} guesses", functools.partial(decode, size, False, None, width)
         for size in sorted({self.batch_sizes[0], self.batch_sizes[-1]}):
             yield f"decode {size} with log-probabilities", functools.partial(decode, size, False, top)
             if constraints:
@@ -296,6 +310,7 @@ def _decode(
     controls: SamplerInputs,
     allowed_BW: Any | None,
     stacked: Tree | None,
+    guesses: tuple[Any, Any] | None,
     top: int | None,
 ) -> tuple[DeviceState, DecodedTokens]:
     cache = KVCache(held.k, held.v, batch.table_BM, batch.length_B)
@@ -305,7 +320,10 @@ def _decode(
         counts = TokenCounts(*(array_BV.at[slot_B].get(mode="fill", fill_value=0) for array_BV in counts))
     state = DecodeState(cache, counts, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE)
     adapters = select_adapters(stacked, batch.adapter_B) if stacked else None
-    state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
+    if guesses is None:
+        state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
+    else:
+        state, block = verify(config, params, state, *guesses, controls, adapters=adapters)
     if state.counts is None:
         return DeviceState(state.cache.k, state.cache.v, held.counts), block
     counts = state.counts

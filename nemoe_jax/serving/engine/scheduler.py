@@ -21,6 +21,7 @@ from nemoe_jax.inference.sampler import SamplerInputs, controls
 from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS, ScoredToken
 from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner, chunk_length
 from nemoe_jax.serving.engine.slots import Slot, Slots
+from nemoe_jax.serving.engine.speculation import PromptLookup, Speculation
 from nemoe_jax.serving.engine.stream import ResponseStream
 from nemoe_jax.spec.config import ModelConfig
 
@@ -35,6 +36,7 @@ class Scheduler:
     Args:
         end_tokens: the model's.
         known_V: which rows of the embedding stand for a token, bool; None: all.
+        speculate: guess tokens from what the prompt and the response hold (speculation.py).
 
     totals: tokens of "prompt"s, of them "cached" ones, and of "answer"s so far; finished: responses by finish reason;
         durations: seconds that recent ones had a slot.
@@ -47,6 +49,7 @@ class Scheduler:
         slots: Slots,
         end_tokens: frozenset[int],
         known_V: np.ndarray | None = None,
+        speculate: bool = False,
     ):
         self.config, self.runner, self.slots, self.end_tokens = config, runner, slots, end_tokens
         self.totals: Counter[str] = Counter()
@@ -54,6 +57,7 @@ class Scheduler:
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self._prefilling: deque[Slot] = deque()
         self._known_V = known_V
+        self.speculation = Speculation(runner.batch_sizes) if speculate else None
         # by the size of the batch; the first token comes alone, and says more
         self._seconds_a_token = dict.fromkeys(runner.batch_sizes, _STEP_SECONDS)
 
@@ -106,6 +110,8 @@ class Scheduler:
                 slot.response.prompt_scores = self._prompt_scores(slot)
             if has_penalty(request.sampling):
                 self.runner.count_prompt(slot.number, slot.prompt)
+            if self.speculation is not None:
+                slot.lookup = PromptLookup(request.prompt)
             self.slots.start_decoding(slot, [*request.end_tokens(self.end_tokens)])
 
     def _prompt_scores(self, slot: Slot) -> tuple[ScoredToken, ...]:
@@ -130,8 +136,10 @@ class Scheduler:
         places = self.runner.places([slot.number for slot in active], all_variants=not (scored or allowed))
         size = len(places)
         tokens = int(min(max(_STEP_SECONDS / self._seconds_a_token[size], 1), BLOCK))
-        if allowed or not any(slot.response.tokens for slot in active):
+        first = not any(slot.response.tokens for slot in active)
+        if allowed or first:
             tokens = 1  # the first one is waited for
+        guesses = None if scored or allowed or first else self._guesses(active, places)
         started = time.monotonic()
         block = self.runner.decode(
             self.slots.at(places),
@@ -140,12 +148,19 @@ class Scheduler:
             self._sampler_inputs(places),
             self._allowed_words(allowed, places) if allowed else None,
             min(MAX_TOP_LOGPROBS, self.config.vocab) if scored else None,
+            guesses,
         )
-        # what was compiled first took long, once
-        measured = (time.monotonic() - started) / max(int(block.steps), 1)
-        self._seconds_a_token[size] = min(measured, 2 * self._seconds_a_token[size])
+        seconds = time.monotonic() - started
+        if guesses is not None and self.speculation is not None:
+            self.speculation.measure(size, seconds)
+        else:  # what was compiled first took long, once
+            measured = seconds / max(int(block.steps), 1)
+            self._seconds_a_token[size] = min(measured, 2 * self._seconds_a_token[size])
         place_of = {int(number): place for place, number in enumerate(places)}
         for slot in active:
+            if guesses is not None and slot.lookup is not None and guesses[1][place_of[slot.number]]:
+                place = place_of[slot.number]
+                slot.lookup.note(int(guesses[1][place]), int(block.num_generated_B[place]) - 1)
             try:
                 self._append(slot, _SlotTokens.of(block, place_of[slot.number]), allowed.get(slot.number))
             except Exception as error:  # its own text, its own constraint: the others go on
@@ -153,6 +168,25 @@ class Scheduler:
                     raise
                 _log.exception("a response failed")
                 self._finish(slot, "error", f"the response failed: {error}")
+
+    def _guesses(self, active: list[Slot], places: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Tokens that may come next in each place, (B, K), and how many, (B,); None where guessing does not pay."""
+        size = len(places)
+        if self.speculation is None or size not in self.speculation.width:
+            return None
+        most = self.speculation.width[size] - 1
+        found = {}
+        for slot in active:
+            assert slot.lookup is not None
+            left = int(self.slots.batch.remaining_B[slot.number]) - 1
+            found[slot.number] = slot.lookup, slot.lookup.guess(min(most, left))
+        if not self.speculation.pays(size, [*found.values()], self._seconds_a_token[size]):
+            return None
+        guess_BK, count_B = np.zeros((size, most), np.int32), np.zeros(size, np.int32)
+        for place, number in enumerate(places.tolist()):
+            guess = found[number][1] if number in found else []
+            guess_BK[place, : len(guess)], count_B[place] = guess, len(guess)
+        return guess_BK, count_B
 
     def _sampler_inputs(self, places: np.ndarray) -> SamplerInputs:
         """The sampling parameters of the slot in each place; none where it is idle."""
@@ -188,6 +222,8 @@ class Scheduler:
         response = slot.response
         if given.tokens:
             self.slots.advance(slot, given.tokens)
+            if slot.lookup is not None:
+                slot.lookup.extend(given.tokens)
             output = response.append(given.scored(response.request.top_logprobs))
             self.totals["answer"] += len(output.tokens)
             if output.finish_reason is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from nemoe_jax.serving.engine.page_allocator import PageAllocator, page_keys
 from nemoe_jax.serving.engine.runner import MOST_ENDS, Batch
+from nemoe_jax.serving.engine.speculation import PromptLookup
 from nemoe_jax.serving.engine.stream import ResponseStream
 
 
@@ -28,6 +29,7 @@ class Slot:
     finite: bool = True  # no NaN was seen in its pages
     published: int = 0  # pages that others may share, the first ones
     decoding: bool = False  # its prompt is in the cache
+    lookup: PromptLookup | None = None  # guesses its next tokens
     since: float = dataclasses.field(default_factory=time.monotonic)
 
 

@@ -1,0 +1,109 @@
+"""What guessing from the prompt saves where the response repeats much of it: a file to be edited.
+
+    python -m benchmarks.serving.prompt_lookup DIR [--lines 400]     (a chat model's directory; several minutes)
+
+Tokens per second after the first token, of a lone response and of 8 at once, to the request to repeat a file of so many
+lines with one name changed. Named peer: the same engine without prompt look-up. They take turns, and the best turn of
+each counts; compilation is done before. Limits: alone 1.8 times the peer's tokens per second, and of 8 at once no less
+than 0.97 times. Beside it: how many tokens came of a step that checked guesses, and in how many turns both engines
+generated the same tokens.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import jax
+
+from benchmarks.lib.results import add_keep, keep, machine
+
+SLOTS = 8
+LIMITS = {"alone": 1.8, "8 at once": 0.97}
+
+
+def main() -> None:
+    """Measures, prints, and says whether the limits are kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="a model directory")
+    parser.add_argument("--lines", type=int, default=400, help="of the file (default 400)")
+    parser.add_argument("--new", type=int, default=256, help="tokens of a response (default 256)")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each; the best counts (default 3)")
+    add_keep(parser)
+    options = parser.parse_args()
+    figures = measure(options.directory, options.lines, options.new, options.turns)
+    for name, value in figures.items():
+        print(f"{name:44}{value:10.2f}")
+    ratios = {name: figures[f"{name}, prompt look-up"] / figures[f"{name}, without"] for name in LIMITS}
+    for name, ratio in ratios.items():
+        print(f"{name}: with / without {ratio:.2f} (limit {LIMITS[name]})")
+    if options.keep:
+        keep(f"prompt_lookup-{jax.default_backend()}", {**machine(), **figures, "lines": options.lines})
+    sys.exit(any(ratios[name] < limit for name, limit in LIMITS.items()))
+
+
+def source(lines: int) -> str:
+    """A file: records with names and numbers."""
+    return "\n".join(f"    ('item_{n % 97}', {n * 37 % 1000}, 'shelf {n * 11 % 23}')," for n in range(lines))
+
+
+def measure(directory: str, lines: int, new: int, turns: int) -> dict[str, float]:
+    """Tokens per second by name, and what came of the guesses."""
+    from nemoe_jax.checkpoints import pretrained
+    from nemoe_jax.serving.engine.engine import Engine
+    from nemoe_jax.serving.engine.request import Request
+    from nemoe_jax.text.chat.render import render_chat
+    from nemoe_jax.text.tokenizers.load import load_tokenizer
+
+    config, params = pretrained.load_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
+    ask = f"Repeat this list, but write 'board' for 'shelf':\n\nitems = [\n{source(lines)}\n]"
+    messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": "items = ["}]
+    prompt = tuple(render_chat(tokenizer, messages, continue_answer=True))
+    steps: list[int] = []
+
+    def start(prompt_lookup: bool) -> Engine:
+        tokens = SLOTS * (len(prompt) + new + 256)
+        engine = Engine(config, params, tokenizer, max_num_seqs=SLOTS, kv_tokens=tokens, prompt_lookup=prompt_lookup)
+        decode = engine._runner.decode
+
+        def counted(*given: Any) -> Any:
+            block = decode(*given)
+            if given[-1] is not None:
+                steps.append(int(block.num_generated_B.sum()))
+            return block
+
+        engine._runner.decode = counted  # type: ignore[method-assign]
+        return engine
+
+    def run(engine: Engine, count: int) -> tuple[float, list[Any]]:
+        """Tokens per second behind the first token of each, and the tokens."""
+        first: list[float] = []
+        answers = [
+            engine.submit(Request(prompt, new, ignore_eos=True), lambda output: first.append(time.perf_counter()))
+            for _ in range(count)
+        ]
+        for answer in answers:
+            answer.result()
+        began, ended = first[0], time.perf_counter()
+        return count * (new - 1) / (ended - began), [[one.token for one in answer.tokens] for answer in answers]
+
+    rates: dict[str, list[float]] = {}
+    same = 0
+    with start(True) as guessing, start(False) as plain:
+        for turn in range(turns + 1):  # the first one compiles, and fills the prefix cache
+            for name, count in (("alone", 1), ("8 at once", SLOTS)):
+                tokens = []
+                for way, engine in (("prompt look-up", guessing), ("without", plain)):
+                    rate, generated = run(engine, count)
+                    tokens.append(generated)
+                    if turn:
+                        rates.setdefault(f"{name}, {way}", []).append(rate)
+                same += bool(turn) and tokens[0] == tokens[1]
+    figures = {name: max(values) for name, values in rates.items()}
+    figures["tokens of a step that checked guesses"] = sum(steps) / len(steps) if steps else 0.0
+    return {**figures, f"same tokens, of {2 * turns} turns": same}
+
+
+if __name__ == "__main__":
+    main()
