@@ -23,11 +23,11 @@ from nemoe_jax.checkpoints.layout import HUGGING_FACE, MISTRAL, Layout
 from nemoe_jax.checkpoints.reader import Checkpoint, units
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import is_quantized
 from nemoe_jax.spec.schema import ParamSpec, declare, leaves
 from nemoe_jax.utils.output_path import refuse_existing
 
 BLOCK = 128
-_QUANTIZED = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def quantize(
@@ -95,11 +95,6 @@ def _refuse(options: QuantizeOptions) -> None:
         raise UserError(f"{needs}: expected --calibration text to measure activations on")
     if options.calibration and not needs and options.to != "mistral":
         raise UserError(f"--calibration: --to {options.to} without --kv-cache has no scales to measure")
-
-
-def is_quantized(spec: ParamSpec) -> bool:
-    """Whether an array is written in FP8."""
-    return spec.transposed and spec.path.rpartition("/")[2] in _QUANTIZED
 
 
 def _kept(config: ModelConfig) -> list[str]:

@@ -265,6 +265,11 @@ class Recipe(Section):
     tokenizer: FilePath | None = Field(None, description="tokenizer file or directory; default: the model's own")
     dtype: DType = Field("float32", description="dtype of computation and of frozen weights; what learns is float32")
     save_dtype: DType | None = Field(None, description="dtype of the saved weights; default: dtype")
+    quantize: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: the model is trained as FP8 will hold it, its linear maps rounded in every forward pass "
+        "(quantization-aware); they lie in FP8 unless a phase trains all weights; default: not rounded",
+    )
     remat: bool = Field(False, description="recompute each block in the backward pass: less memory, a third more time")
     logits_chunk: int = Field(1024, gt=0, description="tokens on a device whose logits are in memory at once")
     mesh: str | None = Field(None, description="device mesh, such as fsdp=4,expert=2, or auto; default: one device")
@@ -286,6 +291,8 @@ class Recipe(Section):
             wrong = f"trainable: {self.phases[0].trainable} needs a model; a scratch run wants trainable: all"
         elif len(set(names)) < len(names):
             wrong = f"phases: expected different names, got {', '.join(names)}"
+        elif self.quantize and any(target.dropout for phase in self.phases for target in phase.lora):
+            wrong = "lora.dropout: expected 0 with quantize, which rounds weights and adapter together"
         if wrong:
             raise ValueError(wrong)
         return self

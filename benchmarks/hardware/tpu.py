@@ -11,8 +11,8 @@ Bytes that must move are each weight once (of experts those that are chosen on a
 decoding all keys and values. Weights and cache are cut over the mesh's tensor axis, so every device moves its part.
 
 Limits: the dense 12B on v5e fits with 8 rows of 32768 tokens in bfloat16 and with 8 of 131072 in int8, and no decoding
-copies the cache. Where libtpu does not give a program's text, what stands in it is not known: "–". Figures go to
-benchmarks/results/tpu.json.
+copies the cache; with linear maps in FP8 it fits on a single v6e chip and on v5e:2x2 with 8 rows of 8192. Where libtpu
+does not give a program's text, what stands in it is not known: "–". Figures go to benchmarks/results/tpu.json.
 """
 
 import argparse
@@ -41,6 +41,7 @@ class Work(NamedTuple):
     rows: int
     length: int
     cache: str | None = None  # its dtype; None for a forward pass
+    fp8: bool = False  # whether linear maps are in FP8
 
 
 WORK = {"forward": Work(8, 2048), "decode bfloat16": Work(8, 32768, "bfloat16"), "decode int8": Work(8, 131072, "int8")}
@@ -50,7 +51,13 @@ CASES = {
     for model in MODELS
     for name, work in WORK.items()
 }
-MUST_FIT = ("v5e decode dense bfloat16", "v5e decode dense int8")
+FP8_SLICES = {"v6e:1x1": "v6e:2x2", "v5e:2x2": "v5e:2x2"}  # a single chip is one of the smallest topology's
+CASES |= {f"{slice} decode dense fp8": (slice, "dense", Work(8, 8192, "bfloat16", fp8=True)) for slice in FP8_SLICES}
+MUST_FIT = (
+    *(f"{slice} decode dense fp8" for slice in FP8_SLICES),
+    "v5e decode dense bfloat16",
+    "v5e decode dense int8",
+)
 
 
 def main() -> None:
@@ -93,10 +100,13 @@ def measure(chip: str, model: str, work: Work, sizes: dict[str, int] | None = No
     from train.step import model_flops
 
     config = preset(MODELS[model])
-    devices = aot.topology_devices(SLICES[chip])
+    devices = aot.topology_devices((SLICES | FP8_SLICES)[chip])[: 1 if chip.endswith(":1x1") else None]
+    generation = chip.partition(":")[0]
     mesh = make_mesh(sizes or {"tensor": len(devices)}, devices)
     limit = aot.memory_limit(devices[0])
-    facts = roofline(config, work, len(devices), model_flops.peak_flops(devices[0].device_kind), BANDWIDTHS[chip]) | {
+    facts = roofline(
+        config, work, len(devices), model_flops.peak_flops(devices[0].device_kind), BANDWIDTHS[generation]
+    ) | {
         "mesh": dict(mesh.shape),
         "limit": limit,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
@@ -139,13 +149,12 @@ def lower(config: Any, mesh: Any, work: Work) -> tuple[Any, list[tuple[int, ...]
     from nemoe_jax.inference.sampler import controls
     from nemoe_jax.inference.sampling import SamplingParams
     from nemoe_jax.model.transformer import forward
-    from nemoe_jax.spec import schema, sharding
+    from nemoe_jax.spec.fp8_weight import abstract_model
 
     def shape(array: Any, place: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, dtype or array.dtype, sharding=place)
 
-    specs, places = schema.declare(config), sharding.shardings(config, mesh)
-    params = jax.tree.map(lambda spec, place: shape(spec, place, jnp.bfloat16), specs, places)
+    params = abstract_model(config, jnp.bfloat16, mesh, fp8=work.fp8)
     everywhere = NamedSharding(mesh, PartitionSpec())
     if work.cache is None:
         tokens = jax.ShapeDtypeStruct((work.rows, work.length), jnp.int32, sharding=everywhere)
@@ -172,6 +181,7 @@ def copies(program: Any, shares: list[tuple[int, ...]]) -> int:
 def roofline(config: Any, work: Work, devices: int, peak: float | None, bandwidth: float) -> dict[str, Any]:
     """Bytes that must move on a device, its FLOPs, and the seconds that these take at least."""
     assert peak is not None
+    from nemoe_jax.spec.fp8_weight import is_quantized
     from nemoe_jax.spec.schema import declare, leaves
     from train.step import model_flops
 
@@ -181,7 +191,8 @@ def roofline(config: Any, work: Work, devices: int, peak: float | None, bandwidt
         share = 1.0
         if "experts" in spec.stacked:
             share = 1 - (1 - config.top_k / config.experts) ** tokens  # chosen by one of the tokens at least
-        weights += share * (tokens * config.hidden if spec.lookup else math.prod(spec.shape)) * 2
+        bytes_each = 1 if work.fp8 and is_quantized(spec) else 2
+        weights += share * (tokens * config.hidden if spec.lookup else math.prod(spec.shape)) * bytes_each
     moved, seen = weights, work.length
     if work.cache is not None:
         of_head = {"int8": config.head_dim + 4}.get(work.cache, 2 * config.head_dim)  # with a float32 scale

@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import Fp8Weight
 from nemoe_jax.spec.schema import ParamSpec, Tree, leaves, map_with_path, unflatten
 from nemoe_jax.spec.sharding import RULES, Rules, partition_spec
 
@@ -198,10 +199,15 @@ def dropped(x: jax.Array, adapter: Adapter) -> jax.Array:
 
 
 def merge(config: ModelConfig, params: Tree, adapters: Tree) -> Tree:
-    """W + scale · A @ B for every adapted weight, in W's dtype and place; the sum is formed in float32."""
+    """W + scale · A @ B for every adapted weight, in W's dtype and place; the sum is formed in float32.
+
+    Weights in FP8 are dequantized for it, and stay so, in the dtype of the embedding.
+    """
     specs = leaves(schema.declare(config))
     flat = leaves(params)
     for path, adapter in leaves(adapters).items():
+        if isinstance(flat[path], Fp8Weight):
+            flat[path] = flat[path].dequantized(flat["embed"].dtype, len(specs[path].stacked))
         sharding = getattr(flat[path], "sharding", None)
         place = sharding if isinstance(sharding, NamedSharding) else None
         flat[path] = _merge_into(len(specs[path].stacked), place)(flat[path], adapter)

@@ -8,12 +8,15 @@ Five formats are read; they differ in the names and the shapes of the scales, an
     modelopt             X.weight_scale: a scalar; X.input_scale; config.json or hf_quant_config.json
     mistral              X.qscale_weight: a scalar; X.qscale_act; k_fake_quantizer.qscale_act; params.json
 
-Scales of activations are checked and left aside. Sources: compressed-tensors 0.20 (config/format.py), transformers 5
-(quantizers/quantizer_finegrained_fp8.py), vLLM (model_executor/layers/quantization), ModelOpt (export/quant_utils.py).
+Scales of keys and values go with the weights of their projections, those of other activations are checked and left
+aside: activations are scaled when they are computed. Sources: compressed-tensors 0.20 (config/format.py), transformers
+5 (quantizers/quantizer_finegrained_fp8.py), vLLM (model_executor/layers/quantization), ModelOpt
+(export/quant_utils.py).
 """
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,27 @@ def scaled_weight(name: str) -> str | None:
 def is_activation_scale(name: str) -> bool:
     """Whether a tensor is a scale of activations, or of keys and values."""
     return _ACTIVATION_SCALE.search(name) is not None
+
+
+def scaled_projection(name: str) -> str | None:
+    """The name of the projection's weight to whose keys or values a scale belongs; None for other tensors."""
+    if found := re.fullmatch(r"(.*\.self_attn)\.(?:[kv]_proj\.)?([kv])_scale", name):
+        return f"{found[1]}.{found[2]}_proj.weight"
+    if found := re.fullmatch(r"(layers\.\d+\.attention)\.([kv])_fake_quantizer\.qscale_act", name):
+        return f"{found[1]}.w{found[2]}.weight"
+    return None
+
+
+def activation_scale_problem(name: str, scale: np.ndarray) -> str | None:
+    """What is wrong with a scale of activations, if anything."""
+    values = scale.astype(np.float32)
+    if scale.size and np.isfinite(values).all() and (values > 0).all():
+        return None
+    return (
+        f"{name}: expected finite scales above 0, got {values.min()} to {values.max()}"
+        if scale.size
+        else f"{name}: expected a scale, got none"
+    )
 
 
 def format_of(directory: Path, config: dict[str, Any], source: str) -> Fp8Format | None:
@@ -173,8 +197,32 @@ def quantize(
     else:
         largest = np.abs(values).max(1, keepdims=True) if per_row else np.abs(values).max().reshape(1)
     scale = np.where(largest > 0, largest / MAX, 1).astype(scale_dtype)
-    values /= _spread(scale, values.shape, block)
-    return np.clip(values, -MAX, MAX).astype(E4M3), scale
+    return rounded(values, _spread(scale, values.shape, block)), scale
+
+
+def row_scales(weight: np.ndarray) -> np.ndarray:
+    """One scale for each row of a weight (out, in), float32 (out, 1)."""
+    largest = np.abs(weight).max(1, keepdims=True).astype(np.float32)
+    return np.where(largest > 0, largest / np.float32(MAX), np.float32(1))
+
+
+def rounded(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """A weight in float8_e4m3fn, to be multiplied by its scales."""
+    return np.clip(weight.astype(np.float32) / scale, -MAX, MAX).astype(E4M3)
+
+
+def by_output(scale: np.ndarray, shape: tuple[int, int], block: tuple[int, int] | None, most: int) -> np.ndarray:
+    """Scales of a weight (out, in) in any of the formats as float32 (out, blocks of inputs), of equal blocks.
+
+    Args:
+        most: inputs that a block may have, and of which it must be a divisor.
+    """
+    rows, columns = shape
+    scale = scale.astype(np.float32)
+    if block is None:
+        return np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
+    size = math.gcd(most, block[1])
+    return scale[np.arange(rows)[:, None] // block[0], np.arange(0, columns, size) // block[1]]
 
 
 def _spread(scale: np.ndarray, shape: tuple[int, ...], block: tuple[int, int] | None) -> np.ndarray:

@@ -4,19 +4,22 @@ Loading asks each leaf of the schema for its slices: every device's shard is fil
 no sharded leaf is whole on the host. Saving goes layer by layer.
 """
 
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nemoe_jax.checkpoints.reader import Checkpoint, units
 from nemoe_jax.checkpoints.writer import SHARD_BYTES, Writer
 from nemoe_jax.spec import sharding
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import Fp8Weight, is_quantized, scale_shape
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
 from nemoe_jax.utils.progress import progress_bar
 
@@ -28,39 +31,80 @@ def load_pretrained(
     dtype: Any = None,
     rules: sharding.Rules = sharding.RULES,
     progress: bool = False,
+    fp8: bool | None = None,
 ) -> tuple[ModelConfig, Tree]:
     """Config and parameters of a model directory, each array on its devices (without a mesh: the first one).
 
     Args:
-        dtype: dtype of the arrays; the config's own by default.
+        dtype: dtype of the arrays; the config's own by default. "fp8" is that with `fp8`.
         progress: show a progress bar on a terminal.
+        fp8: whether linear maps are kept in FP8, each an `Fp8Weight`, and rounded so where they are not in FP8 on disk;
+            by default those that are, unless `dtype` is given.
 
     Raises:
         UserError: see `Checkpoint`; or the mesh does not fit the model.
     """
+    if dtype == "fp8":
+        dtype, fp8 = None, True
     checkpoint = Checkpoint(directory)
     placed = leaves(sharding.shardings(checkpoint.config, mesh, rules))
-    dtype = jnp.dtype(dtype or checkpoint.config.dtype)
-    params = {}
+
+    def in_fp8(spec: ParamSpec) -> bool:
+        return is_quantized(spec) if fp8 else fp8 is None and dtype is None and checkpoint.keeps_fp8(spec)
+
+    params: dict[str, Any] = {}
     with progress_bar(visible=progress) as bar:
         specs = leaves(declare(checkpoint.config))
         for path, spec in bar.track(specs.items(), description=f"loading {Path(directory).name}"):
-            params[path] = _load_leaf(checkpoint, spec, placed[path], dtype)
+            if in_fp8(spec):
+                params[path] = _load_fp8(checkpoint, spec, placed[path])
+            else:
+                read = functools.partial(checkpoint.read, spec, dtype=jnp.dtype(dtype or checkpoint.config.dtype))
+                params[path] = _placed(spec.shape, placed[path], read)
     return checkpoint.config, unflatten(params)
 
 
-def _load_leaf(checkpoint: Checkpoint, spec: ParamSpec, placed: jax.sharding.Sharding, dtype: Any) -> jax.Array:
+def _load_fp8(checkpoint: Checkpoint, spec: ParamSpec, place: jax.sharding.Sharding) -> Fp8Weight:
+    stacked = len(spec.stacked)
+    most = spec.matrix_shape[0]  # inputs of a block
+    if isinstance(place, NamedSharding):
+        cut = place.shard_shape(spec.shape)[stacked]
+        most = cut if "experts" in spec.stacked else most
+    blocks = checkpoint.read_scales(spec, tuple(slice(0, 1) for _ in spec.stacked), most).shape[stacked]
+    of_scales = of_cache = place
+    if isinstance(place, NamedSharding):
+        of_scales = NamedSharding(place.mesh, sharding.fp8_scale_spec(spec, place.spec, blocks))
+        of_cache = NamedSharding(place.mesh, PartitionSpec())
+    cache = checkpoint.read_cache_scales(spec)
+    devices: list[Any] = list(place.addressable_devices)
+    as_bits = devices[0].platform == "cpu"
+
+    def read_values(index: tuple[slice, ...]) -> np.ndarray:
+        values = checkpoint.read_fp8(spec, index)
+        return values.view(np.uint8) if as_bits else values
+
+    return Fp8Weight(
+        _placed(spec.shape, place, read_values),
+        _placed(scale_shape(spec, blocks), of_scales, functools.partial(checkpoint.read_scales, spec, most=most)),
+        None if cache is None else jax.device_put(cache, of_cache),
+    )
+
+
+def _placed(
+    shape: tuple[int, ...], place: jax.sharding.Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array whose parts are read, each once, and lie on their devices."""
     devices_of: dict[Any, list[jax.Device]] = {}  # replicas share one read
-    indices = placed.addressable_devices_indices_map(spec.shape)
+    indices = place.addressable_devices_indices_map(shape)
     for device, index in indices.items():
         assert index is not None  # every addressable device holds a part
-        key = tuple(part.indices(size) for part, size in zip(index, spec.shape, strict=True))
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
         devices_of.setdefault(key, []).append(device)
     shards: dict[jax.Device, jax.Array] = {}
     for key, devices in devices_of.items():
-        block = checkpoint.read(spec, tuple(slice(*part) for part in key), dtype)
-        shards |= {device: jax.device_put(block, device) for device in devices}
-    return jax.make_array_from_single_device_arrays(spec.shape, placed, [shards[device] for device in indices])
+        block = read(tuple(slice(*part) for part in key))
+        shards |= {device: jax.device_put(block, device, may_alias=True) for device in devices}
+    return jax.make_array_from_single_device_arrays(shape, place, [shards[device] for device in indices])
 
 
 def save_pretrained(
@@ -91,7 +135,12 @@ def save_pretrained(
         for path, refs in itertools.groupby(by_unit[unit], lambda ref: ref.spec.path):
             group = list(refs)
             layered = "layers" in group[0].spec.stacked
-            array = sharding.on_host(flat[path][group[0].place[0]] if layered else flat[path])
+            array = flat[path]
+            if isinstance(array, Fp8Weight):  # (its layers are all that is stacked before the experts)
+                array = array.at(group[0].place[0]).dequantized(jnp.float32, stacked=len(group[0].spec.stacked) - 1)
+            elif layered:
+                array = array[group[0].place[0]]
+            array = sharding.on_host(array)
             for ref in group:
                 tensors[ref.key] = ref.spec.to_torch(array[ref.place[1:]] if layered else array)
         return tensors

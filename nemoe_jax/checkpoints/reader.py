@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -21,11 +21,13 @@ from nemoe_jax.checkpoints.layout import CONFIG, HUGGING_FACE, MISTRAL, PARAMS, 
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, is_finite
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import is_quantized
 from nemoe_jax.spec.schema import ParamSpec, declare, leaves
 from nemoe_jax.utils.note import note
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 4096  # compared at once
+_ALIGNMENT = 64  # bytes
 
 if TYPE_CHECKING:
     from nemoe_jax.checkpoints.gguf.weights import GgufWeights
@@ -165,12 +167,17 @@ class Checkpoint:
         self.fp8 = fp8.format_of(self.directory, _read_json(config_file, "not JSON"), str(config_file))
         self.files: dict[str, Weights] = {}
         self._scales: dict[str, tuple[Weights, str]] = {}  # {key of an FP8 weight: its scales' file and name}
+        self._cache_scales: dict[str, tuple[Weights, str]] = {}  # {key of a projection: the same of keys or values}
         problems = []
         for file in _open_weights(self.directory, self.layout, self.config):
             for name, entry in file.entries.items():
                 weight = fp8.scaled_weight(name) if self.fp8 else None
                 key = self.layout.key(weight or name)
                 if self.fp8 and fp8.is_activation_scale(name):
+                    problem = file.dtype_problem(name) or fp8.activation_scale_problem(name, file.view(name))
+                    problems += [f"{problem} ({file.path.name})"] if problem else []
+                    if projection := fp8.scaled_projection(name):
+                        self._cache_scales[str(self.layout.key(projection))] = file, name
                     continue
                 if weight is not None and key is not None:
                     self._scales[key] = file, name
@@ -254,6 +261,58 @@ class Checkpoint:
             tensor = fp8.dequantize(tensor, file.view(scales), self.fp8.block)
         return self.layout.from_disk(key, tensor, self.config.head_dim)
 
+    def keeps_fp8(self, spec: ParamSpec) -> bool:
+        """Whether all tensors of an array are in FP8 on disk."""
+        return is_quantized(spec) and all(key in self._scales for _, key in spec.tensors())
+
+    def read_fp8(self, spec: ParamSpec, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of a leaf in float8_e4m3fn, to be multiplied by its scales; rounded here where it is not so on disk."""
+        return self._read(spec, index, fp8.E4M3, self._fp8_values)
+
+    def read_scales(self, spec: ParamSpec, index: tuple[slice, ...], most: int) -> np.ndarray:
+        """Part of the scales (stacked…, blocks of inputs, outputs…) of a leaf, as `fp8.by_output` gives them."""
+        stacked = len(spec.stacked)
+        spans = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=False)]
+        of_tensors = []
+        for _, key in _positions(spec, spans[:stacked]):
+            scale = self._by_output(key, spec.torch_shape, most).T
+            of_tensors.append(scale.reshape(len(scale), *spec.shape[stacked + len(spec.contracted) :]))
+        return np.stack(of_tensors).reshape(*map(len, spans[:stacked]), *of_tensors[0].shape)[
+            (slice(None),) * stacked + index[stacked:]
+        ]
+
+    def read_cache_scales(self, spec: ParamSpec) -> np.ndarray | None:
+        """What keys or values are divided by in an FP8 cache, for each layer; None where the checkpoint does not say.
+
+        Raises:
+            UserError: some layers have a scale, others have none, or several.
+        """
+        found = {key: self._cache_scales.get(key) for _, key in spec.tensors()}
+        if not any(found.values()):
+            return None
+        scales = []
+        for key, place in found.items():
+            scale = None if place is None else place[0].view(place[1]).astype(np.float32).reshape(-1)
+            if scale is None or scale.size != 1:
+                got = "none" if scale is None else f"{scale.size}"
+                raise UserError(f"{self.path}: {self.layout.name(key)}: expected one scale for an FP8 cache, got {got}")
+            scales.append(scale[0])
+        return np.array(scales)
+
+    def _by_output(self, key: str, shape: tuple[int, ...], most: int) -> np.ndarray:
+        if key not in self._scales:
+            return fp8.row_scales(self.view(key))
+        file, name = self._scales[key]
+        assert self.fp8 is not None and len(shape) == 2
+        scale = fp8.by_output(file.view(name), shape, self.fp8.block, most)
+        return self.layout.from_disk(key, scale, self.config.head_dim)
+
+    def _fp8_values(self, key: str) -> np.ndarray:
+        if key not in self._scales:
+            weight = self.view(key)
+            return fp8.rounded(weight, fp8.row_scales(weight))
+        return self.layout.from_disk(key, self.files[key].view(self.layout.name(key)), self.config.head_dim)
+
     def finite(self, key: str) -> np.ndarray:
         """`view` of a tensor that is going to be computed with.
 
@@ -267,13 +326,18 @@ class Checkpoint:
 
     def read(self, spec: ParamSpec, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         """Part of a leaf in the schema's layout, copied from disk: `leaf[index]`."""
+        return self._read(spec, index, dtype, lambda key: self.view(key, dtype))
+
+    def _read(
+        self, spec: ParamSpec, index: tuple[slice, ...], dtype: Any, view: Callable[[str], np.ndarray]
+    ) -> np.ndarray:
         spans = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
-        block = np.empty([len(span) for span in spans], dtype)
+        block = _aligned([len(span) for span in spans], dtype)
         stacked = len(spec.stacked)
         inner = spec.shape[stacked:]
         inputs = len(spec.contracted)
         for place, key in _positions(spec, spans[:stacked]):
-            tensor = self.view(key, dtype)
+            tensor = view(key)
             if spec.transposed:  # (produced…, contracted…) on disk
                 tensor = tensor.reshape(*inner[inputs:], *inner[:inputs])
                 tensor = tensor.transpose(*range(len(inner) - inputs, len(inner)), *range(len(inner) - inputs))
@@ -281,6 +345,14 @@ class Checkpoint:
                 tensor = tensor.reshape(inner)
             block[place] = tensor[index[stacked:]]
         return block
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """An array that begins where a device that is the host itself can use it as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 def _positions(spec: ParamSpec, spans: list[range]) -> Iterable[tuple[tuple[int, ...], str]]:

@@ -118,7 +118,8 @@ def _perplexity(arguments: argparse.Namespace) -> None:
         if reference and (vocab := reader.read_config(reference).vocab) != config.vocab:
             raise UserError(f"{reference}: expected {arguments.directory}'s vocabulary of {config.vocab}, got {vocab}")
         _, params, mesh = model_flags.load_model_from_args(arguments)
-        compared = load_pretrained(reference, mesh=mesh, dtype=arguments.dtype, progress=True) if reference else None
+        dtype = None if arguments.dtype == "fp8" else arguments.dtype  # the reference is as it is
+        compared = load_pretrained(reference, mesh=mesh, dtype=dtype, progress=True) if reference else None
         result = evaluate(config, params, spaced, mesh, reference=compared, corpus=stream)
     else:
         windows = None if batches is None else batches * arguments.batch_size

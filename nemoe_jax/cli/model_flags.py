@@ -33,7 +33,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "device; to generate text, tensor alone is best: fsdp, expert and sequence send weights for every token",
     )
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="dtype to compute in (default: the weights' own)"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32", "fp8"),
+        help="dtype of weights and arithmetic (default: the weights' own; those in FP8 stay so, and the others' dtype "
+        "is that of the arithmetic); fp8: linear maps are kept in FP8, and rounded so if they are not: half the memory",
     )
 
 

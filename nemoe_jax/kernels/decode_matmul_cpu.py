@@ -16,7 +16,8 @@ a few of them in a loop's body, and the loop's carry holds the running sums:
 P rows that follow one another are taken as one wide row: narrow matrices so get kernels that are worth starting, and
 worth sharing between cores where there is much to compute. The sizes below were chosen by measurement.
 
-bfloat16 comes as its bits, uint16 (`bits`): XLA:CPU turns a whole stack of bfloat16 into float32 before it slices it.
+bfloat16 comes as its bits, uint16 (`as_uint16`), float8_e4m3fn as uint8 (spec/fp8_weight): XLA:CPU turns a whole stack
+of either into wider floats before it slices it.
 
 R rows, D inputs, F outputs, L layers, E experts, I iterations, U spelt out, P rows of
 weights side by side, T tiles of V columns.
@@ -30,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from nemoe_jax.spec.fp8_weight import widen
+
 MOST_ROWS = 8  # with more, a dot that has copied its weights is faster
 
 
@@ -42,7 +45,7 @@ def as_uint16(array: jax.Array) -> jax.Array:
 
 @jax.jit  # traced once for the layer's matrices of one shape
 def decode_matmul(x_RD: jax.Array, w_LDF: jax.Array, layer: int | jax.Array) -> jax.Array:
-    """x @ w[layer], (R, F) in x's dtype, for float32 weights or bfloat16's bits; sums in float32."""
+    """x @ w[layer], (R, F) in x's dtype, for float32 weights or the bits of others; sums in float32."""
     (rows, depth), width = x_RD.shape, w_LDF.shape[2]
     if any(4 * _divisor(size, most) < min(size, most) for size, most in ((width, 1024), (depth, 16))):
         # (next to) a prime number of columns or of rows of weights: loops over slivers take longer than a copy
@@ -100,7 +103,7 @@ def _by_blocks(run: Callable[[int | jax.Array], jax.Array], rows: int, columns: 
 
 
 def decode_expert_matmul(x_RD: jax.Array, w_LEDF: jax.Array, layer: int | jax.Array, expert_R: jax.Array) -> jax.Array:
-    """Row r of x @ w[layer, expert_R[r]], (R, F) in x's dtype, for float32 weights or bfloat16's bits.
+    """Row r of x @ w[layer, expert_R[r]], (R, F) in x's dtype, for float32 weights or the bits of others.
 
     Only the chosen experts' weights are read. Sort the rows by expert: then those that share one find it in the cache.
     """
@@ -141,7 +144,7 @@ _slice = functools.partial(lax.dynamic_slice, allow_negative_indices=False)
 
 def _widen(w: jax.Array) -> jax.Array:
     if w.dtype != jnp.uint16:
-        return w.astype(jnp.float32)
+        return widen(w)
     return lax.bitcast_convert_type(w.astype(jnp.uint32) << 16, jnp.float32)
 
 

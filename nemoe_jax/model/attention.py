@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.kernels.attention.dispatch import causal_attention
+from nemoe_jax.kernels.fp8 import E4M3
+from nemoe_jax.model.decode_weights import cache_scale
 from nemoe_jax.model.kv_cache import LayerCache, update_and_attend
 from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, rms_norm
 from nemoe_jax.model.rope import CosSin, rope, rope_cos_sin
@@ -43,7 +45,10 @@ class Attention(SpecModule):
         if cache is None:
             y_BTNH = attend(q, k, v, context.segments_BT, self.config.sliding_window)
         else:
+            scales = [cache_scale(self.weight(name)) for name in "kv"] if cache.k.pool.dtype == E4M3 else [None, None]
+            q, k, v = _times(q, scales[0]), _divided(k, scales[0]), _divided(v, scales[1])
             y_BTNH, cache = update_and_attend(q, k, v, context.positions_BT, cache, self.config.sliding_window)
+            y_BTNH = _times(y_BTNH, scales[1])
         return self._biased("o", self.project("o", y_BTNH, adapters)), cache
 
     def queries_keys_values(
@@ -66,6 +71,14 @@ class Attention(SpecModule):
             return rms_norm(x_BTNH, weight, self.eps)
         whole = rms_norm(x_BTNH.reshape(*x_BTNH.shape[:2], -1), weight.reshape(-1), self.eps)
         return whole.reshape(x_BTNH.shape)
+
+
+def _times(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return x if scale is None else (x * scale).astype(x.dtype)
+
+
+def _divided(x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return x if scale is None else (x / scale).astype(x.dtype)
 
 
 def attend(

@@ -10,6 +10,7 @@ T tokens, D embed, F outputs, L layers, E experts, C top-k, R = T·C rows, K ran
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from nemoe_jax.adapters.lora import Adapter, dropped
 from nemoe_jax.adapters.multi_lora import mask_ranks, with_index
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.kernels.decode_matmul_cpu import MOST_ROWS, as_uint16, decode_expert_matmul, decode_matmul
+from nemoe_jax.kernels.fp8 import fp8_matmul
+from nemoe_jax.spec.fp8_weight import Fp8Weight
 from nemoe_jax.spec.mesh import spans_devices
 from nemoe_jax.spec.schema import Tree, map_with_path
 
@@ -28,46 +31,84 @@ from nemoe_jax.spec.schema import Tree, map_with_path
 class LayerSlice:
     """`stack[layer]`, not yet read. A stack of uint16 on CPU holds the bits of bfloat16."""
 
-    stack: jax.Array
+    stack: jax.Array | Fp8Weight
     layer: int | jax.Array
 
     def multiply(self, x: jax.Array, inputs: int) -> jax.Array:
         """x's last `inputs` axes contracted with the layer's first ones, in x's dtype."""
         rows, outputs = x.shape[: x.ndim - inputs], self.stack.shape[1 + inputs :]
         depth = math.prod(x.shape[x.ndim - inputs :])
-        w_LDF = self.stack.reshape(self.stack.shape[0], depth, -1)
         product: Callable[..., jax.Array] = decode_matmul
         if target_platform() == "gpu":
             from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows as product
-        return product(x.reshape(-1, depth), w_LDF, self.layer).reshape(*rows, *outputs)
+        x_RD = x.reshape(-1, depth)
+        if not isinstance(self.stack, Fp8Weight):
+            y_RF = product(x_RD, self.stack.reshape(self.stack.shape[0], depth, -1), self.layer)
+        elif has_one_block(self.stack, 1):
+            flat = self.stack.matrices(1)
+            y_RF = product(_as_kernels_read(x_RD), flat.values, self.layer) * flat.scale[self.layer]
+        else:
+            y_RF = fp8_matmul(x_RD, self.stack.matrices(1).at(self.layer))
+        return y_RF.astype(x.dtype).reshape(*rows, *outputs)
 
     def multiply_each(self, x_RD: jax.Array, expert_R: jax.Array) -> jax.Array:
         """Each row with its own expert's matrix: (R, F)."""
         product: Callable[..., jax.Array] = decode_expert_matmul
         if target_platform() == "gpu":
             from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows_experts as product
-        return product(x_RD, self.stack, self.layer, expert_R)
+        if not isinstance(self.stack, Fp8Weight):
+            return product(x_RD, self.stack, self.layer, expert_R)
+        if has_one_block(self.stack, 2):
+            y_RF = product(_as_kernels_read(x_RD), self.stack.values, self.layer, expert_R)
+            return (y_RF * self.stack.scale[self.layer, expert_R, 0]).astype(x_RD.dtype)
+        return jax.lax.map(
+            lambda row: fp8_matmul(row[0][None], self.stack.at(self.layer).at(row[1]))[0], (x_RD, expert_R)
+        )
 
 
-def use_inplace_weights(rows: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether a step with so many tokens reads weights of that dtype where they lie."""
+def _as_kernels_read(x: jax.Array) -> jax.Array:
+    """Rows whose product has scales still to be multiplied with: on CPU unrounded until then, as they are summed."""
+    return x.astype(jnp.float32) if target_platform() == "cpu" else x
+
+
+def has_one_block(weight: Fp8Weight, stacked: int) -> bool:
+    """Whether the scales are those of outputs alone, so that they can be multiplied with after the product."""
+    return weight.scale.shape[stacked] == 1
+
+
+def cache_scale(weight: Any) -> jax.Array | None:
+    """What keys or values are divided by in an FP8 cache, where their projection's weights say so."""
+    of_layer, layer = (weight.stack, weight.layer) if isinstance(weight, LayerSlice) else (weight, None)
+    if not isinstance(of_layer, Fp8Weight) or of_layer.cache_scale is None:
+        return None
+    return of_layer.cache_scale if layer is None else of_layer.cache_scale[layer]
+
+
+def use_inplace_weights(rows: int, weight: Any) -> bool:
+    """Whether a step with so many tokens reads a weight where it lies: of FP8 weights those with a scale an output."""
     mesh = jax.sharding.get_abstract_mesh()
     if rows > MOST_ROWS or spans_devices(mesh):
         return False
-    return target_platform() == "gpu" or (target_platform() == "cpu" and dtype in (jnp.float32, jnp.uint16))
+    if isinstance(weight, Fp8Weight):
+        return target_platform() in ("cpu", "gpu") and has_one_block(weight, 1)
+    return target_platform() == "gpu" or (target_platform() == "cpu" and weight.dtype in (jnp.float32, jnp.uint16))
 
 
 def prepare_decode_params(params: Tree, rows: int) -> Tree:
     """The parameters as steps with so many tokens take them: where they are read in place on CPU, bfloat16 as bits."""
     if (
         target_platform() != "cpu"
-        or not use_inplace_weights(rows, jnp.uint16)
+        or rows > MOST_ROWS
+        or spans_devices(jax.sharding.get_abstract_mesh())
         or len(params["embed"].sharding.device_set) > 1
     ):
         return params
     matrices = {name: tree for name, tree in params.items() if name in ("blocks", "head")}
     return params | map_with_path(
-        lambda path, array: array if path.endswith(("norm", "bias")) else as_uint16(array), matrices
+        lambda path, array: (
+            array if path.endswith(("norm", "bias")) or isinstance(array, Fp8Weight) else as_uint16(array)
+        ),
+        matrices,
     )
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from nemoe_jax.adapters.lora import Adapter
 from nemoe_jax.adapters.multi_lora import StackedAdapter, with_index
 from nemoe_jax.kernels.backend import target_platform
+from nemoe_jax.kernels.fp8 import E4M3
 from nemoe_jax.kernels.grouped_matmul.dispatch import Adapted, grouped_lora
 from nemoe_jax.kernels.moe_ffn_cpu import TokenOrder, fused_moe_ffn
 from nemoe_jax.model.layers import Adapters, project
@@ -125,7 +126,7 @@ def use_fused_ffn(x_TD: jax.Array, experts: Tree, adapters: Mapping[str, Adapter
     """Whether `fused_moe_ffn` is as exact as the grouped matmuls one by one, for no more products than theirs."""
     many, width, narrow = experts["gate"].shape
     few = bool(adapters) and rows * (width + narrow) < many * width * narrow  # adding adapters would cost more
-    exact = x_TD.dtype == experts["gate"].dtype == jnp.float32
+    exact = x_TD.dtype == jnp.float32 and experts["gate"].dtype in (jnp.float32, E4M3)
     # to each expert's weights the adapter of one row alone could be added
     alike = all(adapter.key is None and not isinstance(adapter, StackedAdapter) for adapter in adapters.values())
     return exact and not few and alike

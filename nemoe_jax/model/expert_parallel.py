@@ -17,7 +17,7 @@ S rows there is room for.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,10 @@ from nemoe_jax.model import expert_ffn
 from nemoe_jax.model.expert_ffn import apply_experts
 from nemoe_jax.model.layers import Adapters
 from nemoe_jax.model.token_chunks import map_token_chunks, num_chunks
+from nemoe_jax.spec.fp8_weight import Fp8Weight
 from nemoe_jax.spec.mesh import batch_axes, sequence_axes
 from nemoe_jax.spec.schema import ParamSpec, Tree
-from nemoe_jax.spec.sharding import axes_of, partition_spec, used_spec
+from nemoe_jax.spec.sharding import axes_of, fp8_scale_spec, partition_spec, used_spec
 
 Exchange = Literal["gather", "all-to-all"]
 
@@ -86,9 +87,15 @@ def run_over_mesh(
     rows, tokens = batch_axes(sizes, x_BTD.shape[0]), sequence_axes(sizes, x_BTD.shape[1])
     # what one device computes is its own along these, and the same along the others
     own = [name for name in sizes if name in (*rows, *tokens, "expert", "tensor")]
-    stored, used = {}, {}
+    stored: dict[str, Any] = {}
+    used: dict[str, Any] = {}
     for name, spec in specs.items():
         stored[name], used[name] = _places(spec, sizes)
+        if isinstance(experts[name], Fp8Weight):
+            blocks = experts[name].scale.shape[1]
+            stored[name], used[name] = (
+                Fp8Weight(place, _scales_place(spec, place, blocks)) for place in (stored[name], used[name])
+            )
     stored_adapters, used_adapters = {}, {}
     for name, adapter in adapters.items():
         a, b = (_places(factor, sizes) for factor in factors(specs[name], adapter.a.shape[-1]))
@@ -190,6 +197,11 @@ def _places(spec: ParamSpec, mesh_shape: Mapping[str, int]) -> tuple[PartitionSp
     """How one layer's part of an array lies (stored, while it is used)."""
     stored = partition_spec(spec, mesh_shape)
     return PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:])
+
+
+def _scales_place(spec: ParamSpec, place: PartitionSpec, blocks: int) -> PartitionSpec:
+    """How one layer's scales of FP8 weights lie that lie so."""
+    return PartitionSpec(*fp8_scale_spec(spec, PartitionSpec(None, *place), blocks)[1:])
 
 
 def _gather(array: jax.Array, stored: PartitionSpec, used: PartitionSpec) -> jax.Array:

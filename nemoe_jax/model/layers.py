@@ -16,8 +16,10 @@ from flax import nnx
 
 from nemoe_jax.adapters.lora import Adapter, dropped
 from nemoe_jax.adapters.multi_lora import mask_ranks
+from nemoe_jax.kernels.fp8 import fp8_matmul
 from nemoe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, precision_of
 from nemoe_jax.model.decode_weights import LayerSlice
+from nemoe_jax.spec.fp8_weight import FakeQuantized, Fp8Weight
 from nemoe_jax.spec.schema import ParamSpec, Tree
 
 Adapters = Mapping[str, Any]  # the adapter tree's part that belongs to a module; empty without adapters
@@ -50,12 +52,14 @@ class SpecModule(nnx.Module):
 
 def project(
     x: jax.Array,
-    weight: jax.Array | LayerSlice,
+    weight: jax.Array | Fp8Weight | FakeQuantized | LayerSlice,
     inputs: int,
     adapter: Adapter | None,
     group_sizes: jax.Array | None = None,
 ) -> jax.Array:
     """`SpecModule.project` on a bare array whose first `inputs` axes (after that of the experts) are contracted."""
+    if isinstance(weight, FakeQuantized):
+        weight, adapter = weight.with_adapter(adapter, int(group_sizes is not None), inputs, x.dtype), None
     y = _contract(x, weight, inputs, group_sizes)
     if adapter is None:
         return y
@@ -63,15 +67,19 @@ def project(
     return y + adapter.scale * _contract(low_rank, adapter.b, 1, group_sizes)
 
 
-def _contract(x: jax.Array, w: jax.Array | LayerSlice, inputs: int, group_sizes: jax.Array | None) -> jax.Array:
+def _contract(
+    x: jax.Array, w: jax.Array | Fp8Weight | LayerSlice, inputs: int, group_sizes: jax.Array | None
+) -> jax.Array:
     if isinstance(w, LayerSlice):
         return w.multiply(x, inputs)
     if group_sizes is not None:
-        return grouped_matmul(x, w.astype(x.dtype), group_sizes)
-    assert w.dtype != jnp.uint16, "bits are no numbers"
+        return grouped_matmul(x, w if isinstance(w, Fp8Weight) else w.astype(x.dtype), group_sizes)
     # one matrix product: on CPU the gradients of products over several axes are several times slower
     rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
     x = x.reshape(-1, math.prod(w.shape[:inputs]))
+    if isinstance(w, Fp8Weight):
+        return fp8_matmul(x, w.matrices()).reshape(*rows, *outputs)
+    assert w.dtype != jnp.uint16, "bits are no numbers"
     w = w.astype(x.dtype).reshape(x.shape[1], -1)
     return jnp.matmul(x, w, precision=precision_of(x.dtype)).reshape(*rows, *outputs)
 

@@ -19,6 +19,7 @@ from nemoe_jax.model.expert_parallel import run_over_mesh
 from nemoe_jax.model.ffn import SwiGLU
 from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import FakeQuantized
 from nemoe_jax.spec.mesh import spans_devices
 from nemoe_jax.spec.schema import Tree
 
@@ -67,6 +68,9 @@ class MoE(SpecModule):
         """The weighted sum of the chosen experts' outputs, over the ambient mesh where there is one."""
         index_BT = index_of_tokens(adapters, x_BTD.shape[1])
         adapters = with_index(adapters, None)  # the tokens take it along
+        if isinstance(experts["gate"], FakeQuantized):
+            experts = {name: of.with_adapter(adapters.get(name), 1, 1, x_BTD.dtype) for name, of in experts.items()}
+            adapters = NO_ADAPTERS
         if isinstance(experts["gate"], LayerSlice):
             return decode_experts(x_BTD, weights_BTC, chosen_BTC, experts, adapters, index_BT)
         mesh = jax.sharding.get_abstract_mesh()

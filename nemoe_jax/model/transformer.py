@@ -31,6 +31,7 @@ from nemoe_jax.model.layers import NO_ADAPTERS, Adapters, SpecModule, project, r
 from nemoe_jax.model.moe import MoE, Routing
 from nemoe_jax.model.rope import rope_cos_sin
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import FakeQuantized, Fp8Weight
 from nemoe_jax.spec.mesh import spans_devices
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, map_with_path
 from nemoe_jax.spec.sharding import constrain_tokens, gathered, partition_spec, used_spec
@@ -151,7 +152,7 @@ def _scan_run(
     """
     graph, state = nnx.split(block)
     stacked = nnx.to_pure_dict(state)
-    in_place = cache is not None and use_inplace_weights(x_BTD[..., 0].size, stacked["attn"]["q"].dtype)
+    in_place = cache is not None and use_inplace_weights(x_BTD[..., 0].size, stacked["attn"]["q"])
     of_experts = _expert_adapters(specs, adapters, x_BTD.dtype) if in_place else {}
 
     def layer(carry, slice_of_run):
@@ -212,11 +213,16 @@ def _gathered_layer(specs: Tree, weights: Tree, adapters: Tree, dtype: Any) -> t
     mesh = jax.sharding.get_abstract_mesh()
     of_path = leaves(specs)
 
-    def gather(spec: ParamSpec, array: jax.Array) -> jax.Array:
+    def gather(spec: ParamSpec, array: Any) -> Any:
+        if isinstance(array, FakeQuantized):
+            return FakeQuantized(gather(spec, array.weight))
         if not spans_devices(mesh) or "experts" in spec.stacked or not spec.contracted:
             return array
         stored = partition_spec(spec, mesh.shape)
-        return gathered(array, PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:]))
+        places = PartitionSpec(*stored[1:]), PartitionSpec(*used_spec(spec, stored)[1:])
+        if isinstance(array, Fp8Weight):
+            return dataclasses.replace(array, values=gathered(array.values, *places))
+        return gathered(array, *places)
 
     def gather_adapter(path: str, adapter: Adapter) -> Adapter:
         spec = of_path[path]
@@ -280,7 +286,7 @@ def logits(
     adapters = adapters or {}
     if not config.tied:
         head: Any = params["head"]
-        if decoding and use_inplace_weights(x_BTD[..., 0].size, head.dtype):
+        if decoding and use_inplace_weights(x_BTD[..., 0].size, head):
             head = LayerSlice(head[None], 0)
         return project(x_BTD, head, 1, adapters.get("head")).astype(jnp.float32)
     logits_BTV = x_BTD @ params["embed"].T.astype(x_BTD.dtype)

@@ -76,6 +76,16 @@ def partition_spec(spec: ParamSpec, mesh_shape: Mapping[str, int], rules: Rules 
     return PartitionSpec(*(names or None for names in cuts))
 
 
+def fp8_scale_spec(spec: ParamSpec, values: PartitionSpec, blocks: int) -> PartitionSpec:
+    """How the scales (stacked…, blocks, outputs…) of FP8 weights lie that lie so.
+
+    Blocks of experts' weights are cut with them, since each device multiplies its own part; others are whole.
+    """
+    stacked, inputs = len(spec.stacked), len(spec.contracted)
+    of_blocks = values[stacked] if blocks > 1 and "experts" in spec.stacked else None
+    return PartitionSpec(*values[:stacked], of_blocks, *values[stacked + inputs :])
+
+
 def used_spec(spec: ParamSpec, stored: PartitionSpec) -> PartitionSpec:
     """How an array lies while it is used: by expert, by head and by neuron, whole along everything else."""
     owner = {"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "shared_ffn": "tensor", "expert_ffn": "tensor"}

@@ -154,7 +154,7 @@ def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkey
 
     got = step(decode_weights.prepare_decode_params(params, 2))
     assert products
-    monkeypatch.setattr("nemoe_jax.model.transformer.use_inplace_weights", lambda rows, dtype: False)
+    monkeypatch.setattr("nemoe_jax.model.transformer.use_inplace_weights", lambda rows, weight: False)
     np.testing.assert_allclose(got, step(params), atol=0.06)
 
 

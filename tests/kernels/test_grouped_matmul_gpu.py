@@ -111,6 +111,8 @@ def test_few_rows_read_their_layers_matrices():
     got = jax.jit(functools.partial(gpu_few_rows_experts, interpret=True))(x, w, jnp.int32(2), expert_R)
     check(got, np.einsum("rd,rdf->rf", x, w[2, np.asarray(expert_R)]), jnp.float32)
     check(gpu_few_rows(x, w[1], 3, interpret=True), x @ w[1, 3], jnp.float32)
+    narrow = jnp.asarray(w[1], jnp.float8_e4m3fn)
+    check(gpu_few_rows(x, narrow, 3, interpret=True), x @ narrow[3].astype(jnp.float32), jnp.float32)
 
 
 def lowered(function, *arrays):

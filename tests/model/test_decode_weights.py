@@ -23,7 +23,7 @@ def test_a_step_that_reads_in_place_equals_one_that_does_not(config, dtype, monk
     )
     got = forward(config, decode_weights.prepare_decode_params(params, 2), following, cache=cache)
     assert products
-    monkeypatch.setattr("nemoe_jax.model.transformer.use_inplace_weights", lambda rows, dtype: False)
+    monkeypatch.setattr("nemoe_jax.model.transformer.use_inplace_weights", lambda rows, weight: False)
     expected = forward(config, params, following, cache=cache)
     np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5 if dtype == jnp.float32 else 0.03)
     if expected.routing is not None:
@@ -44,6 +44,7 @@ def test_matrices_become_bits_and_norms_stay():
     [(8, jnp.float32, True), (9, jnp.float32, False), (1, jnp.uint16, True), (1, jnp.bfloat16, False)],
 )
 def test_few_rows_on_one_cpu_are_read_in_place(rows, dtype, in_place):
-    assert decode_weights.use_inplace_weights(rows, dtype) == in_place
+    weight = jax.ShapeDtypeStruct((3, 4, 5), dtype)
+    assert decode_weights.use_inplace_weights(rows, weight) == in_place
     with jax.set_mesh(jax.make_mesh((8,), ("tensor",))):
-        assert not decode_weights.use_inplace_weights(rows, dtype)
+        assert not decode_weights.use_inplace_weights(rows, weight)

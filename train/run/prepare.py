@@ -15,6 +15,7 @@ from nemoe_jax.checkpoints.gguf.directory import model_directory
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import abstract_weight
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.spec.schema import Tree, leaves
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
@@ -110,14 +111,30 @@ def trains(phase: Phase, path: str) -> bool:
     return phase.trainable == "all" or (routers and path.endswith("/router"))
 
 
+def trains_all(recipe: Recipe) -> bool:
+    """Whether a phase trains every weight."""
+    return any(phase.trainable == "all" for phase in recipe.phases)
+
+
+def frozen_in_fp8(recipe: Recipe) -> bool:
+    """Whether the linear maps lie in FP8: no phase of a recipe that quantizes trains them themselves."""
+    return recipe.quantize == "fp8" and not trains_all(recipe)
+
+
 def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
-    """The model's parameters, each array on its devices; float32 where a phase trains every weight."""
+    """The model's parameters, each array on its devices.
+
+    In float32 where a phase trains every weight, else in the recipe's dtype, or linear maps in FP8.
+    """
     if recipe.model is None:
         key = jax.random.key(recipe.phases[0].seed)
         return schema.initialize(config, key, jnp.float32, sharding.shardings(config, mesh))
-    whole = any(phase.trainable == "all" for phase in recipe.phases)
     return pretrained.load_pretrained(
-        recipe.model, mesh=mesh, dtype="float32" if whole else recipe.dtype, progress=True
+        recipe.model,
+        mesh=mesh,
+        dtype="float32" if trains_all(recipe) else recipe.dtype,
+        fp8=frozen_in_fp8(recipe),
+        progress=True,
     )[1]
 
 
@@ -143,7 +160,7 @@ def abstract_trainable(
     places = leaves(sharding.shardings(config, mesh))
     for path, spec in leaves(schema.declare(config)).items():
         into, dtype = (trained, "float32") if trains(phase, path) else (frozen, recipe.dtype)
-        into[path] = jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=places[path])
+        into[path] = abstract_weight(spec, places[path], dtype, frozen_in_fp8(recipe))
     adapters = jax.tree.map(
         lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
         lora.abstract(config, targets),

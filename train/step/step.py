@@ -21,7 +21,8 @@ from nemoe_jax.adapters import lora
 from nemoe_jax.model import transformer
 from nemoe_jax.model.next_token import token_logprobs
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.schema import Tree, declare, leaves, unflatten
+from nemoe_jax.spec.fp8_weight import FakeQuantized, Fp8Weight, is_quantized
+from nemoe_jax.spec.schema import Tree, declare, leaves, map_with_path, unflatten
 from nemoe_jax.spec.sharding import compiler_options
 from train.data.loader import Batch
 from train.data.teacher_cache import TeacherBatch
@@ -30,7 +31,7 @@ from train.step.divergence import divergence, top_k_divergence
 from train.step.loss import Sums, chunked_sums, masked_sum
 from train.step.optimizer import is_router
 
-Flat = dict[str, Array]  # {path: array}
+Flat = dict[str, Any]  # {path: array, or Fp8Weight}
 SCHEDULED = ("temperature", "kl_weight", "ce_weight")  # of distillation
 
 
@@ -54,7 +55,11 @@ def split(params: Tree, trains: Callable[[str], bool], dtype: Any, copy: bool = 
     """
     flat = leaves(params)
     trained = {path: jnp.array(array, jnp.float32, copy=copy) for path, array in flat.items() if trains(path)}
-    return trained, {path: array.astype(dtype) for path, array in flat.items() if path not in trained}
+    return trained, {
+        path: array if isinstance(array, Fp8Weight) else array.astype(dtype)
+        for path, array in flat.items()
+        if path not in trained
+    }
 
 
 def combine(trained: Flat, frozen: Flat) -> Tree:
@@ -175,7 +180,7 @@ class Objective:
 
     def _student(self, trainable: Tree, frozen: Flat, batch: Any) -> tuple[transformer.HiddenOutput, Tree, Tree]:
         """The model's hidden states; what of its head is trained, and what is frozen."""
-        params = combine(self._rounded(trainable["params"]), frozen)
+        params = self._quantized(combine(self._rounded(trainable["params"]), frozen))
         hidden = self._hidden(self.config, params, batch, trainable["adapters"] or None, self.recipe.remat)
         name = _head_of(self.config)
         head = {name: _gathered(self.config, params[name])}
@@ -236,6 +241,13 @@ class Objective:
             segments=batch.segments,
             remat=remat,
         )
+
+    def _quantized(self, params: Tree) -> Tree:
+        """The parameters as the model computes with them: linear maps as FP8 will hold them, if the recipe says so."""
+        if self.recipe.quantize is None:
+            return params
+        specs = leaves(declare(self.config))
+        return map_with_path(lambda path, leaf: FakeQuantized(leaf) if is_quantized(specs[path]) else leaf, params)
 
     def _rounded(self, params: Flat) -> Flat:
         """Master weights in the dtype of computation, routers excepted: bfloat16 ties would change the experts."""

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from nemoe_jax.spec.fp8_weight import Fp8Weight
+
 
 class Tile(NamedTuple):
     """Some rows in a row, of which `mine` belong to the tile's expert and to no other tile."""
@@ -92,7 +94,10 @@ def dot(x: jax.Array, w: jax.Array, axes: tuple[int, int] = (1, 0)) -> jax.Array
     return lax.dot_general(x, w, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def pick(array: jax.Array, expert: jax.Array) -> jax.Array:
+def pick(array: jax.Array | Fp8Weight, expert: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """An expert's part; of FP8 weights that matrix alone, dequantized."""
+    if isinstance(array, Fp8Weight):
+        return array.at(expert).dequantized(dtype)
     return lax.dynamic_index_in_dim(array, expert, keepdims=False)
 
 
@@ -103,7 +108,7 @@ def tiled_matmul(x_RD, w_EDF, sizes_E, transpose=False):
         return tile.write(y_RF, dot(tile.read(x_RD), w_DF, axes))
 
     y_RF = jnp.zeros((rows, w_EDF.shape[1 if transpose else 2]), x_RD.dtype)
-    return for_each_tile(sizes_E, rows, functools.partial(pick, w_EDF), work, y_RF)
+    return for_each_tile(sizes_E, rows, functools.partial(pick, w_EDF, dtype=x_RD.dtype), work, y_RF)
 
 
 def tiled_outer(x_RD, dy_RF, sizes_E):
@@ -114,18 +119,18 @@ def tiled_outer(x_RD, dy_RF, sizes_E):
     return for_each_tile(sizes_E, len(x_RD), lambda expert: None, work, dw_EDF)
 
 
-def _beside(maps: Any, expert: jax.Array) -> jax.Array:
+def _beside(maps: Any, expert: jax.Array, dtype: Any) -> jax.Array:
     """An expert's weights and first factors side by side, (D, F + … + K + …), for one product instead of several.
 
     The copy takes the place of that which picks the expert's weights anyway.
     """
     columns = [*(w_EDF for w_EDF, _, _ in maps), *(a_EDK for _, a_EDK, _ in maps)]
-    return jnp.concatenate([pick(array, expert) for array in columns], axis=1)
+    return jnp.concatenate([pick(array, expert, dtype) for array in columns], axis=1)
 
 
 def tiled_lora(x_RD, maps, sizes_E, scales):
     def prepare(expert):
-        return _beside(maps, expert), [pick(b_EKF, expert) for _, _, b_EKF in maps]
+        return _beside(maps, expert, x_RD.dtype), [pick(b_EKF, expert) for _, _, b_EKF in maps]
 
     def work(tile, weights, carry):
         (wa, bs), (ys, lows) = weights, carry
@@ -143,7 +148,7 @@ def tiled_lora(x_RD, maps, sizes_E, scales):
 
 def tiled_lora_gradients(x_RD, lows, dys, maps, sizes_E, scales):
     def prepare(expert):
-        return _beside(maps, expert), [pick(b_EKF, expert) for _, _, b_EKF in maps]
+        return _beside(maps, expert, x_RD.dtype), [pick(b_EKF, expert) for _, _, b_EKF in maps]
 
     def work(tile, weights, carry):
         (wa, bs), (dx_RD, das, dbs) = weights, carry

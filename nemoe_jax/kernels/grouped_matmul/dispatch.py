@@ -6,6 +6,9 @@
 over tiles of rows instead (cpu.py), and NVIDIA GPUs have kernels (gpu.py). Rows beyond
 the last group (experts that live on another device) are neither computed nor defined.
 
+Weights in FP8 stay so: tiles dequantize one expert's matrix each; where many rows go through `ragged_dot`, those of one
+layer's experts are dequantized, and none where the hardware has products in FP8.
+
 R rows, D inputs, F outputs, E experts, K rank of the adapters.
 """
 
@@ -17,11 +20,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from nemoe_jax.kernels.backend import target_platform
+from nemoe_jax.kernels.fp8 import fp8_matmul, has_fp8_products, quantize_rows
 from nemoe_jax.kernels.grouped_matmul.cpu import tiled_lora, tiled_lora_gradients, tiled_matmul, tiled_outer
+from nemoe_jax.spec.fp8_weight import Fp8Weight
+
+FEW_ROWS = 256  # so many a loop over the experts that have rows multiplies with each of them, on a TPU in FP8
 
 
 @jax.custom_vjp
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array | Fp8Weight, sizes_E: jax.Array) -> jax.Array:
     """(R, D), (E, D, F), int32 (E,) -> (R, F) in x's dtype; accumulates in float32.
 
     Differentiable in x and w. The gradient of w is a computation of its own, so that it vanishes from the compiled
@@ -39,7 +46,13 @@ def _backward(residuals, dy_RF):
     dx_RD = lax.platform_dependent(
         dy_RF, w_EDF, sizes_E, cpu=functools.partial(tiled_matmul, transpose=True), default=_ragged_matmul_transposed
     )
-    return dx_RD, _outer(x_RD, dy_RF, sizes_E).astype(w_EDF.dtype), None
+    return dx_RD, _weight_gradient(w_EDF, x_RD, dy_RF, sizes_E), None
+
+
+def _weight_gradient(w_EDF, x_RD, dy_RF, sizes_E):
+    if isinstance(w_EDF, Fp8Weight):  # frozen always
+        return jax.tree.map(jnp.zeros_like, w_EDF)
+    return _outer(x_RD, dy_RF, sizes_E).astype(w_EDF.dtype)
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -48,7 +61,7 @@ grouped_matmul.defvjp(_forward, _backward)
 class Adapted(NamedTuple):
     """The experts' weights with their adapters: x @ w + scale · (x @ a) @ b."""
 
-    w_EDF: jax.Array
+    w_EDF: jax.Array | Fp8Weight
     a_EDK: jax.Array
     b_EKF: jax.Array
     scale: float
@@ -90,15 +103,23 @@ def _lora_backward(scales, residuals, dys):
         cpu=functools.partial(tiled_lora_gradients, scales=scales),
         default=functools.partial(_ragged_lora_gradients, scales=scales),
     )
-    gradients = tuple((_outer(x_RD, dy_RF, sizes_E), *ab) for dy_RF, ab in zip(dys, factors, strict=True))
-    return dx_RD, jax.tree.map(lambda gradient, weight: gradient.astype(weight.dtype), gradients, maps), None
+    gradients = tuple(
+        (_weight_gradient(w_EDF, x_RD, dy_RF, sizes_E), da.astype(a.dtype), db.astype(b.dtype))
+        for (w_EDF, a, b), dy_RF, (da, db) in zip(maps, dys, factors, strict=True)
+    )
+    return dx_RD, gradients, None
 
 
 _lora.defvjp(_lora_forward, _lora_backward)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda array: array.astype(dtype), tree)
+    """Arrays in a dtype; FP8 weights as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, Fp8Weight) else leaf.astype(dtype)
+
+    return jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
 
 
 def _outer(x_RD, dy_RF, sizes_E):
@@ -115,12 +136,53 @@ def _ragged_matmul(x_RD, w_EDF, sizes_E):
     if target_platform() == "gpu":
         from nemoe_jax.kernels.grouped_matmul.gpu import gpu_matmul  # Pallas takes half a second to import
 
-        return gpu_matmul(x_RD, w_EDF, sizes_E)
+        if not isinstance(w_EDF, Fp8Weight):
+            return gpu_matmul(x_RD, w_EDF, sizes_E)
+        if w_EDF.scale.shape[1] > 1:
+            return gpu_matmul(x_RD, w_EDF.dequantized(x_RD.dtype, stacked=1), sizes_E)
+        y_RF = gpu_matmul(x_RD, w_EDF.values, sizes_E)
+        return (y_RF * _scale_of_rows(w_EDF, sizes_E, len(y_RF))).astype(x_RD.dtype)
+    if isinstance(w_EDF, Fp8Weight):
+        if len(x_RD) <= FEW_ROWS and x_RD.dtype != jnp.float32:
+            return _each_expert(x_RD, w_EDF, sizes_E)
+        if has_fp8_products(x_RD.dtype) and w_EDF.scale.shape[1] == 1:
+            return _ragged_fp8(x_RD, w_EDF, sizes_E)
+        w_EDF = w_EDF.dequantized(x_RD.dtype, stacked=1)
     precision = precision_of(x_RD.dtype)
     return lax.ragged_dot(x_RD, w_EDF, sizes_E, precision=precision, preferred_element_type=x_RD.dtype)
 
 
+def _scale_of_rows(w_EDF, sizes_E, rows):
+    """Each row's scales, (R, F), where they are those of outputs alone."""
+    expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows), side="right", method="compare_all")
+    return w_EDF.scale[:, 0].at[expert_R].get(mode="clip")
+
+
+def _each_expert(x_RD, w_EDF, sizes_E):
+    """All rows with the matrix of each expert that has some, one after another: what costs is reading the matrices."""
+    ends_E = jnp.cumsum(sizes_E)
+    busy_E = jnp.argsort(sizes_E == 0)  # stable: first the experts that have rows
+
+    def run(number, y_RF):
+        expert = busy_E[number]
+        row_R = jnp.arange(len(x_RD))
+        mine_R = (row_R >= ends_E[expert] - sizes_E[expert]) & (row_R < ends_E[expert])
+        return jnp.where(mine_R[:, None], fp8_matmul(x_RD, w_EDF.at(expert)), y_RF)
+
+    y_RF = jnp.zeros((len(x_RD), w_EDF.shape[2]), x_RD.dtype)
+    return lax.fori_loop(0, jnp.sum(sizes_E > 0), run, y_RF)
+
+
+def _ragged_fp8(x_RD, w_EDF, sizes_E):
+    """Products in FP8, of rows and weights with a scale for each row and each output."""
+    x_RD, scale_R1 = quantize_rows(x_RD)
+    y_RF = lax.ragged_dot(x_RD, w_EDF.values, sizes_E, preferred_element_type=jnp.float32)
+    return (y_RF * scale_R1 * _scale_of_rows(w_EDF, sizes_E, len(x_RD))).astype(jnp.bfloat16)
+
+
 def _ragged_matmul_transposed(dy_RF, w_EDF, sizes_E):
+    if isinstance(w_EDF, Fp8Weight):
+        w_EDF = w_EDF.dequantized(dy_RF.dtype, stacked=1)
     if target_platform() == "gpu":
         from nemoe_jax.kernels.grouped_matmul.gpu import gpu_matmul  # Pallas takes half a second to import
 

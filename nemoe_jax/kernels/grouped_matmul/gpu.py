@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from nemoe_jax.spec.fp8_weight import E4M3
+
 _LEAST = 16  # the smallest side of a tensor core's product
 _BAND = 16  # tiles of rows that run at the same time over the same columns, so that both come out of the cache
 
@@ -81,6 +83,7 @@ def gpu_matmul(
 
     Args:
         matrix_E: int32: which matrix is a group's own; by default there are as many, in order.
+        w_NDF: in x's dtype, or in float8_e4m3fn, whose scales are for the caller to multiply with.
         transpose: the weights are (N, F, D), and are read as they lie.
         blocks: by default `row_blocks`.
         interpret: runs it on any platform, slowly.
@@ -88,7 +91,9 @@ def gpu_matmul(
     rows, groups = x_RD.shape[0], sizes_E.shape[0]
     blocks = blocks or row_blocks(rows, groups, x_RD.dtype)
     width = w_NDF.shape[1 if transpose else 2]
-    x_RD, w_NDF = _padded(x_RD, blocks.rows), _padded(w_NDF.astype(x_RD.dtype))
+    if w_NDF.dtype != E4M3:  # which a tile widens when it is read
+        w_NDF = w_NDF.astype(x_RD.dtype)
+    x_RD, w_NDF = _padded(x_RD, blocks.rows), _padded(w_NDF)
     padded = w_NDF.shape[1 if transpose else 2]
     inner, columns = _divisor(x_RD.shape[1], blocks.inner), _divisor(padded, blocks.columns)
     tiles = tiles_at_most(rows, groups, blocks.rows)
@@ -134,7 +139,7 @@ def _matmul_kernel(x_ref, w_ref, sizes_ref, matrix_ref, y_ref, *, blocks, band, 
         def step(i, sofar):
             span = pl.ds(i * blocks.inner, blocks.inner)
             w = w_ref[matrix, columns, span] if transpose else w_ref[matrix, span, columns]
-            return sofar + _dot(x_ref[at, span], w, 1, 1 if transpose else 0)
+            return sofar + _dot(x_ref[at, span], w.astype(x_ref.dtype), 1, 1 if transpose else 0)
 
         zero = jnp.zeros((blocks.rows, blocks.columns), jnp.float32)
         y = lax.fori_loop(0, x_ref.shape[1] // blocks.inner, step, zero)

@@ -1,0 +1,63 @@
+"""Products with weights that stay in FP8.
+
+    y_RF = fp8_matmul(x_RD, weight)           weight.values (D, F) in float8_e4m3fn, weight.scale (blocks, F) in float32
+
+Where the hardware multiplies in FP8 (`has_fp8_products`) activations are rounded to float8_e4m3fn as well, each row by
+its own scale. Elsewhere one matrix is dequantized where it is used: compilers do so as they read it for the product.
+
+R rows, D inputs, F outputs, K blocks of inputs that share a scale, E experts.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nemoe_jax.kernels.backend import target_device_kind, target_platform
+from nemoe_jax.spec.fp8_weight import E4M3, MAX, Fp8Weight, widen
+
+_TPUS = ("TPU v6 lite", "TPU v6e", "TPU7x", "TPU v7")  # whose products take FP8
+_CAPABILITY = 8.9  # of NVIDIA's: Ada, Hopper and later
+
+
+def has_fp8_products(dtype: Any) -> bool:
+    """Whether rows of that dtype are rounded to FP8 for products with FP8 weights on the target device."""
+    if dtype != jnp.bfloat16:
+        return False
+    platform = target_platform()
+    if platform == "tpu":
+        return target_device_kind().startswith(_TPUS)
+    if platform != "gpu":
+        return False
+    try:
+        return float(jax.local_devices(backend="gpu")[0].compute_capability) >= _CAPABILITY
+    except RuntimeError:  # compiled for a card that is not there: one for data centers
+        return True
+
+
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float8_e4m3fn (…, D) and float32 scales (…, 1) whose product is x, rounded: max |x| / 448 of each row."""
+    x = x.astype(jnp.float32)
+    largest = jnp.abs(x).max(axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest / MAX, 1)
+    return (x / scale).clip(-MAX, MAX).astype(E4M3), scale
+
+
+def fp8_matmul(x_RD: jax.Array, weight: Fp8Weight) -> jax.Array:
+    """x @ (values · scale), (R, F) in x's dtype; sums in float32."""
+    depth, blocks = weight.values.shape[0], weight.scale.shape[0]
+    if has_fp8_products(x_RD.dtype):
+        x_RD, scale_R1 = quantize_rows(x_RD)
+        x_RKD, values_KDF = (
+            x_RD.reshape(-1, blocks, depth // blocks),
+            weight.values.reshape(blocks, depth // blocks, -1),
+        )
+        y_KRF = jnp.einsum("rkd,kdf->krf", x_RKD, values_KDF, preferred_element_type=jnp.float32)
+        return (jnp.sum(y_KRF * weight.scale[:, None], axis=0) * scale_R1).astype(jnp.bfloat16)
+    precision = lax.Precision.HIGHEST if x_RD.dtype == jnp.float32 else None
+    if blocks == 1:
+        values_DF = widen(weight.values).astype(x_RD.dtype)
+        y_RF = jnp.matmul(x_RD, values_DF, precision=precision, preferred_element_type=jnp.float32)
+        return (y_RF * weight.scale).astype(x_RD.dtype)
+    return jnp.matmul(x_RD, weight.dequantized(x_RD.dtype), precision=precision)

@@ -1,0 +1,201 @@
+"""Weights that stay in FP8 against the same weights dequantized; a cache with a checkpoint's scales."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from convert.quantize import QuantizeOptions, quantize
+from nemoe_jax.adapters import lora
+from nemoe_jax.checkpoints.pretrained import load_pretrained, save_pretrained
+from nemoe_jax.errors import UserError
+from nemoe_jax.kernels import fp8
+from nemoe_jax.kernels.grouped_matmul import dispatch
+from nemoe_jax.model.kv_cache import empty_cache
+from nemoe_jax.model.transformer import forward, hidden_states
+from nemoe_jax.spec import schema
+from nemoe_jax.spec.fp8_weight import Fp8Weight, is_quantized
+from nemoe_jax.spec.mesh import make_mesh
+from tests.support.configs import CONFIGS, DENSE, MIXTRAL
+
+TOKENS = np.random.default_rng(0).integers(0, 72, (2, 9))
+EVEN = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 16}  # widths that blocks of 16 divide
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Models of random weights as directories: the configs', and two whose weights are in blocks."""
+    root = tmp_path_factory.mktemp("models")
+    configs = CONFIGS | {
+        "dense blocks": DENSE.replace(ffn=48, **EVEN),
+        "mixtral blocks": MIXTRAL.replace(expert_ffn=48, **EVEN),
+    }
+    for name, config in configs.items():
+        save_pretrained(root / name, config, schema.initialize(config, jax.random.key(0)))
+        if "blocks" in name:
+            quantize(root / name, root / f"{name} fp8", QuantizeOptions("fp8-block"))
+    return root
+
+
+def load(models, name, mesh=None):
+    """The config, the parameters in FP8 and the same dequantized."""
+    in_blocks = "blocks" in name
+    directory = models / f"{name} fp8" if in_blocks else models / name
+    config, params = load_pretrained(directory, mesh=mesh, fp8=None if in_blocks else True)
+    return config, params, dequantized(config, params)
+
+
+def dequantized(config, params):
+    specs = schema.leaves(schema.declare(config))
+
+    def of(path, leaf):
+        assert isinstance(leaf, Fp8Weight) == is_quantized(specs[path])
+        return leaf.dequantized(jnp.float32, len(specs[path].stacked)) if isinstance(leaf, Fp8Weight) else leaf
+
+    return schema.map_with_path(of, params)
+
+
+def assert_same(got, expected):
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.std(expected))
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "dense blocks", "mixtral blocks"])
+def test_logits_are_those_of_dequantized_weights(models, name):
+    config, params, same = load(models, name)
+    run = jax.jit(lambda params: forward(config, params, TOKENS).logits)
+    assert_same(run(params), run(same))
+    if "blocks" in name:
+        assert params["blocks"][next(iter(params["blocks"]))]["attn"]["q"].scale.shape[1] == 2  # of 16 inputs each
+    again = models / f"{name} again"
+    save_pretrained(again, config, params)
+    assert_same(run(load_pretrained(again, dtype=jnp.float32)[1]), run(same))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "dense blocks", "mixtral blocks"])
+def test_decoding_gives_the_same(models, name):
+    config, params, same = load(models, name)
+
+    @jax.jit
+    def run(params):
+        cache = hidden_states(config, params, TOKENS[:, :8], cache=empty_cache(config, 2, 16, jnp.float32)).cache
+        return forward(config, params, TOKENS[:, 8:], cache=cache).logits
+
+    assert_same(run(params), run(same))
+
+
+def test_adapters_on_a_base_in_fp8_learn_as_on_the_same_weights(models):
+    config, params, same = load(models, "mixtral")
+    targets = [lora.Target("blocks/*/ffn/*", 2, 4.0), lora.Target("blocks/*/attn/q", 2, 4.0)]
+    adapters = lora.initialize(config, targets, jax.random.key(1))
+    adapters = jax.tree.map(lambda a: a + 0.02 * jax.random.normal(jax.random.key(2), a.shape), adapters)
+
+    def loss(adapters, params):
+        return jnp.mean(forward(config, params, TOKENS, adapters=adapters).logits ** 2)
+
+    got, expected = (jax.jit(jax.grad(loss))(adapters, tree) for tree in (params, same))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * max(np.abs(other).max(), 1e-3))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("mixtral blocks", {"fsdp": 2, "expert": 2, "tensor": 2}), ("dense blocks", {"fsdp": 4, "tensor": 2})],
+)
+def test_meshes_give_the_same(models, name, sizes):
+    config, _, same = load(models, name)
+    mesh = make_mesh(sizes)
+    _, params, _ = load(models, name, mesh)
+    batch = np.concatenate([TOKENS, TOKENS])
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda params: forward(config, params, batch).logits)(params)
+    assert_same(np.asarray(got)[:2], forward(config, same, TOKENS).logits)
+
+
+@pytest.mark.parametrize("name", ["dense", "mixtral", "dense blocks"])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_no_compiled_step_holds_a_float_copy_of_a_stack(models, name, rows):
+    config, params, _ = load(models, name)
+    cache = empty_cache(config, rows, 16, jnp.float32)
+    step = jax.jit(lambda params, cache, tokens: forward(config, params, tokens, cache=cache).logits)
+    text = step.lower(params, cache, jnp.zeros((rows, 1), jnp.int32)).compile().as_text()
+    specs = schema.leaves(schema.declare(config)["blocks"]).values()
+    sizes = {math.prod(spec.shape) for spec in specs if is_quantized(spec)}
+    found = re.findall(rf" = (?:f32|bf16|f16)\[({config.layers}(?:,\d+)+)\]", text)
+    assert found and not sizes & {math.prod(map(int, shape.split(","))) for shape in found}
+
+
+def test_products_in_fp8_round_each_row_by_its_own_scale(monkeypatch):
+    """By the definition: both factors in float8_e4m3fn, sums in float32."""
+    monkeypatch.setattr(fp8, "has_fp8_products", lambda dtype: True)
+    monkeypatch.setattr(dispatch, "has_fp8_products", lambda dtype: True)
+    generator = np.random.default_rng(1)
+    x_RD = generator.standard_normal((6, 32)).astype(ml_dtypes.bfloat16)
+    x_RD[2] = 0
+    values_EDF = generator.standard_normal((3, 32, 8)).astype(ml_dtypes.float8_e4m3fn)
+    scale_RX = np.maximum(np.abs(x_RD.astype(np.float32)).max(1, keepdims=True), 1e-30) / 448
+    rounded_RD = (x_RD.astype(np.float32) / scale_RX).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale_RX
+    for blocks in (1, 4):
+        scale_EKF = generator.uniform(0.5, 2, (3, blocks, 8)).astype(np.float32)
+        w_EDF = values_EDF.astype(np.float32) * np.repeat(scale_EKF, 32 // blocks, 1)
+        weight = Fp8Weight(jnp.asarray(values_EDF), jnp.asarray(scale_EKF))
+        got = fp8.fp8_matmul(jnp.asarray(x_RD), weight.at(1))
+        np.testing.assert_allclose(got.astype(np.float32), rounded_RD @ w_EDF[1], rtol=2**-7, atol=1e-2)
+        sizes_E = jnp.array([2, 0, 4])
+        expected = np.concatenate([rounded_RD[:2] @ w_EDF[0], rounded_RD[2:] @ w_EDF[2]])
+        for product in (dispatch._each_expert, dispatch._ragged_fp8)[: 2 if blocks == 1 else 1]:
+            got = product(jnp.asarray(x_RD), weight, sizes_E)
+            np.testing.assert_allclose(got.astype(np.float32), expected, rtol=2**-7, atol=1e-2)
+
+
+@pytest.fixture
+def wide_keys(models, tmp_path):
+    """A model in FP8 whose keys are beyond float8's range, with scales for its cache."""
+    quantize(models / "dense", tmp_path / "wide", QuantizeOptions("fp8-dynamic"))
+    path = tmp_path / "wide" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    for layer in range(DENSE.layers):
+        name = f"model.layers.{layer}.self_attn."
+        tensors[f"{name}q_proj.weight_scale"] /= 4096
+        tensors[f"{name}k_proj.weight_scale"] *= 4096
+        tensors |= {f"{name}k_scale": torch.tensor([24.0]), f"{name}v_scale": torch.tensor([0.011])}
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+def test_a_cache_in_fp8_takes_the_checkpoints_scales(wide_keys):
+    config, params = load_pretrained(wide_keys.parent)
+
+    def distance(params):
+        cache = hidden_states(config, params, TOKENS[:, :8], cache=empty_cache(config, 2, 16, jnp.float8_e4m3fn)).cache
+        got = forward(config, params, TOKENS[:, 8:], cache=cache).logits
+        expected = forward(config, params, TOKENS).logits[:, 8:]
+        return float(np.std(got - expected) / np.std(expected))
+
+    without = schema.map_with_path(
+        lambda path, leaf: Fp8Weight(leaf.values, leaf.scale) if isinstance(leaf, Fp8Weight) else leaf, params
+    )
+    assert distance(params) < 0.06 < 0.2 < distance(without)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "message"),
+    [
+        ("self_attn.k_scale", None, "expected one scale for an FP8 cache, got none"),
+        ("self_attn.v_scale", [1, 2], "expected one scale for an FP8 cache, got 2"),
+        ("self_attn.k_scale", [0], "expected finite scales above 0"),
+        ("mlp.down_proj.input_scale", [np.nan], "expected finite scales above 0"),
+    ],
+)
+def test_bad_scales_of_activations_are_named(wide_keys, name, scale, message):
+    tensors = safetensors.torch.load_file(wide_keys)
+    tensors.pop(f"model.layers.1.{name}", None)
+    tensors |= {} if scale is None else {f"model.layers.1.{name}": torch.tensor(scale).float()}
+    safetensors.torch.save_file(tensors, wide_keys)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(wide_keys.parent)
