@@ -44,20 +44,39 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (x / scale).clip(-MAX, MAX).astype(E4M3), scale
 
 
-def fp8_matmul(x_RD: jax.Array, weight: Fp8Weight) -> jax.Array:
-    """x @ (values · scale), (R, F) in x's dtype; sums in float32."""
+def fp8_matmul(x: jax.Array, weight: Fp8Weight) -> jax.Array:
+    """(R, inputs…), weights (inputs…, outputs…) -> (R, outputs…) in x's dtype: x @ (values · scale), summed in float32.
+
+    Axes are not flattened where scales are those of outputs alone: a TPU would copy the weights for it, in float32.
+    """
+    dtype, blocks, inputs = x.dtype, weight.scale.shape[0], x.ndim - 1
+    if blocks > 1:
+        return _by_blocks(x.reshape(len(x), -1), weight.matrices()).reshape(len(x), *weight.shape[inputs:])
+    values, of_rows = weight.values, None
+    if has_fp8_products(dtype):
+        x, of_rows = quantize_rows(x.reshape(len(x), -1))
+        x = x.reshape(len(x), *values.shape[:inputs])
+    else:
+        values = widen(values).astype(dtype)
+    contracted = tuple(range(1, inputs + 1)), tuple(range(inputs))
+    y = lax.dot_general(
+        x, values, (contracted, ((), ())), precision=_precision(dtype), preferred_element_type=jnp.float32
+    )
+    y *= weight.scale
+    return (y if of_rows is None else y * of_rows.reshape(-1, *(1,) * (y.ndim - 1))).astype(dtype)
+
+
+def _by_blocks(x_RD: jax.Array, weight: Fp8Weight) -> jax.Array:
+    """`fp8_matmul` where several blocks of inputs have scales of their own, (R, F)."""
     depth, blocks = weight.values.shape[0], weight.scale.shape[0]
-    if has_fp8_products(x_RD.dtype):
-        x_RD, scale_R1 = quantize_rows(x_RD)
-        x_RKD, values_KDF = (
-            x_RD.reshape(-1, blocks, depth // blocks),
-            weight.values.reshape(blocks, depth // blocks, -1),
-        )
-        y_KRF = jnp.einsum("rkd,kdf->krf", x_RKD, values_KDF, preferred_element_type=jnp.float32)
-        return (jnp.sum(y_KRF * weight.scale[:, None], axis=0) * scale_R1).astype(jnp.bfloat16)
-    precision = lax.Precision.HIGHEST if x_RD.dtype == jnp.float32 else None
-    if blocks == 1:
-        values_DF = widen(weight.values).astype(x_RD.dtype)
-        y_RF = jnp.matmul(x_RD, values_DF, precision=precision, preferred_element_type=jnp.float32)
-        return (y_RF * weight.scale).astype(x_RD.dtype)
-    return jnp.matmul(x_RD, weight.dequantized(x_RD.dtype), precision=precision)
+    if not has_fp8_products(x_RD.dtype):
+        return jnp.matmul(x_RD, weight.dequantized(x_RD.dtype), precision=_precision(x_RD.dtype))
+    rounded_RD, scale_R1 = quantize_rows(x_RD)
+    x_RKD = rounded_RD.reshape(-1, blocks, depth // blocks)
+    values_KDF = weight.values.reshape(blocks, depth // blocks, -1)
+    y_KRF = jnp.einsum("rkd,kdf->krf", x_RKD, values_KDF, preferred_element_type=jnp.float32)
+    return (jnp.sum(y_KRF * weight.scale[:, None], axis=0) * scale_R1).astype(x_RD.dtype)
+
+
+def _precision(dtype: Any) -> lax.Precision | None:
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -74,12 +74,12 @@ def _contract(
         return w.multiply(x, inputs)
     if group_sizes is not None:
         return grouped_matmul(x, w if isinstance(w, Fp8Weight) else w.astype(x.dtype), group_sizes)
-    # one matrix product: on CPU the gradients of products over several axes are several times slower
     rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
-    x = x.reshape(-1, math.prod(w.shape[:inputs]))
     if isinstance(w, Fp8Weight):
-        return fp8_matmul(x, w.matrices()).reshape(*rows, *outputs)
+        return fp8_matmul(x.reshape(-1, *w.shape[:inputs]), w).reshape(*rows, *outputs)
     assert w.dtype != jnp.uint16, "bits are no numbers"
+    # one matrix product: on CPU the gradients of products over several axes are several times slower
+    x = x.reshape(-1, math.prod(w.shape[:inputs]))
     w = w.astype(x.dtype).reshape(x.shape[1], -1)
     return jnp.matmul(x, w, precision=precision_of(x.dtype)).reshape(*rows, *outputs)
 

@@ -65,7 +65,7 @@ def assert_same(got, expected):
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.std(expected))
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "dense blocks", "mixtral blocks"])
+@pytest.mark.parametrize("name", ["nekomind", "mixtral blocks"])
 def test_logits_are_those_of_dequantized_weights(models, name):
     config, params, same = load(models, name)
     run = jax.jit(lambda params: forward(config, params, TOKENS).logits)
@@ -77,7 +77,7 @@ def test_logits_are_those_of_dequantized_weights(models, name):
     assert_same(run(load_pretrained(again, dtype=jnp.float32)[1]), run(same))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "dense blocks", "mixtral blocks"])
+@pytest.mark.parametrize("name", ["nekomind", "mixtral blocks"])
 def test_decoding_gives_the_same(models, name):
     config, params, same = load(models, name)
 
@@ -92,8 +92,10 @@ def test_decoding_gives_the_same(models, name):
 def test_adapters_on_a_base_in_fp8_learn_as_on_the_same_weights(models):
     config, params, same = load(models, "mixtral")
     targets = [lora.Target("blocks/*/ffn/*", 2, 4.0), lora.Target("blocks/*/attn/q", 2, 4.0)]
-    adapters = lora.initialize(config, targets, jax.random.key(1))
-    adapters = jax.tree.map(lambda a: a + 0.02 * jax.random.normal(jax.random.key(2), a.shape), adapters)
+    generator = np.random.default_rng(1)
+    adapters = jax.tree.map(
+        lambda array: np.float32(0.1 * generator.standard_normal(array.shape)), lora.abstract(config, targets)
+    )
 
     def loss(adapters, params):
         return jnp.mean(forward(config, params, TOKENS, adapters=adapters).logits ** 2)
@@ -114,19 +116,18 @@ def test_meshes_give_the_same(models, name, sizes):
     batch = np.concatenate([TOKENS, TOKENS])
     with jax.set_mesh(mesh):
         got = jax.jit(lambda params: forward(config, params, batch).logits)(params)
-    assert_same(np.asarray(got)[:2], forward(config, same, TOKENS).logits)
+    assert_same(np.asarray(got)[:2], jax.jit(lambda params: forward(config, params, TOKENS).logits)(same))
 
 
-@pytest.mark.parametrize("name", ["dense", "mixtral", "dense blocks"])
-@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize(("name", "rows"), [("nekomind", 1), ("mixtral", 16), ("dense blocks", 1)])
 def test_no_compiled_step_holds_a_float_copy_of_a_stack(models, name, rows):
     config, params, _ = load(models, name)
     cache = empty_cache(config, rows, 16, jnp.float32)
     step = jax.jit(lambda params, cache, tokens: forward(config, params, tokens, cache=cache).logits)
     text = step.lower(params, cache, jnp.zeros((rows, 1), jnp.int32)).compile().as_text()
-    specs = schema.leaves(schema.declare(config)["blocks"]).values()
-    sizes = {math.prod(spec.shape) for spec in specs if is_quantized(spec)}
-    found = re.findall(rf" = (?:f32|bf16|f16)\[({config.layers}(?:,\d+)+)\]", text)
+    specs = [spec for spec in schema.leaves(schema.declare(config)).values() if is_quantized(spec)]
+    sizes, layers = {math.prod(spec.shape) for spec in specs}, {str(spec.shape[0]) for spec in specs}
+    found = re.findall(rf" = (?:f32|bf16|f16)\[((?:{'|'.join(layers)})(?:,\d+)+)\]", text)
     assert found and not sizes & {math.prod(map(int, shape.split(","))) for shape in found}
 
 
@@ -171,11 +172,12 @@ def wide_keys(models, tmp_path):
 def test_a_cache_in_fp8_takes_the_checkpoints_scales(wide_keys):
     config, params = load_pretrained(wide_keys.parent)
 
+    @jax.jit
     def distance(params):
         cache = hidden_states(config, params, TOKENS[:, :8], cache=empty_cache(config, 2, 16, jnp.float8_e4m3fn)).cache
         got = forward(config, params, TOKENS[:, 8:], cache=cache).logits
         expected = forward(config, params, TOKENS).logits[:, 8:]
-        return float(np.std(got - expected) / np.std(expected))
+        return jnp.std(got - expected) / jnp.std(expected)
 
     without = schema.map_with_path(
         lambda path, leaf: Fp8Weight(leaf.values, leaf.scale) if isinstance(leaf, Fp8Weight) else leaf, params
