@@ -41,7 +41,7 @@ def test_what_comes_out_scores_in_fp8_as_in_training(workplace, tmp_path, monkey
     assert in_fp8 == pytest.approx(report["held_out_loss_after"], abs=1e-5)
     gate = load_pretrained("out")[1]["blocks"]["moe"]["ffn"]["gate"]
     rounded = params["blocks"]["moe"]["ffn"]["gate"].dequantized(jnp.float32, 2)
-    assert 1e-3 < float(jnp.abs(gate - rounded).max() / jnp.std(gate))  # unrounded it is another model
+    assert float(jnp.abs(gate - rounded).max() / jnp.std(gate)) > 1e-3  # unrounded it is another model
 
 
 def test_rounding_is_that_of_fp8_and_gradients_go_straight_through():
