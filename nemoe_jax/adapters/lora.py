@@ -146,16 +146,21 @@ def initialize(config: ModelConfig, targets: Sequence[Target], key: jax.Array, p
 
     def make(path: str, adapter: Adapter) -> Adapter:
         place = places.get(path, Adapter(None, None, adapter.scale))
-        a = _normal(adapter.a.shape, adapter.a.std, place.a)(_fold_in(key, path))
-        b = jax.jit(lambda: jnp.zeros(adapter.b.shape, jnp.float32), out_shardings=place.b)()
+        a = _normal(adapter.a.shape, place.a)(_fold_in(key, path), adapter.a.std)
+        b = _zeros(adapter.b.shape, place.b)()
         return dataclasses.replace(adapter, a=a, b=b)
 
     return map_with_path(make, declare(config, targets))
 
 
 @functools.lru_cache(maxsize=32)  # one compilation for the arrays of one shape
-def _normal(shape: tuple[int, ...], std: float, place: jax.sharding.Sharding | None) -> Any:
-    return jax.jit(lambda key: std * jax.random.normal(key, shape, jnp.float32), out_shardings=place)
+def _normal(shape: tuple[int, ...], place: jax.sharding.Sharding | None) -> Any:
+    return jax.jit(lambda key, std: std * jax.random.normal(key, shape, jnp.float32), out_shardings=place)
+
+
+@functools.lru_cache(maxsize=32)
+def _zeros(shape: tuple[int, ...], place: jax.sharding.Sharding | None) -> Any:
+    return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=place)
 
 
 def _fold_in(key: jax.Array, path: str) -> jax.Array:

@@ -13,6 +13,7 @@ Shapes, initial values, counts, checkpoint keys, shardings (sharding.py) and ada
 
 import dataclasses
 import itertools
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -229,20 +230,26 @@ def initialize(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, sh
     """
     specs = leaves(declare(config))
     placed = leaves(shardings) if shardings else dict.fromkeys(specs)
-
-    def make(spec: ParamSpec, key: jax.Array) -> jax.Array:
-        if spec.std is None:
-            return jnp.ones(spec.shape, dtype)
-        values = jax.random.normal(key, (math.prod(spec.shape),), jnp.float32)  # flat: compiles several times faster
-        return (spec.std * values).astype(dtype).reshape(spec.shape)
-
     keys = jax.random.split(key, len(specs))
     return unflatten(
         {
-            path: jax.jit(make, static_argnums=0, out_shardings=placed[path])(spec, keys[number])
+            path: _first_values(spec.shape, spec.std is None, jnp.dtype(dtype), placed[path])(keys[number], spec.std)
             for number, (path, spec) in enumerate(specs.items())
         }
     )
+
+
+@functools.lru_cache(maxsize=256)  # one compilation for the arrays of one shape
+def _first_values(shape: tuple[int, ...], ones: bool, dtype: Any, place: jax.sharding.Sharding | None) -> Any:
+    """A compiled function from a key and a standard deviation to an array."""
+
+    def make(key: jax.Array, std: Any) -> jax.Array:
+        if ones:
+            return jnp.ones(shape, dtype)
+        values = jax.random.normal(key, (math.prod(shape),), jnp.float32)  # flat: compiles several times faster
+        return (jnp.float32(std) * values).astype(dtype).reshape(shape)
+
+    return jax.jit(make, out_shardings=place)
 
 
 def count(config: ModelConfig) -> tuple[int, int]:
