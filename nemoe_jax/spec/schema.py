@@ -12,8 +12,8 @@ Shapes, initial values, counts, checkpoint keys, shardings (sharding.py) and ada
 """
 
 import dataclasses
-import itertools
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
