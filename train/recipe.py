@@ -179,15 +179,26 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """AdamW with a warm-up and a schedule."""
+    """AdamW or Muon with a warm-up and a schedule."""
+
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: of what is trained itself, the matrices within the blocks by orthogonalized momentum, "
+        "with steps as large as AdamW's; embedding, head, norms, routers and adapters by AdamW",
+    )
 
     learning_rate: float = Field(gt=0, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="steps of linear rise to the peak")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="fall after the warm-up")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine",
+        description="fall after the warm-up; wsd: stable, then linear over the last decay_fraction of the steps",
+    )
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="of wsd: share of the steps in which the rate falls")
     final_fraction: float = Field(0.0, ge=0, le=1, description="learning rate at the last step, as a share of the peak")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     no_decay: Globs = Field(["*norm"], description="globs over the parameter paths that have no weight decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the gradient's mean")
+    momentum: float = Field(0.95, ge=0, lt=1, description="of muon: decay of the momentum")
     beta2: float = Field(0.95, ge=0, lt=1, description="decay of the squared gradient's mean")
     clip_norm: float = Field(1.0, gt=0, description="largest global norm of the gradient")
     router_learning_rate_scale: float = Field(
@@ -213,7 +224,7 @@ class Phase(Section):
         None, description="train on pairs of responses; the reference is the model as the phase begins"
     )
     data: Data = Field(description="text")
-    optimizer: Optimizer = Field(description="AdamW")
+    optimizer: Optimizer = Field(description="AdamW or Muon")
     steps: int = Field(gt=0, description="optimizer steps")
     tolerance: float | None = Field(
         None,

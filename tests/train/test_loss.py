@@ -8,7 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from nemoe_jax.adapters import lora
 from nemoe_jax.model.next_token import token_logprobs
+from nemoe_jax.spec.schema import declare, leaves
+from tests.support.train_runs import MIXTURE, random_params
 from train.recipe import Optimizer
 from train.step.divergence import divergence, top_k_divergence
 from train.step.loss import chunked_sums, masked_sum
@@ -154,7 +157,7 @@ def test_no_logits_of_all_tokens_are_held(optimized):
 
 @pytest.mark.parametrize(
     "schedule, middle, last",
-    [("cosine", 0.1 + 0.9 * 0.5, 0.1), ("linear", 0.1 + 0.9 * 0.5, 0.1), ("constant", 1.0, 1.0)],
+    [("cosine", 0.1 + 0.9 * 0.5, 0.1), ("linear", 0.1 + 0.9 * 0.5, 0.1), ("wsd", 1.0, 0.1), ("constant", 1.0, 1.0)],
 )
 def test_schedule(schedule, middle, last):
     options = Optimizer(learning_rate=0.2, warmup_steps=4, schedule=schedule, final_fraction=0.1)
@@ -190,6 +193,43 @@ def test_first_step_is_adamw_without_decay_on_norms_and_with_small_steps_for_sma
         step = -0.1 * (np.sign(gradient[name]) + decay)  # Adam's first step is the gradient's sign
         step = step * np.asarray(scale_L11) if name.endswith("router") else step
         np.testing.assert_allclose(update, step, rtol=1e-4, atol=1e-6 * np.abs(step).max(), err_msg=name)
+
+
+def test_wsd_is_stable_and_then_falls_over_the_last_fifth():
+    options = Optimizer(learning_rate=0.2, warmup_steps=4, schedule="wsd", decay_fraction=0.2, final_fraction=0.5)
+    rate = learning_rate_schedule(options, steps=40)
+    np.testing.assert_allclose([rate(step) for step in (4, 31, 32, 36, 40)], [0.2, 0.2, 0.2, 0.15, 0.1], rtol=1e-5)
+
+
+def test_muon_steps_along_orthogonal_matrices_and_leaves_the_rest_to_adam():
+    """Against the singular value decomposition: five Newton-Schulz iterations bring every singular value near 1."""
+    rng, config = np.random.default_rng(3), MIXTURE
+    params = {path: jnp.asarray(array) for path, array in leaves(random_params(config)).items()}
+    adapters = lora.initialize(config, [lora.Target("blocks/*/attn/q", 2, 4.0)], jax.random.key(0))
+    tree = {"params": params, "adapters": adapters}
+    gradient = jax.tree.map(lambda array: jnp.asarray(rng.normal(size=array.shape), jnp.float32), tree)
+    options = Optimizer(name="muon", learning_rate=0.1, schedule="constant", clip_norm=1e9)
+    optimizer, adam = (
+        make_optimizer(options.model_copy(update={"name": name}), 10, None, config) for name in ("muon", "adamw")
+    )
+    state = initial_state(tree, optimizer, 0)  # shapes and shardings of Muon's state are found
+    updates, _ = jax.jit(optimizer.update)(gradient, state.optimizer_state, tree)
+    expected, _ = jax.jit(adam.update)(gradient, adam.init(tree), tree)
+    specs = leaves(declare(config))
+    orthogonal = {path for path in params if path.startswith("blocks/") and "norm" not in path and "router" not in path}
+    for path, update in updates["params"].items():
+        if path not in orthogonal:
+            np.testing.assert_allclose(update, expected["params"][path], rtol=1e-5)
+            continue
+        rows, columns = specs[path].matrix_shape
+        matrix, moved = (
+            np.asarray(tree[path]).reshape(-1, rows, columns)[-1] for tree in (gradient["params"], updates["params"])
+        )
+        u, _, v = np.linalg.svd(matrix, full_matrices=False)
+        inside = np.diag(u.T @ (moved / (-0.1 * 0.2 * max(rows, columns) ** 0.5)) @ v.T)
+        assert inside.min() > 0.6 and inside.max() < 1.3, path
+    for one, other in zip(jax.tree.leaves(updates["adapters"]), jax.tree.leaves(expected["adapters"]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_gradients_are_clipped_by_their_global_norm():

@@ -135,7 +135,7 @@ def build_step(recipe: Recipe, devices: list[Any], phase_number: int | None = No
     prepare.check_fit(recipe.model_copy(update={"mesh": sizes_of_mesh}), phase, config, teacher_config)
 
     scale = np.ones((config.layers - config.dense_layers, 1, 1), np.float32) if config.experts else None
-    optimizer = make_optimizer(phase.optimizer, phase.steps, scale)
+    optimizer = make_optimizer(phase.optimizer, phase.steps, scale, config)
     trainable, frozen = prepare.abstract_trainable(recipe, phase, config, targets_of_phase, mesh)
     state = state_shape(trainable, optimizer)
     offline = phase.distill is not None and phase.distill.offline is not None

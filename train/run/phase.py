@@ -73,7 +73,7 @@ class PhaseRun:
     def __call__(self, params: Tree, signals: Signals, profile: Path | None) -> tuple[Tree, PhaseResult]:
         """The parameters after the phase (those before it where it was discarded), and what it came to."""
         phase = self.phase
-        optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh))
+        optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh), self.config)
         trainable, frozen = trainable_of(self.recipe, phase, self.config, self.targets, params, self.mesh)
         objective = make_objective(self.recipe, phase, self.config, self.teacher_config)
         if isinstance(objective, PreferenceObjective) and phase.preference and phase.preference.has_reference:

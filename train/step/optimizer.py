@@ -1,4 +1,4 @@
-"""AdamW over whatever tree is trained, with two exceptions that go by a parameter's path.
+"""AdamW, or Muon beside it, over whatever tree is trained, with two exceptions that go by a parameter's path.
 
 Norms, or what else the recipe names, have no weight decay. Routers learn at a rate scaled to their own size: a carved
 router's weights may deviate by 1e-5, and Adam moves every weight by about the learning rate whatever the gradient's
@@ -11,8 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
+from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.schema import declare, leaves
 from train.recipe import Optimizer
+
+RMS_OF_ADAM = 0.2  # root mean square of a step of Adam over the learning rate, as arXiv 2502.16982 measured it
 
 
 def path_names(path: tuple[Any, ...]) -> list[str]:
@@ -38,6 +43,9 @@ def learning_rate_schedule(options: Optimizer, steps: int) -> optax.Schedule:
         fall = optax.cosine_decay_schedule(peak, rest, alpha=options.final_fraction)
     elif options.schedule == "linear":
         fall = optax.linear_schedule(peak, peak * options.final_fraction, rest)
+    elif options.schedule == "wsd":
+        decay = min(max(round(options.decay_fraction * steps), 1), rest)
+        fall = optax.linear_schedule(peak, peak * options.final_fraction, decay, transition_begin=rest - decay)
     else:
         fall = optax.constant_schedule(peak)
     if not options.warmup_steps:
@@ -56,10 +64,13 @@ def router_scale(router_LDE: jax.Array, factor: float) -> jax.Array:
     return factor * jnp.minimum(1.0, rms_L11 * router_LDE.shape[-2] ** 0.5)
 
 
-def make_optimizer(options: Optimizer, steps: int, router_scale_L11: Any = None) -> optax.GradientTransformation:
-    """Clip by global norm → Adam → weight decay except where `no_decay` says → schedule → the routers' factor.
+def make_optimizer(
+    options: Optimizer, steps: int, router_scale_L11: Any = None, config: ModelConfig | None = None
+) -> optax.GradientTransformation:
+    """Clip by global norm → Adam or Muon → weight decay except where `no_decay` says → schedule → the routers' factor.
 
     Args:
+        config: the model's, which Muon needs.
         router_scale_L11: from `router_scale`; for every leaf, stacked over the layers, whose path names a router.
     """
 
@@ -77,8 +88,45 @@ def make_optimizer(options: Optimizer, steps: int, router_scale_L11: Any = None)
 
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
-        optax.scale_by_adam(options.beta1, options.beta2),
+        _directions(options, config),
         optax.add_decayed_weights(options.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate_schedule(options, steps)),
         optax.stateless(scale_routers),
     )
+
+
+def _directions(options: Optimizer, config: ModelConfig | None) -> optax.GradientTransformation:
+    """Adam; or Muon for the matrices within the blocks (arXiv 2502.16982), scaled to the size of Adam's steps."""
+    adam = optax.scale_by_adam(options.beta1, options.beta2)
+    if options.name == "adamw":
+        return adam
+    assert config is not None
+    matrices = {
+        path: spec
+        for path, spec in leaves(declare(config)).items()
+        if path.startswith("blocks/") and spec.contracted and not path.endswith("/router")
+    }
+
+    def is_matrix(path: tuple[Any, ...]) -> bool:
+        return path_names(path)[0] == "params" and weight_path(path) in matrices
+
+    def axes(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers:
+        """Which of a weight's axes are summed over, and which come out; layers and experts are matrices apart."""
+        spec = matrices[weight_path(path)]
+        first, last = len(spec.stacked), len(spec.stacked) + len(spec.contracted)
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, last)), tuple(range(last, len(spec.shape))))
+
+    def all_axes(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(axes, params)
+
+    def as_large_as_adam(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        return update * (RMS_OF_ADAM * max(matrices[weight_path(path)].matrix_shape) ** 0.5)
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_matrix(path) else "adam", params)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=options.momentum, weight_dimension_numbers=all_axes),
+        optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(as_large_as_adam, updates)),
+    )
+    return optax.partition({"muon": muon, "adam": adam}, labels)

@@ -87,10 +87,11 @@ def state_shape(trainable: Tree, optimizer: optax.GradientTransformation) -> Tra
 
     optimizer_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda array, like: shape(array, like.sharding),
+        lambda array, like: array if isinstance(array, optax.MaskedNode) else shape(array, like.sharding),
         jax.eval_shape(optimizer.init, trainable),
         trainable,
         transform_non_params=lambda array: shape(array, everywhere),
+        is_leaf=lambda array: isinstance(array, optax.MaskedNode),  # what another part of the optimizer trains
     )
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     key = shape(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), everywhere)
