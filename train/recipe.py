@@ -234,6 +234,9 @@ class Phase(Section):
     )
     balance_loss_weight: float = Field(0.0, ge=0, description="weight of the experts' load-balancing loss")
     z_loss_weight: float = Field(0.0, ge=0, description="weight of the squared log-partition of the router's logits")
+    select: Literal["last", "best"] = Field(
+        "last", description="whether the phase ends with its last weights or with those of the lowest held-out loss"
+    )
     eval_every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only before and after")
     eval_batches: int = Field(16, gt=0, description="batches per held-out evaluation, evenly spaced over the text")
     seed: int = Field(0, ge=0, description="seed of the initialization, of the order of the text and of dropout")
@@ -251,6 +254,8 @@ class Phase(Section):
             wrong = f"optimizer.warmup_steps: expected at most steps ({self.steps}), got {self.optimizer.warmup_steps}"
         elif self.tolerance is not None and not self.data.held_out:
             wrong = "tolerance: expected data.held_out to judge by"
+        elif self.select == "best" and not (self.data.held_out and self.eval_every):
+            wrong = "select: best: expected data.held_out and eval_every to choose by"
         elif self.preference and self.distill:
             wrong = "preference: expected no distill beside it"
         if wrong:

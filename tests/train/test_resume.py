@@ -1,5 +1,6 @@
 """Interrupted runs: killed, stopped, damaged, taken up on another mesh; the result is that of a run nobody touched."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from nemoe_jax.checkpoints import pretrained
@@ -22,6 +24,7 @@ from train.cli import main
 from train.recipe import read_recipe
 from train.run import loop
 from train.run.loop import train
+from train.run.phase import PhaseRun
 from train.run.prepare import load
 from train.run.run_directory import Interrupted, Signals
 
@@ -124,6 +127,57 @@ def test_no_checkpoint_that_can_be_read_stops_the_run_and_takes_nothing_away(rec
     assert main(["run", str(recipe)]) == 2
     assert "no checkpoint can be read" in capsys.readouterr().err
     assert set(before) <= {path.as_posix() for path in PARTIAL.rglob("*")}
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_no_damage(recipe, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted):
+            train(read_recipe(recipe))
+
+    def refused(*_, **__):
+        raise ValueError("an error of Orbax") from PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", refused)
+    assert main(["run", str(recipe)]) == 2
+    assert "1-train/4: cannot be read now: an error of Orbax" in capsys.readouterr().err
+    assert not list(PARTIAL.rglob("*.damaged"))
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(recipe, whole, monkeypatch, capsys):
+    save, tried = ocp.CheckpointManager.save, []
+
+    def full(self, step, *arguments, **options):
+        tried.append(step)
+        if step == 3:
+            raise OSError(28, "No space left on device")
+        return save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    assert main(["run", str(recipe)]) == 0
+    assert tried == [3, 6, 8] and same_result(Path("out"), whole)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "checkpoint not saved" in line]
+    assert warning.startswith("warning: ") and "No space left on device" in warning
+
+
+def test_the_best_weights_are_those_of_a_run_that_ended_there(recipe, monkeypatch, capsys):
+    evaluator, losses = PhaseRun._evaluator, iter([9.0, 5.0, 3.0, 4.0, 6.0])
+
+    def rising(self, objective):
+        evaluate = evaluator(self, objective)
+        return lambda *arguments: dataclasses.replace(evaluate(*arguments), loss=next(losses))
+
+    options = ["optimizer.schedule=constant", "eval_every=2", "steps=8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PhaseRun, "_evaluator", rising)
+        assert main(["run", str(recipe), *options, "select=best", "output=best"]) == 0
+    assert "takes step 4, of the lowest held-out loss" in capsys.readouterr().err
+    report = json.loads(Path("best/report.json").read_text())
+    assert report["held_out_loss_after"] == 3.0 and report["phases"][0]["chosen_step"] == 4
+    assert main(["run", str(recipe), *options, "steps=4", "output=ended"]) == 0
+    models = [jax.tree.leaves(pretrained.load_pretrained(name)[1]) for name in ("best", "ended")]
+    for one, other in zip(*models, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,sequence=2", "auto"])

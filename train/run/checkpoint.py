@@ -3,11 +3,15 @@
 A checkpoint holds the training state (what is trained, the optimizer, the counts, the RNG key) and beside it, as JSON,
 the state of the data iterator and a checksum of every array. Checksums do not depend on the mesh: a checkpoint is
 restored onto any, and one whose arrays were damaged on the disk is found out, left aside with a warning, and the one
-before it taken.
+before it taken. What fails for another reason (permissions, memory) is reported, and nothing set aside. A checkpoint
+that the disk has no room for is a warning: the run goes on from memory.
 """
 
+import contextlib
+import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,11 +22,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from nemoe_jax.errors import UserError, listed
+from nemoe_jax.errors import ResumableError, UserError, listed
 from train import recipe
 from train.step.step import TrainState
 
 METRIC = "held_out_loss"
+FULL = re.compile(r"No space left|ENOSPC|Disk quota exceeded", re.IGNORECASE)
+NOT_DAMAGE = re.compile(
+    r"PermissionError|PERMISSION_DENIED|Permission denied|MemoryError|RESOURCE_EXHAUSTED|Too many open files",
+    re.IGNORECASE,
+)
 
 
 class Checkpoints:
@@ -46,7 +55,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        with self._without_room_a_warning():
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -67,25 +77,49 @@ class Checkpoints:
             beside = {"iterator": iterator, "checksums": {name: int(sum_) for name, sum_ in _checksums(arrays).items()}}
             metrics = None if held_out_loss is None else {METRIC: held_out_loss}
             items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), beside=ocp.args.JsonSave(beside))
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+            with self._without_room_a_warning():
+                self._manager.save(step, args=items, metrics=metrics, force=True)
         if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        with self._without_room_a_warning():
             self._manager.wait_until_finished()
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of."""
+        return sorted(self._manager.all_steps())
+
+    @contextlib.contextmanager
+    def _without_room_a_warning(self) -> Iterator[None]:
+        """A full disk, also one that an earlier asynchronous save met, is a line on standard error."""
+        try:
+            yield
+        except Exception as error:
+            if not _says(error, FULL):
+                raise
+            reason = (str(error) or type(error).__name__).partition("\n")[0]
+            print(f"warning: {self.directory}: checkpoint not saved, the run goes on: {reason}", file=sys.stderr)
+
+    def restore(self, like: TrainState, only: int | None = None) -> tuple[TrainState, Any] | None:
         """(state, the data iterator's state) of the newest checkpoint that is whole; None where there is none.
 
         Args:
             like: a state of the same shapes, each array where the restored one is to lie.
+            only: the step of the only checkpoint to try.
 
         Raises:
             UserError: there are checkpoints, but none can be read.
+            ResumableError: one cannot be read, though it need not be damaged.
         """
         wanted = {
             name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
             for name, array in _flat(like).items()
         }
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps) if only is None else [only]:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), beside=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
@@ -94,6 +128,8 @@ class Checkpoints:
                 problem = f"{changed[0]} is not what was saved" if changed else ""
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 problem = (str(error) or type(error).__name__).partition("\n")[0]
+                if _says(error, NOT_DAMAGE):
+                    raise ResumableError(f"{self.directory / str(step)}: cannot be read now: {problem}") from error
             if not problem:
                 for other, what in damaged.items():
                     print(f"warning: {self.directory / str(other)}: damaged checkpoint: {what}", file=sys.stderr)
@@ -116,6 +152,15 @@ class Checkpoints:
             (self.directory / str(step)).rename(aside / str(step))
         ocp.multihost.sync_global_processes("forget")
         self._manager.reload()
+
+
+def _says(error: BaseException | None, pattern: re.Pattern[str]) -> bool:
+    """Whether an error, or one that it came from, is of that kind; Orbax wraps what the system says."""
+    while error is not None:
+        if pattern.search(f"{type(error).__name__}: {error}"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _flat(state: TrainState) -> dict[str, jax.Array]:

@@ -95,7 +95,21 @@ class PhaseRun:
                 state = self._steps(
                     state, frozen, objective, optimizer, batches, iterator.get_state, checkpoints, signals, profile
                 )
-        return self._judge(state.trainable, frozen, params)
+            chosen = phase.steps
+            if phase.select == "best":
+                state, chosen = self._best(state, checkpoints)
+        return self._judge(state.trainable, frozen, params, chosen)
+
+    def _best(self, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+        """(the state of the lowest held-out loss, its step); the last one where that checkpoint could not be kept."""
+        checkpoints.wait()
+        evaluations = self.logger.evaluations(self.phase.name)
+        kept = [step for step in checkpoints.steps if step in evaluations and math.isfinite(evaluations[step].loss)]
+        best = min(kept, key=lambda step: evaluations[step].loss, default=self.phase.steps)
+        if best == self.phase.steps or (restored := checkpoints.restore(state, best)) is None:
+            return state, self.phase.steps
+        self.logger.say(f"{self.phase.name}: takes step {best}, of the lowest held-out loss")
+        return restored[0], best
 
     def _steps(
         self,
@@ -134,7 +148,7 @@ class PhaseRun:
             logger.step(done, figures)
             stop, last = signals.received(self.offset + done), done == phase.steps
             evaluates = self.held_out and (last or (phase.eval_every and done % phase.eval_every == 0))
-            saves = last or stop or done % checkpoints.every == 0
+            saves = last or stop or done % checkpoints.every == 0 or (evaluates and phase.select == "best")
             if evaluates or saves or done == first + 1:  # the first step compiles and is not timed
                 logger.flush()
                 if evaluates:
@@ -149,10 +163,10 @@ class PhaseRun:
                 raise ResumableError(self._given_up(checkpoints.latest))
         return state
 
-    def _judge(self, trainable: Tree, frozen: Flat, before: Tree) -> tuple[Tree, PhaseResult]:
+    def _judge(self, trainable: Tree, frozen: Flat, before: Tree, chosen: int) -> tuple[Tree, PhaseResult]:
         """Takes or discards the phase's parameters by its acceptance test, and keeps its adapter either way."""
         phase, evaluations = self.phase, self.logger.evaluations(self.phase.name)
-        first, last = evaluations.get(0), evaluations.get(phase.steps)
+        first, last = evaluations.get(0), evaluations.get(chosen)
         rise = last.loss - first.loss if first and last else 0.0
         accepted = phase.tolerance is None or rise <= phase.tolerance
         name = self.label if accepted else f"{self.label}.discarded"
@@ -170,6 +184,7 @@ class PhaseRun:
             before=first if last else None,
             after=last,
             adapter=f"{ADAPTERS}/{name}" if phase.trainable != "all" else None,
+            chosen_step=chosen,
         )
         if accepted:
             return lora.merge(self.config, combine(trainable["params"], frozen), trainable["adapters"]), result

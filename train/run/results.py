@@ -37,6 +37,7 @@ class PhaseResult:
     before: HeldOut | None = None
     after: HeldOut | None = None
     adapter: str | None = None  # where it is kept, in the output
+    chosen_step: int | None = None  # whose weights the phase ended with
 
     def as_json(self) -> dict[str, Any]:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
