@@ -80,7 +80,7 @@ def main() -> None:
             equal = f"{figure['equal']}/{figure['of']}" if "equal" in figure else ""
             print(f"{Path(directory).name + ' ' + kind:32}{len(given):9}{cells[0]:>12}{cells[1]:>9}{equal:>9}")
     if arguments.keep:
-        keep("harness", {**machine(("jax", "lm_eval", "torch", "transformers")), "figures": figures})
+        keep("lm_eval", {**machine(("jax", "lm_eval", "torch", "transformers")), "figures": figures})
     sys.exit(missed)
 
 

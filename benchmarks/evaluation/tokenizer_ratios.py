@@ -12,7 +12,7 @@ their own client into a temporary directory, or taken from DIR where they lie al
     code         Python's standard library and C headers, and the JavaScript of Django's administration pages
 
 `--texts` keeps the texts, one directory for each kind and language, for `nemoe tokenize compare`. The manual's and the
-catalogues' untranslated paragraphs are left out. Writes benchmarks/results/tokenizers.json and
+catalogues' untranslated paragraphs are left out. Writes benchmarks/results/tokenizer_ratios.json and
 docs/images/tokenizers.svg, where the bars are the declaration and the code.
 """
 
@@ -107,7 +107,7 @@ def main() -> None:
         kind: {"package": source.command[-1], "archive": found[kind].name, "license": source.license}
         for kind, source in SOURCES.items()
     }
-    results.keep("tokenizers", {**versions, "sources": sources, "published": PUBLISHED, **figures})
+    results.keep("tokenizer_ratios", {**versions, "sources": sources, "published": PUBLISHED, **figures})
     print_rows(groups)
     picture(groups)
 

@@ -93,7 +93,7 @@ def main() -> None:
         print(f"{name:24}{mine:7.2f} ms{peer:11.2f} ms{mine / peer:8.2f}{limit:8.2f}")
     if options.keep:
         packages = ("jax", "jaxlib", "torch", "transformers")
-        keep(f"token_choice-{device}", {"cpu_ms_a_batch": figures, **machine(packages)})
+        keep(f"sampler-{device}", {"cpu_ms_a_batch": figures, **machine(packages)})
     sys.exit(int(missed))
 
 

@@ -256,10 +256,7 @@ def main() -> None:
     if options.keep:
         model = "a small mixture of random weights" if not options.directory else Path(options.directory).name
         place = device.strip().lower().replace("nvidia ", "").replace(" ", "-")
-        keep(
-            f"serve_load-{place}",
-            {**about, "device": device.strip(), "model": model, "load": os.getloadavg(), **figures},
-        )
+        keep(f"load-{place}", {**about, "device": device.strip(), "model": model, "load": os.getloadavg(), **figures})
     sys.exit(bool(wrong))
 
 

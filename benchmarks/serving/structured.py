@@ -67,7 +67,7 @@ def main() -> None:
         print(f"{name:20} {1e3 * compiling:10.1f} {middle:19.0f} {high:6.0f}", end=" ")
         print(f"{middle_accept:16.0f} {high_accept:6.0f} {shares[0]:23.3f} {shares[1]:6.3f}")
     if options.keep:
-        keep("constraints", {"median and 99 %": figures, **machine(("llguidance", "mistral-common"))})
+        keep("structured", {"median and 99 %": figures, **machine(("llguidance", "mistral-common"))})
     sys.exit(int(missed))
 
 

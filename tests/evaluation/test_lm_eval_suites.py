@@ -21,7 +21,7 @@ import lm_eval.tasks
 from nemoe_jax.cli import main
 from nemoe_jax.evaluation import lm_eval_model, lm_eval_suites
 from nemoe_jax.evaluation.lm_eval_suites import SUITES, Benchmark, compare
-from tests.evaluation.test_harness import write_model, write_tasks
+from tests.evaluation.test_lm_eval_model import write_model, write_tasks
 
 HARNESS_TASKS = Path(lm_eval.tasks.__file__).parent
 NOWHERE = "{task: nowhere, dataset_path: nobody/nothing, output_type: multiple_choice, test_split: test}"
