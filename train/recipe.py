@@ -213,8 +213,13 @@ class Phase(Section):
     """One phase of a run."""
 
     name: str = Field("train", pattern=r"^[\w.-]+$", description="name in reports and of the adapter's directory")
-    trainable: Literal["lora", "router", "all"] = Field(
-        "lora", description="what learns: adapters (with train_router the routers, too), routers alone, every weight"
+    trainable: Literal["lora", "router", "weights", "all"] = Field(
+        "lora",
+        description="what learns: adapters (with train_router the routers, too), routers alone, the weights that match "
+        "one of weights, every weight",
+    )
+    weights: Globs = Field(
+        [], description="globs over the parameter paths, such as blocks/*/ffn/*, for trainable: weights"
     )
     lora: list[LoraTarget] = Field([], description="adapters, for trainable: lora")
     adapter: FilePath | None = Field(None, description="PEFT adapter to go on from, instead of lora: its targets")
@@ -248,6 +253,8 @@ class Phase(Section):
             wrong = "lora: expected at least one {pattern, rank, alpha} (or adapter: DIRECTORY) for trainable: lora"
         elif self.trainable != "lora" and (self.lora or self.adapter):
             wrong = f"{'lora' if self.lora else 'adapter'}: came with trainable: {self.trainable}, which wants none"
+        elif (self.trainable == "weights") != bool(self.weights):
+            wrong = f"weights: expected globs with trainable: weights alone, got {self.weights} with {self.trainable}"
         elif self.lora and self.adapter:
             wrong = "adapter: brings its own targets, but lora came as well"
         elif self.optimizer.warmup_steps > self.steps:

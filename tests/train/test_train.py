@@ -297,6 +297,17 @@ def test_the_router_alone(write):
     assert set(frozen) == set(leaves(schema.declare(MIXTURE))) - {"blocks/moe/ffn/router"}
 
 
+def test_named_weights_alone(write, capsys):
+    recipe = write("repair", trainable="weights", weights=["blocks/moe/ffn/*"], lora=[], train_router=False)
+    _, state, frozen, _ = ready(read_recipe(recipe))
+    names = {path for path in leaves(schema.declare(MIXTURE)) if path.startswith("blocks/moe/ffn/")}
+    assert set(state.trainable["params"]) == names and len(names) == 4 and not set(frozen) & names
+    assert main(["run", str(recipe), "weights=blocks/dense/*"]) == 2
+    assert "weights: blocks/dense/* matches no weight" in capsys.readouterr().err
+    assert main(["run", str(recipe), "trainable=all"]) == 2
+    assert "weights: expected globs with trainable: weights alone" in capsys.readouterr().err
+
+
 def test_the_seed_decides_everything(write):
     recipe = write("scratch")
     runs = {}

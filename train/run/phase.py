@@ -170,7 +170,8 @@ class PhaseRun:
         rise = last.loss - first.loss if first and last else 0.0
         accepted = phase.tolerance is None or rise <= phase.tolerance
         name = self.label if accepted else f"{self.label}.discarded"
-        if phase.trainable != "all":
+        keeps_adapter = phase.trainable in ("lora", "router")
+        if keeps_adapter:
             self._save_adapters(self.adapters / name, trainable, before)
         lines = [line for line in self.logger.lines if line["phase"] == phase.name]
         result = PhaseResult(
@@ -183,7 +184,7 @@ class PhaseRun:
             data=self.corpus.figures,
             before=first if last else None,
             after=last,
-            adapter=f"{ADAPTERS}/{name}" if phase.trainable != "all" else None,
+            adapter=f"{ADAPTERS}/{name}" if keeps_adapter else None,
             chosen_step=chosen,
         )
         if accepted:

@@ -1,6 +1,7 @@
 """From a recipe to what the loop needs: everything checked first, then the weights, laid out on the devices."""
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
                 f"data.sequence_length: expected at most the {name}'s context of {model.context} tokens, "
                 f"got {phase.data.sequence_length}"
             )
+    paths = leaves(schema.declare(config))
+    for pattern in phase.weights:
+        if not fnmatch.filter(paths, pattern):
+            raise UserError(f"weights: {pattern} matches no weight; the weights are: {', '.join(paths)}")
     for key, wanted in (("train_router", phase.train_router), ("trainable: router", phase.trainable == "router")):
         if wanted and not config.experts:
             raise UserError(f"{key}: expected an MoE model, got the dense {recipe.model}")
@@ -108,12 +113,13 @@ def recipe_mesh(recipe: Recipe, config: ModelConfig, devices: Any = None) -> Mes
 def trains(phase: Phase, path: str) -> bool:
     """Whether the weight of that path itself learns, beside adapters."""
     routers = phase.train_router or phase.trainable == "router"
-    return phase.trainable == "all" or (routers and path.endswith("/router"))
+    named = any(fnmatch.fnmatchcase(path, pattern) for pattern in phase.weights)
+    return phase.trainable == "all" or named or (routers and path.endswith("/router"))
 
 
 def trains_all(recipe: Recipe) -> bool:
     """Whether a phase trains every weight."""
-    return any(phase.trainable == "all" for phase in recipe.phases)
+    return any(phase.trainable in ("weights", "all") for phase in recipe.phases)
 
 
 def frozen_in_fp8(recipe: Recipe) -> bool:

@@ -17,6 +17,7 @@ the estimate that they carry or by what the caller knows of them.
 D inputs, F outputs, R rank, N heads, H head_dim, T sequence.
 """
 
+import fnmatch
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, declare, leaves
 from train.recipe import Phase
 
-Trained = Literal["lora", "router", "all"]
+Trained = Literal["lora", "router", "weights", "all"]
 
 
 def matmul_elements(config: ModelConfig) -> dict[str, float]:
@@ -54,12 +55,13 @@ def model_flops_per_token(
     *,
     targets: Sequence[lora.Target] = (),
     train_router: bool = False,
+    weights: Sequence[str] = (),
     teacher: ModelConfig | None = None,
 ) -> float:
     """FLOPs per token of one update: forward, gradients of the activations, gradients of what is trained.
 
     Args:
-        trained: every weight, the routers alone, or adapters alone.
+        trained: every weight, those that match `weights`, the routers alone, or adapters alone.
         targets: the weights that have adapters, for "lora".
         train_router: with "lora", whether the routers learn as well.
         teacher: a model that runs forward on the same tokens, for distillation.
@@ -68,12 +70,14 @@ def model_flops_per_token(
     """
     elements = matmul_elements(config)
     routers = trained == "router" or (trained == "lora" and train_router)
-    weights = sum(
-        size * (3 if trained == "all" or (routers and path.endswith("/router")) else 2)
-        for path, size in elements.items()
-    )
+
+    def learns(path: str) -> bool:
+        named = any(fnmatch.fnmatchcase(path, pattern) for pattern in weights)
+        return trained == "all" or named or (routers and path.endswith("/router"))
+
+    products = sum(size * (3 if learns(path) else 2) for path, size in elements.items())
     adapters = 3 * sum(_adapter_elements(config, targets)) if trained == "lora" else 0
-    total = 2 * (weights + adapters) + 3 * attention_flops(config, sequence_length)
+    total = 2 * (products + adapters) + 3 * attention_flops(config, sequence_length)
     return total + (forward_flops_per_token(teacher, sequence_length) if teacher else 0)
 
 
@@ -86,6 +90,7 @@ def of_phase(phase: Phase, config: ModelConfig, targets: Sequence[lora.Target], 
         phase.trainable,
         targets=targets,
         train_router=phase.train_router,
+        weights=phase.weights,
         teacher=teacher,
     )
 
