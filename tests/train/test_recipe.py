@@ -113,7 +113,10 @@ def test_bad_phases(minimal, phases, override, expected):
         ("lora.0.rnk=3", r"lora\.0\.rnk: unknown key.*lora\.N\.rank$"),
         ("steps=many", r"steps: expected a valid integer, got 'many' \(from the command line\)"),
         ("steps=0", r"steps: expected .*greater than 0, got 0"),
-        ("optimizer.schedule=cosin", r"optimizer\.schedule: expected 'cosine', 'linear', 'wsd' or 'constant', got 'cosin'"),
+        (
+            "optimizer.schedule=cosin",
+            r"optimizer\.schedule: expected 'cosine', 'linear', 'wsd' or 'constant', got 'cosin'",
+        ),
         ("optimizer.learning_rate=fast", r"optimizer\.learning_rate: expected a valid number, got 'fast'"),
         ("data.sequence_length=null", r"data\.sequence_length: expected a valid integer, got None"),
         ("data.train=[]", r"data\.train: .*at least 1 item"),

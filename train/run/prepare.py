@@ -118,7 +118,7 @@ def trains(phase: Phase, path: str) -> bool:
 
 
 def trains_all(recipe: Recipe) -> bool:
-    """Whether a phase trains every weight."""
+    """Whether a phase trains every weight, or named ones."""
     return any(phase.trainable in ("weights", "all") for phase in recipe.phases)
 
 
