@@ -121,7 +121,7 @@ def measure(chip: str, model: str, work: Work, sizes: dict[str, int] | None = No
             too_much = aot.read_out_of_memory(str(error))
             if too_much is None:
                 raise
-            return facts | {"total": too_much.wanted, "fits": False, "copies": None}
+            return facts | {"total": too_much.expected, "fits": False, "copies": None}
     memory = compiled.memory_analysis()  # before the text, which libtpu may refuse
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     total += memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -248,7 +248,11 @@ def _write(pages: KVPages, new_BTKH: jax.Array, layer: jax.Array, page_BT: jax.A
     elif pages.pool.dtype == jnp.float8_e4m3fn:
         new_BTKH = new_BTKH.clip(-448, 448)  # what is larger becomes NaN
     new = new_BTKH.astype(pages.pool.dtype).transpose(2, 0, 1, 3)
-    return KVPages(pages.pool.at[:, layer, page_BT, slot_BT].set(new, mode="drop"), scale)
+    heads: Any = slice(None)
+    if target_platform() == "tpu" and len(new) > 1 and new.shape[2] == 1:
+        # one by one: a TPU would lay the whole pool out anew for updates of several heads, and back
+        heads = jnp.arange(len(new))[:, None, None]
+    return KVPages(pages.pool.at[heads, layer, page_BT, slot_BT].set(new, mode="drop"), scale)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

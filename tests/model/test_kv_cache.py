@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from nemoe_jax.errors import UserError
 from nemoe_jax.kernels.attention import paged
 from nemoe_jax.kernels.attention.paged import KEYS, PAGE, attend_pages, decode_kernels
+from nemoe_jax.model import kv_cache
 from nemoe_jax.model.kv_cache import (
     LayerCache,
     division,
@@ -241,3 +242,16 @@ def test_too_many_tokens():
     cache = empty_cache(LONG, 1, 500)
     with pytest.raises(UserError, match="512 slots a row are too few for 513 tokens"):
         hidden_states(LONG, schema.initialize(LONG, jax.random.key(0)), jnp.zeros((1, 513), jnp.int32), cache=cache)
+
+
+def test_heads_are_written_one_by_one_on_a_tpu_with_the_same_result(monkeypatch):
+    generator = np.random.default_rng(0)
+    pages = kv_cache.KVPages(jnp.zeros((3, 2, 4, kv_cache.PAGE, 8)), None)
+    new_BTKH = jnp.asarray(generator.standard_normal((2, 1, 3, 8)), jnp.float32)
+    page_BT, slot_BT = jnp.array([[2], [4]]), jnp.array([[5], [7]])  # the second is beyond the pool: dropped
+    expected = kv_cache._write(pages, new_BTKH, 1, page_BT, slot_BT).pool
+    monkeypatch.setattr(kv_cache, "target_platform", lambda: "tpu")
+    got = kv_cache._write(pages, new_BTKH, 1, page_BT, slot_BT).pool
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(got[:, 1, 2, 5], new_BTKH[0, 0])
+    assert jnp.count_nonzero(got) == new_BTKH[0].size
