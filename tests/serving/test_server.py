@@ -687,6 +687,8 @@ BAD_FLAGS = {
     "two adapters of a name": (["{tmp}", "--lora-modules", "a=x", "--lora-modules", "a=y"], "the name a is taken"),
     "a port too many": (["{tmp}", "--port", "65536"], "--port: expected 0 to 65535"),
     "another's port": (["{tmp}", "--port", "{port}"], "Address already in use"),
+    "two meshes": (["{tmp}", "--mesh", "tensor=2", "--tensor-parallel-size", "2"], "not together with --mesh"),
+    "guesses": (["{tmp}", "--prompt-lookup", "--deterministic"], "not together with --deterministic"),
     "another's address": (["{tmp}", "--host", "192.0.2.1"], "--host 192.0.2.1"),
 }
 
@@ -713,6 +715,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path):
         "--port",
         "0",
         "--log-requests",
+        "--deterministic",  # fewer programs
     ]
     environment = {**os.environ, "NEMOE_API_KEY": "key"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
@@ -721,6 +724,8 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path):
         while not lines or "ready" not in lines[-1]:
             lines.append(process.stderr.readline())
             assert lines[-1], lines
+        (compiled,) = [line for line in lines if line.startswith("compiled ")]
+        assert re.match(r"compiled \d+ programs in [\d.]+ s: prefill 32, ", compiled) and "decode 8, " in compiled
         address = re.search(r"ready: nano at (http://127\.0\.0\.1:\d+)/v1", lines[-1])[1]
         with openai_client(address, "key") as client:
             stream = ask(client, stream=True, max_tokens=60, logit_bias=NO_END)
