@@ -8,7 +8,7 @@ from pathlib import Path
 from nemoe_jax.cli import model_flags, sampling_flags
 from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args, generation_config
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import Command
+from nemoe_jax.utils.command import Command, check_numbers
 
 DETAILS = """\
 In the chat, /help shows what can be done. Where standard input is no terminal, each of its lines is a message; the
@@ -50,8 +50,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     from nemoe_jax.text.chat import render
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: expected a positive number, got {arguments.max_new_tokens}")
+    check_numbers(arguments, "max_new_tokens")
     if arguments.seed is None:
         arguments.seed = random.SystemRandom().randrange(2**31)
     generation = generation_config(arguments)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import EXIT_BAD_INPUT, Command, print_figures
+from nemoe_jax.utils.command import EXIT_BAD_INPUT, Command, check_numbers, print_figures
 
 BATCHES = 16
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -147,10 +147,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
 
 def _check_flags(arguments: argparse.Namespace) -> None:
     """Raises UserError on a number that is not positive, and on flags that say nothing together."""
-    for name in ("batch_size", "batches"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    check_numbers(arguments, "batch_size", "batches")
     of_way = {
         "--needle": ("lengths", "depths", "seed", "kv_cache"),
         "--window": ("stride",),
@@ -206,10 +203,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     if arguments.suite and arguments.num_fewshot is not None:
         raise UserError("--num-fewshot: a suite has its own; only with --tasks")
-    if arguments.num_fewshot is not None and arguments.num_fewshot < 0:
-        raise UserError(f"--num-fewshot: expected 0 or more, got {arguments.num_fewshot}")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size: expected a positive number, got {arguments.batch_size}")
+    check_numbers(arguments, "num_fewshot", least=0)
+    check_numbers(arguments, "batch_size")
     limit = arguments.limit
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
         raise UserError(f"--limit: expected a whole number of questions or a share between 0 and 1, got {limit:g}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemoe_jax.cli import sampling_flags
 from nemoe_jax.cli.model_flags import add_engine_flags, engine_from_args, generation_config
 from nemoe_jax.errors import UserError
-from nemoe_jax.utils.command import Command, print_figures, read_text, rename_flags
+from nemoe_jax.utils.command import Command, check_numbers, print_figures, read_text, rename_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,11 +88,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("max_new_tokens", 1), ("max_num_seqs", 1), ("logprobs", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            kind = "a positive number" if least else "0 or more"
-            raise UserError(f"--{name.replace('_', '-')}: expected {kind}, got {value}")
+    check_numbers(arguments, "max_new_tokens", "max_num_seqs")
+    check_numbers(arguments, "logprobs", least=0)
     if (arguments.batch is None) != (arguments.output is None):
         raise UserError("--batch IN.jsonl and --output OUT.jsonl go together (- is standard input and output)")
     if arguments.tool_choice is not None and arguments.chat is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nemoe_jax.cli import model_flags, sampling_flags
 from nemoe_jax.errors import UserError
 from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
-from nemoe_jax.utils.command import Command, rename_flags
+from nemoe_jax.utils.command import Command, check_numbers, rename_flags
 
 if TYPE_CHECKING:
     from nemoe_jax.serving.api.served_model import ServedModel
@@ -144,7 +144,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> dict[str, str]:
     """The adapters by name. Raises UserError on flags that make no sense, before anything is loaded."""
-    for name in (
+    check_numbers(
+        arguments,
         "max_num_seqs",
         "max_model_len",
         "tensor_parallel_size",
@@ -153,10 +154,7 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
         "max_tokens_limit",
         "max_request_bytes",
         "drain_seconds",
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+    )
     if arguments.tensor_parallel_size is not None:
         if arguments.mesh:
             raise UserError("--tensor-parallel-size: not together with --mesh")

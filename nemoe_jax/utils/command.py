@@ -158,6 +158,15 @@ def _missing_backend() -> str:
     return ""
 
 
+def check_numbers(arguments: argparse.Namespace, *names: str, least: int = 1) -> None:
+    """Raises UserError on a flag whose number is below `least`; one that was not given (None) is fine."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            kind = "a positive number" if least else "0 or more"
+            raise UserError(f"--{name.replace('_', '-')}: expected {kind}, got {value}")
+
+
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     """Prints figures as `name  value` lines, or as one JSON object."""
     if as_json:
