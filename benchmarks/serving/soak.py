@@ -3,8 +3,9 @@
     python -m benchmarks.serving.soak --minutes 20
 
 Clients ask a small model of random weights for completions and chats, streamed or not, with grammars, stop strings and
-log-probabilities; some go away in the middle. Meanwhile the decode step, the sampler's inputs, the detokenizer, the
-grammar, the release of slots and what takes the outputs fail at random. Every request must have an end, and when the
+log-probabilities, some with prompts that share pages; some go away in the middle. Meanwhile the decode step, the
+sampler's inputs, the detokenizer, the grammar, the sharing of pages, the release of slots and what takes the outputs
+fail at random. Every request must have an end, and when the
 faults stop, /health says ok, no slot or page is taken, and a request gets the text that it got before.
 """
 
@@ -52,12 +53,15 @@ CONFIG = ModelConfig(
 )
 FAULTS = {  # what fails, and how often
     "decode": (ModelRunner, "decode", 0.003),
-    "prefill": (ModelRunner, "read", 0.003),
+    "prefill": (ModelRunner, "prefill", 0.003),
     "sampler": (scheduler, "controls", 0.003),
     "detokenizer": (StreamDecoder, "push", 0.001),
     "detokenizer's end": (StreamDecoder, "flush", 0.01),
     "grammar's mask": (Grammar, "allowed", 0.002),
     "grammar": (Grammar, "accept", 0.002),
+    "shared pages": (Slots, "reuse", 0.003),
+    "published pages": (Slots, "publish", 0.003),
+    "published responses": (Slots, "publish_response", 0.003),
     "release": (Slots, "release", 0.01),
     "client": (EngineStreams, "_take", 0.002),
 }
@@ -127,7 +131,9 @@ def served(directory: Path):
     """A server with the small model: its engine and port."""
     tokenizer = write_tokenizer(directory)
     params = schema.initialize(CONFIG, jax.random.key(0))
-    engine = Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=2048, max_queued=16)
+    engine = Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=2048, max_queued=16, prompt_lookup=True)
+    for _ in engine.compile():  # on a busy machine it takes longer than a client has patience
+        pass
     model = ServedModel(engine, CONFIG, tokenizer, "soak", max_answers=20)
     server = HttpServer(5, abort=lambda: engine.close(drain=False))
     with bind("127.0.0.1", 0) as bound:
