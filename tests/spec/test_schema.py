@@ -70,7 +70,7 @@ def test_first_values_do_not_depend_on_the_mesh(config):
 
 
 def test_first_values_have_their_declared_deviation():
-    config = preset("nekomind1.5-1b").replace(layers=2, vocab=512)
+    config = preset("nekomind1.5-1b").replace(layers=3, vocab=512)
     params = schema.leaves(schema.initialize(config, jax.random.key(0), jnp.bfloat16))
     for path, spec in schema.leaves(schema.declare(config)).items():
         values = np.asarray(params[path], np.float32)

@@ -27,8 +27,14 @@ from nemoe_jax.serving.api.responses import (
     finite,
 )
 from nemoe_jax.serving.api.served_model import ServedModel
-from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event
-from nemoe_jax.serving.api.writer import ResponseWriter
+from nemoe_jax.serving.api.streaming import (
+    EngineStreams,
+    EventStream,
+    ResponseWriter,
+    as_json,
+    cancel_on_disconnect,
+    event,
+)
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import Constraint, ScoredToken
 from nemoe_jax.serving.structured.validation import schema_violation

@@ -10,8 +10,14 @@ from nemoe_jax.serving.api.errors import ApiError
 from nemoe_jax.serving.api.requests import CompletionRequest
 from nemoe_jax.serving.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, finite
 from nemoe_jax.serving.api.served_model import ServedModel
-from nemoe_jax.serving.api.streaming import EngineStreams, EventStream, as_json, cancel_on_disconnect, event
-from nemoe_jax.serving.api.writer import ResponseWriter
+from nemoe_jax.serving.api.streaming import (
+    EngineStreams,
+    EventStream,
+    ResponseWriter,
+    as_json,
+    cancel_on_disconnect,
+    event,
+)
 from nemoe_jax.serving.engine import request as engine_request
 from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
 
