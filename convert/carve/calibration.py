@@ -67,7 +67,7 @@ class LayerText:
     ffn: Tree  # the dense FFN: gate, up (D, F) and down (F, D)
     inputs: Sequence[jax.Array]
     wanted: Sequence[jax.Array]  # with which the stream after the layer would be the dense model's
-    weights: Sequence[jax.Array] = ()  # (B, T): the inverse mean square of that stream
+    weights: Sequence[jax.Array] = ()  # (B, T): what a squared error counts, see `token_weights`
 
     @property
     def tokens(self) -> int:
@@ -108,7 +108,7 @@ class CalibrationStreams:
     def enter(self, layer: int) -> tuple[LayerText, LayerText]:
         """The layer's text to fit on and the held-out text; layers come in ascending order."""
         weights = self.layers.weights(layer)
-        self._after_attention, inputs, wanted, token_weights = [], [], [], []
+        self._after_attention, inputs, wanted = [], [], []
         for number, (dense_BTD, carved_BTD) in enumerate(zip(self.dense, self.carved, strict=True)):
             middle_BTD, normed_BTD = self.layers.attend(layer, weights, dense_BTD)
             self.dense[number] = middle_BTD + self.layers.feed_forward(layer, weights, normed_BTD)
@@ -116,12 +116,10 @@ class CalibrationStreams:
             self._after_attention.append(middle_BTD)
             inputs.append(normed_BTD)
             wanted.append(self.dense[number] - middle_BTD)
-            token_weights.append(_inverse_mean_square(self.dense[number]))
+        weighed = token_weights(self.dense, wanted)
         self._inputs, self._entered = inputs, layer
         parts = slice(None, self.fitted), slice(self.fitted, None)
-        fitted, held_out = (
-            LayerText(weights["ffn"], inputs[part], wanted[part], token_weights[part]) for part in parts
-        )
+        fitted, held_out = (LayerText(weights["ffn"], inputs[part], wanted[part], weighed[part]) for part in parts)
         return fitted, held_out
 
     def leave(self, layer: int, config: ModelConfig, written: Tensors) -> None:
@@ -147,6 +145,19 @@ class CalibrationStreams:
             "destroyed": figures.destroyed,
             "verdict": figures.verdict(),
         }
+
+
+def token_weights(streams: Sequence[jax.Array], wanted: Sequence[jax.Array]) -> list[jax.Array]:
+    """What a squared error counts on each token, (B, T) for each batch.
+
+    The next norm divides a token by the size of the stream, hence an error counts relative to it. By that alone, a fit
+    would give up the few massive tokens that attention in later layers depends on, which decide nearly all of the
+    unweighted error. So both count: the relative error and the plain one, each as a share of what all tokens want.
+    """
+    relative = [_inverse_mean_square(x_BTD) for x_BTD in streams]
+    energies = in_turn(_energies_of_tokens(y_BTD, weight_BT) for y_BTD, weight_BT in zip(wanted, relative, strict=True))
+    plain, weighted = np.sum([np.asarray(energy) for energy in energies], axis=0)
+    return [weight_BT / weighted * plain + 1 for weight_BT in relative]
 
 
 def activity(text: LayerText) -> jax.Array:
@@ -333,6 +344,12 @@ def _by_neuron(weights_BTE, label_F):
 @jax.jit
 def _inverse_mean_square(x_BTD):
     return 1 / jnp.maximum(jnp.mean(x_BTD**2, axis=-1), jnp.finfo(jnp.float32).tiny)
+
+
+@jax.jit
+def _energies_of_tokens(y_BTD, weight_BT):
+    square_BT = jnp.sum(y_BTD**2, axis=-1)
+    return jnp.stack([square_BT.sum(), (square_BT * weight_BT).sum()])
 
 
 @jax.jit
