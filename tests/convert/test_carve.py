@@ -293,13 +293,19 @@ def test_the_control_keeps_the_most_active_neurons_and_refits_them(dense_directo
     batches = calibration_batches(checkpoint, calibration["calibration"], calibration["calibration_tokens"])
     layers = LayerwiseModel(checkpoint)
     weights = layers.weights(0)
-    attended = [layers.attend(0, weights, layers.embed(batch[:, :-1])) for batch in batches[:-1]]
+    attended = [layers.attend(0, weights, layers.embed(batch[:, :-1])) for batch in batches]
     middle, x = (
         np.float64(np.concatenate(parts)).reshape(-1, parts[0].shape[-1]) for parts in zip(*attended, strict=True)
     )
     ffn = {name: np.float64(weights["ffn"][name]) for name in ("gate", "up", "down")}
     gate = x @ ffn["gate"]
     hidden = gate / (1 + np.exp(-gate)) * (x @ ffn["up"])
+    output = hidden @ ffn["down"]
+    relative = 1 / np.mean((middle + output) ** 2, axis=1)
+    square = np.sum(output**2, axis=1)  # of what is wanted: the streams are still the same
+    weight = relative / (relative @ square) * square.sum() + 1
+    fitted = slice(0, x.shape[0] - batches[-1][:, :-1].size)
+    x, hidden, output, weight = x[fitted], hidden[fitted], output[fitted], weight[fitted]
     activity = (hidden**2).mean(0) * (ffn["down"] ** 2).sum(1)
     kept = np.sort(np.argsort(-activity)[:24])
     control = tensors_of(tmp_path / "control")
@@ -307,10 +313,10 @@ def test_the_control_keeps_the_most_active_neurons_and_refits_them(dense_directo
     np.testing.assert_array_equal(
         control["model.layers.0.mlp.up_proj.weight"], dense["model.layers.0.mlp.up_proj.weight"][kept]
     )
-    weighted = hidden[:, kept] / np.mean((middle + hidden @ ffn["down"]) ** 2, axis=1, keepdims=True)
+    weighted = hidden[:, kept] * weight[:, None]
     gram = weighted.T @ hidden[:, kept] / len(x)
     ridge = 2 * 24 / len(x) * np.trace(gram) / 24 * np.eye(24)
-    expected = np.linalg.solve(gram + ridge, weighted.T @ hidden @ ffn["down"] / len(x) + ridge @ ffn["down"][kept])
+    expected = np.linalg.solve(gram + ridge, weighted.T @ output / len(x) + ridge @ ffn["down"][kept])
     got = np.float64(control["model.layers.0.mlp.down_proj.weight"].astype(np.float32)).T
     np.testing.assert_allclose(got, expected, atol=2**-7 * np.abs(expected).max())  # bfloat16 on disk
 
