@@ -55,10 +55,10 @@ from nemoe_jax.spec.families import FAMILIES, FamilyName
 from nemoe_jax.spec.schema import declare
 from nemoe_jax.utils.output_path import refuse_existing
 
-# measured on SmolLM2-135M-Instruct, 16 experts, top-4: English text, and Python's documentation with 16k tokens
+# measured on SmolLM2-135M-Instruct, 16 experts, top-4, on English and on Python's documentation (docs/convert/carve.md)
 UNCALIBRATED = (
     "carved from the weights alone. On a real model of 135M parameters that cost 8.8 nats per token and left it worse "
-    "than uniform guessing, where --calibration text cost 0.7. The model wants repair before it is of use (nemoe-train "
+    "than uniform guessing, where --calibration text cost 0.8. The model wants repair before it is of use (nemoe-train "
     "run, with distillation from the dense one); nemoe perplexity --reference measures what it has lost"
 )
 

@@ -10,8 +10,7 @@ control is and differs from it as far as the tokens of its cluster do.
 1. Clusters. Lloyd's algorithm on each neuron's share of the output's energy: a group takes the neurons with the largest
    shares on its tokens, a token goes to the group that holds most of its output.
 2. Fit. Each group's `down` by ridge regression towards the dense stream after the layer, on the cluster's tokens and,
-   with a small weight, all others. A token weighs by the inverse mean square of that stream, which the next norm
-   divides by: a few massive tokens would otherwise decide alone.
+   with a small weight, all others. Tokens count by `calibration.token_weights`.
 3. Router. Its rows minimize the expected error Σ_c p_c·error_c under p = softmax(logits), with a load-balancing term.
    Its choices are the new clusters; 2 and 3 alternate, and the last fit is on the last router's choices.
 4. With refit steps, gate, up and `down` follow the gradient of that error (gradient_refit.py).

@@ -4,7 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.carve.calibration import LayerText, distilled_router, measure, normal_equations, output_scale, ridge_solve
+from convert.carve.calibration import (
+    LayerText,
+    distilled_router,
+    measure,
+    normal_equations,
+    output_scale,
+    ridge_solve,
+    token_weights,
+)
 
 EXPERTS, TOP_K, HIDDEN, NEURONS = 4, 2, 10, 28
 
@@ -107,3 +115,19 @@ def test_the_figures_are_those_of_a_loop_over_tokens(text, label, random):
     assert got["reconstruction_error"] == pytest.approx(error, rel=1e-4)
     assert got["recall"] == pytest.approx(recalled / TOP_K / len(phi), rel=1e-5)
     assert got["load_max_over_mean"] == pytest.approx(load.max() / load.mean(), rel=1e-5)
+
+
+def test_neither_massive_tokens_nor_all_others_decide_a_fit_alone():
+    """By the plain error one token of a size of 1000 has nearly all weight, by the relative one nearly none."""
+    random = np.random.default_rng(0)
+    streams, wanted = ([random.normal(size=(2, 50, 8)).astype(np.float32) for _ in range(2)] for _ in range(2))
+    streams[0][0, 0] *= 1000
+    wanted[0][0, 0] *= 1000
+    weights = [
+        np.asarray(weight) for weight in token_weights(*([jnp.asarray(x) for x in xs] for xs in (streams, wanted)))
+    ]
+    x, y, weight = np.concatenate(streams), np.concatenate(wanted), np.concatenate(weights)
+    square, relative = (y**2).sum(-1), 1 / (x**2).mean(-1)
+    np.testing.assert_allclose(weight, 1 + relative * square.sum() / (relative * square).sum(), rtol=1e-4)
+    share = weight * square / (weight * square).sum()
+    assert share[0, 0] == pytest.approx(0.5, abs=0.05)
