@@ -113,7 +113,7 @@ def main() -> None:
     questions.write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")
     samples, chat = {}, {}
     for name in ("dense", "control", "calibrated", "repaired"):
-        generate = ("nemoe", "generate", str(models[name]), "--batch", str(questions))
+        generate = ("nemoe", "generate", str(models[name]), "--batch", str(questions), "--output", "-")
         samples[name], chat[name] = (
             response["text"] for response in step.lines(name, *generate, "--max-new-tokens", "32", "--temperature", "0")
         )
