@@ -278,9 +278,10 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
             raise UserError(f"{flag}: {obstacle}")
     if options.overlap < 1 or (options.overlap > 1 and not by_token_clusters(options)):
         raise UserError(f"--overlap: expected 1, or more with --partition token-clusters, got {options.overlap}")
-    if options.refit_steps < 0 or (options.refit_steps and not (options.control or by_token_clusters(options))):
+    takes_steps = options.refit and (options.control or by_token_clusters(options))
+    if options.refit_steps < 0 or (options.refit_steps and not takes_steps):
         raise UserError(
-            f"--refit-steps: expected 0, or more with --partition token-clusters or --control, "
+            "--refit-steps: expected 0, or more with a refit of --partition token-clusters or --control, "
             f"got {options.refit_steps}"
         )
     if options.control and options.layout != "mixtral":

@@ -52,7 +52,7 @@ def control_layer(
     ffn = dict(small_fitted.ffn)
     if options.refit:
         ffn["down"] = ridge_solve(*normal_equations(small_fitted, weighted=True), ridge, ffn["down"])
-    if options.refit and options.refit_steps:
+    if options.refit_steps:
         everything = [np.zeros(weight_BT.shape, np.int32) for weight_BT in fitted.weights]
         one_group = {name: array[None] for name, array in ffn.items()}
         refitted = refit_by_gradient(fitted, everything, one_group, options.refit_steps, key)
