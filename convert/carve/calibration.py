@@ -74,6 +74,12 @@ class LayerText:
         """How many there are."""
         return sum(math.prod(x_BTD.shape[:-1]) for x_BTD in self.inputs)
 
+    @property
+    def energy(self) -> float:
+        """What is wanted, squared, by the tokens' weights; the mean over tokens."""
+        sums = in_turn(map(_energies_of_tokens, self.wanted, self.weights))
+        return sum(float(both[1]) for both in sums) / self.tokens
+
     def hidden(self, number: int) -> jax.Array:
         """The hidden activations (B, T, F) of a batch."""
         return hidden(self.ffn, self.inputs[number])

@@ -34,7 +34,7 @@ def refit_by_gradient(text: LayerText, labels: Sequence[np.ndarray], ffn: Tree, 
     """
     groups, random = len(ffn["down"]), np.random.default_rng(np.asarray(jax.random.key_data(key)))
     drawn = max(labels[0].size // groups, 1)
-    energy = sum(float(jnp.sum(jnp.sum(y**2, -1) * w)) for y, w in zip(text.wanted, text.weights, strict=True))
+    energy = text.energy
     scale = {name: STEP * jnp.sqrt(jnp.mean(array**2)) for name, array in ffn.items()}
     state = _ADAM.init(ffn)
     order: list[int] = []
@@ -44,9 +44,7 @@ def refit_by_gradient(text: LayerText, labels: Sequence[np.ndarray], ffn: Tree, 
         index_CN, share_C = _draw(random, labels[number].reshape(-1), groups, drawn)
         rate = 0.5 * (1 + math.cos(math.pi * step / steps))
         batch = text.inputs[number], text.wanted[number], text.weights[number]
-        ffn, state = _step(
-            ffn, state, scale, *batch, index_CN, share_C * text.tokens / energy, jnp.asarray(rate, jnp.float32)
-        )
+        ffn, state = _step(ffn, state, scale, *batch, index_CN, share_C / energy, jnp.asarray(rate, jnp.float32))
         jax.block_until_ready(ffn)
     return ffn
 

@@ -76,8 +76,8 @@ def carve_token_clusters(
     mask_CF = _lloyd(jax.device_put(sample_NF.reshape(-1, len(down_FD)), jax.devices()[0]), clusters, neurons, key)
     mask_CF = np.asarray(mask_CF)
     labels = [_most_held(hidden(number), down_FD, mask_CF) for number in numbers]
-    energy = sum(in_turn(map(_energy, text.wanted, text.weights))) / text.tokens
     router_CD = jnp.zeros((clusters, text.inputs[0].shape[-1]))
+    energy = text.energy
     for steps in ROUTER_STEPS:
         members_CS, down_CSD = _fit(text, hidden, labels, clusters, neurons, ridge)
         costs = [
@@ -111,9 +111,10 @@ def measure_groups(text: LayerText, groups: Groups) -> Figures:
         )
         for number, x_BTD in enumerate(text.inputs)
     )
-    error, energy, chosen, best, wanted, load_C = (
+    error, energy, chosen, best, load_C = (
         np.sum([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True)
     )
+    wanted = text.energy * text.tokens
     return {
         "reconstruction_error": float(error / energy),
         "error_to_dense_stream": float(chosen / wanted),
@@ -215,11 +216,6 @@ def _most_held(hidden_BTF, down_FD, mask_CF):
     return jnp.argmax(_einsum("BTF,CF->BTC", hidden_BTF**2 * jnp.sum(down_FD**2, axis=1), mask_CF), axis=-1)
 
 
-@jax.jit
-def _energy(y_BTD, weight_BT):
-    return jnp.sum(jnp.sum(y_BTD**2, axis=-1) * weight_BT)
-
-
 @functools.partial(jax.jit, static_argnames="clusters")
 def _cluster_weights(label_BT, weight_BT, clusters):
     return (jax.nn.one_hot(label_BT, clusters) + OTHERS / clusters) * weight_BT[..., None]
@@ -278,6 +274,5 @@ def _measures(hidden_BTF, x_BTD, y_BTD, weight_BT, dense_down_FD, router_CD, ffn
         jnp.sum(dense_BTD**2),
         jnp.sum(cost_BTC * chosen_BTC),
         jnp.sum(cost_BTC.min(-1)),
-        _energy(y_BTD, weight_BT),
         jnp.sum(chosen_BTC, axis=(0, 1)),
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.tree_util import register_dataclass
@@ -19,7 +20,7 @@ from nemoe_jax.spec.schema import ParamSpec, Tree, declare
 from nemoe_jax.spec.sharding import fp8_scale_spec, shardings
 
 _QUANTIZED = ("q", "k", "v", "o", "gate", "up", "down")
-E4M3 = jnp.float8_e4m3fn
+E4M3 = ml_dtypes.float8_e4m3fn
 MAX = 448.0  # its largest finite value
 
 
