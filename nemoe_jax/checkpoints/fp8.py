@@ -21,14 +21,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.spec.fp8_weight import E4M3, MAX
 
-E4M3 = ml_dtypes.float8_e4m3fn
 ON_DISK = "F8_E4M3"  # in safetensors
-MAX = 448.0  # the largest finite value of float8_e4m3fn
 MODELOPT_CONFIG = "hf_quant_config.json"
 SUPPORTED = "compressed-tensors float-quantized, fp8, modelopt FP8, Mistral's fp8_e4m3"
 _WEIGHT_SCALE = re.compile(r"\.(weight_scale|weight_scale_inv|qscale_weight)$")
