@@ -15,6 +15,7 @@ gguf                  llama.cpp's files
 verify                logits and routing of two models compared
 options, command      the options of every command, which are its flags, and how a conversion becomes a command
 streaming, settings   the layer-by-layer engine, and what every conversion is told
+manifest, report      what a conversion returns and records; the same as a page
 layerwise             a model run layer by layer over calibration text
 """
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from convert.gguf.export import to_gguf
     from convert.gguf.from_gguf import from_gguf
     from convert.layout import change_layout
+    from convert.manifest import Manifest
     from convert.merge_lora import merge as merge_adapter
     from convert.minitron.minitron import minitron as prune_width
     from convert.options import (

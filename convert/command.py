@@ -74,15 +74,15 @@ class Conversion:
             if words := getattr(module, "last_words", lambda manifest: "")(manifest):
                 print("note:", words, file=sys.stderr)
             return
-        files = manifest["files"]
+        plan = manifest.plan
         print_figures(
             {
                 "would_write": arguments.destination,
-                "files": files if arguments.json else len(files),
-                "gigabytes": manifest["bytes"] / 1e9,
-                "free_gigabytes": manifest["free_bytes"] / 1e9,
-                "seconds_per_layer": manifest["seconds_per_layer"],
-                "seconds_without_writing": manifest["seconds"],
+                "files": plan.files if arguments.json else len(plan.files),
+                "gigabytes": plan.bytes / 1e9,
+                "free_gigabytes": plan.free_bytes / 1e9,
+                "seconds_per_layer": plan.seconds_per_layer,
+                "seconds_without_writing": plan.seconds,
             },
             arguments.json,
         )

@@ -23,7 +23,7 @@ _LAYOUTS = {"huggingface": HUGGING_FACE, "mistral": MISTRAL}
 def change_layout(
     source: str | Path, destination: str | Path, options: LayoutOptions, run: ConversionSettings = ConversionSettings()
 ) -> Manifest:
-    """Writes a model directory in a layout; returns the manifest (see convert/streaming.py).
+    """Writes a model directory in a layout; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: not a model directory, a model that the layout cannot hold, existing destination.
@@ -44,4 +44,4 @@ def change_layout(
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    return {"layout": manifest["options"]["to"], "layers": len(manifest["layers"])}
+    return {"layout": manifest.options["to"], "layers": len(manifest.layers)}

@@ -20,7 +20,7 @@ from nemoe_jax.utils.output_path import refuse_existing
 def merge(
     source: str | Path, destination: str | Path, options: MergeOptions, run: ConversionSettings = ConversionSettings()
 ) -> Manifest:
-    """Merges an adapter into a model directory and writes another; returns the manifest (see convert/streaming.py).
+    """Merges an adapter into a model directory and writes another; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: an adapter that does not fit the model or is no plain LoRA (see `PeftAdapter`), existing destination.
@@ -74,4 +74,4 @@ def _sha256(path: Path) -> str:
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    return {name: manifest[name] for name in ("tensors_updated", "tensors_replaced")}
+    return {name: manifest.figures[name] for name in ("tensors_updated", "tensors_replaced")}

@@ -36,7 +36,7 @@ def quantize(
     options: QuantizeOptions,
     run: ConversionSettings = ConversionSettings(),
 ) -> Manifest:
-    """Writes a model directory in FP8, or back in bfloat16; returns the manifest (see convert/streaming.py).
+    """Writes a model directory in FP8, or back in bfloat16; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: not a model directory, a model that the format cannot hold, existing destination.
@@ -262,14 +262,14 @@ _FORMATS = {
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    return {"to": manifest["options"]["to"], "layers": len(manifest["layers"])}
+    return {"to": manifest.options["to"], "layers": len(manifest.layers)}
 
 
 def last_words(manifest: Manifest) -> str:
     """Names the experts that saw too few tokens."""
     few = [
         f"layer {layer['layer']}: {', '.join(layer['experts_with_few_tokens'])}"
-        for layer in manifest["layers"]
+        for layer in manifest.layers
         if layer.get("experts_with_few_tokens")
     ]
     if not few:

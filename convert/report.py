@@ -1,23 +1,25 @@
 """A conversion's manifest as a page for people: what was done, and each figure over the layers."""
 
+import dataclasses
 import html
 import io
 from typing import Any
 
+from convert.manifest import Manifest
 from nemoe_jax.utils.html_page import html_page, picture, table
 
 PLOT_SIZE = (4.4, 2.6)  # inches
 COLUMNS = 3
 
 
-def page(manifest: dict[str, Any]) -> str:
+def page(manifest: Manifest) -> str:
     """One self-contained HTML page."""
-    options = dict(manifest["options"])
-    title = f"{options.pop('command')} {manifest['source']['name']}"
-    whole = {name: value for name, value in manifest.items() if isinstance(value, (int, float))}
-    series = layer_series(manifest["layers"])
+    options = dict(manifest.options)
+    title = f"{options.pop('command')} {manifest.source}"
+    whole = {name: value for name, value in manifest.figures.items() if isinstance(value, (int, float))}
+    series = layer_series(manifest.layers)
     plots = picture(_plots(series), "figures by layer") if series else ""
-    tables = table("Options", options), table("Result", manifest["result"])
+    tables = table("Options", options), table("Result", dataclasses.asdict(manifest.result))
     return html_page(title, table("Figures", whole), plots, _layer_table(series), *tables)
 
 

@@ -14,7 +14,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import threading
 import time
@@ -25,12 +24,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from convert.manifest import Figures, Manifest, Plan, versions
 from convert.report import page
 from convert.settings import MANIFEST, REPORT, ConversionSettings
 from nemoe_jax.checkpoints.fingerprint import weights_fingerprint
 from nemoe_jax.checkpoints.layout import HUGGING_FACE, Layout
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
-from nemoe_jax.checkpoints.writer import KEPT, Writer, plan
+from nemoe_jax.checkpoints.writer import KEPT, Writer
+from nemoe_jax.checkpoints.writer import plan as plan_files
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.utils.output_path import check_room, free_bytes, refuse_existing
@@ -39,9 +40,7 @@ from nemoe_jax.utils.progress import progress_bar
 MOST_THREADS = 8
 
 Tensors = dict[str, np.ndarray]  # {checkpoint key: tensor in the checkpoint's layout}
-Figures = dict[str, Any]
 Layer = Callable[[int], tuple[Tensors, Figures]]  # layer number -> its new tensors, and figures for the manifest
-Manifest = dict[str, Any]
 
 
 def convert_layers(
@@ -90,7 +89,8 @@ def convert_layers(
         return tensors | {ref.key: take(ref) for ref in by_unit[unit] if ref.key not in tensors}, figures
 
     if run.dry_run:
-        return _dry_run(destination, config, make, options, run, layout, sequential=finished is not None)
+        plan = _dry_run(destination, config, make, run, layout, sequential=finished is not None)
+        return Manifest(options, config, plan=plan)
     if finished and jax.process_count() > 1:
         raise UserError(f"{options['command']}: its layers depend on one another; run it in a single process")
     state = {
@@ -128,16 +128,16 @@ def convert_layers(
         else:
             _each_in_threads(write, mine)
         writer.wait()
-        manifest = {
-            "options": options,
-            "source": {"name": source.path.resolve().name, "sha256": hashes.result()},
-            "result": dataclasses.asdict(config),
-            "versions": versions(),
-            **({"inputs": inputs} if inputs else {}),
-            **(summary() if summary else {}),
-            "layers": [{"layer": unit - 1, **writer.finished[unit]} for unit in range(1, config.layers + 1)],
-        }
-        texts = {MANIFEST: json.dumps(manifest, indent=2) + "\n", REPORT: page(manifest)}
+        manifest = Manifest(
+            options,
+            config,
+            source.path.resolve().name,
+            hashes.result(),
+            inputs or {},
+            summary() if summary else {},
+            [{"layer": unit - 1, **writer.finished[unit]} for unit in range(1, config.layers + 1)],
+        )
+        texts = {MANIFEST: json.dumps(manifest.as_json(), indent=2) + "\n", REPORT: page(manifest)}
         writer.finish(tokenizer_from or source.directory, texts | (extra or {}))
     return manifest
 
@@ -165,36 +165,24 @@ def _dry_run(
     destination: str | Path,
     config: ModelConfig,
     make: Callable[[int], Any],
-    options: Figures,
     run: ConversionSettings,
     layout: Layout,
     sequential: bool,
-) -> Manifest:
+) -> Plan:
     """What would be written, whether it fits, and how long a layer takes; nothing stays behind."""
     refuse_existing(destination)
-    files = plan(config, run.shard_bytes, layout)
-    size = sum(file.size for file in files)
-    check_room(Path(destination), size)
+    files = {file.name: file.size for file in plan_files(config, run.shard_bytes, layout)}
+    check_room(Path(destination), sum(files.values()))
     started = time.monotonic()
     make(1 if sequential else config.layers)
     seconds = time.monotonic() - started
     threads = 1 if sequential else len(jax.local_devices()) * jax.process_count()
-    return {
-        "dry_run": True,
-        "options": options,
-        "result": dataclasses.asdict(config),
-        "files": {file.name: file.size for file in files},
-        "bytes": size,
-        "free_bytes": free_bytes(Path(destination)),
-        "seconds_per_layer": seconds,  # of one that had to be compiled
-        "seconds": seconds * config.layers / threads,  # without the writing
-        "layers": [],
-    }
+    return Plan(files, free_bytes(Path(destination)), seconds, seconds * config.layers / threads)
 
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-    """Tells whoever interrupts a conversion how it goes on."""
+    """Says how an interrupted conversion goes on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -230,8 +218,3 @@ class Hashes:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._pool.shutdown()
-
-
-def versions() -> dict[str, str]:
-    """Of what decides about the numbers."""
-    return {name: importlib.metadata.version(name) for name in ("nemoe-jax", "jax", "numpy")}

@@ -66,7 +66,7 @@ UNCALIBRATED = (
 def carve(
     source: str | Path, destination: str | Path, options: CarveOptions, run: ConversionSettings = ConversionSettings()
 ) -> Manifest:
-    """Carves a model directory into another; returns the manifest (see convert/streaming.py).
+    """Carves a model directory into another; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: not a dense model, experts that do not divide its FFN, bad options, existing destination.
@@ -361,12 +361,12 @@ def _figures(router_ED: jax.Array, scale_E: np.ndarray) -> Figures:
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    layers, result = manifest["layers"], manifest["result"]
+    layers, result = manifest.layers, manifest.result
     figures: Figures = {"layers": len(layers)}
-    if manifest["options"]["control"]:
-        figures["ffn"] = result["ffn"]
+    if manifest.options["control"]:
+        figures["ffn"] = result.ffn
     else:
-        figures |= {name: result[name] for name in ("experts", "top_k", "expert_ffn")}
+        figures |= {name: getattr(result, name) for name in ("experts", "top_k", "expert_ffn")}
         scales = [scale for layer in layers for scale in layer.get("output_scale", ())]
         if scales:
             figures |= {
@@ -374,7 +374,7 @@ def printed_figures(manifest: Manifest) -> Figures:
                 "output_scale_min": min(scales),
                 "output_scale_max": max(scales),
             }
-    figures |= {name: value for name, value in manifest.items() if name.startswith("held_out") or name == "destroyed"}
+    figures |= {name: value for name, value in manifest.figures.items() if name != "verdict"}
     loads = [layer["load_max_over_mean"] for layer in layers if "load_max_over_mean" in layer]
     if loads:
         figures["load_max_over_mean"] = float(np.mean(loads))
@@ -383,8 +383,8 @@ def printed_figures(manifest: Manifest) -> Figures:
 
 def last_words(manifest: Manifest) -> str:
     """What the user should know of the result before it is used."""
-    if manifest["options"]["calibration"]:
-        verdict = manifest["verdict"]
-        control = "" if manifest["options"]["control"] else "; compare with the same command and --control"
+    if manifest.options["calibration"]:
+        verdict = manifest.figures["verdict"]
+        control = "" if manifest.options["control"] else "; compare with the same command and --control"
         return verdict and f"{verdict}{control}"
     return UNCALIBRATED

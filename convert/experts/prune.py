@@ -51,7 +51,7 @@ SUBSETS_AT_ONCE = 128
 def prune(
     source: str | Path, destination: str | Path, options: PruneOptions, run: ConversionSettings = ConversionSettings()
 ) -> Manifest:
-    """Prunes an MoE model's directory into another; returns the manifest (see convert/streaming.py).
+    """Prunes an MoE model's directory into another; returns the manifest (see convert/manifest.py).
 
     A run that goes on after an interruption finds its choices again from the same text.
 
@@ -258,13 +258,14 @@ def _subset_errors(config, logits_TE, gram_TEE, member_SE):
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    layers = [figures for figures in manifest["layers"] if "kept" in figures]
+    layers = [figures for figures in manifest.layers if "kept" in figures]
 
     def mean(name: str) -> float:
         return float(np.mean([figures[name] for figures in layers]))
 
     return {
-        **{name: manifest["result"][name] for name in ("experts", "top_k")},
+        "experts": manifest.result.experts,
+        "top_k": manifest.result.top_k,
         "moe_layers": len(layers),
         **{f"{name}_mean": mean(name) for name in ("dropped_share", "layer_error") if name in layers[0]},
     }

@@ -54,7 +54,7 @@ def distill_routers(
     options: DistillRoutersOptions,
     run: ConversionSettings = ConversionSettings(),
 ) -> Manifest:
-    """Writes the MoE `source` with recalibrated routers; returns the manifest (see convert/streaming.py).
+    """Writes the MoE `source` with recalibrated routers; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: not an MoE, a teacher that does not fit it, bad options, no text, existing destination.
@@ -238,5 +238,5 @@ def _distil_step(config, params, teacher_config, teacher, old_LDE, deviation_L11
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    figures = {name: value for name, value in manifest.items() if name.startswith("held_out")}
-    return {**figures, "routers": f"kept {manifest['kept']} of {manifest['moe_layers']} layers"}
+    figures = {name: value for name, value in manifest.figures.items() if name.startswith("held_out")}
+    return {**figures, "routers": f"kept {manifest.figures['kept']} of {manifest.figures['moe_layers']} layers"}

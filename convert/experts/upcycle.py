@@ -30,7 +30,6 @@ E experts, D embed, F expert_ffn, G groups (m), C channels with a shift.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,9 +51,9 @@ SATURATED = 8.0  # nats that a group leads by when a softmax over all experts ha
 def upcycle(
     source: str | Path, destination: str | Path, options: UpcycleOptions, run: ConversionSettings = ConversionSettings()
 ) -> Manifest:
-    """Upcycles a model directory into another; returns the manifest (see convert/streaming.py).
+    """Upcycles a model directory into another; returns the manifest (see convert/manifest.py).
 
-    With `check` or `check_tokens` the report's "check" holds what `compare.compare` finds.
+    With `check` or `check_tokens` its figures' "check" holds what `compare.compare` finds.
 
     Raises:
         UserError: not an MoE model, experts that are no multiple, bad options, existing destination.
@@ -96,10 +95,11 @@ def upcycle(
     recorded = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in ("check", "check_tokens")
     }
-    report = convert_layers(checkpoint, destination, config, layer, {"command": "upcycle", **recorded}, run=run)
+    manifest = convert_layers(checkpoint, destination, config, layer, {"command": "upcycle", **recorded}, run=run)
     if batches and not run.dry_run:
-        report["check"] = dataclasses.asdict(compare(checkpoint, Checkpoint(destination), batches))
-    return report
+        check = dataclasses.asdict(compare(checkpoint, Checkpoint(destination), batches))
+        manifest = dataclasses.replace(manifest, figures={"check": check})
+    return manifest
 
 
 def upcycled_config(old: ModelConfig, options: UpcycleOptions, source: str) -> ModelConfig:
@@ -195,7 +195,6 @@ def with_noise(down: np.ndarray, copies: int, noise: float, generator: np.random
     return result
 
 
-def printed_figures(manifest: Manifest) -> dict[str, Any]:
-    result = manifest["result"]
-    shown = {name: result[name] for name in ("experts", "top_k", "expert_ffn", "layers")}
-    return shown | {f"check_{name}": value for name, value in manifest.get("check", {}).items()}
+def printed_figures(manifest: Manifest) -> Figures:
+    shown = {name: getattr(manifest.result, name) for name in ("experts", "top_k", "expert_ffn", "layers")}
+    return shown | {f"check_{name}": value for name, value in manifest.figures.get("check", {}).items()}

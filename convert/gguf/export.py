@@ -25,7 +25,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from convert.gguf.header import ARCHITECTURES, header, rope_factors
 from convert.gguf.tokenizer import read_vocabulary
 from convert.options import GgufOptions
-from convert.streaming import MOST_THREADS, ConversionSettings, Figures, Manifest
+from convert.streaming import MOST_THREADS, ConversionSettings, Figures
 from nemoe_jax.checkpoints.gguf.config import ROPE_FREQS
 from nemoe_jax.checkpoints.gguf.weights import interleaved, tensor_names
 from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef, units
@@ -66,7 +66,7 @@ class Tensor(NamedTuple):
 
 def to_gguf(
     source: str | Path, destination: str | Path, options: GgufOptions, run: ConversionSettings = ConversionSettings()
-) -> Manifest:
+) -> Figures:
     """Writes a model directory as one GGUF file; returns its figures.
 
     Raises:
@@ -215,6 +215,6 @@ def _write_block(descriptor: int, alone: threading.Lock, at: int, block: np.ndar
         write_at(descriptor, at, data)
 
 
-def printed_figures(report: Manifest) -> Figures:
+def printed_figures(report: Figures) -> Figures:
     figures = {name: value for name, value in report.items() if name != "bytes"}
     return {**figures, "gigabytes": report["bytes"] / 1e9}

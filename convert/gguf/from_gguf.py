@@ -20,7 +20,7 @@ def from_gguf(
     options: FromGgufOptions = FromGgufOptions(),
     run: ConversionSettings = ConversionSettings(),
 ) -> Manifest:
-    """Writes a GGUF file as a model directory; returns the manifest (see convert/streaming.py).
+    """Writes a GGUF file as a model directory; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: not a GGUF file, damaged, of an architecture, type or tokenizer that is not known; existing
@@ -43,5 +43,4 @@ def from_gguf(
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    result = manifest["result"]
-    return {"family": result["family"], "dtype": result["dtype"], "layers": len(manifest["layers"])}
+    return {"family": manifest.result.family, "dtype": manifest.result.dtype, "layers": len(manifest.layers)}

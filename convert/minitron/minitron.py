@@ -75,7 +75,7 @@ def minitron(
     options: MinitronOptions,
     run: ConversionSettings = ConversionSettings(),
 ) -> Manifest:
-    """Prunes a model directory into a narrower one; returns the manifest (see convert/streaming.py).
+    """Prunes a model directory into a narrower one; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: sizes that the model cannot be pruned to, no calibration text, existing destination.
@@ -183,12 +183,11 @@ def _figures(scores: Scores, kept: Kept, config: ModelConfig, layer: int) -> Fig
 
 
 def printed_figures(manifest: Manifest) -> Figures:
-    result, layers = manifest["result"], manifest["layers"]
-    total, active = count(ModelConfig(**result))
+    result, layers = manifest.result, manifest.layers
+    total, active = count(result)
     figures: Figures = {"parameters": total, "active_parameters": active}
-    figures |= {name: result[name] for name in ("hidden", *NEURON_AXES, "norm_eps") if result[name]}
-    if "hidden_kept" in manifest:
-        figures["hidden_kept"] = manifest["hidden_kept"]
+    figures |= {name: value for name in ("hidden", *NEURON_AXES, "norm_eps") if (value := getattr(result, name))}
+    figures |= manifest.figures
     for axis in NEURON_AXES:
         if values := [layer[f"{axis}_kept"] for layer in layers if f"{axis}_kept" in layer]:
             figures[f"{axis}_kept_min"] = float(np.min(values))

@@ -60,7 +60,7 @@ def test_the_experts_are_the_dense_neurons_bit_for_bit(dense_directory, tmp_path
 def test_the_router_is_orthogonal(dense_directory, tmp_path):
     manifest = carve(dense_directory, tmp_path / "moe", OPTIONS)
     moe = tensors_of(tmp_path / "moe")
-    for layer, figures in enumerate(manifest["layers"]):
+    for layer, figures in enumerate(manifest.layers):
         router = moe[f"model.layers.{layer}.block_sparse_moe.gate.weight"].astype(np.float32)
         square = figures["router_temperature"] ** 2
         np.testing.assert_allclose(router @ router.T, square * np.eye(EXPERTS), atol=square * 2**-6)  # bf16 on disk
@@ -328,7 +328,7 @@ def test_overlapping_experts_hold_more_neurons_and_gradient_steps_bring_them_nea
     errors = {}
     for steps in (0, 60):
         manifest = carve(dense_directory, tmp_path / f"moe{steps}", dataclasses.replace(options, refit_steps=steps))
-        errors[steps] = [layer["error_to_dense_stream"] for layer in manifest["layers"]]
+        errors[steps] = [layer["error_to_dense_stream"] for layer in manifest.layers]
     config, _ = pretrained.load_pretrained(tmp_path / "moe0")
     assert (config.experts, config.top_k, config.expert_ffn) == (8, 2, 12)
     assert errors[60][0] < errors[0][0]  # the first layer, whose inputs are the same
@@ -350,13 +350,13 @@ def test_a_carve_says_what_it_has_lost_or_that_it_has_not_looked(dense_directory
         log_p[name] = np.float64(jax.nn.log_softmax(forward(config, params, batches[0][:, :-1]).logits))
         losses[name] = -np.take_along_axis(log_p[name], batches[0][:, 1:, None], axis=-1).mean()
     for name, loss in losses.items():
-        assert manifest[f"held_out_loss_{name}"] == pytest.approx(loss, abs=2e-4)
+        assert manifest.figures[f"held_out_loss_{name}"] == pytest.approx(loss, abs=2e-4)
     kl = (np.exp(log_p["dense"]) * (log_p["dense"] - log_p["carved"])).sum(-1).mean()
-    assert manifest["held_out_kl_divergence"] == pytest.approx(kl, rel=0.01)
+    assert manifest.figures["held_out_kl_divergence"] == pytest.approx(kl, rel=0.01)
     agreement = (log_p["dense"].argmax(-1) == log_p["carved"].argmax(-1)).mean()
-    assert manifest["held_out_argmax_agreement"] == pytest.approx(agreement, abs=0.01)
+    assert manifest.figures["held_out_argmax_agreement"] == pytest.approx(agreement, abs=0.01)
     # a model that was never trained is worse than the words' frequencies, and so is what is carved of it
-    assert manifest["destroyed"] and "the model is destroyed" in manifest["verdict"]
+    assert manifest.figures["destroyed"] and "the model is destroyed" in manifest.figures["verdict"]
 
 
 def test_an_interrupted_carve_does_not_go_on_with_other_calibration_text(
@@ -372,7 +372,7 @@ def test_an_interrupted_carve_does_not_go_on_with_other_calibration_text(
     seen = interrupted(after_layers=99, monkeypatch=monkeypatch)
     manifest = carve(dense_directory, tmp_path / "moe", options)
     assert len(seen) == 3  # every layer anew
-    assert len(manifest["inputs"]["calibration_sha256"]) == 64
+    assert len(manifest.inputs["calibration_sha256"]) == 64
 
 
 def test_a_model_writes_its_own_calibration_text(dense_directory, tmp_path, monkeypatch):
@@ -391,7 +391,7 @@ def test_a_model_writes_its_own_calibration_text(dense_directory, tmp_path, monk
         assert again.max() < 60 and tokenizer.decode(again) == record["text"]
     assert max(generate(config, params, [[1]], 95, sampling)) >= 60
     again = self_text.sample_text(Checkpoint(dense_directory), options.calibration_tokens, options.seed)
-    assert hash_of(again.batches) == manifest["inputs"] and again.lines.count("\n") == len(records)
+    assert hash_of(again.batches) == manifest.inputs and again.lines.count("\n") == len(records)
     monkeypatch.setattr(self_text, "generate", lambda *given, **_: iter([np.full(len(given[2]), 7)] * 95))
     with pytest.raises(UserError, match="sequences begin in 1 ways only, expected 16"):
         carve(dense_directory, tmp_path / "third", options)

@@ -60,7 +60,7 @@ def test_there_and_back_is_the_same_bit_for_bit(there, tmp_path):
     directory, file = there
     manifest = from_gguf(file, tmp_path / "back")
     original, back = Checkpoint(directory), Checkpoint(tmp_path / "back")
-    assert manifest["result"]["dtype"] == "float32"
+    assert manifest.result.dtype == "float32"
     for key in original.files:
         np.testing.assert_array_equal(original.view(key), back.view(key), err_msg=key)
     same_math = {"mistral": "llama"}.get(original.config.family, original.config.family)
@@ -219,7 +219,7 @@ def test_logits_are_those_of_llama_cpp(mixed, plain):
 
 def test_a_quantized_file_becomes_bfloat16_by_default(mixed, tmp_path):
     manifest = from_gguf(mixed, tmp_path / "model")
-    assert manifest["result"]["dtype"] == "bfloat16"
+    assert manifest.result.dtype == "bfloat16"
     exact = Checkpoint(mixed).view("model.layers.0.mlp.up_proj.weight")
     rounded = Checkpoint(tmp_path / "model").view("model.layers.0.mlp.up_proj.weight")
     np.testing.assert_array_equal(exact.astype(rounded.dtype), rounded)

@@ -95,7 +95,7 @@ def test_merged_logits_are_those_of_peft(kind, options, counts, bases, tmp_path)
     expected = logits_of(model)
     assert np.abs(expected - our_logits(bases(kind))).max() > 0.1  # the adapter does something
     np.testing.assert_allclose(our_logits(tmp_path / "merged"), expected, atol=2e-5)
-    assert (manifest["tensors_updated"], manifest["tensors_replaced"]) == counts
+    assert (manifest.figures["tensors_updated"], manifest.figures["tensors_replaced"]) == counts
     theirs = model.merge_and_unload()
     np.testing.assert_allclose(logits_of(theirs), expected, atol=2e-5)
 
@@ -180,7 +180,7 @@ def test_nekomind_has_experts_one_by_one_a_shared_one_and_dense_layers(adapter, 
     for module, (outputs, inputs) in adapted.items():
         tensors |= linear(module, outputs, inputs)
     manifest = merge(tmp_path / "model", tmp_path / "merged", adapter(tensors))
-    assert [layer["tensors_changed"] for layer in manifest["layers"]] == [1, 0, 1, 1, 1]
+    assert [layer["tensors_changed"] for layer in manifest.layers] == [1, 0, 1, 1, 1]
     merged = Checkpoint(tmp_path / "merged")
     for key in merged.files:
         np.testing.assert_array_equal(merged.view(key), 0.375 if key.removesuffix(".weight") in adapted else 0)

@@ -219,7 +219,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_choices(way, text, tmp_pat
             (tmp_path / "input").write_text(json.dumps({"layers": layers}))
 
     def kept(manifest):
-        return [figures["kept"] for figures in manifest["layers"]]
+        return [figures["kept"] for figures in manifest.layers]
 
     give(other)
     expected = prune.prune(directory, tmp_path / "whole", options)
@@ -289,12 +289,12 @@ def test_scores_of_an_earlier_run_are_taken_instead_of_text(tmp_path):
     earlier = tmp_path / "earlier.json"
     earlier.write_text(json.dumps({"layers": rows}))
     manifest = prune.prune(tmp_path / "model", tmp_path / "pruned", PruneOptions(8, choices=str(earlier)))
-    assert [row["kept"] for row in manifest["layers"]] == [sorted(np.argsort(-row)[:8].tolist()) for row in scores]
+    assert [row["kept"] for row in manifest.layers] == [sorted(np.argsort(-row)[:8].tolist()) for row in scores]
     rows[1]["kept"] = [0, 2, 3, 5, 7, 11, 13, 15]  # as another method chose
     earlier.write_text(json.dumps({"layers": rows}))
     for experts, expected in ((8, rows[1]["kept"]), (7, sorted(np.argsort(-scores[1])[:7].tolist()))):
         manifest = prune.prune(tmp_path / "model", tmp_path / str(experts), PruneOptions(experts, choices=str(earlier)))
-        assert manifest["layers"][1]["kept"] == expected
+        assert manifest.layers[1]["kept"] == expected
     for bad, message in (({}, "layer 0's experts, got None"), ({"layers": [{"layer": 0, "scores": [1]}]}, "got 1")):
         earlier.write_text(json.dumps(bad))
         with pytest.raises(UserError, match=message):

@@ -1,19 +1,22 @@
+import dataclasses
 from html.parser import HTMLParser
 
 import pytest
 
+from convert.manifest import Manifest
 from convert.report import layer_series, page
+from tests.support.configs import DENSE
 
-MANIFEST = {
-    "options": {"command": "carve", "experts": 4, "calibration": ["a<b>.txt"]},
-    "source": {"name": "small & <dense>", "sha256": {}},
-    "result": {"hidden": 24},
-    "held_out_loss_dense": 2.8655,
-    "layers": [
+MANIFEST = Manifest(
+    options={"command": "carve", "experts": 4, "calibration": ["a<b>.txt"]},
+    result=DENSE,
+    source="small & <dense>",
+    figures={"held_out_loss_dense": 2.8655},
+    layers=[
         {"layer": 0, "recall": 0.7125, "output_scale": [1.5, 2.5], "kept": "yes"},
         {"layer": 2, "recall": 0.8, "output_scale": [1.75, 4.0]},
     ],
-}
+)
 
 
 class Text(HTMLParser):
@@ -42,7 +45,7 @@ def test_the_page_shows_figures_options_and_a_plot_for_each_figure():
 
 
 def test_only_numbers_are_series():
-    assert layer_series(MANIFEST["layers"]) == {
+    assert layer_series(MANIFEST.layers) == {
         "recall": [(0, [0.7125]), (2, [0.8])],
         "output_scale": [(0, [1.5, 2.5]), (2, [1.75, 4.0])],
     }
@@ -50,7 +53,7 @@ def test_only_numbers_are_series():
 
 @pytest.mark.parametrize("layers", [[], [{"layer": 0}]])
 def test_a_conversion_without_figures_has_no_plot(layers):
-    assert not Text(page(MANIFEST | {"layers": layers})).pictures
+    assert not Text(page(dataclasses.replace(MANIFEST, layers=layers))).pictures
 
 
 def test_the_same_manifest_gives_the_same_bytes():

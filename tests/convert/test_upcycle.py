@@ -136,7 +136,7 @@ def test_copies_hold_the_source_bit_for_bit_but_on_the_shifted_channels(tmp_path
                 key = ref.key.replace(f"experts.{expert}.", f"experts.{(expert or 0) + copy}.")
                 np.testing.assert_array_equal(two.view(key), one.view(ref.key))
     rows, copied = router_of(directory), router_of(tmp_path / "2").reshape(2, 16, -1)
-    figures = manifest["layers"][1]
+    figures = manifest.layers[1]
     shift = np.zeros(24)
     shift[figures["channels"]] = figures["shift"]
     assert np.count_nonzero(shift) == 1
