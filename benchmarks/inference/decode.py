@@ -34,27 +34,29 @@ import numpy as np
 
 from benchmarks.lib.results import add_keep, keep, machine
 
-LIMITS = {"transformers": 3.0, "llama.cpp": 0.7}
 PROMPT, NEW = 32, 128
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Row(NamedTuple):
-    """A comparison."""
+    """A comparison: the ratio of tokens per second is to reach `limit`."""
 
     model: str
     batch: int
-    peer: str
+    peer: str  # a side, or another model on our side
+    limit: float
+    prompt: int = PROMPT
+    new: int = NEW
 
     def __str__(self) -> str:
-        return ", ".join((self.model, f"batch {self.batch}", self.peer))
+        return f"{self.model}, batch {self.batch}, {self.prompt}+{self.new}, {self.peer}"
 
 
 ROWS = (
-    Row("moe", 1, "transformers"),
-    Row("moe", 8, "transformers"),
-    Row("dense", 1, "llama.cpp"),
-    Row("moe", 1, "llama.cpp"),
+    Row("moe", 1, "transformers", 3.0),
+    Row("moe", 8, "transformers", 3.0),
+    Row("dense", 1, "llama.cpp", 0.7),
+    Row("moe", 1, "llama.cpp", 0.7),
 )
 
 
@@ -66,7 +68,7 @@ class Turn(NamedTuple):
     after_prompt: float  # from the first token to the last
 
 
-Generate = Callable[[list[list[int]]], Turn]
+Generate = Callable[[list[list[int]], int], Turn]
 
 
 def model_config(name: str) -> Any:
@@ -81,9 +83,9 @@ def model_config(name: str) -> Any:
     )
 
 
-def prompts(batch: int) -> list[list[int]]:
+def prompts(row: Row) -> list[list[int]]:
     """Random tokens."""
-    return np.random.default_rng(0).integers(1000, 32000, (batch, PROMPT)).tolist()
+    return np.random.default_rng(0).integers(1000, 32000, (row.batch, row.prompt)).tolist()
 
 
 def prepare(directory: Path) -> None:
@@ -114,9 +116,9 @@ def ours(directory: Path, name: str) -> Generate:
 
     config, params = pretrained.load_pretrained(directory / name)
 
-    def run(prompts: list[list[int]]) -> Turn:
+    def run(prompts: list[list[int]], new: int) -> Turn:
         started, times, steps = time.perf_counter(), [], []
-        for tokens_B in generate(config, params, prompts, NEW):
+        for tokens_B in generate(config, params, prompts, new):
             steps.append(tokens_B)
             times.append(time.perf_counter())
         return Turn(np.stack(steps, axis=1).tolist(), times[-1] - started, times[-1] - times[0])
@@ -132,14 +134,14 @@ def transformers(directory: Path, name: str) -> Generate:
     torch.set_num_threads(CORES)
     model = AutoModelForCausalLM.from_pretrained(directory / name, dtype="auto").eval()
 
-    def run(prompts: list[list[int]]) -> Turn:
+    def run(prompts: list[list[int]], new: int) -> Turn:
         started = time.perf_counter()
         tokens = torch.tensor(prompts)
-        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "eos_token_id": None}
         with torch.inference_mode():
             made = model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **options)
         seconds = time.perf_counter() - started
-        return Turn(made[:, PROMPT:].tolist(), seconds, seconds)
+        return Turn(made[:, tokens.shape[1] :].tolist(), seconds, seconds)
 
     return run
 
@@ -150,17 +152,17 @@ def llama_cpp(directory: Path, name: str) -> Generate:
 
     params = xllamacpp.CommonParams()
     params.model.path = str(directory / f"{name}.gguf")
-    params.n_ctx, params.n_gpu_layers, params.verbosity = 256, 0, -1
+    params.n_ctx, params.n_gpu_layers, params.verbosity = 1024, 0, -1
     params.cpuparams.n_threads = CORES
     # as we keep them
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
 
-    def run(prompts: list[list[int]]) -> Turn:
+    def run(prompts: list[list[int]], new: int) -> Turn:
         (prompt,) = prompts
         started = time.perf_counter()
-        body = {"prompt": prompt, "n_predict": NEW, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+        body = {"prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True, "return_tokens": True}
         request = urllib.request.Request(
             server.listening_address + "/completion",
             json.dumps(body | {"cache_prompt": False}).encode(),
@@ -169,9 +171,9 @@ def llama_cpp(directory: Path, name: str) -> Generate:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
             said = json.load(answer)
         timings = said["timings"]
-        assert timings["predicted_n"] == NEW
+        assert timings["predicted_n"] == new
         seconds = time.perf_counter() - started
-        return Turn([said["tokens"]], seconds, timings["predicted_ms"] / 1000 * (NEW - 1) / NEW)
+        return Turn([said["tokens"]], seconds, timings["predicted_ms"] / 1000 * (new - 1) / new)
 
     return run
 
@@ -193,10 +195,10 @@ class Worker:
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )
 
-    def run(self, prompts: list[list[int]]) -> dict[str, Any]:
+    def run(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         """A turn's fields, and its CPU time."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(prompts) + "\n")
+        self.process.stdin.write(json.dumps((prompts, new)) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
@@ -215,22 +217,24 @@ def serve(run: Generate) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
     for line in sys.stdin:
         cpu = time.process_time()
-        turn = run(json.loads(line))
+        turn = run(*json.loads(line))
         print(json.dumps({**turn._asdict(), "cpu": time.process_time() - cpu}), file=answers, flush=True)
 
 
 def measure(row: Row, directory: Path, turns: int) -> dict[str, Any]:
     """Both sides' figures of a comparison."""
-    workers = {name: Worker(name, row.model, directory) for name in ("ours", row.peer)}
-    asked = prompts(row.batch)
-    first = {name: worker.run(asked) for name, worker in workers.items()}
+    peer = (row.peer, row.model) if row.peer in SIDES else ("ours", row.peer)
+    workers = {"ours": Worker("ours", row.model, directory), row.peer: Worker(*peer, directory)}
+    asked = prompts(row), row.new
+    first = {name: worker.run(*asked) for name, worker in workers.items()}
     took: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for _ in range(turns):
         for name, worker in workers.items():
-            took[name].append(worker.run(asked))
+            took[name].append(worker.run(*asked))
     for worker in workers.values():
         worker.end()
-    key, tokens = ("seconds", NEW) if row.peer == "transformers" else ("after_prompt", NEW - 1)
+    whole = row.peer == "transformers" or row.new == 1
+    key, tokens = ("seconds", row.new) if whole else ("after_prompt", row.new - 1)
     figures: dict[str, Any] = {}
     for name, side in took.items():
         seconds = statistics.median(turn[key] for turn in side)
@@ -243,7 +247,7 @@ def measure(row: Row, directory: Path, turns: int) -> dict[str, Any]:
     mine, theirs = np.array(first["ours"]["tokens"]), np.array(first[row.peer]["tokens"])
     figures["ratio"] = figures["ours"]["tokens_per_second"] / figures[row.peer]["tokens_per_second"]
     figures["cpu_ratio"] = figures[row.peer]["cpu_seconds"] / figures["ours"]["cpu_seconds"]
-    figures["limit"] = LIMITS[row.peer]
+    figures["limit"] = row.limit
     # how many tokens agree before the first that does not, over the rows
     figures["equal_tokens"] = int(np.cumprod(mine == theirs, axis=1).sum())
     figures["tokens"] = mine.size
@@ -254,7 +258,7 @@ def show(row: Row, figures: dict[str, Any]) -> None:
     """Prints a comparison."""
     a, b = figures["ours"], figures[row.peer]
     print(
-        f"{row!s:28} {a['tokens_per_second']:7.1f} tokens/s {b['tokens_per_second']:7.1f}   "
+        f"{row!s:40} {a['tokens_per_second']:7.1f} tokens/s {b['tokens_per_second']:7.1f}   "
         f"ratio {figures['ratio']:.2f} (limit {figures['limit']}), of CPU time {figures['cpu_ratio']:.2f}; "
         f"{figures['equal_tokens']} of {figures['tokens']} tokens agree; first call {a['first_call_seconds']:.1f} s",
         flush=True,
@@ -263,8 +267,8 @@ def show(row: Row, figures: dict[str, Any]) -> None:
 
 def skipped(peer: str) -> str | None:
     """Why a peer cannot be had."""
-    needs = {"transformers": ("torch", "transformers"), "llama.cpp": ("xllamacpp", "mistral_common", "gguf")}[peer]
-    return next((f"{name} is not installed" for name in needs if find_spec(name) is None), None)
+    needs = {"transformers": ("torch", "transformers"), "llama.cpp": ("xllamacpp", "mistral_common", "gguf")}
+    return next((f"{name} is not installed" for name in needs.get(peer, ()) if find_spec(name) is None), None)
 
 
 def main() -> None:

@@ -172,8 +172,12 @@ def by_token_clusters(options: CarveOptions) -> bool:
 
 def _obstacle_to_token_clusters(options: CarveOptions) -> str:
     """What token clusters want and the options do not give; "" if nothing."""
-    if options.experts % options.top_k or options.experts == options.top_k:
-        return f"expected --experts to be a multiple of --top-k {options.top_k}, got {options.experts}"
+    shares = options.top_k < options.experts < 2 * options.top_k
+    if options.experts == options.top_k or (options.experts % options.top_k and not shares):
+        return (
+            f"expected --experts to be a multiple of --top-k {options.top_k}, or less than twice it and more than it, "
+            f"got {options.experts}"
+        )
     if not (options.calibration and options.refit and options.router == "auto" and options.layout == "mixtral"):
         return "expected --calibration text, and neither --no-refit, --router nor --layout shared"
     return ""
@@ -191,21 +195,26 @@ def _token_clusters(
     """The layer's tensors by checkpoint keys, and figures."""
     top_k, size = config.top_k, config.expert_ffn
     neurons = top_k * size
+    shared = max(2 * top_k - config.experts, 0)  # experts that every token uses
     groups = carve_token_clusters(
         fitted,
-        config.experts // top_k,
+        2 if shared else config.experts // top_k,
         neurons,
         _ridge(options, neurons, fitted),
         options.logit_std,
         key,
         options.refit_steps,
+        shared * size,
     )
     specs = declare(config)["blocks"]["moe"]["ffn"]
     gate_CSD, up_CSD = (np.asarray(groups.ffn[name]).swapaxes(1, 2) for name in ("gate", "up"))
     rows = {"gate": gate_CSD, "up": up_CSD, "down": top_k * np.asarray(groups.ffn["down"])}
-    tensors = {specs["router"].key_of(layer): np.repeat(np.asarray(groups.router_CD), top_k, axis=0)}
+    own_ED = np.repeat(np.asarray(groups.router_CD), top_k - shared, axis=0)
+    tensors = {specs["router"].key_of(layer): np.pad(own_ED, ((shared, 0), (0, 0)))}
     for name, rows_CSD in rows.items():
-        for expert, rows_SD in enumerate(rows_CSD.reshape(config.experts, size, -1)):
+        own_FD = rows_CSD[:, shared * size :].reshape(-1, config.hidden)
+        rows_ESD = np.concatenate([rows_CSD[0, : shared * size], own_FD]).reshape(config.experts, size, -1)
+        for expert, rows_SD in enumerate(rows_ESD):
             tensors[specs[name].key_of(layer, expert)] = (rows_SD.T if name == "down" else rows_SD).astype(dtype)
     distinct = len(np.unique(groups.members_CS)) / len(fitted.ffn["down"])
     return tensors, {"neurons_kept": distinct, **measure_groups(held_out, groups)}

@@ -1,8 +1,9 @@
 """Calibration text that the dense model writes itself, for `--calibration self`, where no text is at hand.
 
 Each sequence starts with the token that begins a document (an instruct model then writes whole chats), is sampled at
-one of a few temperatures with a seed of its own, and goes on behind an end of document. Of sequences that begin alike
-one is kept: a model without much to say repeats itself.
+a temperature and with a seed of its own, and goes on behind an end of document. The temperatures take turns, so that
+the fits and the part held out of them see all. Of sequences that begin alike one is kept: a model without much to say
+repeats itself.
 """
 
 import json
@@ -21,7 +22,7 @@ from nemoe_jax.utils.progress import progress_bar
 
 SELF = "self"
 FILE = "calibration.jsonl"  # beside the manifest
-TEMPERATURES = (0.7, 1.0, 1.2)
+TEMPERATURES = (0.7, 0.85, 1.0)
 ROWS = 32  # sequences that are sampled together, at most
 ALIKE = 24  # sequences whose first so many tokens are equal count as one
 ATTEMPTS = 4  # times as many sequences as are wanted, at most
@@ -48,9 +49,8 @@ def sample_text(source: Checkpoint, tokens: int, seed: int) -> SelfText:
     wanted = -(-tokens // (BATCH * length)) * BATCH
     config, params = load_pretrained(source.directory, progress=True)
     known_V = tokenizer.known(config.vocab)
-    kept: dict[bytes, tuple[np.ndarray, float, int]] = {}
-    drawn = lot = 0
-    rows = min(ROWS, -(-wanted // len(TEMPERATURES)))
+    kept: dict[bytes, tuple[np.ndarray, SamplingParams]] = {}
+    drawn, rows = 0, min(ROWS, wanted)
     with progress_bar() as bar:
         task = bar.add_task("sampling calibration text", total=wanted)
         while len(kept) < wanted:
@@ -59,18 +59,20 @@ def sample_text(source: Checkpoint, tokens: int, seed: int) -> SelfText:
                     f"{source.directory}: --calibration self: {drawn} sequences begin in {len(kept)} ways only, "
                     f"expected {wanted}; give text to --calibration"
                 )
-            temperature = TEMPERATURES[lot % len(TEMPERATURES)]
-            sampling = SamplingParams(temperature=temperature, seed=seed + drawn)  # row b draws by the seed + b
+            sampling = [
+                SamplingParams(temperature=TEMPERATURES[number % len(TEMPERATURES)], seed=(seed + number) % 2**64)
+                for number in range(drawn, drawn + rows)
+            ]
             given = generate(config, params, [[first]] * rows, length, sampling, known_V=known_V)
             tokens_BT = np.concatenate([np.full((rows, 1), first), np.stack(list(given), axis=1)], axis=1)
-            for number, row in enumerate(tokens_BT.astype(np.int32)):
-                kept.setdefault(row[:ALIKE].tobytes(), (row, temperature, seed + drawn + number))
-            drawn, lot = drawn + rows, lot + 1
+            for row, drawn_by in zip(tokens_BT.astype(np.int32), sampling, strict=True):
+                kept.setdefault(row[:ALIKE].tobytes(), (row, drawn_by))
+            drawn += rows
             bar.update(task, completed=min(len(kept), wanted))
     sequences = list(kept.values())[:wanted]
     records = (
-        {"text": tokenizer.decode(row[1:]), "temperature": temperature, "seed": row_seed}
-        for row, temperature, row_seed in sequences
+        {"text": tokenizer.decode(row[1:]), "temperature": drawn_by.temperature, "seed": drawn_by.seed}
+        for row, drawn_by in sequences
     )
-    stacked = np.stack([row for row, _, _ in sequences])
+    stacked = np.stack([row for row, _ in sequences])
     return SelfText(list(stacked.reshape(-1, BATCH, length + 1)), "".join(json.dumps(one) + "\n" for one in records))

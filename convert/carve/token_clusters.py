@@ -18,6 +18,9 @@ control is and differs from it as far as the tokens of its cluster do.
 The groups may hold more neurons together than the dense FFN has (`--overlap`): more groups of the same size, for more
 kinds of tokens, at the same cost of a token.
 
+Where a token uses more than half of the experts, there are two groups that share 2k - E of them: the shared experts'
+router rows are 0, the others' v and -v, so that every token chooses the shared ones and those of one sign.
+
 B batch, T sequence, N tokens, D embed, F neurons of the dense FFN, C clusters, S neurons of a group.
 """
 
@@ -51,13 +54,21 @@ _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 class Groups(NamedTuple):
     """What the experts of each group hold together, and the row that chooses it."""
 
-    members_CS: np.ndarray
+    members_CS: np.ndarray  # the first `shared` are the same neurons with the same weights in every group
     router_CD: jax.Array
     ffn: Tree  # gate, up (C, D, S) and down (C, S, D), to be added up with weight 1
+    shared: int = 0
 
 
 def carve_token_clusters(
-    text: LayerText, clusters: int, neurons: int, ridge: float, logit_std: float, key: jax.Array, refit_steps: int = 0
+    text: LayerText,
+    clusters: int,
+    neurons: int,
+    ridge: float,
+    logit_std: float,
+    key: jax.Array,
+    refit_steps: int = 0,
+    shared: int = 0,
 ) -> Groups:
     """The groups of a layer.
 
@@ -67,6 +78,7 @@ def carve_token_clusters(
         logit_std: the router logits' standard deviation on this text, about each token's mean.
         key: of the first clusters and of the refit.
         refit_steps: by gradient, after the last ridge regression.
+        shared: how many of a group's neurons both of two groups share.
     """
     hidden = _hidden(text)
     numbers = range(len(text.inputs))
@@ -79,21 +91,21 @@ def carve_token_clusters(
     router_CD = jnp.zeros((clusters, text.inputs[0].shape[-1]))
     energy = text.energy
     for steps in ROUTER_STEPS:
-        members_CS, down_CSD = _fit(text, hidden, labels, clusters, neurons, ridge)
+        members_CS, down_CSD = _fit(text, hidden, labels, clusters, neurons, ridge, shared)
         costs = [
             _costs(hidden(number), text.wanted[number], text.weights[number], members_CS, down_CSD) / energy
             for number in numbers
         ]
         router_CD = _router(text.inputs, costs, router_CD, steps)
         labels = [_choices(x_BTD, router_CD) for x_BTD in text.inputs]
-    members_CS, down_CSD = _fit(text, hidden, labels, clusters, neurons, ridge)
+    members_CS, down_CSD = _fit(text, hidden, labels, clusters, neurons, ridge, shared)
     router_CD -= router_CD.mean(axis=0)  # what is common to all logits chooses nothing
     variance = sum(in_turn(_logit_variance(x_BTD, router_CD) for x_BTD in text.inputs)) / len(text.inputs)
     router_CD *= logit_std / jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))
     ffn = {name: jnp.moveaxis(text.ffn[name][:, members_CS], 1, 0) for name in ("gate", "up")} | {"down": down_CSD}
     if refit_steps:
-        ffn = refit_by_gradient(text, [np.asarray(label_BT) for label_BT in labels], ffn, refit_steps, key)
-    return Groups(members_CS, router_CD, ffn)
+        ffn = refit_by_gradient(text, [np.asarray(label_BT) for label_BT in labels], ffn, refit_steps, key, shared)
+    return Groups(members_CS, router_CD, ffn, shared)
 
 
 def measure_groups(text: LayerText, groups: Groups) -> Figures:
@@ -115,11 +127,14 @@ def measure_groups(text: LayerText, groups: Groups) -> Figures:
         np.sum([np.asarray(part) for part in parts], axis=0) for parts in zip(*sums, strict=True)
     )
     wanted = text.energy * text.tokens
+    clusters, neurons = groups.members_CS.shape
+    in_all = groups.shared + clusters * (neurons - groups.shared)
+    busiest = 1.0 if groups.shared else load_C.max() / load_C.sum()
     return {
         "reconstruction_error": float(error / energy),
         "error_to_dense_stream": float(chosen / wanted),
         "error_to_dense_stream_best_choice": float(best / wanted),
-        "load_max_over_mean": float(load_C.max() / load_C.mean()),
+        "load_max_over_mean": float(busiest / (neurons / in_all)),
     }
 
 
@@ -130,15 +145,15 @@ def _hidden(text: LayerText) -> Callable[[int], jax.Array]:
     return [text.hidden(number) for number in range(len(text.inputs))].__getitem__
 
 
-def _fit(text, hidden, labels, clusters, neurons, ridge):
-    """Each group's neurons (C, S), ascending, and their `down` (C, S, D)."""
+def _fit(text, hidden, labels, clusters, neurons, ridge, shared=0):
+    """Each group's neurons (C, S), the shared ones first, each part ascending, and their `down` (C, S, D)."""
     weights = [
         _cluster_weights(label_BT, weight_BT, clusters)
         for label_BT, weight_BT in zip(labels, text.weights, strict=True)
     ]
     squares_CF = sum(in_turn(_squares(hidden(number), weight) for number, weight in enumerate(weights)))
     activity_CF = np.asarray(squares_CF * jnp.sum(text.ffn["down"] ** 2, axis=1))
-    members_CS = np.sort(np.argsort(-activity_CF, axis=1, kind="stable")[:, :neurons], axis=1)
+    members_CS = _members(activity_CF, neurons, shared)
     gram_CSS = np.zeros((clusters, neurons, neurons), np.float32)
     moment_CSD = np.zeros((clusters, neurons, text.ffn["down"].shape[1]), np.float32)
     sums = in_turn(
@@ -148,8 +163,38 @@ def _fit(text, hidden, labels, clusters, neurons, ridge):
         gram_CSS += np.asarray(gram)
         moment_CSD += np.asarray(moment)
     dense_CSD = text.ffn["down"][members_CS]
+    if shared:
+        return members_CS, _solve_jointly(gram_CSS, moment_CSD, ridge, np.asarray(dense_CSD), shared)
     down_CSD = [ridge_solve(gram_CSS[group], moment_CSD[group], ridge, dense_CSD[group]) for group in range(clusters)]
     return members_CS, jnp.stack(down_CSD)
+
+
+def _members(activity_CF: np.ndarray, neurons: int, shared: int) -> np.ndarray:
+    """Each group's neurons (C, S): the most active on its cluster, or what two groups share and what each has alone."""
+    if not shared:
+        return np.sort(np.argsort(-activity_CF, axis=1, kind="stable")[:, :neurons], axis=1)
+    own = neurons - shared
+    apart = np.argsort(activity_CF.min(axis=0), kind="stable")[: 2 * own]
+    first = np.argsort(activity_CF[1, apart] - activity_CF[0, apart], kind="stable")
+    common_S = np.setdiff1d(np.arange(activity_CF.shape[1]), apart)
+    return np.stack([np.concatenate([common_S, np.sort(apart[part])]) for part in (first[:own], first[own:])])
+
+
+def _solve_jointly(
+    gram_CSS: np.ndarray, moment_CSD: np.ndarray, ridge: float, dense_CSD: np.ndarray, shared: int
+) -> jax.Array:
+    """`down` of each group (C, S, D) where the first `shared` rows are the same in all."""
+    clusters, neurons, width = moment_CSD.shape
+    own = neurons - shared
+    rows_CS = [np.r_[:shared, shared + group * own : shared + (group + 1) * own] for group in range(clusters)]
+    in_all = shared + clusters * own
+    gram = np.zeros((in_all, in_all), np.float32)
+    moment, towards = np.zeros((2, in_all, width), np.float32)
+    for group, rows_S in enumerate(rows_CS):
+        gram[np.ix_(rows_S, rows_S)] += gram_CSS[group]
+        moment[rows_S] += moment_CSD[group]
+        towards[rows_S] = dense_CSD[group]
+    return ridge_solve(gram, moment, ridge, towards)[np.stack(rows_CS)]
 
 
 def _router(inputs: Sequence[jax.Array], costs: Sequence[jax.Array], router_CD: jax.Array, steps: int) -> jax.Array:

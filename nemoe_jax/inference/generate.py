@@ -53,7 +53,7 @@ def generate(
     params: Tree,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: SamplingParams = GREEDY,
+    sampling: SamplingParams | Sequence[SamplingParams] = GREEDY,
     stop: Sequence[int] = (),
     mesh: Mesh | None = None,
     cache_dtype: str | None = None,
@@ -61,10 +61,10 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yields the batch's next tokens, (B,) int32, up to `max_new_tokens` times.
 
-    A row that has given a stop token goes on giving it; the iterator ends when every row has. Row b draws by the seed
-    `sampling.seed + b`.
+    A row that has given a stop token goes on giving it; the iterator ends when every row has.
 
     Args:
+        sampling: of all rows, of which row b draws by the seed `sampling.seed + b`; or of each row.
         cache_dtype: one of `CACHE_DTYPES`, or None for the model's own.
         known_V: which embedding rows stand for a token, bool; the others are never chosen. None: all do.
 
@@ -83,12 +83,13 @@ def generate(
         )
     dtype = cache_dtype_of(params, cache_dtype)
     slots = tuple(min(-(-(int(length) + max_new_tokens) // PAGE) * PAGE, config.context) for length in lengths_B)
-    samplings = [dataclasses.replace(sampling, seed=(sampling.seed + slot) % 2**64) for slot in range(len(prompts))]
-    inputs = specialized(controls(samplings, config.vocab, known_V))
+    if isinstance(sampling, SamplingParams):
+        sampling = [dataclasses.replace(sampling, seed=(sampling.seed + slot) % 2**64) for slot in range(len(prompts))]
+    inputs = specialized(controls(sampling, config.vocab, known_V))
     # the caller's own mesh is not to change while he has the iterator
     ambient = functools.partial(use_mesh, mesh)
     with ambient():
-        penalties, stop_E = has_penalty(sampling), np.array([*stop, -1], np.int32)
+        penalties, stop_E = any(map(has_penalty, sampling)), np.array([*stop, -1], np.int32)
         state, logits_BV = _start(config, slots, dtype, penalties, max_new_tokens, stop_E)
         for tokens_BT, num_new_tokens_B in _chunks(prompts, lengths_B):
             state, logits_BV = _prefill(config, params, tokens_BT, num_new_tokens_B, state, logits_BV)

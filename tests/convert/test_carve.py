@@ -143,8 +143,8 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
         (["--experts", "5", "--layout", "shared"], "39 of the 48 FFN neurons do not divide into --experts 5"),
         (["--experts", "4", "--router", "distilled"], "--router distilled: expected --calibration text"),
         (
-            ["--experts", "3", "--partition", "token-clusters"],
-            "expected --experts to be a multiple of --top-k 2, got 3",
+            ["--experts", "8", "--top-k", "3", "--partition", "token-clusters"],
+            "expected --experts to be a multiple of --top-k 3, or less than twice it and more than it, got 8",
         ),
         (
             ["--experts", "4", "--partition", "token-clusters"],
@@ -336,6 +336,30 @@ def test_overlapping_experts_hold_more_neurons_and_gradient_steps_bring_them_nea
     up = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
     rows = {row.tobytes() for row in dense["model.layers.1.mlp.up_proj.weight"]}
     assert {row.tobytes() for row in plain[up]} < rows and (refitted[up] != plain[up]).any()
+
+
+def test_above_half_of_the_experts_two_groups_share_some(dense_directory, tmp_path, calibration):
+    """Six experts, top-4: two in both groups, with router rows of 0, and two in each; every neuron in one expert."""
+    options = dataclasses.replace(OPTIONS, experts=6, top_k=4, **calibration)
+    errors = {}
+    for steps in (0, 60):
+        manifest = carve(dense_directory, tmp_path / f"moe{steps}", dataclasses.replace(options, refit_steps=steps))
+        errors[steps] = [layer["error_to_dense_stream"] for layer in manifest["layers"]]
+        assert manifest["layers"][0]["load_max_over_mean"] == pytest.approx(6 / 4)
+    assert errors[60][0] < errors[0][0]
+    dense, carved = tensors_of(dense_directory), tensors_of(tmp_path / "moe0")
+    block = "model.layers.1.block_sparse_moe."
+    rows = np.concatenate([carved[f"{block}experts.{expert}.w3.weight"] for expert in range(6)])
+    assert {row.tobytes() for row in rows} == {row.tobytes() for row in dense["model.layers.1.mlp.up_proj.weight"]}
+    router = np.float32(carved[f"{block}gate.weight"])
+    assert not router[:2].any() and router[2].any()
+    np.testing.assert_array_equal(router[[2, 3, 4, 5]], router[2] * np.array([[1], [1], [-1], [-1]]))
+    config, params = pretrained.load_pretrained(tmp_path / "moe60", dtype=jnp.float32)
+    tokens = calibration_batches(Checkpoint(dense_directory), *calibration.values())[-1][:, :-1]
+    load_LE = np.asarray(forward(config, params, tokens).routing.load_E)
+    np.testing.assert_allclose(load_LE[:, :2], load_LE.max())
+    np.testing.assert_allclose(load_LE[:, [2, 4]], load_LE[:, [3, 5]])
+    np.testing.assert_allclose(load_LE[:, 2] + load_LE[:, 4], load_LE.max(), rtol=1e-5)
 
 
 def test_a_carve_says_what_it_has_lost_or_that_it_has_not_looked(dense_directory, tmp_path, calibration, capsys):

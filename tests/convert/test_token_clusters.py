@@ -63,6 +63,29 @@ def test_a_group_has_the_neurons_most_active_on_its_cluster_and_their_ridge_regr
         np.testing.assert_allclose(down[cluster], expected, atol=1e-3 * np.abs(expected).max())
 
 
+def test_what_two_groups_share_is_fitted_on_the_tokens_of_both(text):
+    labels, ridge, shared, own = [(x[..., 0] > 0).astype(int) for x in text.inputs], 0.1, 4, 10
+    members, down = _fit(text, text.hidden, labels, CLUSTERS, shared + own, ridge, shared)
+    np.testing.assert_array_equal(members[0, :shared], members[1, :shared])
+    assert sorted([*members[0], *members[1, shared:]]) == list(range(NEURONS))
+    hidden, wanted = hidden_of({k: np.float64(v) for k, v in text.ffn.items()}, flat(text.inputs)), flat(text.wanted)
+    order = np.r_[members[0], members[1, shared:]]
+    rows, targets = [], []
+    for cluster in range(CLUSTERS):
+        root = np.sqrt(flat(text.weights) * ((flat(labels) == cluster) + OTHERS / CLUSTERS))[:, None]
+        rows.append(root * np.where(np.isin(order, members[cluster]), hidden[:, order], 0))
+        targets.append(root * wanted)
+    pull = np.sqrt(ridge * np.mean(np.sum(np.concatenate(rows) ** 2, axis=0)))
+    expected = np.linalg.lstsq(
+        np.concatenate([*rows, pull * np.eye(NEURONS)]),
+        np.concatenate([*targets, pull * text.ffn["down"][order]]),
+        rcond=None,
+    )[0]
+    got = np.concatenate([down[0], down[1, shared:]])
+    np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
+    np.testing.assert_array_equal(down[0, :shared], down[1, :shared])
+
+
 def test_clusters_that_use_other_neurons_are_found(text):
     groups = carve_token_clusters(text, CLUSTERS, KEPT, 0.01, 0.02, jax.random.key(0))
     x = flat(text.inputs)
