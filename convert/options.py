@@ -70,6 +70,12 @@ class CarveOptions:
         "token-clusters and --control: steps of gradient descent on gate, up and `down` of each group, layer by layer, "
         "after the refit; 300 take about twice the time and keep more",
     )
+    explore: bool = option(
+        False,
+        "make no model: try active shares, overlap, finer and shared experts on some layers, and write a table and a "
+        "plot of what each costs and saves, with its command, to DST",
+    )
+    explore_layers: int = option(3, "explore: how many layers are tried, evenly spaced")
     seed: int = option(0, "seed of the k-means and of everything random")
 
 

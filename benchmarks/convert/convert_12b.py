@@ -136,7 +136,8 @@ def compile_for_tpu() -> None:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from convert.carve.carve import CarveOptions, cluster_and_route
+    from convert.carve.layer import cluster_and_route
+    from convert.options import CarveOptions
 
     device = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0])
     config, options = preset("mistral-nemo-12b"), CarveOptions()

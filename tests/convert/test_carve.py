@@ -8,9 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import cli, streaming
-from convert.carve import self_text
-from convert.carve.carve import CarveOptions, carve, data_free_scale
-from convert.layerwise import LayerwiseModel, calibration_batches, hash_of
+from convert.carve import explore, self_text
+from convert.carve.calibration import CalibrationStreams
+from convert.carve.carve import CarveOptions, carve
+from convert.carve.layer import data_free_scale
+from convert.layerwise import LayerwiseModel, calibration_batches, hash_of, logits
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.layout import INDEX, SINGLE
 from nemoe_jax.checkpoints.reader import Checkpoint
@@ -94,7 +96,7 @@ def test_the_data_free_scale_lies_between_k_and_e(top_k, experts, scale):
 
 def interrupted(*, after_layers, monkeypatch):
     """Carving stops with Ctrl-C in that layer."""
-    from convert.carve import carve as module
+    from convert.carve import layer as module
 
     original, seen = module._dense_ffn, []
 
@@ -146,6 +148,7 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
             ["--experts", "8", "--top-k", "3", "--partition", "token-clusters"],
             "expected --experts to be a multiple of --top-k 3, or less than twice it and more than it, got 8",
         ),
+        (["--experts", "4", "--explore"], "--explore: expected --calibration text"),
         (
             ["--experts", "4", "--partition", "token-clusters"],
             "--partition token-clusters: expected --calibration text",
@@ -344,8 +347,8 @@ def test_above_half_of_the_experts_two_groups_share_some(dense_directory, tmp_pa
     errors = {}
     for steps in (0, 60):
         manifest = carve(dense_directory, tmp_path / f"moe{steps}", dataclasses.replace(options, refit_steps=steps))
-        errors[steps] = [layer["error_to_dense_stream"] for layer in manifest["layers"]]
-        assert manifest["layers"][0]["load_max_over_mean"] == pytest.approx(6 / 4)
+        errors[steps] = [layer["error_to_dense_stream"] for layer in manifest.layers]
+        assert manifest.layers[0]["load_max_over_mean"] == pytest.approx(6 / 4)
     assert errors[60][0] < errors[0][0]
     dense, carved = tensors_of(dense_directory), tensors_of(tmp_path / "moe0")
     block = "model.layers.1.block_sparse_moe."
@@ -360,6 +363,41 @@ def test_above_half_of_the_experts_two_groups_share_some(dense_directory, tmp_pa
     np.testing.assert_allclose(load_LE[:, :2], load_LE.max())
     np.testing.assert_allclose(load_LE[:, [2, 4]], load_LE[:, [3, 5]])
     np.testing.assert_allclose(load_LE[:, 2] + load_LE[:, 4], load_LE.max(), rtol=1e-5)
+
+
+def test_exploring_ranks_points_and_gives_their_commands(dense_directory, tmp_path, calibration, capsys, monkeypatch):
+    timed = explore.tokens_per_second
+    monkeypatch.setattr(explore, "tokens_per_second", lambda config: 1.0)
+    flags = ["--calibration", *calibration["calibration"]]
+    flags += ["--calibration-tokens", str(calibration["calibration_tokens"])]
+    command = ["carve", str(dense_directory), str(tmp_path / "points"), "--experts", "4", *flags, "--explore"]
+    assert cli.main([*command, "--explore-layers", "1"]) == 0
+    printed = capsys.readouterr().err
+    report = json.loads((tmp_path / "points" / explore.REPORT).read_text())
+    assert report["layers"] == [1] and (tmp_path / "points" / explore.PLOT).stat().st_size
+    assert all(row["command"] in printed for row in report["points"])
+    rows = {row["command"].partition(" DST ")[2].partition(" --calibration ")[0]: row for row in report["points"]}
+    few, many = rows["--experts 4 --top-k 1"], rows["--experts 4 --top-k 3"]
+    assert few["active"] < many["active"] and few["parameters"] == many["parameters"]
+    # four groups of four experts are the same function as four groups of one
+    finer = rows["--experts 16 --top-k 4 --partition token-clusters"]
+    assert finer["kl_divergence"] == pytest.approx(few["kl_divergence"], rel=1e-3)
+    # layer 1 of that carve between the dense model's own layers
+    monkeypatch.setattr(CalibrationStreams, "leave", lambda streams, *_: streams.pass_by())
+    carve(dense_directory, tmp_path / "moe", dataclasses.replace(OPTIONS, experts=4, top_k=1, **calibration))
+    layers, carved = (LayerwiseModel(Checkpoint(tmp_path / name)) for name in ("dense", "moe"))
+    tokens = calibration_batches(Checkpoint(dense_directory), *calibration.values())[-1][:, :-1]
+    log_p = []
+    for middle in (layers, carved):
+        x = layers.embed(tokens)
+        for layer, model in enumerate((layers, middle, layers)):
+            weights = model.weights(layer)
+            after_attention, normed = model.attend(layer, weights, x)
+            x = after_attention + model.feed_forward(layer, weights, normed)
+        log_p.append(np.float64(jax.nn.log_softmax(logits(layers.config.norm_eps, layers.head(), x))))
+    kl = (np.exp(log_p[0]) * (log_p[0] - log_p[1])).sum(-1).mean()
+    assert few["kl_divergence"] == pytest.approx(3 * kl, rel=0.01)
+    assert timed(carved.config) > 0
 
 
 def test_a_carve_says_what_it_has_lost_or_that_it_has_not_looked(dense_directory, tmp_path, calibration, capsys):
