@@ -263,10 +263,10 @@ def test_an_interrupted_calibrated_carve_gives_the_same_bytes(
     more = {"shared_ffn": 8, "keep_dense": 1} if layout == "shared" else {}
     options = dataclasses.replace(OPTIONS, layout=layout, **more, **calibration)
     expected = carve(dense_directory, tmp_path / "whole", options)
-    last = expected["layers"][-1]
+    last = expected.layers[-1]
     assert 0 < last["reconstruction_error"] < 1 and last["load_max_over_mean"] < 1.9
     assert layout == "mixtral" or last["recall"] > 0.3
-    assert expected["held_out_loss_carved"] == pytest.approx(expected["held_out_loss_dense"], abs=0.2)
+    assert expected.figures["held_out_loss_carved"] == pytest.approx(expected.figures["held_out_loss_dense"], abs=0.2)
     with monkeypatch.context() as patched:
         interrupted(after_layers=1, monkeypatch=patched)
         with pytest.raises(KeyboardInterrupt):

@@ -100,9 +100,9 @@ def test_the_manifest_names_the_source_by_its_sums(dense_directory, tmp_path):
 
 
 def test_an_error_in_one_thread_stops_all_and_leaves_nothing(dense_directory, tmp_path, monkeypatch):
-    from convert.carve import carve
+    from convert.carve import carve, layer
 
-    original = carve.cluster_and_route
+    original = layer.cluster_and_route
 
     def choose(gate_FD, *rest):
         if np.asarray(gate_FD, np.float32)[0, 0] == third:
@@ -111,7 +111,7 @@ def test_an_error_in_one_thread_stops_all_and_leaves_nothing(dense_directory, tm
 
     source = reader.Checkpoint(dense_directory)
     third = float(source.view("model.layers.2.mlp.gate_proj.weight")[0, 0])
-    monkeypatch.setattr(carve, "cluster_and_route", choose)
+    monkeypatch.setattr(layer, "cluster_and_route", choose)
     with pytest.raises(UserError, match="dense: layer two is bad"):
         carve.carve(dense_directory, tmp_path / "moe", carve.CarveOptions(experts=4, top_k=2))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
