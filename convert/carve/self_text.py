@@ -47,7 +47,7 @@ def sample_text(source: Checkpoint, tokens: int, seed: int) -> SelfText:
         raise UserError(f"{source.directory}: --calibration self: expected a tokenizer with a BOS or EOS token")
     length = min(SEQUENCE_LENGTH, source.config.context - 1)
     wanted = -(-tokens // (BATCH * length)) * BATCH
-    config, params = load_pretrained(source.directory, progress=True)
+    config, params = load_pretrained(source, progress=True)
     known_V = tokenizer.known(config.vocab)
     kept: dict[bytes, tuple[np.ndarray, SamplingParams]] = {}
     drawn, rows = 0, min(ROWS, wanted)

@@ -122,8 +122,7 @@ def recalibrate(
     fitted = fitted_batches(batches)
     mesh = make_mesh(parse_mesh(options.mesh)) if options.mesh else None
     models = [
-        pretrained.load_pretrained(model.directory, mesh=mesh, dtype=options.dtype, progress=True)
-        for model in (student, teacher)
+        pretrained.load_pretrained(model, mesh=mesh, dtype=options.dtype, progress=True) for model in (student, teacher)
     ]
 
     def held_out_loss(model: tuple[ModelConfig, Tree]) -> float:

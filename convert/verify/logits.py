@@ -64,7 +64,8 @@ def verify(
         UserError: not a model directory, different vocabularies, more tokens than a context, text that cannot be
             read, or torch or transformers is not installed.
     """
-    configs = [reader.Checkpoint(path).config for path in (directory, other) if path is not None]
+    checkpoints = [reader.Checkpoint(path) for path in (directory, other) if path is not None]
+    configs = [checkpoint.config for checkpoint in checkpoints]
     vocab, context = configs[0].vocab, min(config.context for config in configs)
     if configs[-1].vocab != vocab:
         raise UserError(f"{other}: expected the vocabulary of {directory}, {vocab} tokens, got {configs[-1].vocab}")
@@ -79,8 +80,8 @@ def verify(
         ids_BT, targets_BT = windows[:, :-1], windows[:, 1:]
     else:
         ids_BT = np.random.default_rng(seed).integers(0, vocab, (sequences, tokens))
-    a_BTV = torch_logits(directory, ids_BT) if other is None else our_logits(directory, ids_BT)
-    b_BTV = our_logits(directory if other is None else other, ids_BT)
+    a_BTV = torch_logits(directory, ids_BT) if other is None else our_logits(checkpoints[0], ids_BT)
+    b_BTV = our_logits(checkpoints[-1], ids_BT)
     return compare(a_BTV, b_BTV, tolerance, targets_BT)
 
 
@@ -119,9 +120,9 @@ def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
     return shifted_TV - np.log(np.exp(shifted_TV).sum(-1, keepdims=True))
 
 
-def our_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
+def our_logits(source: str | Path | reader.Checkpoint, ids_BT: np.ndarray) -> np.ndarray:
     """Float32 logits (B, T, V) of our implementation; nothing of the model stays in memory."""
-    config, params = pretrained.load_pretrained(directory, dtype=jnp.float32, progress=True)
+    config, params = pretrained.load_pretrained(source, dtype=jnp.float32, progress=True)
     run = jax.jit(lambda params, ids: forward(config, params, ids).logits)
     return np.concatenate([np.asarray(run(params, ids_BT[row : row + 1])) for row in range(len(ids_BT))])
 

@@ -25,7 +25,7 @@ from nemoe_jax.utils.progress import progress_bar
 
 
 def load_pretrained(
-    directory: str | Path,
+    source: str | Path | Checkpoint,
     *,
     mesh: Mesh | None = None,
     dtype: Any = None,
@@ -36,6 +36,7 @@ def load_pretrained(
     """Config and parameters of a model directory, each array on its devices (without a mesh: the first one).
 
     Args:
+        source: a model directory or a GGUF file; or one that is open already.
         dtype: dtype of the arrays; the config's own by default. "fp8" is that with `fp8`.
         progress: show a progress bar on a terminal.
         fp8: whether linear maps are kept in FP8, each an `Fp8Weight`, and rounded so where they are not in FP8 on disk;
@@ -46,7 +47,7 @@ def load_pretrained(
     """
     if dtype == "fp8":
         dtype, fp8 = None, True
-    checkpoint = Checkpoint(directory)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     placed = leaves(sharding.shardings(checkpoint.config, mesh, rules))
 
     def in_fp8(spec: ParamSpec) -> bool:
@@ -55,7 +56,7 @@ def load_pretrained(
     params: dict[str, Any] = {}
     with progress_bar(visible=progress) as bar:
         specs = leaves(declare(checkpoint.config))
-        for path, spec in bar.track(specs.items(), description=f"loading {Path(directory).name}"):
+        for path, spec in bar.track(specs.items(), description=f"loading {checkpoint.path.name}"):
             if in_fp8(spec):
                 params[path] = _load_fp8(checkpoint, spec, placed[path])
             else:

@@ -49,22 +49,25 @@ def read_config(directory: str | Path) -> ModelConfig:
     Raises:
         UserError: not a model directory, or a model that this package does not know.
     """
-    directory = model_directory(directory)
+    return _read_config(model_directory(directory))[0]
+
+
+def _read_config(directory: Path) -> tuple[ModelConfig, fp8.Fp8Format | None]:
     layout = layout_of(directory)
-    path = Path(directory) / layout.config_file
-    if not Path(directory).is_dir():
+    path = directory / layout.config_file
+    if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
     if not path.is_file():
         raise UserError(f"{directory}: not a model directory: no {CONFIG} (nor {PARAMS})")
     content = _read_json(path, "not JSON")
     config = layout.parse(content, str(path))
-    fp8.format_of(path.parent, content, str(path))
+    quantized = fp8.format_of(directory, content, str(path))
     if layout is MISTRAL and layout.has_weights(directory):  # params.json does not say the dtype
-        config = config.replace(dtype=SafetensorsFile(_weight_files(Path(directory), layout)[0]).dtype or config.dtype)
-    if config.tied and layout.has_weights(directory) and _has_own_head(Path(directory), layout, config):
+        config = config.replace(dtype=SafetensorsFile(_weight_files(directory, layout)[0]).dtype or config.dtype)
+    if config.tied and layout.has_weights(directory) and _has_own_head(directory, layout, config):
         note(f"{path} says that the head is the embedding; the weights hold another one, which is used")
         config = config.replace(tied=False)
-    return config
+    return config, quantized
 
 
 def _open(path: Path, layout: Layout, config: ModelConfig) -> SafetensorsFile:
@@ -162,9 +165,7 @@ class Checkpoint:
         self.path, self.directory = Path(directory), model_directory(directory)
         self.layout = layout_of(self.directory)
         self.config_file = self.layout.config_file
-        self.config = read_config(self.directory)
-        config_file = self.directory / self.config_file
-        self.fp8 = fp8.format_of(self.directory, _read_json(config_file, "not JSON"), str(config_file))
+        self.config, self.fp8 = _read_config(self.directory)
         self.files: dict[str, Weights] = {}
         self._scales: dict[str, tuple[Weights, str]] = {}  # {key of an FP8 weight: its scales' file and name}
         self._cache_scales: dict[str, tuple[Weights, str]] = {}  # {key of a projection: the same of keys or values}

@@ -39,7 +39,7 @@ def add(command: Command) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.request_builder import RequestBuilder
     from nemoe_jax.serving.terminal import repl
@@ -61,7 +61,8 @@ def _chat(arguments: argparse.Namespace) -> None:
         stop=tuple(arguments.stop),
         adapter=arguments.adapter,
     )
-    config = generation.with_end_tokens(reader.read_config(arguments.directory))
+    checkpoint = Checkpoint(arguments.directory)
+    config = generation.with_end_tokens(checkpoint.config)
     context = min(CONTEXT, config.context) if arguments.context is None else arguments.context
     if not 1 < context <= config.context:
         raise UserError(f"--context: expected 2 to the model's {config.context}, got {context}")
@@ -78,7 +79,7 @@ def _chat(arguments: argparse.Namespace) -> None:
         conversation.system = arguments.system
 
     preset = arguments.sampling_preset or (None if generation.sampling else arguments.default_preset)
-    with engine_from_args(arguments, tokenizer, generation, max_num_seqs=1, kv_tokens=context) as engine:
+    with engine_from_args(arguments, checkpoint, tokenizer, generation, max_num_seqs=1, kv_tokens=context) as engine:
         session = Session(conversation, engine, builder, template, preset)
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             repl.run(session, PipeIO())

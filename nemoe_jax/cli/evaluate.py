@@ -97,13 +97,14 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     if arguments.needle:
         _needle(arguments)
         return
-    from nemoe_jax.checkpoints import reader
     from nemoe_jax.checkpoints.pretrained import load_pretrained
+    from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.evaluation.perplexity import check_window, evaluate, sliding_loss
     from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    config = reader.read_config(arguments.directory)
+    checkpoint = Checkpoint(arguments.directory)
+    config = checkpoint.config
     length = min(256, config.context) if arguments.sequence_length is None else arguments.sequence_length
     if not 1 <= length <= config.context:
         raise UserError(f"--sequence-length: expected 1 to the context of {config.context}, got {length}")
@@ -114,16 +115,18 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     stream = tokenize_corpus(arguments.texts, load_tokenizer(arguments.directory), vocab=config.vocab)
     if window is None:
         spaced = spaced_batches(stream, length, arguments.batch_size, BATCHES if batches is None else batches)
-        reference = arguments.reference
-        if reference and (vocab := reader.read_config(reference).vocab) != config.vocab:
-            raise UserError(f"{reference}: expected {arguments.directory}'s vocabulary of {config.vocab}, got {vocab}")
-        _, params, mesh = model_flags.load_model_from_args(arguments)
+        reference = Checkpoint(arguments.reference) if arguments.reference else None
+        if reference and (vocab := reference.config.vocab) != config.vocab:
+            raise UserError(
+                f"{reference.path}: expected {arguments.directory}'s vocabulary of {config.vocab}, got {vocab}"
+            )
+        _, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
         dtype = None if arguments.dtype == "fp8" else arguments.dtype  # the reference is as it is
         compared = load_pretrained(reference, mesh=mesh, dtype=dtype, progress=True) if reference else None
         result = evaluate(config, params, spaced, mesh, reference=compared, corpus=stream)
     else:
         windows = None if batches is None else batches * arguments.batch_size
-        _, params, mesh = model_flags.load_model_from_args(arguments)
+        _, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
         result = sliding_loss(
             config, params, stream, window, stride, batch_size=arguments.batch_size, windows=windows, mesh=mesh
         )
@@ -169,15 +172,16 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 def _needle(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.evaluation.needle import find_needles, print_findings
     from nemoe_jax.text.corpus import tokenize_corpus
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    context = reader.read_config(arguments.directory).context
+    checkpoint = Checkpoint(arguments.directory)
+    context = checkpoint.config.context
     lengths = arguments.lengths or [context // 4, context // 2, context]
     tokenizer = load_tokenizer(arguments.directory)
-    config, params, mesh = model_flags.load_model_from_args(arguments)
+    config, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
     stream = tokenize_corpus(arguments.texts, tokenizer, vocab=config.vocab)
     findings = find_needles(
         config,

@@ -62,7 +62,7 @@ def add(command: Command) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.cli import batch
     from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.request_builder import RequestBuilder
@@ -78,9 +78,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_logprobs=arguments.logprobs,
         adapter=arguments.adapter,
     )
-    config = generation.with_end_tokens(reader.read_config(arguments.directory))
-    builder = RequestBuilder(config, load_tokenizer(arguments.directory))
-    start = functools.partial(engine_from_args, arguments, builder.tokenizer, generation)
+    checkpoint = Checkpoint(arguments.directory)
+    builder = RequestBuilder(generation.with_end_tokens(checkpoint.config), load_tokenizer(arguments.directory))
+    start = functools.partial(engine_from_args, arguments, checkpoint, builder.tokenizer, generation)
     if arguments.batch is not None:
         batch.run(arguments, builder, template, start)
     else:

@@ -27,7 +27,7 @@ def _logits(arguments: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.model.transformer import forward
     from nemoe_jax.spec.mesh import use_mesh
 
@@ -35,12 +35,13 @@ def _logits(arguments: argparse.Namespace) -> None:
         tokens = np.array([[int(token) for token in arguments.tokens.split(",")]], np.int32)
     except ValueError as error:
         raise UserError(f"--tokens: expected numbers separated by commas, got {arguments.tokens!r}") from error
-    config = reader.read_config(arguments.directory)
+    checkpoint = Checkpoint(arguments.directory)
+    config = checkpoint.config
     if tokens.min() < 0 or tokens.max() >= config.vocab:
         raise UserError(f"--tokens: expected ids from 0 to {config.vocab - 1}, got {arguments.tokens}")
     if tokens.shape[1] > config.context:
         raise UserError(f"--tokens: {tokens.shape[1]} tokens exceed the context of {config.context}")
-    _, params, mesh = model_flags.load_model_from_args(arguments)
+    _, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
     with use_mesh(mesh):
         logits = jax.jit(lambda params, tokens: forward(config, params, tokens).logits)(params, tokens)
     with (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.inference.generation_config import GenerationConfig
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.spec.config import ModelConfig
@@ -87,13 +88,13 @@ def generation_config(arguments: argparse.Namespace) -> "GenerationConfig":
     return generation
 
 
-def load_model_from_args(arguments: argparse.Namespace) -> Model:
-    """The model of `arguments.directory`, as the flags of `add_model_flags` say. Raises UserError."""
+def load_model_from_args(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> Model:
+    """The weights of a checkpoint, as the flags of `add_model_flags` say. Raises UserError."""
     from nemoe_jax.checkpoints import pretrained
     from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 
     mesh = make_mesh(parse_mesh(arguments.mesh)) if arguments.mesh else None
-    config, params = pretrained.load_pretrained(arguments.directory, mesh=mesh, dtype=arguments.dtype, progress=True)
+    config, params = pretrained.load_pretrained(checkpoint, mesh=mesh, dtype=arguments.dtype, progress=True)
     return Model(config, params, mesh)
 
 
@@ -108,6 +109,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def engine_from_args(
     arguments: argparse.Namespace,
+    checkpoint: "Checkpoint",
     tokenizer: "Tokenizer",
     generation: "GenerationConfig",
     *,
@@ -115,7 +117,7 @@ def engine_from_args(
     kv_tokens: int,
     max_queued: int = 64,
 ) -> "Iterator[Engine]":
-    """An engine with the model of `arguments.directory`, for as long as the context lasts.
+    """An engine with the weights of a checkpoint, for as long as the context lasts.
 
     Its requests name the adapter as the flag does. With several slots it is deterministic: a file of responses does not
     depend on where it was interrupted.
@@ -132,7 +134,7 @@ def engine_from_args(
     from nemoe_jax.adapters import peft_load
     from nemoe_jax.serving.engine.engine import Engine
 
-    config, params, mesh = load_model_from_args(arguments)
+    config, params, mesh = load_model_from_args(arguments, checkpoint)
     adapters = {}
     if arguments.adapter:
         adapters[arguments.adapter] = peft_load.load_adapters(arguments.adapter, config, mesh, progress=True)[1]

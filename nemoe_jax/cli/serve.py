@@ -183,16 +183,17 @@ def _api_keys(arguments: argparse.Namespace) -> list[str]:
 
 def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedModel":
     from nemoe_jax.adapters import peft_load
-    from nemoe_jax.checkpoints import reader
+    from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.serving.api.served_model import ServedModel
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
     tokenizer, generation = load_tokenizer(arguments.directory), model_flags.generation_config(arguments)
+    checkpoint = Checkpoint(arguments.directory)
     for path in adapters.values():  # before the weights are loaded
-        peft_load.read_targets(path, reader.read_config(arguments.directory))
+        peft_load.read_targets(path, checkpoint.config)
     _say(f"loading {arguments.directory}")
-    config, params, mesh = model_flags.load_model_from_args(arguments)
+    config, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
     config = generation.with_end_tokens(config)
     trees = {name: peft_load.load_adapters(path, config, mesh, progress=True)[1] for name, path in adapters.items()}
     engine = Engine(
