@@ -1,5 +1,6 @@
 """Training end to end on tiny models: what learns, what must not, what is written and what is left behind."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -248,7 +249,7 @@ def test_documents_of_a_row_do_not_see_each_other(write):
 def test_masked_targets_and_padding_do_not_count(write):
     objective, state, frozen, _ = ready(read_recipe(write("repair")))
     batch = batch_of(4)
-    masked = batch._replace(mask=batch.mask.at[2:].set(0), segments=batch.segments.at[2:].set(0))
+    masked = dataclasses.replace(batch, mask=batch.mask.at[2:].set(0), segments=batch.segments.at[2:].set(0))
     whole = jax.jit(objective.held_out)(state.trainable, frozen, masked)
     half = jax.jit(objective.held_out)(state.trainable, frozen, Batch(*(array[:2] for array in batch)))
     assert whole["weight"] == half["weight"] == 62 and whole["loss"] == pytest.approx(float(half["loss"]), rel=1e-5)
@@ -259,7 +260,7 @@ def test_masked_targets_and_padding_do_not_count(write):
 def test_accumulated_parts_make_the_step_of_the_whole(write, workplace, keys):
     teacher = pretrained.load_pretrained(workplace / "dense")[1] if "distill" not in keys else None
     batch = batch_of(4, (20, 12))
-    batch = batch._replace(mask=batch.mask.at[0, :15].set(0))  # parts with unlike numbers of targets
+    batch = dataclasses.replace(batch, mask=batch.mask.at[0, :15].set(0))  # parts with unlike numbers of targets
     after = {}
     for parts in (1, 2):
         _, state, frozen, update = ready(

@@ -10,14 +10,19 @@ A row is made when it is asked for, from the maps of the token cache; only where
 Letters: T tokens of a row, D documents, C chats, R rows.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from train.data.token_cache import Tokens
 
 
-class Batch(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
     """Rows of packed documents, arrays (B, T), of NumPy or JAX; or a single row, arrays (T,)."""
 
     inputs: Any  # int32 tokens
@@ -25,6 +30,10 @@ class Batch(NamedTuple):
     mask: Any  # float32, 1 where the target counts
     segments: Any  # int32, documents numbered from 1; 0 is padding
     positions: Any  # int32, from 0 in each segment
+
+    def __iter__(self) -> Iterator[Any]:
+        """The arrays, in the order of the fields."""
+        return iter(vars(self).values())
 
 
 class Figures(NamedTuple):
@@ -37,6 +46,11 @@ class Figures(NamedTuple):
     loss_tokens: int  # targets that count, in one pass over the rows
     truncated: int  # chats that were longer than a row
     bad_rows: int  # of the source, left out
+
+
+def empty_row(length: int) -> Batch:
+    """A row of nothing but padding."""
+    return Batch(*(np.zeros(length, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32)))
 
 
 class Piece(NamedTuple):
@@ -80,9 +94,7 @@ class Packed:
 
     def __getitem__(self, row: int) -> Batch:
         """Row `row`, arrays (T,)."""
-        batch = Batch(
-            *(np.zeros(self.sequence_length, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32, np.int32))
-        )
+        batch = empty_row(self.sequence_length)
         at = 0
         for number, (start, stop, end) in enumerate(self._pieces(row), 1):
             here, targets = slice(at, at + stop - start), min(stop + 1, end) - start - 1

@@ -10,25 +10,24 @@ has as many slots as the fullest one of the corpus needs.
 Letters: T tokens of a row, D documents (chosen and rejected in turn), I items, S slots of a row.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 
 from nemoe_jax.errors import UserError
-from train.data.packing import Figures, best_fit
+from train.data.packing import Batch, Figures, best_fit, empty_row
 from train.data.token_cache import Tokens
 
 RESPONSE, PROMPT = 1, 2  # in the mask: a response's target, and a prompt's that only the likelihood of the text counts
 
 
-class PairBatch(NamedTuple):
-    """Rows of packed pairs, of NumPy or JAX; or a single row."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairBatch(Batch):
+    """Rows of packed pairs; the mask is RESPONSE, PROMPT, or 0 where the target does not count."""
 
-    inputs: Any  # (B, T) int32 tokens
-    targets: Any  # (B, T) int32, the token after each; 0 where there is none
-    mask: Any  # (B, T) float32: RESPONSE, PROMPT, or 0 where the target does not count
-    segments: Any  # (B, T) int32, numbered from 1; 0 is padding
-    positions: Any  # (B, T) int32, from 0 in each segment
     reference: Any  # (B, S) float32: the reference model's log p of each slot's response
     scores: Any  # (B, S) float32: of the responses, 0 where there is none
     items: Any  # (B,) int32: items in each row
@@ -81,10 +80,9 @@ class PackedPairs:
     def __getitem__(self, row: int) -> PairBatch:
         """Row `row`."""
         length, items = self.sequence_length, self._items[self._starts[row] : self._starts[row + 1]]
-        kinds = np.int32, np.int32, np.float32, np.int32, np.int32
-        arrays: list[Any] = [np.zeros(length, kind) for kind in kinds]
-        arrays += [np.zeros(self.slots, np.float32) for _ in range(2)]
-        batch = PairBatch._make([*arrays, np.int32(len(items))])
+        reference, scores = (np.zeros(self.slots, np.float32) for _ in range(2))
+        text = vars(empty_row(length))
+        batch = PairBatch(**text, reference=reference, scores=scores, items=np.int32(len(items)))
         batch.reference[: self.reference.shape[1]] = self.reference[row]
         at = 0
         for place, item in enumerate(items):

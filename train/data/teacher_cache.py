@@ -12,13 +12,15 @@ the k leave.
 Letters: R rows, N targets, T tokens of a row, K tokens that are kept.
 """
 
+import dataclasses
 import json
 import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
 
 from nemoe_jax.errors import UserError
@@ -28,14 +30,11 @@ ROWS = 64  # of a shard
 FILES = ("rows", "crc", "offsets", "ids", "logprobs")
 
 
-class TeacherBatch(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TeacherBatch(Batch):
     """A `Batch` with a teacher's predictions; or a single row."""
 
-    inputs: Any
-    targets: Any
-    mask: Any
-    segments: Any
-    positions: Any
     teacher_ids: Any  # (B, T, K) int32; 0 where the target does not count
     teacher_logprobs: Any  # (B, T, K) float32
 
@@ -157,4 +156,4 @@ class TeacherRows:
             own = slice(int(shard["offsets"][at]), int(shard["offsets"][at + 1]))
             counts = batch.mask > 0
             ids[counts], logprobs[counts] = shard["ids"][own], shard["logprobs"][own]
-        return TeacherBatch(*batch, teacher_ids=ids, teacher_logprobs=logprobs)
+        return TeacherBatch(**vars(batch), teacher_ids=ids, teacher_logprobs=logprobs)

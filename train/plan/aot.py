@@ -159,16 +159,17 @@ def _abstract_batch(phase: Phase, shape: tuple[int, int], place: NamedSharding) 
     def array(dtype: Any, sharding: NamedSharding = place, shape: tuple[int, ...] = shape) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    text = Batch(*(array(jnp.float32 if name == "mask" else jnp.int32) for name in Batch._fields))
+    text = {field.name: array(jnp.int32) for field in dataclasses.fields(Batch)} | {"mask": array(jnp.float32)}
     if phase.distill and phase.distill.offline:
         kept = (*shape, phase.distill.top_k)
-        return TeacherBatch(*text, array(jnp.int32, shape=kept), array(jnp.float32, shape=kept))
+        ids, logprobs = (array(dtype, shape=kept) for dtype in (jnp.int32, jnp.float32))
+        return TeacherBatch(**text, teacher_ids=ids, teacher_logprobs=logprobs)
     if phase.preference is None:
-        return text
+        return Batch(**text)
     of_rows, group = NamedSharding(place.mesh, PartitionSpec(place.spec[0])), SEGMENTS.get(phase.preference.loss, 2)
     slots = group * max(shape[1] // (group * TOKENS_OF_A_RESPONSE), 1)
     per_slot = array(jnp.float32, of_rows, (shape[0], slots))
-    return PairBatch(*text, per_slot, per_slot, array(jnp.int32, of_rows, shape[:1]))
+    return PairBatch(**text, reference=per_slot, scores=per_slot, items=array(jnp.int32, of_rows, shape[:1]))
 
 
 def compile_step(step: Step) -> tuple[Any, float]:

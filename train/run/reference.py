@@ -6,6 +6,7 @@ second one in memory. A file is named by a hash of the weights, the tokens and h
 Letters: R rows of a source, S slots of a row.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -57,7 +58,7 @@ def with_reference(
     for number, (packed, rows) in enumerate(zip(corpus.pairs, visited, strict=True)):
         path = (data.cache or default_cache()) / "reference" / f"{_key(objective, packed, weights)}.npy"
         _fill(packed, rows, path, data.microbatch_size, logprobs, f"reference {number}")
-    return [batch._replace(reference=logprobs(batch)) for batch in held_out]
+    return [dataclasses.replace(batch, reference=logprobs(batch)) for batch in held_out]
 
 
 def _fill(
