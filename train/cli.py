@@ -19,6 +19,7 @@ teacher, in one phase or several.
   nemoe-train keys                        every key with its meaning
   nemoe-train run my.yaml steps=500 optimizer.learning_rate=1e-3
   nemoe-train cache-teacher my.yaml       what its teacher says of the text, kept: then it trains without the teacher
+  nemoe-train tokenizer text/ --vocab 32006 --output tokenizers/mine
   nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (needs no TPU)
 """
 
@@ -69,6 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  nemoe-train cache-teacher nano-repair distill.offline=runs/teacher",
         reports=True,
     )
+    tokenizer = command.add(
+        "tokenizer",
+        _tokenizer,
+        "make a byte-level BPE tokenizer from text",
+        "TEXT is anything that training takes: files, globs, directories, hf:NAME. Six of the tokens are control\n"
+        "tokens of a ChatML chat, whose template is in the directory: it is what a recipe's tokenizer names.\n\n"
+        "  nemoe-train tokenizer text/ --vocab 32006 --output tokenizers/nekomind",
+        reports=True,
+    )
+    tokenizer.add_argument("texts", nargs="+", metavar="TEXT", help="what to learn from")
+    tokenizer.add_argument("--vocab", type=int, required=True, metavar="N", help="tokens in all")
+    tokenizer.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to create")
     for parser in (run, show, plan, cache):
         parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         parser.add_argument(
@@ -108,6 +121,12 @@ def _cache_teacher(arguments: argparse.Namespace) -> None:
     from train.run.cache_teacher import cache_teacher
 
     print_figures(cache_teacher(recipe), arguments.json)
+
+
+def _tokenizer(arguments: argparse.Namespace) -> None:
+    from train.data.train_tokenizer import train_tokenizer
+
+    print_figures(train_tokenizer(arguments.texts, arguments.output, arguments.vocab), arguments.json)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

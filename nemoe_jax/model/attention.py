@@ -24,11 +24,12 @@ from nemoe_jax.spec.schema import Tree
 
 
 class Context(NamedTuple):
-    """Where the tokens of a call stand: the same for every layer."""
+    """Where the tokens of a call stand: the same for every layer but for the bias of a router."""
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None  # packed documents: a token attends within its own segment alone
     cos_sin: CosSin | None = None  # of the positions, where all layers share it
+    router_bias_E: jax.Array | None = None  # of the layer, while it trains with one: see moe.top_k_weights
 
 
 class Attention(SpecModule):

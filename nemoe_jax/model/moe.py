@@ -41,10 +41,14 @@ class MoE(SpecModule):
         self.shared = SwiGLU(specs["shared"]) if config.shared_ffn else None
 
     def __call__(
-        self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        adapters: Adapters = NO_ADAPTERS,
+        segments_BT: jax.Array | None = None,
+        router_bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing]:
         """(B, T, D) -> (B, T, D) and what the router did with the tokens that are no padding (segment 0)."""
-        weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters, segments_BT)
+        weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters, segments_BT, router_bias_E)
         experts = {name: self.weight(name) for name, _ in self.expert_specs}
         own_adapters = {name: adapters[name] for name in experts if name in adapters}
         y_BTD = self._compute(x_BTD, weights_BTC, chosen_BTC, experts, own_adapters)
@@ -54,12 +58,16 @@ class MoE(SpecModule):
         return y_BTD, routing
 
     def route(
-        self, x_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        adapters: Adapters = NO_ADAPTERS,
+        segments_BT: jax.Array | None = None,
+        router_bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Routing]:
         """Routing weights (B, T, C) in x's dtype, the chosen experts (B, T, C), and statistics."""
         # float32: bfloat16 ties change which experts are chosen
         logits_BTE = self.project("router", x_BTD.astype(jnp.float32), adapters)
-        weights_BTC, chosen_BTC = top_k_weights(logits_BTE, self.top_k, self.normalize)
+        weights_BTC, chosen_BTC = top_k_weights(logits_BTE, self.top_k, self.normalize, router_bias_E)
         return weights_BTC.astype(x_BTD.dtype), chosen_BTC, _statistics(logits_BTE, chosen_BTC, segments_BT)
 
     def _compute(
@@ -80,13 +88,18 @@ class MoE(SpecModule):
         return run_over_mesh(x_BTD, weights_BTC, chosen_BTC, experts, adapters, specs, mesh, index_BT)
 
 
-def top_k_weights(logits_BTE: jax.Array, top_k: int, normalize: bool = True) -> tuple[jax.Array, jax.Array]:
+def top_k_weights(
+    logits_BTE: jax.Array, top_k: int, normalize: bool = True, bias_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Routing weights (B, T, C) and the chosen experts (B, T, C).
 
     Args:
         normalize: softmax over the chosen experts' logits, so that the weights sum to 1; else over all experts'.
+        bias_E: added to the logits for the choice, and not for the weights (Wang et al., 2024, arXiv 2408.15664).
     """
-    top_BTC, chosen_BTC = lax.top_k(logits_BTE, top_k)
+    top_BTC, chosen_BTC = lax.top_k(logits_BTE if bias_E is None else logits_BTE + bias_E, top_k)
+    if bias_E is not None:
+        top_BTC = jnp.take_along_axis(logits_BTE, chosen_BTC, axis=-1)
     if normalize:
         return jax.nn.softmax(top_BTC), chosen_BTC
     return jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1), chosen_BTC

@@ -70,11 +70,15 @@ class Block(SpecModule):
         return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache
 
     def feed_forward(
-        self, normed_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, segments_BT: jax.Array | None = None
+        self,
+        normed_BTD: jax.Array,
+        adapters: Adapters = NO_ADAPTERS,
+        segments_BT: jax.Array | None = None,
+        router_bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """What the FFN adds to the stream, and its routing where it is an MoE FFN."""
         if isinstance(self.ffn, MoE):
-            return self.ffn(normed_BTD, adapters, segments_BT)
+            return self.ffn(normed_BTD, adapters, segments_BT, router_bias_E)
         return self.ffn(normed_BTD, adapters), None
 
     def __call__(
@@ -82,7 +86,8 @@ class Block(SpecModule):
     ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
         """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
         x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
-        y_BTD, routing = self.feed_forward(normed, adapters.get("ffn", NO_ADAPTERS), context.segments_BT)
+        own = adapters.get("ffn", NO_ADAPTERS)
+        y_BTD, routing = self.feed_forward(normed, own, context.segments_BT, context.router_bias_E)
         return constrain_tokens(x_BTD + y_BTD), cache, routing
 
 
@@ -105,6 +110,7 @@ class Transformer(SpecModule):
         cache: KVCache | None = None,
         num_new_tokens_B: jax.Array | None = None,
         remat: bool = False,
+        router_bias_LE: jax.Array | None = None,
     ) -> HiddenOutput:
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.length_B[:, None])
@@ -121,9 +127,8 @@ class Transformer(SpecModule):
         routings = []
         for kind, block in self.blocks.items():
             run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
-            x_BTD, held, routing = _scan_run(
-                block, declare(self.config)["blocks"][kind], x_BTD, context, held, run_adapters, remat
-            )
+            specs, bias_LE = declare(self.config)["blocks"][kind], router_bias_LE if kind == "moe" else None
+            x_BTD, held, routing = _scan_run(block, specs, x_BTD, context, held, run_adapters, remat, bias_LE)
             if routing is not None:
                 routings.append(routing)
         x_BTD = rms_norm(x_BTD, self.weight("norm"), self.eps)
@@ -145,6 +150,7 @@ def _scan_run(
     cache: LayerCache | None,
     adapters: Adapters,
     remat: bool,
+    router_bias_LE: jax.Array | None,
 ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
     """A run of stacked layers, one after another: compiled once whatever their number.
 
@@ -156,13 +162,14 @@ def _scan_run(
     of_experts = _expert_adapters(specs, adapters, x_BTD.dtype) if in_place else {}
 
     def layer(carry, slice_of_run):
-        (x_BTD, cache), (sliced, layer_adapters) = carry, slice_of_run
+        (x_BTD, cache), (sliced, layer_adapters, bias_E) = carry, slice_of_run
         if in_place:
             weights = _layer_in_place(specs, stacked, sliced)
             layer_adapters = _adapters_in_place(of_experts, layer_adapters, sliced)
         else:
             weights, layer_adapters = _gathered_layer(specs, sliced, layer_adapters, x_BTD.dtype)
-        x_BTD, cache, routing = nnx.merge(graph, weights)(x_BTD, context, cache, layer_adapters)
+        of_layer = context._replace(router_bias_E=bias_E)
+        x_BTD, cache, routing = nnx.merge(graph, weights)(x_BTD, of_layer, cache, layer_adapters)
         if cache is not None:
             cache = cache._replace(layer=cache.layer + 1)
         return (x_BTD, cache), routing
@@ -170,7 +177,7 @@ def _scan_run(
     if remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
     slices = jnp.arange(len(stacked["attn_norm"])) if in_place else stacked
-    (x_BTD, cache), routing = jax.lax.scan(layer, (x_BTD, cache), (slices, dict(adapters)))
+    (x_BTD, cache), routing = jax.lax.scan(layer, (x_BTD, cache), (slices, dict(adapters), router_bias_LE))
     return x_BTD, cache, routing
 
 
@@ -254,6 +261,7 @@ def hidden_states(
     cache: KVCache | None = None,
     num_new_tokens_B: jax.Array | None = None,
     remat: bool = False,
+    router_bias_LE: jax.Array | None = None,
 ) -> HiddenOutput:
     """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
 
@@ -266,6 +274,7 @@ def hidden_states(
         cache: keys and values so far; the new ones are written behind them. The caller sees that they fit.
         num_new_tokens_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        router_bias_LE: of the MoE layers, added to the routers' logits for the choice of experts alone.
     """
     model = nnx.merge(graph_of(config), params)
     return model(
@@ -276,6 +285,7 @@ def hidden_states(
         cache=cache,
         num_new_tokens_B=num_new_tokens_B,
         remat=remat,
+        router_bias_LE=router_bias_LE,
     )
 
 

@@ -63,6 +63,18 @@ class Phase(Section):
     )
     balance_loss_weight: float = Field(0.0, ge=0, description="weight of the experts' load-balancing loss")
     z_loss_weight: float = Field(0.0, ge=0, description="weight of the squared log-partition of the router's logits")
+    router_bias_rate: float = Field(
+        0.0,
+        ge=0,
+        description="loss-free balancing: by how much a step raises or lowers a bias of each expert, by its load; the "
+        "bias is added to the router's logits for the choice of experts alone, and not saved; 0: none",
+    )
+    router_bias_until: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of the steps after which there is no such bias; it vanishes over the second half of them",
+    )
     select: Literal["last", "best"] = Field(
         "last", description="whether the phase ends with its last weights or with those of the lowest held-out loss"
     )
@@ -89,6 +101,8 @@ class Phase(Section):
             wrong = "select: best: expected data.held_out and eval_every to choose by"
         elif self.preference and self.distill:
             wrong = "preference: expected no distill beside it"
+        elif self.data.warmup_length and (self.preference or (self.distill and self.distill.offline)):
+            wrong = "data.warmup_length: expected none with preference or distill.offline, which want whole rows"
         if wrong:
             raise ValueError(wrong)
         return self

@@ -111,6 +111,10 @@ class Data(Section):
     train: Sources = Field(min_length=1, description="sources, or simply a path")
     held_out: Sources = Field([], description="the same, for evaluation; files named here are left out of train")
     sequence_length: int = Field(gt=0, description="tokens of a row")
+    warmup_length: int | None = Field(
+        None, gt=0, description="tokens that rows are cut into at first, growing to sequence_length; default: whole"
+    )
+    warmup_length_steps: int = Field(0, ge=0, description="steps over which that length grows")
     batch_size: int = Field(gt=0, description="rows per step, over all devices")
     gradient_accumulation_steps: int = Field(
         1, gt=0, description="microbatches that a step's rows are computed in, one after another"
@@ -131,7 +135,19 @@ class Data(Section):
                 f"gradient_accumulation_steps: expected a divisor of batch_size {self.batch_size}, "
                 f"got {self.gradient_accumulation_steps}"
             )
+        if bool(self.warmup_length) != bool(self.warmup_length_steps):
+            raise ValueError("warmup_length_steps: expected together with warmup_length, and neither alone")
+        if self.warmup_length and self.warmup_length > self.sequence_length:
+            raise ValueError(
+                f"warmup_length: expected at most sequence_length {self.sequence_length}, got {self.warmup_length}"
+            )
         return self
+
+    def length_at(self, step: int) -> int:
+        """Tokens that a step's documents are cut into, at most; steps count from 0."""
+        if not self.warmup_length or step >= self.warmup_length_steps:
+            return self.sequence_length
+        return self.warmup_length + (self.sequence_length - self.warmup_length) * step // self.warmup_length_steps
 
 
 class Optimizer(Section):

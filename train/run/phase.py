@@ -20,10 +20,11 @@ from nemoe_jax.errors import ResumableError
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.schema import Tree
 from train.data.loader import Batch, Corpus
+from train.data.packing import shortened
 from train.recipe import Recipe
 from train.run.checkpoint import Checkpoints
 from train.run.metrics_logger import MetricsLogger
-from train.run.prepare import Inputs, routers_scale, trainable_of
+from train.run.prepare import Inputs, bias_shape, routers_scale, trainable_of
 from train.run.reference import with_reference
 from train.run.results import HeldOut, PhaseResult
 from train.run.run_directory import Interrupted, Signals
@@ -79,19 +80,20 @@ class PhaseRun:
         if isinstance(objective, PreferenceObjective) and phase.preference and phase.preference.has_reference:
             self.held_out = with_reference(objective, trainable, frozen, self.corpus, self.held_out, self.mesh)
         rows = local_rows(phase.data, self.mesh)
+        bias = bias_shape(phase, self.config)
         iterator = self.corpus.iterator(phase.data.batch_size, phase.seed, rows)
         with Checkpoints(self.checkpoints, self.recipe.checkpoints) as checkpoints:
-            if restored := checkpoints.restore(state_shape(trainable, optimizer)):
+            if restored := checkpoints.restore(state_shape(trainable, optimizer, bias)):
                 state, iterator_state = restored
                 iterator.set_state(iterator_state)
                 for array in jax.tree.leaves(trainable):
                     array.delete()  # as the first update would: of weights that are all trained there is one copy
             else:
-                state = initial_state(trainable, optimizer, phase.seed)
+                state = initial_state(trainable, optimizer, phase.seed, bias)
             tokens = phase.data.batch_size * phase.data.sequence_length
             self.logger.begin(phase.name, int(state.step), self.offset, tokens, self._seconds_per_token())
             if state.step < phase.steps:
-                batches = (shard_batch(batch, rows, phase.data, self.mesh) for batch in iterator)
+                batches = self._batches(iterator, int(state.step), rows)
                 state = self._steps(
                     state, frozen, objective, optimizer, batches, iterator.get_state, checkpoints, signals, profile
                 )
@@ -99,6 +101,14 @@ class PhaseRun:
             if phase.select == "best":
                 state, chosen = self._best(state, checkpoints)
         return self._judge(state.trainable, frozen, params, chosen)
+
+    def _batches(self, iterator: Iterator[Batch], step: int, rows: list[int]) -> Iterator[Batch]:
+        """The batches of a step and those after it, on the devices."""
+        data = self.phase.data
+        for number, batch in enumerate(iterator, step):
+            length = data.length_at(number)
+            batch = shortened(batch, length) if length < data.sequence_length else batch
+            yield shard_batch(batch, rows, data, self.mesh)
 
     def _best(self, state: TrainState, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """(the state of the lowest held-out loss, its step); the last one where that checkpoint could not be kept."""

@@ -76,7 +76,12 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
     for pattern in phase.weights:
         if not fnmatch.filter(paths, pattern):
             raise UserError(f"weights: {pattern} matches no weight; the weights are: {', '.join(paths)}")
-    for key, wanted in (("train_router", phase.train_router), ("trainable: router", phase.trainable == "router")):
+    of_experts = {
+        "train_router": phase.train_router,
+        "trainable: router": phase.trainable == "router",
+        "router_bias_rate": phase.router_bias_rate > 0,
+    }
+    for key, wanted in of_experts.items():
         if wanted and not config.experts:
             raise UserError(f"{key}: expected an MoE model, got the dense {recipe.model}")
     if recipe.mesh and recipe.mesh != "auto":
@@ -173,6 +178,11 @@ def abstract_trainable(
         lora.shardings(config, targets, mesh),
     )
     return {"params": trained, "adapters": adapters}, frozen
+
+
+def bias_shape(phase: Phase, config: ModelConfig) -> tuple[int, int] | None:
+    """(L, E) of the routers' biases; None where a phase has none."""
+    return (config.layers - config.dense_layers, config.experts) if phase.router_bias_rate else None
 
 
 def routers_scale(phase: Phase, params: Tree, mesh: Mesh | None) -> np.ndarray | None:

@@ -45,6 +45,7 @@ class TrainState:
     key: Any  # of dropout; the step's number is folded in
     trainable: Tree
     optimizer_state: Any
+    router_bias: Any = None  # (L, E) float32 of the MoE layers, while they are balanced without a loss
 
 
 def split(params: Tree, trains: Callable[[str], bool], dtype: Any, copy: bool = True) -> tuple[Flat, Flat]:
@@ -67,10 +68,15 @@ def combine(trained: Flat, frozen: Flat) -> Tree:
     return unflatten(frozen | trained)
 
 
-def state_shape(trainable: Tree, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shape(
+    trainable: Tree, optimizer: optax.GradientTransformation, bias_shape: tuple[int, int] | None = None
+) -> TrainState:
     """The state's shapes, dtypes and shardings, from those of what is trained (arrays, or shapes with shardings).
 
     The optimizer's averages are placed as their weights are, all else on every device.
+
+    Args:
+        bias_shape: (L, E) where routers have a bias.
 
     Raises:
         TypeError: something is trained in another dtype than float32. In bfloat16 Adam's decay of 0.999 is 1, its
@@ -95,16 +101,20 @@ def state_shape(trainable: Tree, optimizer: optax.GradientTransformation) -> Tra
     )
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     key = shape(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), everywhere)
-    return TrainState(count, count, key, jax.tree.map(lambda a: shape(a, a.sharding), trainable), optimizer_state)
+    bias = bias_shape and jax.ShapeDtypeStruct(bias_shape, jnp.float32, sharding=everywhere)
+    return TrainState(count, count, key, jax.tree.map(lambda a: shape(a, a.sharding), trainable), optimizer_state, bias)
 
 
-def initial_state(trainable: Tree, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def initial_state(
+    trainable: Tree, optimizer: optax.GradientTransformation, seed: int, bias_shape: tuple[int, int] | None = None
+) -> TrainState:
     """The state before the first update, each array where `state_shape` says."""
-    shape = state_shape(trainable, optimizer)
+    shape = state_shape(trainable, optimizer, bias_shape)
     key = jax.random.key_data(jax.random.key(seed))
     step, skipped, key = jax.device_put((np.int32(0), np.int32(0), np.asarray(key)), shape.step.sharding)
     places = jax.tree.map(lambda array: array.sharding, shape.optimizer_state)
-    return TrainState(step, skipped, key, trainable, jax.jit(optimizer.init, out_shardings=places)(trainable))
+    bias = bias_shape and jax.device_put(np.zeros(bias_shape, np.float32), shape.router_bias.sharding)
+    return TrainState(step, skipped, key, trainable, jax.jit(optimizer.init, out_shardings=places)(trainable), bias)
 
 
 def load_max_over_mean(load_LE: Array) -> Array:
@@ -148,6 +158,7 @@ class Objective:
                 "router_entropy": routing.entropy,
                 "load_max_over_mean": load_max_over_mean(routing.load_E),
                 "dead_experts": jnp.sum(routing.load_E == 0).astype(jnp.float32),
+                "load": routing.load_E,
             }
             total += self.phase.balance_loss_weight * routing.balance_loss
             total += self.phase.z_loss_weight * routing.z_loss
@@ -182,7 +193,8 @@ class Objective:
     def _student(self, trainable: Tree, frozen: Flat, batch: Any) -> tuple[transformer.HiddenOutput, Tree, Tree]:
         """The model's hidden states; what of its head is trained, and what is frozen."""
         params = self._quantized(combine(self._rounded(trainable["params"]), frozen))
-        hidden = self._hidden(self.config, params, batch, trainable["adapters"] or None, self.recipe.remat)
+        bias = trainable.get("router_bias")
+        hidden = self._hidden(self.config, params, batch, trainable["adapters"] or None, self.recipe.remat, bias)
         name = _head_of(self.config)
         head = {name: _gathered(self.config, params[name])}
         trained: Tree = {"params": {}, "adapters": {}}
@@ -230,8 +242,22 @@ class Objective:
             for name, (first, last) in pairs.items()
         }
 
+    def router_bias(self, state: TrainState) -> Tree:
+        """{"router_bias": (L, E)} at a state's step, beside what is trained; nothing without one."""
+        if state.router_bias is None:
+            return {}
+        end = max(self.phase.router_bias_until * self.phase.steps, 1)
+        left = jnp.clip(2 * (1 - (state.step - state.skipped) / end), 0, 1)
+        return {"router_bias": state.router_bias * left}
+
     def _hidden(
-        self, config: ModelConfig, params: Tree, batch: Any, adapters: Tree | None = None, remat: bool = False
+        self,
+        config: ModelConfig,
+        params: Tree,
+        batch: Any,
+        adapters: Tree | None = None,
+        remat: bool = False,
+        router_bias_LE: Array | None = None,
     ) -> transformer.HiddenOutput:
         return transformer.hidden_states(
             config,
@@ -241,6 +267,7 @@ class Objective:
             positions=batch.positions,
             segments=batch.segments,
             remat=remat,
+            router_bias_LE=router_bias_LE,
         )
 
     def _quantized(self, params: Tree) -> Tree:
@@ -298,7 +325,8 @@ def make_update(
 
             def loss(trainable: Tree) -> tuple[Array, Sums]:
                 adapters = lora.with_dropout(trainable["adapters"], jax.random.fold_in(key, number))
-                total, figures = objective.loss(trainable | {"adapters": adapters}, frozen, teacher, part, done)
+                model = trainable | {"adapters": adapters} | objective.router_bias(state)
+                total, figures = objective.loss(model, frozen, teacher, part, done)
                 return total * share, {"loss": total * share} | {name: value * share for name, value in figures.items()}
 
             gradient, figures = jax.grad(loss, has_aux=True)(state.trainable)
@@ -322,9 +350,12 @@ def make_update(
         norm = optax.global_norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(figures["loss"])
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
-        after = optax.apply_updates(state.trainable, updates), optimizer_state
-        before = state.trainable, state.optimizer_state
-        trainable, optimizer_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        load_LE, bias_LE = figures.pop("load", None), state.router_bias
+        if bias_LE is not None and load_LE is not None:  # up where the load is below its share (arXiv 2408.15664)
+            bias_LE += objective.phase.router_bias_rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+        after = optax.apply_updates(state.trainable, updates), optimizer_state, bias_LE
+        before = state.trainable, state.optimizer_state, state.router_bias
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         figures |= {
             "gradient_norm": norm,
             "learning_rate": schedule(state.step - state.skipped),
@@ -332,7 +363,7 @@ def make_update(
             "skipped": ~finite,
         }
         skipped = state.skipped + ~finite
-        return TrainState(state.step + 1, skipped, state.key, trainable, optimizer_state), figures
+        return TrainState(state.step + 1, skipped, state.key, *kept), figures
 
     shardings = jax.tree.map(lambda array: array.sharding, state)
     platform = next(iter(shardings.step.device_set)).platform
