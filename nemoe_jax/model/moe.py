@@ -28,6 +28,7 @@ class Routing(NamedTuple):
     """What the router did, for losses and logs; of one layer, or stacked over layers."""
 
     load_E: jax.Array  # share of the tokens' choices that went to each expert; sums to 1
+    gate_E: jax.Array  # mean routing weight of each expert, 0 where it is not chosen
     balance_loss: jax.Array  # E · Σ load · mean probability; 1 when balanced (Fedus et al., 2021)
     z_loss: jax.Array  # mean of logsumexp(logits)² (Zoph et al., 2022)
     entropy: jax.Array  # mean entropy of the router's probabilities, in nats; ln E where they are even
@@ -68,7 +69,11 @@ class MoE(SpecModule):
         # float32: bfloat16 ties change which experts are chosen
         logits_BTE = self.project("router", x_BTD.astype(jnp.float32), adapters)
         weights_BTC, chosen_BTC = top_k_weights(logits_BTE, self.top_k, self.normalize, router_bias_E)
-        return weights_BTC.astype(x_BTD.dtype), chosen_BTC, _statistics(logits_BTE, chosen_BTC, segments_BT)
+        return (
+            weights_BTC.astype(x_BTD.dtype),
+            chosen_BTC,
+            _statistics(logits_BTE, weights_BTC, chosen_BTC, segments_BT),
+        )
 
     def _compute(
         self, x_BTD: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, experts: Tree, adapters: Adapters
@@ -105,7 +110,9 @@ def top_k_weights(
     return jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1), chosen_BTC
 
 
-def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.Array | None) -> Routing:
+def _statistics(
+    logits_BTE: jax.Array, weights_BTC: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.Array | None
+) -> Routing:
     """Means over the tokens that are no padding."""
     counts_BT = jnp.ones(logits_BTE.shape[:2]) if segments_BT is None else (segments_BT > 0).astype(jnp.float32)
     tokens = jnp.maximum(counts_BT.sum(), 1.0)
@@ -116,10 +123,11 @@ def _statistics(logits_BTE: jax.Array, chosen_BTC: jax.Array, segments_BT: jax.A
     experts = logits_BTE.shape[-1]
     log_probabilities_BTE = jax.nn.log_softmax(logits_BTE)
     probabilities_BTE = jnp.exp(log_probabilities_BTE)
-    chosen_share_BTE = jnp.sum(jax.nn.one_hot(chosen_BTC, experts), axis=-2) / chosen_BTC.shape[-1]
-    load_E = lax.stop_gradient(mean(chosen_share_BTE))
+    chosen_BTCE = jax.nn.one_hot(chosen_BTC, experts)
+    load_E = lax.stop_gradient(mean(jnp.sum(chosen_BTCE, axis=-2) / chosen_BTC.shape[-1]))
     return Routing(
         load_E=load_E,
+        gate_E=lax.stop_gradient(mean(jnp.einsum("BTC,BTCE->BTE", weights_BTC, chosen_BTCE))),
         balance_loss=experts * jnp.sum(load_E * mean(probabilities_BTE)),
         z_loss=mean(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2),
         entropy=mean(-jnp.sum(probabilities_BTE * log_probabilities_BTE, axis=-1)),

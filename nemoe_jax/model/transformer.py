@@ -42,7 +42,10 @@ class HiddenOutput(NamedTuple):
 
     x_BTD: jax.Array  # after the final norm
     cache: KVCache | None
-    routing: Routing | None  # load (L, E), losses and entropy averaged over the MoE layers; None for a dense model
+    routing: (
+        Routing | None
+    )  # load and gate (L, E), losses and entropy averaged over the MoE layers; None for a dense model
+    ffn_LBTD: jax.Array | None = None  # what each layer's FFN added to the stream, where that is asked for
 
 
 class Output(NamedTuple):
@@ -83,12 +86,12 @@ class Block(SpecModule):
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
-    ) -> tuple[jax.Array, LayerCache | None, Routing | None]:
-        """(B, T, D) -> (B, T, D), the layer's cache, and its routing where it is an MoE layer."""
+    ) -> tuple[jax.Array, LayerCache | None, Routing | None, jax.Array]:
+        """(B, T, D) -> (B, T, D), the layer's cache, its routing where it is an MoE layer, and its FFN's output."""
         x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
         own = adapters.get("ffn", NO_ADAPTERS)
         y_BTD, routing = self.feed_forward(normed, own, context.segments_BT, context.router_bias_E)
-        return constrain_tokens(x_BTD + y_BTD), cache, routing
+        return constrain_tokens(x_BTD + y_BTD), cache, routing, y_BTD
 
 
 class Transformer(SpecModule):
@@ -111,6 +114,7 @@ class Transformer(SpecModule):
         num_new_tokens_B: jax.Array | None = None,
         remat: bool = False,
         router_bias_LE: jax.Array | None = None,
+        keep_ffn: bool = False,
     ) -> HiddenOutput:
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.length_B[:, None])
@@ -124,11 +128,16 @@ class Transformer(SpecModule):
         held = None
         if cache is not None:
             held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(0), num_new_tokens_B)
-        routings = []
+        routings: list[Routing] = []
+        outputs: list[jax.Array] = []
         for kind, block in self.blocks.items():
             run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
             specs, bias_LE = declare(self.config)["blocks"][kind], router_bias_LE if kind == "moe" else None
-            x_BTD, held, routing = _scan_run(block, specs, x_BTD, context, held, run_adapters, remat, bias_LE)
+            x_BTD, held, (routing, ffn_LBTD) = _scan_run(
+                block, specs, x_BTD, context, held, run_adapters, remat, bias_LE, keep_ffn
+            )
+            if ffn_LBTD is not None:
+                outputs.append(ffn_LBTD)
             if routing is not None:
                 routings.append(routing)
         x_BTD = rms_norm(x_BTD, self.weight("norm"), self.eps)
@@ -138,8 +147,8 @@ class Transformer(SpecModule):
         routing = None
         if routings:
             routing = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings)
-            routing = Routing(routing.load_E, *(statistic.mean() for statistic in routing[1:]))
-        return HiddenOutput(x_BTD, cache, routing)
+            routing = Routing(*routing[:2], *(statistic.mean() for statistic in routing[2:]))
+        return HiddenOutput(x_BTD, cache, routing, jnp.concatenate(outputs) if keep_ffn else None)
 
 
 def _scan_run(
@@ -151,7 +160,8 @@ def _scan_run(
     adapters: Adapters,
     remat: bool,
     router_bias_LE: jax.Array | None,
-) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+    keep_ffn: bool,
+) -> tuple[jax.Array, LayerCache | None, tuple[Routing | None, jax.Array | None]]:
     """A run of stacked layers, one after another: compiled once whatever their number.
 
     The cache of all layers goes along, and each layer writes its own part where it lies.
@@ -169,16 +179,16 @@ def _scan_run(
         else:
             weights, layer_adapters = _gathered_layer(specs, sliced, layer_adapters, x_BTD.dtype)
         of_layer = context._replace(router_bias_E=bias_E)
-        x_BTD, cache, routing = nnx.merge(graph, weights)(x_BTD, of_layer, cache, layer_adapters)
+        x_BTD, cache, routing, ffn_BTD = nnx.merge(graph, weights)(x_BTD, of_layer, cache, layer_adapters)
         if cache is not None:
             cache = cache._replace(layer=cache.layer + 1)
-        return (x_BTD, cache), routing
+        return (x_BTD, cache), (routing, ffn_BTD if keep_ffn else None)
 
     if remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
     slices = jnp.arange(len(stacked["attn_norm"])) if in_place else stacked
-    (x_BTD, cache), routing = jax.lax.scan(layer, (x_BTD, cache), (slices, dict(adapters), router_bias_LE))
-    return x_BTD, cache, routing
+    (x_BTD, cache), kept = jax.lax.scan(layer, (x_BTD, cache), (slices, dict(adapters), router_bias_LE))
+    return x_BTD, cache, kept
 
 
 def _layer_in_place(specs: Tree, stacked: Tree, number: jax.Array) -> Tree:
@@ -262,6 +272,7 @@ def hidden_states(
     num_new_tokens_B: jax.Array | None = None,
     remat: bool = False,
     router_bias_LE: jax.Array | None = None,
+    keep_ffn: bool = False,
 ) -> HiddenOutput:
     """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
 
@@ -275,6 +286,7 @@ def hidden_states(
         num_new_tokens_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
         remat: recompute each block in the backward pass instead of keeping its activations.
         router_bias_LE: of the MoE layers, added to the routers' logits for the choice of experts alone.
+        keep_ffn: give what each layer's FFN added to the stream.
     """
     model = nnx.merge(graph_of(config), params)
     return model(
@@ -286,6 +298,7 @@ def hidden_states(
         num_new_tokens_B=num_new_tokens_B,
         remat=remat,
         router_bias_LE=router_bias_LE,
+        keep_ffn=keep_ffn,
     )
 
 
@@ -320,5 +333,5 @@ def forward(
     Returns:
         The logits (B, T, V), the cache where one was given, and the routing of an MoE.
     """
-    x_BTD, cache, routing = hidden_states(config, params, tokens_BT, adapters=adapters, **options)
+    x_BTD, cache, routing, _ = hidden_states(config, params, tokens_BT, adapters=adapters, **options)
     return Output(logits(config, params, x_BTD, adapters, decoding=cache is not None), cache, routing)

@@ -37,11 +37,19 @@ class Phase(Section):
     """One phase of a run."""
 
     name: str = Field("train", pattern=r"^[\w.-]+$", description="name in reports and of the adapter's directory")
-    trainable: Literal["lora", "router", "weights", "all"] = Field(
+    trainable: Literal["lora", "router", "weights", "esft", "all"] = Field(
         "lora",
         description="what learns: adapters (with train_router the routers, too), routers alone, the weights that match "
-        "one of weights, every weight",
+        "one of weights, the experts that the text uses, every weight",
     )
+    esft_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="for trainable: esft: share of each layer's routing weights on the text that the experts have "
+        "together which learn, the fewest",
+    )
+    esft_batches: int = Field(32, gt=0, description="microbatches of the text that this is measured on before")
     weights: Globs = Field(
         [], description="globs over the parameter paths, such as blocks/*/ffn/*, for trainable: weights"
     )
@@ -91,6 +99,8 @@ class Phase(Section):
             wrong = f"{'lora' if self.lora else 'adapter'}: came with trainable: {self.trainable}, which wants none"
         elif (self.trainable == "weights") != bool(self.weights):
             wrong = f"weights: expected globs with trainable: weights alone, got {self.weights} with {self.trainable}"
+        elif (self.trainable == "esft") != (self.esft_share is not None):
+            wrong = f"esft_share: expected with trainable: esft alone, got {self.esft_share} with {self.trainable}"
         elif self.lora and self.adapter:
             wrong = "adapter: brings its own targets, but lora came as well"
         elif self.optimizer.warmup_steps > self.steps:
@@ -154,6 +164,8 @@ class Recipe(Section):
             wrong = f"phases: expected different names, got {', '.join(names)}"
         elif self.quantize and any(target.dropout for phase in self.phases for target in phase.lora):
             wrong = "lora.dropout: expected 0 with quantize, which rounds weights and adapter together"
+        elif self.quantize and any(phase.trainable == "esft" for phase in self.phases):
+            wrong = "trainable: esft: expected no quantize beside it"
         if wrong:
             raise ValueError(wrong)
         return self

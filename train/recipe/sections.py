@@ -52,6 +52,15 @@ class Distill(Section):
     skew: float = Field(0.1, gt=0, lt=1, description="of the skewed divergences: the share of the first distribution")
     temperature: float = Field(1.0, gt=0, description="divides the logits of both; the divergence is times its square")
     final_temperature: float | None = Field(None, gt=0, description="the same at the last step; default: temperature")
+    feature_loss: Literal["cosine", "l2"] | None = Field(
+        None,
+        description="a distance of student and teacher in what each layer's FFN, dense or MoE, adds to the stream; of "
+        "models of one width and depth; default: none",
+    )
+    feature_weight: float = Field(1.0, ge=0, description="of feature_loss: its weight, per token, a mean over layers")
+    final_feature_weight: float | None = Field(
+        None, ge=0, description="the same at the last step; default: feature_weight"
+    )
     offline: FilePath | None = Field(
         None, description="directory of the teacher's predictions, from nemoe-train cache-teacher: no teacher in memory"
     )
@@ -61,6 +70,8 @@ class Distill(Section):
     def _constant(self) -> "Distill":
         if self.offline and self.final_temperature is not None:
             raise ValueError("final_temperature: expected none with offline, which is of one temperature")
+        if self.offline and self.feature_loss:
+            raise ValueError("feature_loss: expected none with offline, which keeps a teacher's predictions alone")
         return self
 
 

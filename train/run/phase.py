@@ -23,6 +23,7 @@ from train.data.loader import Batch, Corpus
 from train.data.packing import shortened
 from train.recipe import Recipe
 from train.run.checkpoint import Checkpoints
+from train.run.choose_experts import choose_experts
 from train.run.metrics_logger import MetricsLogger
 from train.run.prepare import Inputs, bias_shape, routers_scale, trainable_of
 from train.run.reference import with_reference
@@ -31,6 +32,7 @@ from train.run.run_directory import Interrupted, Signals
 from train.run.teacher import share_weights
 from train.step import model_flops
 from train.step.batch_sharding import local_rows, place_whole, shard_batch
+from train.step.chosen_experts import Places
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.preference import PreferenceObjective, make_objective
 from train.step.step import (
@@ -75,8 +77,13 @@ class PhaseRun:
         """The parameters after the phase (those before it where it was discarded), and what it came to."""
         phase = self.phase
         optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh), self.config)
-        trainable, frozen = trainable_of(self.recipe, phase, self.config, self.targets, params, self.mesh)
         objective = make_objective(self.recipe, phase, self.config, self.teacher_config)
+        places: Places = ()
+        if phase.trainable == "esft":
+            table = self.adapters / self.label / "experts.json"
+            places = choose_experts(objective, params, self.corpus, self.mesh, table)
+            self.logger.say(f"{phase.name}: {len(places)} experts of all layers learn")
+        trainable, frozen = trainable_of(self.recipe, phase, self.config, self.targets, params, self.mesh, places)
         if isinstance(objective, PreferenceObjective) and phase.preference and phase.preference.has_reference:
             self.held_out = with_reference(objective, trainable, frozen, self.corpus, self.held_out, self.mesh)
         rows = local_rows(phase.data, self.mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.spec.schema import Tree, leaves
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
 from train.recipe import Phase, Recipe
+from train.step.chosen_experts import ChosenExperts, Places, own_sharding, take_experts
 from train.step.optimizer import router_scale
 from train.step.step import Flat, split
 
@@ -66,6 +68,12 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
             f"distill.teacher: {phase.distill.teacher}: expected the model's vocabulary of {config.vocab}, "
             f"got {teacher.vocab}"
         )
+    if teacher and phase.distill and phase.distill.feature_loss:
+        for size in ("hidden", "layers"):
+            if (ours := getattr(config, size)) != (theirs := getattr(teacher, size)):
+                raise UserError(
+                    f"distill.feature_loss: {phase.distill.teacher}: expected {size} {ours}, the model's, got {theirs}"
+                )
     for name, model in (("model", config), ("teacher", teacher)):
         if model and phase.data.sequence_length > model.context:
             raise UserError(
@@ -79,6 +87,7 @@ def check_fit(recipe: Recipe, phase: Phase, config: ModelConfig, teacher: ModelC
     of_experts = {
         "train_router": phase.train_router,
         "trainable: router": phase.trainable == "router",
+        "trainable: esft": phase.trainable == "esft",
         "router_bias_rate": phase.router_bias_rate > 0,
     }
     for key, wanted in of_experts.items():
@@ -122,6 +131,11 @@ def trains(phase: Phase, path: str) -> bool:
     return phase.trainable == "all" or named or (routers and path.endswith("/router"))
 
 
+def expert_paths(config: ModelConfig) -> list[str]:
+    """The experts' own weights."""
+    return [path for path, spec in leaves(schema.declare(config)).items() if "experts" in spec.stacked]
+
+
 def trains_all(recipe: Recipe) -> bool:
     """Whether a phase trains every weight, or named ones."""
     return any(phase.trainable in ("weights", "all") for phase in recipe.phases)
@@ -150,11 +164,22 @@ def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
 
 
 def trainable_of(
-    recipe: Recipe, phase: Phase, config: ModelConfig, targets: list[lora.Target], params: Tree, mesh: Mesh | None
+    recipe: Recipe,
+    phase: Phase,
+    config: ModelConfig,
+    targets: list[lora.Target],
+    params: Tree,
+    mesh: Mesh | None,
+    places: Places = (),
 ) -> tuple[Tree, Flat]:
-    """What a phase trains, {"params": …, "adapters": …}, and the frozen rest of the model."""
+    """What a phase trains, {"params": …, "adapters": …}, and the frozen rest of the model.
+
+    Args:
+        places: the experts that learn, with `trainable: esft`.
+    """
     spent = phase.trainable == "all" and phase.tolerance is None  # nobody asks for the weights before the phase again
     trained, frozen = split(params, lambda path: trains(phase, path), recipe.dtype, copy=not spent)
+    trained |= {path: take_experts(frozen[path], places) for path in expert_paths(config) if places}
     if phase.adapter:
         adapters = peft_load.load_adapters(phase.adapter, config, mesh)[1]
     else:
@@ -172,6 +197,13 @@ def abstract_trainable(
     for path, spec in leaves(schema.declare(config)).items():
         into, dtype = (trained, "float32") if trains(phase, path) else (frozen, recipe.dtype)
         into[path] = abstract_weight(spec, places[path], dtype, frozen_in_fp8(recipe))
+    if phase.esft_share:  # the fewest experts with that share are at most so many
+        most = math.ceil(phase.esft_share * config.experts)
+        for path in expert_paths(config):
+            layers, _, *shape = frozen[path].shape
+            places_S = tuple((layer, expert) for layer in range(layers) for expert in range(most))
+            values = jax.ShapeDtypeStruct((len(places_S), *shape), jnp.float32, sharding=own_sharding(frozen[path]))
+            trained[path] = ChosenExperts(values, places_S)
     adapters = jax.tree.map(
         lambda array, place: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place),
         lora.abstract(config, targets),

@@ -13,6 +13,8 @@ token, of the probability that is left: a lower bound of the divergence, and the
 Letters: V vocabulary, K tokens that are kept.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -52,6 +54,23 @@ def top_k_divergence(
     log_p_rest = jnp.log(jnp.maximum(1 - jnp.exp(log_p).sum(-1, keepdims=True), LEAST))
     log_q, log_p = (jnp.concatenate(parts, axis=-1) for parts in ((log_q, log_q_rest), (log_p, log_p_rest)))
     return temperature**2 * _of_logs(kind, log_q, log_p, skew)
+
+
+def feature_distance(kind: Literal["cosine", "l2"], student_LBTD: Array, teacher_LBTD: Array, mask_BT: Array) -> Array:
+    """Of each token the mean over the layers, (B, T): 1 − cos, or the squared distance over the layer's mean square.
+
+    The mean square is the teacher's over the tokens that count.
+    """
+    student, teacher = (array.astype(jnp.float32) for array in (student_LBTD, teacher_LBTD))
+    least = jnp.finfo(jnp.float32).tiny
+    if kind == "cosine":
+        squares = (jnp.maximum(jnp.sum(array**2, axis=-1), least) for array in (student, teacher))
+        norms = jnp.sqrt(next(squares)) * jnp.sqrt(next(squares))
+        return jnp.mean(1 - jnp.sum(student * teacher, axis=-1) / norms, axis=0)
+    counts_BT = (mask_BT > 0).astype(jnp.float32)
+    square_L = jnp.tensordot(jnp.sum(teacher**2, axis=-1), counts_BT, 2) / jnp.maximum(counts_BT.sum(), 1)
+    distance_LBT = jnp.sum((student - teacher) ** 2, axis=-1)
+    return jnp.mean(distance_LBT / jnp.maximum(square_L, least)[:, None, None], axis=0)
 
 
 def _of_logs(kind: Divergence, log_q: Array, log_p: Array, skew: Array | float) -> Array:

@@ -28,7 +28,7 @@ from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, declare, leaves
 from train.recipe import Phase
 
-Trained = Literal["lora", "router", "weights", "all"]
+Trained = Literal["lora", "router", "weights", "esft", "all"]
 
 
 def matmul_elements(config: ModelConfig) -> dict[str, float]:
@@ -56,6 +56,7 @@ def model_flops_per_token(
     targets: Sequence[lora.Target] = (),
     train_router: bool = False,
     weights: Sequence[str] = (),
+    esft_share: float | None = None,
     teacher: ModelConfig | None = None,
 ) -> float:
     """FLOPs per token of one update: forward, gradients of the activations, gradients of what is trained.
@@ -63,6 +64,7 @@ def model_flops_per_token(
     Args:
         trained: every weight, those that match `weights`, the routers alone, or adapters alone.
         targets: the weights that have adapters, for "lora".
+        esft_share: with "esft", the share of the routing weights that the experts have which learn.
         train_router: with "lora", whether the routers learn as well.
         teacher: a model that runs forward on the same tokens, for distillation.
     Raises:
@@ -71,11 +73,15 @@ def model_flops_per_token(
     elements = matmul_elements(config)
     routers = trained == "router" or (trained == "lora" and train_router)
 
-    def learns(path: str) -> bool:
+    specs = leaves(declare(config))
+
+    def learns(path: str) -> float:
+        if esft_share and path in specs and "experts" in specs[path].stacked:
+            return esft_share
         named = any(fnmatch.fnmatchcase(path, pattern) for pattern in weights)
         return trained == "all" or named or (routers and path.endswith("/router"))
 
-    products = sum(size * (3 if learns(path) else 2) for path, size in elements.items())
+    products = sum(size * (2 + learns(path)) for path, size in elements.items())
     adapters = 3 * sum(_adapter_elements(config, targets)) if trained == "lora" else 0
     total = 2 * (products + adapters) + 3 * attention_flops(config, sequence_length)
     return total + (forward_flops_per_token(teacher, sequence_length) if teacher else 0)
@@ -91,6 +97,7 @@ def of_phase(phase: Phase, config: ModelConfig, targets: Sequence[lora.Target], 
         targets=targets,
         train_router=phase.train_router,
         weights=phase.weights,
+        esft_share=phase.esft_share,
         teacher=teacher,
     )
 

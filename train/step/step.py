@@ -27,12 +27,13 @@ from nemoe_jax.spec.sharding import compiler_options
 from train.data.loader import Batch
 from train.data.teacher_cache import TeacherBatch
 from train.recipe import Phase, Recipe
-from train.step.divergence import divergence, top_k_divergence
+from train.step.chosen_experts import ChosenExperts
+from train.step.divergence import divergence, feature_distance, top_k_divergence
 from train.step.loss import Sums, chunked_sums, masked_sum
 from train.step.optimizer import is_router
 
 Flat = dict[str, Any]  # {path: array, or Fp8Weight}
-SCHEDULED = ("temperature", "kl_weight", "ce_weight")  # of distillation
+SCHEDULED = ("temperature", "kl_weight", "ce_weight", "feature_weight")  # of distillation
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +66,10 @@ def split(params: Tree, trains: Callable[[str], bool], dtype: Any, copy: bool = 
 
 def combine(trained: Flat, frozen: Flat) -> Tree:
     """The model's parameters again; the inverse of `split`."""
-    return unflatten(frozen | trained)
+    whole = {
+        path: leaf.put_into(frozen[path]) if isinstance(leaf, ChosenExperts) else leaf for path, leaf in trained.items()
+    }
+    return unflatten(frozen | whole)
 
 
 def state_shape(
@@ -169,6 +173,12 @@ class Objective:
         hidden, (_, sums) = self._through(trainable, frozen, None, batch)
         return {"loss": sums["cross_entropy"], "weight": self.weight(batch)} | self._load(hidden, self.weight(batch))
 
+    def gate_shares(self, frozen: Flat, batch: Any) -> Array:
+        """The experts' routing weights (L, E) on a batch, summed over its tokens; of a model that is all frozen."""
+        routing = self._hidden(self.config, unflatten(frozen), batch).routing
+        assert routing is not None
+        return routing.gate_E * jnp.sum(batch.segments > 0)
+
     @staticmethod
     def _load(hidden: transformer.HiddenOutput, weight: Array) -> Sums:
         return {} if hidden.routing is None else {"load": hidden.routing.load_E * weight}
@@ -178,17 +188,25 @@ class Objective:
     ) -> tuple[transformer.HiddenOutput, tuple[Array, Sums]]:
         """Both models' hidden states, and the sums of the token losses over their heads, chunk by chunk."""
         hidden, trained, rest = self._student(trainable, frozen, batch)
-        arrays = {"targets": batch.targets, "mask": batch.mask}
+        arrays, taught = {"targets": batch.targets, "mask": batch.mask}, None
         if isinstance(batch, TeacherBatch):
             arrays |= {"teacher_ids": batch.teacher_ids, "teacher_logprobs": batch.teacher_logprobs}
             rest["step"] = step
         elif teacher is not None and self.teacher_config:
-            arrays["teacher"] = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch).x_BTD)
+            taught = jax.lax.stop_gradient(self._hidden(self.teacher_config, teacher, batch))
+            arrays["teacher"] = taught.x_BTD
             name = _head_of(self.teacher_config)
             rest["teacher"] = {name: _gathered(self.teacher_config, teacher[name])}
             rest["step"] = step
         chunk, all_count = self.recipe.logits_chunk, self.all_count
-        return hidden, chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, chunk, all_count)
+        total, sums = chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, chunk, all_count)
+        distill = self.phase.distill
+        if taught is not None and distill and distill.feature_loss:
+            assert hidden.ffn_LBTD is not None and taught.ffn_LBTD is not None  # both kept them
+            far_BT = feature_distance(distill.feature_loss, hidden.ffn_LBTD, taught.ffn_LBTD, batch.mask)
+            sums |= {"feature_loss": masked_sum(far_BT, batch.mask)}
+            total += self._schedule(step)["feature_weight"] * sums["feature_loss"]
+        return hidden, (total, sums)
 
     def _student(self, trainable: Tree, frozen: Flat, batch: Any) -> tuple[transformer.HiddenOutput, Tree, Tree]:
         """The model's hidden states; what of its head is trained, and what is frozen."""
@@ -268,6 +286,7 @@ class Objective:
             segments=batch.segments,
             remat=remat,
             router_bias_LE=router_bias_LE,
+            keep_ffn=bool(self.phase.distill and self.phase.distill.feature_loss),
         )
 
     def _quantized(self, params: Tree) -> Tree:
