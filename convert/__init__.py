@@ -8,7 +8,7 @@ are imported when they are first used.
 
 carve                 experts from the neurons of a dense model
 experts               upcycling, expert pruning, router distillation
-minitron              width pruning
+minitron              pruning of width, heads and depth
 merge_lora, layout    adapters merged in; Hugging Face's and Mistral's layouts
 quantize              FP8, and back
 gguf                  llama.cpp's files

@@ -14,7 +14,8 @@ B batch, T sequence, D embed, V vocabulary.
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -88,10 +89,21 @@ def in_turn(results: Iterable[Arrays]) -> Iterator[Arrays]:
     return map(jax.block_until_ready, results)
 
 
+class TensorSource(Protocol):
+    """What is read of a checkpoint, or of one that is yet to be written."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def directory(self) -> Path: ...
+    def view(self, key: str, dtype: Any = None) -> np.ndarray:
+        """A tensor by its checkpoint key."""
+
+
 class LayerwiseModel:
     """The layers of a checkpoint as functions of residual streams, in float32."""
 
-    def __init__(self, source: Checkpoint):
+    def __init__(self, source: TensorSource):
         self.source, self.config = source, source.config
         devices = jax.local_devices()
         devices = devices if BATCH % len(devices) == 0 else devices[:1]
@@ -116,6 +128,11 @@ class LayerwiseModel:
         """What the FFN adds to the stream."""
         with jax.set_mesh(self.mesh):
             return feed_forward(self.config, kind_of(self.config, layer), weights, normed_BTD)
+
+    def through(self, layer: int, weights: Tree, x_BTD: jax.Array) -> jax.Array:
+        """The stream after a layer."""
+        middle_BTD, normed_BTD = self.attend(layer, weights, x_BTD)
+        return middle_BTD + self.feed_forward(layer, weights, normed_BTD)
 
     def head(self) -> tuple[jax.Array, jax.Array]:
         """The final norm's weight (D,), float32, and the head (V, D), for `logits`."""

@@ -202,10 +202,20 @@ class MinitronOptions:
     ffn: int | None = option(None, "FFN neurons to keep in each layer; of an MoE model, in each expert")
     shared_ffn: int | None = option(None, "neurons of the shared expert to keep (NekoMind)")
     dense_ffn: int | None = option(None, "neurons to keep in an MoE model's dense first layers (NekoMind)")
+    heads: int | None = option(None, "query heads to keep in each layer, as many for each key/value head")
+    layers: int | None = option(None, "layers to keep")
+    target: float | None = option(
+        None,
+        "parameters to keep, or up to 1 their share: depths and widths are compared by their loss on held-out text",
+    )
     calibration: tuple[str, ...] = option((), "text files, directories or globs to measure activations on; needed")
     calibration_tokens: int = option(16384, "tokens of it to use, in sequences of 256; the papers take 1024 sequences")
     importance: Literal["activations", "random"] = option(
         "activations", "what is kept: what the text excites most, or anything (a baseline)"
+    )
+    depth_importance: Literal["influence", "loss"] = option(
+        "influence",
+        "which layers are kept: those that turn the residual stream most, or those without which the loss is highest",
     )
     rescale_norms: bool = option(True, "leave norm weights and epsilon as they are, as Minitron does")
     seed: int = option(0, "seed of random importance")
@@ -215,11 +225,12 @@ MINITRON = Conversion(
     "minitron",
     "convert.minitron.minitron:minitron",
     MinitronOptions,
-    "prune the width: drop the residual channels and FFN neurons that calibration text excites least",
-    "Any dense or MoE model becomes a narrower one of its family: one pass over the text scores every channel\n"
-    "and neuron, and the best are kept (Minitron, arXiv 2407.14679 and 2408.11796). Each expert of an MoE model keeps\n"
-    "its own neurons. The result is a damaged model until it is distilled from its source (nemoe-train).\n\n"
-    "  nemoe-convert minitron nemo-12b minitron-8b --hidden 4096 --ffn 11520 --calibration text/\n",
+    "prune width and depth: drop the channels, neurons, heads and layers that calibration text needs least",
+    "Any dense or MoE model becomes a smaller one of its family: one pass over the text scores every channel,\n"
+    "neuron, head and layer, and the best are kept (Minitron, arXiv 2407.14679 and 2408.11796). Each expert of an MoE\n"
+    "keeps its own neurons. The result is a damaged model until it is distilled from its source (nemoe-train).\n\n"
+    "  nemoe-convert minitron nemo-12b minitron-8b --hidden 4096 --ffn 11520 --calibration text/\n"
+    "  nemoe-convert minitron nemo-12b nemo-8b --target 0.65 --calibration text/\n",
 )
 
 

@@ -1,1 +1,1 @@
-"""Width pruning."""
+"""Pruning of width, heads and depth."""

@@ -1,4 +1,4 @@
-"""Minitron width pruning: the residual channels and FFN neurons that calibration text excites least are cut away.
+"""Minitron pruning: the channels, neurons, heads and layers that calibration text needs least are cut away.
 
 One pass of the model over the text, layer by layer, scores everything; the rest is sort and slice:
 
@@ -9,64 +9,32 @@ One pass of the model over the text, layer by layer, scores everything; the rest
    one (NekoMind's heads use it too), by the mean of those factors' squares. Where the dropped channels are always
    zero this is exact.
 
-Heads stay as they are. The result opens like any other model; the published recipe then distils its source into it.
+4. Heads. As many go for each key/value head; where every head has keys of its own, they go with it.
+5. Layers, by how far they turn the stream or by the loss without them; all scores are of the whole model.
+
+The result opens like any other model; the published recipe then distils its source into it.
 (Muralidharan et al., 2024, arXiv 2407.14679; Sreenivas et al., 2024, arXiv 2408.11796; the third step is not theirs.)
 
-D embed, F neurons, E experts.
+D embed, F neurons, E experts, K kv heads, G heads of each.
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from convert.layerwise import calibration_batches, kind_of
+from convert.layerwise import calibration_batches, fitted_batches, kind_of
 from convert.minitron.importance import Scorer, Scores
+from convert.minitron.kept import NEURON_AXES, Kept, PrunedCheckpoint
+from convert.minitron.search import candidate_shapes, compared
 from convert.options import MinitronOptions
 from convert.streaming import ConversionSettings, Figures, Manifest, Tensors, convert_layers
-from nemoe_jax.checkpoints.reader import Checkpoint, TensorRef
+from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import count, declare
 from nemoe_jax.utils.output_path import refuse_existing
-
-NEURON_AXES = ("ffn", "expert_ffn", "shared_ffn")  # as ModelConfig and the schema call them
-
-
-@dataclasses.dataclass
-class Kept:
-    """Ascending indices of what stays, and the factors of the norms."""
-
-    hidden_D: np.ndarray | None  # None: all
-    neurons: list[dict[str, np.ndarray]]  # of each layer, axes that are pruned: {axis: (F,), or (E, F) of experts}
-    factors: dict[str, float]  # {checkpoint key of a norm: what multiplies its weight}
-
-    def cut(self, ref: TensorRef, tensor: np.ndarray) -> np.ndarray:
-        """A tensor of the source, in its checkpoint's layout, without what is dropped."""
-        spec = ref.spec
-        inner = spec.axes[len(spec.stacked) :]
-        dimensions = (spec.produced, spec.contracted) if spec.transposed else tuple((axis,) for axis in inner)
-        for number, axes in enumerate(dimensions):
-            kept = self._along(axes, ref)
-            if kept is not None:
-                tensor = np.take(tensor, kept, axis=number)
-        return tensor.astype(np.float32) * self.factors[ref.key] if ref.key in self.factors else tensor
-
-    def _along(self, axes: tuple[str, ...], ref: TensorRef) -> np.ndarray | None:
-        if axes in (("embed",), ("norm",)):
-            return self.hidden_D
-        if len(axes) > 1 or axes[0] not in NEURON_AXES:
-            return None
-        kept = self.neurons[ref.spec.first_layer + ref.place[0]].get(axes[0])
-        return kept[ref.place[1]] if kept is not None and "experts" in ref.spec.stacked else kept
-
-    def digest(self) -> str:
-        """Hexadecimal; an interrupted job goes on only where the text gives the same again."""
-        indices = [self.hidden_D, *(kept for layer in self.neurons for kept in layer.values())]
-        content = [None if kept is None else kept.tolist() for kept in indices], self.factors
-        return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def minitron(
@@ -75,28 +43,34 @@ def minitron(
     options: MinitronOptions,
     run: ConversionSettings = ConversionSettings(),
 ) -> Manifest:
-    """Prunes a model directory into a narrower one; returns the manifest (see convert/manifest.py).
+    """Prunes a model directory into a smaller one; returns the manifest (see convert/manifest.py).
 
     Raises:
         UserError: sizes that the model cannot be pruned to, no calibration text, existing destination.
     """
     checkpoint = Checkpoint(source)
-    config = pruned_config(checkpoint.config, options, str(source))
+    shapes = pruned_configs(checkpoint.config, options, str(source))
     if not options.calibration:
         raise UserError("minitron: wants --calibration text, on which activations are measured")
     refuse_existing(destination)  # before the calibration text is read
     if jax.process_count() > 1:
         raise UserError("minitron: its layers are scored one after another; run it in a single process")
-    scorer = Scorer(checkpoint, calibration_batches(checkpoint, options.calibration, options.calibration_tokens))
+    batches = calibration_batches(checkpoint, options.calibration, options.calibration_tokens)
+    fitted = len(batches) if options.target is None else fitted_batches(batches)
+    shallower = any(shape.layers < checkpoint.config.layers for shape in shapes)
+    fewer_heads = any(shape.heads < checkpoint.config.heads for shape in shapes)
+    by_loss = shallower and options.depth_importance == "loss"
+    scorer = Scorer(checkpoint, batches[:fitted], fewer_heads, by_loss)
     scores = scorer.blank() if run.dry_run else scorer.all_layers()
-    kept = choose(scores, checkpoint.config, config, options)
-    if kept.factors:
-        config = config.replace(norm_eps=config.norm_eps * float(np.mean(np.square(list(kept.factors.values())))))
+    candidates = [PrunedCheckpoint(checkpoint, *choose(scores, checkpoint.config, shape, options)) for shape in shapes]
+    table = None if options.target is None or run.dry_run else compared(candidates, batches[fitted:])
+    best = 0 if table is None else min(range(len(table)), key=lambda number: table[number]["held_out_loss"])
+    config, kept = candidates[best].config, candidates[best].kept
 
     def layer(number: int) -> tuple[Tensors, Figures]:
         if run.dry_run:  # the time that a layer takes is that of its scores
             scorer.layer(number)
-        return {}, _figures(scores, kept, checkpoint.config, number)
+        return {}, _figures(scores, kept, checkpoint.config, kept.layers[number] if kept.layers else number)
 
     return convert_layers(
         checkpoint,
@@ -105,13 +79,33 @@ def minitron(
         layer,
         {"command": "minitron", **dataclasses.asdict(options), "kept_sha256": kept.digest()},
         run=run,
-        copy=lambda ref: kept.cut(ref, checkpoint.view(ref.key)),
-        summary=lambda: {} if kept.hidden_D is None else {"hidden_kept": _share(scores.hidden_D, kept.hidden_D)},
+        copy=lambda ref: kept.cut(from_source := kept.source_ref(ref), checkpoint.view(from_source.key)),
+        summary=lambda: _summary(scores, kept, table),
     )
 
 
+def _summary(scores: Scores, kept: Kept, table: list[Figures] | None) -> Figures:
+    figures: Figures = {} if kept.hidden_D is None else {"hidden_kept": _share(scores.hidden_D, kept.hidden_D)}
+    figures |= {} if kept.layers is None else {"kept_layers": kept.layers, "layer_scores": scores.layers_L.tolist()}
+    return figures | ({} if table is None else {"candidates": table})
+
+
+def pruned_configs(config: ModelConfig, options: MinitronOptions, source: str) -> list[ModelConfig]:
+    """The shape after pruning, or those of a search."""
+    if options.target is None:
+        return [pruned_config(config, options, source)]
+    if any(size is not None for size in _wanted(options).values()):
+        raise UserError(f"{source}: --target: expected without {', '.join(_wanted(options))}")
+    return candidate_shapes(config, options.target, source)
+
+
+def _wanted(options: MinitronOptions) -> dict[str, int | None]:
+    names = ("hidden", "ffn", "shared_ffn", "dense_ffn", "heads", "layers")
+    return {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+
+
 def pruned_config(config: ModelConfig, options: MinitronOptions, source: str) -> ModelConfig:
-    """The shape after pruning; its epsilon is still the source's.
+    """The shape after pruning; its epsilon and its dense layers are still the source's.
 
     Raises:
         UserError: nothing to prune, 0 or more than there is, or a flag for what the model does not have.
@@ -119,14 +113,9 @@ def pruned_config(config: ModelConfig, options: MinitronOptions, source: str) ->
     fields = {"--hidden": "hidden", "--ffn": "expert_ffn" if config.experts else "ffn"}
     fields |= {"--shared-ffn": "shared_ffn"} if config.shared_ffn else {}
     fields |= {"--dense-ffn": "ffn"} if config.dense_layers else {}
-    wanted = {
-        "--hidden": options.hidden,
-        "--ffn": options.ffn,
-        "--shared-ffn": options.shared_ffn,
-        "--dense-ffn": options.dense_ffn,
-    }
-    changes = {}
-    for flag, size in wanted.items():
+    fields |= {"--heads": "heads", "--layers": "layers"}
+    changes: dict[str, int] = {}
+    for flag, size in _wanted(options).items():
         if size is None:
             continue
         if flag not in fields:
@@ -136,12 +125,25 @@ def pruned_config(config: ModelConfig, options: MinitronOptions, source: str) ->
             raise UserError(f"{source}: {flag}: expected 1 to the source's {present}, got {size}")
         changes[fields[flag]] = size
     if not changes:
-        raise UserError(f"{source}: nothing to prune; give {' or '.join(fields)}")
+        raise UserError(f"{source}: nothing to prune; give {' or '.join(fields)} or --target")
+    heads = changes.get("heads", config.heads)
+    if config.heads == config.kv_heads:
+        changes["kv_heads"] = heads
+    elif heads % config.kv_heads:
+        raise UserError(f"{source}: --heads: expected a multiple of {config.kv_heads} key/value heads, got {heads}")
+    if config.dense_layers:
+        changes["dense_layers"] = min(config.dense_layers, changes.get("layers", config.layers) - 1)
     return config.replace(**changes)
 
 
-def choose(scores: Scores, config: ModelConfig, pruned: ModelConfig, options: MinitronOptions) -> Kept:
-    """The best-scored channels and neurons, as many as the pruned shape has, and the norms' factors."""
+def choose(
+    scores: Scores, config: ModelConfig, pruned: ModelConfig, options: MinitronOptions
+) -> tuple[ModelConfig, Kept]:
+    """What is kept: the best-scored of everything, as many as the pruned shape has, and the norms' factors.
+
+    Returns:
+        The shape, with the epsilon and the dense layers that go with that.
+    """
     random = np.random.default_rng(options.seed)
 
     def best(score: np.ndarray, size: int) -> np.ndarray:
@@ -155,15 +157,27 @@ def choose(scores: Scores, config: ModelConfig, pruned: ModelConfig, options: Mi
         if options.rescale_norms:
             wider = config.hidden / pruned.hidden
             factors = {key: float(np.sqrt(share_D[hidden_D].sum() * wider)) for key, share_D in scores.shares_D.items()}
+
+    def of_axis(axis: str, score: np.ndarray) -> np.ndarray:
+        if axis != "heads" or config.heads == config.kv_heads:
+            return best(score, getattr(pruned, axis))
+        group = config.heads // config.kv_heads
+        kept_KG = best(score.reshape(-1, group), pruned.heads // config.kv_heads)
+        return (kept_KG + group * np.arange(config.kv_heads)[:, None]).ravel()
+
     neurons = [
-        {
-            axis: best(score, getattr(pruned, axis))
-            for axis, score in layer.items()
-            if getattr(pruned, axis) < getattr(config, axis)
-        }
+        {axis: of_axis(axis, score) for axis, score in layer.items() if getattr(pruned, axis) < getattr(config, axis)}
         for layer in scores.neurons
     ]
-    return Kept(hidden_D, neurons, factors)
+    layers = None
+    if pruned.layers < config.layers:
+        layers = best(scores.layers_L, pruned.layers).tolist()
+        if layers[-1] < config.dense_layers:
+            raise UserError(f"--layers: expected more than {pruned.layers}, of which none would be an MoE layer")
+        pruned = pruned.replace(dense_layers=sum(layer < config.dense_layers for layer in layers))
+    if factors:
+        pruned = pruned.replace(norm_eps=config.norm_eps * float(np.mean(np.square(list(factors.values())))))
+    return pruned, Kept(hidden_D, neurons, factors, config, layers)
 
 
 def _share(scores: np.ndarray, kept: np.ndarray) -> float | list[float]:
@@ -186,8 +200,9 @@ def printed_figures(manifest: Manifest) -> Figures:
     result, layers = manifest.result, manifest.layers
     total, active = count(result)
     figures: Figures = {"parameters": total, "active_parameters": active}
-    figures |= {name: value for name in ("hidden", *NEURON_AXES, "norm_eps") if (value := getattr(result, name))}
-    figures |= manifest.figures
+    names = ("layers", "heads", "hidden", *NEURON_AXES, "norm_eps")
+    figures |= {name: value for name in names if (value := getattr(result, name))}
+    figures |= {name: value for name, value in manifest.figures.items() if name in ("hidden_kept", "kept_layers")}
     for axis in NEURON_AXES:
         if values := [layer[f"{axis}_kept"] for layer in layers if f"{axis}_kept" in layer]:
             figures[f"{axis}_kept_min"] = float(np.min(values))
