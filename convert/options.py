@@ -9,6 +9,7 @@ from typing import Literal
 from convert.command import Conversion, option
 
 CHECK_TOKENS = 2048
+REFIT_STEPS, REFIT_TOKENS = 150, 32768  # measured in docs/convert/carve.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,10 @@ class CarveOptions:
         0.0, "how strongly the refit holds to the dense `down`; 0 takes 2 · FFN neurons / tokens of calibration text"
     )
     refit_steps: int = option(
-        0,
+        -1,
         "token-clusters and --control: steps of gradient descent on gate, up and `down` of each group, layer by layer, "
-        "after the refit; 300 take about twice the time and keep more",
+        f"after the refit; -1 takes {REFIT_STEPS} where there are {REFIT_TOKENS} tokens or more, as on fewer they fit "
+        "those only",
     )
     explore: bool = option(
         False,

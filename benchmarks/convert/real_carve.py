@@ -21,16 +21,17 @@ from benchmarks.lib.results import add_keep, keep, machine
 
 ROWS = {
     # name: (flags of the carve, flags of its control)
-    "4/16": ("--experts 16 --top-k 4", "--experts 16 --top-k 4"),
+    "4/16": ("--experts 16 --top-k 4 --refit-steps 0", "--experts 16 --top-k 4 --refit-steps 0"),
     "4/16 refit": ("--experts 16 --top-k 4 --refit-steps 150", "--experts 16 --top-k 4 --refit-steps 150"),
-    "4/16 overlap 2": ("--experts 32 --top-k 4 --overlap 2", "--experts 16 --top-k 4"),
+    "4/16 overlap 2": ("--experts 32 --top-k 4 --overlap 2 --refit-steps 0", "--experts 16 --top-k 4 --refit-steps 0"),
     "4/16 overlap 2 refit": (
         "--experts 32 --top-k 4 --overlap 2 --refit-steps 150",
         "--experts 16 --top-k 4 --refit-steps 150",
     ),
-    "8/16": ("--experts 16 --top-k 8", "--experts 16 --top-k 8"),
+    "8/16": ("--experts 16 --top-k 8 --refit-steps 0", "--experts 16 --top-k 8 --refit-steps 0"),
     "8/16 refit": ("--experts 16 --top-k 8 --refit-steps 150", "--experts 16 --top-k 8 --refit-steps 150"),
-    "12/16": ("--experts 16 --top-k 12", "--experts 16 --top-k 12"),
+    "12/16": ("--experts 16 --top-k 12 --refit-steps 0", "--experts 16 --top-k 12 --refit-steps 0"),
+    "12/16 refit": ("--experts 16 --top-k 12 --refit-steps 150", "--experts 16 --top-k 12 --refit-steps 150"),
 }
 COLUMNS = ("loss_above_reference", "kl_divergence", "argmax_agreement", "accuracy", "load_max_over_mean")
 

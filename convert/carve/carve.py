@@ -30,7 +30,7 @@ import numpy as np
 from convert.carve import explore, self_text
 from convert.carve.calibration import CalibrationStreams
 from convert.carve.layer import carve_layer
-from convert.carve.shape import carved_config
+from convert.carve.shape import carved_config, with_refit_steps
 from convert.layerwise import hash_of
 from convert.manifest import Figures, Manifest
 from convert.options import CarveOptions
@@ -62,6 +62,7 @@ def carve(
         return explore.explore(source, destination, options, options.explore_layers)
     checkpoint = Checkpoint(source)
     config = carved_config(checkpoint.config, options, str(source))
+    options = with_refit_steps(options)
     refuse_existing(destination)  # before the calibration text is read
     text = None
     if options.calibration:

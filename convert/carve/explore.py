@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.carve.calibration import CalibrationStreams
 from convert.carve.layer import carve_layer
-from convert.carve.shape import carved_config
+from convert.carve.shape import carved_config, with_refit_steps
 from convert.layerwise import LayerwiseModel
 from convert.manifest import Manifest
 from convert.options import CarveOptions
@@ -83,7 +83,7 @@ def explore(source: str | Path, destination: str | Path, options: CarveOptions, 
     for change in points(options):
         if "shared_ffn" in change:
             change["shared_ffn"] = dense.ffn // -change["shared_ffn"]
-        changed = dataclasses.replace(plain, **change)
+        changed = with_refit_steps(dataclasses.replace(plain, **change))
         row: dict[str, Any] = {"command": _command(source, changed)}
         try:
             shapes.append((changed, carved_config(dense, changed, str(source))))

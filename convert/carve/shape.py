@@ -1,9 +1,10 @@
 """The shape of what a carve makes, and what its options want of the source."""
 
+import dataclasses
 from pathlib import Path
 
 from convert.carve.control import control_config
-from convert.options import CarveOptions
+from convert.options import REFIT_STEPS, REFIT_TOKENS, CarveOptions
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.families import FAMILIES, FamilyName
@@ -54,11 +55,10 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
             raise UserError(f"{flag}: {obstacle}")
     if options.overlap < 1 or (options.overlap > 1 and not by_token_clusters(options)):
         raise UserError(f"--overlap: expected 1, or more with --partition token-clusters, got {options.overlap}")
-    takes_steps = options.refit and (options.control or by_token_clusters(options))
-    if options.refit_steps < 0 or (options.refit_steps and not takes_steps):
+    if options.refit_steps < -1 or (options.refit_steps > 0 and not _takes_steps(options)):
         raise UserError(
-            "--refit-steps: expected 0, or more with a refit of --partition token-clusters or --control, "
-            f"got {options.refit_steps}"
+            "--refit-steps: expected 0, or more with a refit of --partition token-clusters or --control, or -1 to "
+            f"choose it, got {options.refit_steps}"
         )
     if options.control and options.layout != "mixtral":
         raise UserError("--control makes a dense model; --layout shared is about experts")
@@ -87,6 +87,18 @@ def _family(dense: ModelConfig, shared: bool, source: str | Path) -> FamilyName:
             f"--layout shared writes {record.carved_shared}"
         )
     return name
+
+
+def with_refit_steps(options: CarveOptions) -> CarveOptions:
+    """The options with the number of gradient steps in place of -1."""
+    if options.refit_steps >= 0:
+        return options
+    enough = _takes_steps(options) and options.calibration_tokens >= REFIT_TOKENS
+    return dataclasses.replace(options, refit_steps=REFIT_STEPS if enough else 0)
+
+
+def _takes_steps(options: CarveOptions) -> bool:
+    return bool(options.calibration) and options.refit and (options.control or by_token_clusters(options))
 
 
 def by_token_clusters(options: CarveOptions) -> bool:

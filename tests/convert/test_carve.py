@@ -12,6 +12,7 @@ from convert.carve import explore, self_text
 from convert.carve.calibration import CalibrationStreams
 from convert.carve.carve import CarveOptions, carve
 from convert.carve.layer import data_free_scale
+from convert.carve.shape import with_refit_steps
 from convert.layerwise import LayerwiseModel, calibration_batches, hash_of, logits
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.layout import INDEX, SINGLE
@@ -156,6 +157,7 @@ def test_an_interrupted_carve_goes_on_and_gives_the_same(dense_directory, tmp_pa
         (["--experts", "4", "--control"], "--control: expected --calibration text"),
         (["--experts", "8", "--overlap", "2"], "--overlap: expected --calibration text"),
         (["--experts", "4", "--refit-steps", "9"], "--refit-steps: expected 0, or more with"),
+        (["--experts", "4", "--refit-steps", "-2"], "--refit-steps: expected 0, or more with"),
         (["--experts", "4", "--calibration", "nowhere.txt"], "no tokenizer (expected tekken.json, tokenizer.json or"),
     ],
 )
@@ -363,6 +365,24 @@ def test_above_half_of_the_experts_two_groups_share_some(dense_directory, tmp_pa
     np.testing.assert_allclose(load_LE[:, :2], load_LE.max())
     np.testing.assert_allclose(load_LE[:, [2, 4]], load_LE[:, [3, 5]])
     np.testing.assert_allclose(load_LE[:, 2] + load_LE[:, 4], load_LE.max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"calibration_tokens": 32768}, 150),
+        ({"calibration_tokens": 32767}, 0),
+        ({"control": True}, 150),
+        ({"refit_steps": 7}, 7),
+        ({"refit_steps": 0}, 0),
+        ({"refit": False, "partition": "gate-kmeans"}, 0),
+        ({"partition": "gate-kmeans"}, 0),
+        ({"calibration": ()}, 0),
+    ],
+)
+def test_gradient_steps_are_taken_where_there_is_text_for_them(changes, steps):
+    options = dataclasses.replace(CarveOptions(calibration=("text",)), **changes)
+    assert with_refit_steps(options).refit_steps == steps
 
 
 def test_exploring_ranks_points_and_gives_their_commands(dense_directory, tmp_path, calibration, capsys, monkeypatch):
