@@ -94,7 +94,7 @@ def _load_fp8(checkpoint: Checkpoint, spec: ParamSpec, place: jax.sharding.Shard
 def _placed(
     shape: tuple[int, ...], place: jax.sharding.Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """An array whose parts are read, each once, and lie on their devices."""
+    """An array whose parts are read once each and put on their devices."""
     devices_of: dict[Any, list[jax.Device]] = {}  # replicas share one read
     indices = place.addressable_devices_indices_map(shape)
     for device, index in indices.items():

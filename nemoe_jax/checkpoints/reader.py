@@ -357,7 +357,7 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def _positions(spec: ParamSpec, spans: list[range]) -> Iterable[tuple[tuple[int, ...], str]]:
-    """(place in a block, checkpoint key) of the tensors whose stacked indices lie within `spans`."""
+    """(place in a block, checkpoint key) of the tensors whose stacked indices are within `spans`."""
     for numbers, key in spec.tensors():
         if all(number in span for number, span in zip(numbers, spans, strict=True)):
             yield tuple(number - span.start for number, span in zip(numbers, spans, strict=True)), key

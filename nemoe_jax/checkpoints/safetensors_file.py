@@ -23,7 +23,7 @@ _CHECKED_AT_ONCE = 1 << 18  # elements: stays in cache
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies in its file."""
+    """A tensor's place in its file."""
 
     dtype: str  # safetensors' own name: BF16, F16, F32, …
     shape: tuple[int, ...]

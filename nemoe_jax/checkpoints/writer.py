@@ -1,4 +1,4 @@
-"""Writing model directories: every tensor straight to its place in a weight file, under a name that nobody reads yet.
+"""Writing model directories: every tensor straight to its place in a weight file, under a temporary name.
 
 The config says all shapes, so the header of every file is known before the first tensor is: files are laid out at
 once, and tensors come in any order, from several threads or processes. They grow in `.NAME.partial/model` beside the

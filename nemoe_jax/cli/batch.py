@@ -1,6 +1,6 @@
-"""Many prompts and chats from a file of JSON lines, and their answers line by line in the same order.
+"""Many prompts and chats from a file of JSON lines, and their responses line by line in the same order.
 
-What is asked is checked as a whole before the weights are loaded. Responses are made together, written one by one as
+The input is checked as a whole before the weights are loaded. Responses are made together, written one by one as
 soon as all before them are, and never lost: the same command goes on behind the last whole line of its output. Each
 line has a key, a hash of the model and of the request, by which a changed batch or model is told.
 """
@@ -53,7 +53,7 @@ class Job(NamedTuple):
     tools: Any
 
 
-class Asked(NamedTuple):
+class Expected(NamedTuple):
     """What is kept of every line while the batch runs."""
 
     number: int
@@ -76,27 +76,27 @@ def run(
 
     Raises:
         UserError: a line that makes no sense, an output of other work, or lines that the model could not answer; their
-            answer is an "error".
+            response is an "error".
     """
     source, target = arguments.batch, arguments.output
     lines = [line for line in enumerate(read_text(source).split("\n"), 1) if line[1].strip()]
     model = _model_key(arguments, builder)
-    asked = [
-        Asked(job.number, len(job.request.prompt), job.request.max_new_tokens, _key(model, job))
+    expected = [
+        Expected(job.number, len(job.request.prompt), job.request.max_new_tokens, _key(model, job))
         for job in jobs(lines, source, builder, template)
     ]
-    done = 0 if target == "-" else _finished(Path(target), asked)
+    done = 0 if target == "-" else _finished(Path(target), expected)
     failed: list[int] = []
-    if done < len(asked):
-        longest = max(one.prompt_tokens + one.max_new_tokens for one in asked[done:])
-        slots = min(arguments.max_num_seqs, len(asked) - done)
+    if done < len(expected):
+        longest = max(one.prompt_tokens + one.max_new_tokens for one in expected[done:])
+        slots = min(arguments.max_num_seqs, len(expected) - done)
         todo = jobs(lines[done:], source, builder, template)
         with (
             start(max_num_seqs=slots, kv_tokens=slots * longest, max_queued=AHEAD * slots) as engine,
             _opened(target) as out,
             progress_bar() as bar,
         ):
-            task = bar.add_task("answering", total=len(asked), completed=done)
+            task = bar.add_task("answering", total=len(expected), completed=done)
             for job, figures in _answers(engine, todo, AHEAD * slots, builder):
                 name = {} if job.name is None else {"id": job.name}
                 row = {"line": job.number, **name, **figures, "key": _key(model, job)}
@@ -105,7 +105,7 @@ def run(
                 bar.advance(task)
                 failed += [job.number] if "error" in figures else []
     if failed:
-        raise UserError(f"{source}: {len(failed)} of {len(asked)} lines got an error, line {failed[0]} the first")
+        raise UserError(f"{source}: {len(failed)} of {len(expected)} lines got an error, line {failed[0]} the first")
 
 
 def jobs(lines: Iterable[tuple[int, str]], source: str, builder: RequestBuilder, template: Request) -> Iterator[Job]:
@@ -157,7 +157,7 @@ def _whole(fields: Mapping[str, Any], name: str, least: int, otherwise: Any) -> 
 def _answers(
     engine: "Engine", todo: Iterable[Job], ahead: int, builder: RequestBuilder
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """The answers in order, with up to `ahead` of them under way."""
+    """The responses in order, with up to `ahead` of them under way."""
     under_way: deque[tuple[Job, Any]] = deque()
 
     def first() -> tuple[Job, dict[str, Any]]:
@@ -195,17 +195,17 @@ def _key(model: str, job: Job) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _finished(path: Path, asked: Sequence[Asked]) -> int:
-    """How many answers a file holds already; what is left of an interrupted line is cut off. Raises UserError."""
+def _finished(path: Path, expected: Sequence[Expected]) -> int:
+    """How many responses a file holds already; what is left of an interrupted line is cut off. Raises UserError."""
     try:
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         numbers = []
         for at, line in enumerate(whole.splitlines()):
             answer = json.loads(line)
-            if answer["line"] != asked[at].number or answer["key"] != asked[at].key:
+            if answer["line"] != expected[at].number or answer["key"] != expected[at].key:
                 raise ValueError
-            numbers.append(asked[at].number)
+            numbers.append(expected[at].number)
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))

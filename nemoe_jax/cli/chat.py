@@ -12,7 +12,7 @@ from nemoe_jax.utils.command import Command, check_numbers
 
 DETAILS = """\
 In the chat, /help shows what can be done. Where standard input is no terminal, each of its lines is a message; the
-answers go to standard output and all else to standard error.
+responses go to standard output and all else to standard error.
 """
 CONTEXT = 16384
 
@@ -23,7 +23,7 @@ def add(command: Command) -> None:
     parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer and a chat format")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument("--load", metavar="FILE.json", help="go on with the messages of a file (of /save)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="tokens of an answer at most (default 1024)")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="tokens of a response at most (default 1024)")
     parser.add_argument(
         "--context",
         type=int,
@@ -32,7 +32,7 @@ def add(command: Command) -> None:
         "context if that is less)",
     )
     parser.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="text that ends an answer; may be repeated"
+        "--stop", metavar="TEXT", action="append", default=[], help="text that ends a response; may be repeated"
     )
     sampling_flags.add_flags(parser, default="nemo")
     add_engine_flags(parser)

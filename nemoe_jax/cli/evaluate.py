@@ -1,4 +1,4 @@
-"""`nemoe perplexity`: how well a model foresees a text; `nemoe eval`: how it does in benchmarks."""
+"""`nemoe perplexity`: loss and perplexity of a model on text; `nemoe eval`: its scores in benchmarks."""
 
 import argparse
 import json
@@ -23,11 +23,11 @@ def add(command: Command) -> None:
         """\
 Text is cut into evenly spaced windows; every token after a window's first is scored. accuracy is the share of tokens
 that the model finds likeliest; loss_unigram is the loss of a model that knows nothing but how often each token comes:
-above it a model is destroyed. With --reference, the dense model of a carved one, say, the report tells what was lost:
+a model above it is destroyed. With --reference, the dense model of a carved one, say, the report tells what was lost:
 loss_above_reference and kl_divergence (of the reference's next token from the model's) in nats, and argmax_agreement,
 the share of tokens after which both find the same one likeliest.
 With --window, windows slide over the whole text, and each token is scored once with much before it.
-With --needle, the text is the hay: a line that tells a number is planted in it and asked for at its end.""",
+With --needle, the text is the haystack: a line that tells a number is inserted, and its end asks for the number.""",
         reports=True,
     )
     parser.add_argument("directory", metavar="DIR", help="a model directory with a tokenizer")
@@ -46,7 +46,7 @@ With --needle, the text is the hay: a line that tells a number is planted in it 
     parser.add_argument(
         "--reference", metavar="DIR", help="a model of the same vocabulary to compare with, as the dense one of a carve"
     )
-    parser.add_argument("--needle", action="store_true", help="look for a planted line instead of scoring the text")
+    parser.add_argument("--needle", action="store_true", help="look for an inserted line instead of scoring the text")
     parser.add_argument(
         "--lengths",
         type=int,
@@ -59,7 +59,7 @@ With --needle, the text is the hay: a line that tells a number is planted in it 
         type=float,
         nargs="+",
         metavar="PERCENT",
-        help=f"with --needle: where the line is planted (default {' '.join(f'{depth:g}' for depth in DEPTHS)})",
+        help=f"with --needle: where the line is inserted (default {' '.join(f'{depth:g}' for depth in DEPTHS)})",
     )
     parser.add_argument("--seed", type=int, help="with --needle: of the numbers (default 0)")
     model_flags.add_cache_flag(parser)
@@ -81,7 +81,7 @@ HF_HUB_OFFLINE=1 where there is no network. Needs nemoe-jax[eval].""",
     parser.add_argument("--include-path", metavar="DIR", help="a directory with task files (YAML) of your own")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks")
     parser.add_argument("--limit", type=float, metavar="N", help="only so many questions of a task; below 1, a share")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows computed together (default 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences computed together (default 8)")
     parser.add_argument("--apply-chat-template", action="store_true", help="put questions as chats")
     parser.add_argument(
         "--output",

@@ -41,7 +41,7 @@ def add(command: Command) -> None:
         "--chat", metavar="FILE", help="JSON list of messages to answer, or an object of messages and tools"
     )
     source.add_argument("--batch", metavar="IN.jsonl", help="many prompts and chats (- is standard input)")
-    parser.add_argument("--output", metavar="OUT.jsonl", help="where a batch's answers go (- is standard output)")
+    parser.add_argument("--output", metavar="OUT.jsonl", help="where a batch's responses go (- is standard output)")
     parser.add_argument(
         "--max-num-seqs", type=int, default=8, metavar="N", help="requests of a batch that run together (default 8)"
     )
@@ -56,7 +56,7 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--tool-choice", metavar="auto|none|required|NAME", help="whether to call the chat's tools (default auto)"
     )
-    parser.add_argument("--schema", metavar="FILE.json", help="a JSON schema: the answer is JSON that it describes")
+    parser.add_argument("--schema", metavar="FILE.json", help="a JSON schema: the response is JSON that it describes")
     sampling_flags.add_flags(parser)
     add_engine_flags(parser)
 
@@ -122,18 +122,18 @@ def _respond(
     show = (lambda text: None) if arguments.json else shown
     parser = builder.parser(tools) if tools else None
     with start(max_num_seqs=1, kv_tokens=prompt_tokens + template.max_new_tokens) as engine:
-        answer = collect(engine.submit(request), builder.end_tokens, show, parser)
+        completion = collect(engine.submit(request), builder.end_tokens, show, parser)
     if arguments.json:
-        figures = answer.figures(builder.tokenizer, prompt_tokens, template.top_logprobs is not None)
-        print_figures({**figures, "prefill_seconds": answer.prefill_seconds, "seconds": answer.seconds}, True)
+        figures = completion.figures(builder.tokenizer, prompt_tokens, template.top_logprobs is not None)
+        print_figures({**figures, "prefill_seconds": completion.prefill_seconds, "seconds": completion.seconds}, True)
         return
     print()
-    for call in answer.parsed.calls if answer.parsed else ():
+    for call in completion.parsed.calls if completion.parsed else ():
         print(json.dumps(call.as_message(), ensure_ascii=False))
-    for warning in answer.parsed.warnings if answer.parsed else ():
+    for warning in completion.parsed.warnings if completion.parsed else ():
         print(f"warning: {warning}", file=sys.stderr)
-    rate = "" if answer.rate is None else f", {answer.rate:.1f} tokens/s"
-    print(f"{len(answer.tokens)} tokens in {answer.seconds:.1f} s{rate}", file=sys.stderr)
+    rate = "" if completion.rate is None else f", {completion.rate:.1f} tokens/s"
+    print(f"{len(completion.tokens)} tokens in {completion.seconds:.1f} s{rate}", file=sys.stderr)
 
 
 def _tool_choice(words: str | None) -> Any:

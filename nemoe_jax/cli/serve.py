@@ -55,7 +55,7 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--deterministic",
         action="store_true",
-        help="every step takes all slots: a response is the same to the last bit whoever else is there, and a lone "
+        help="every step takes all slots: a response is the same to the last bit whatever else runs, and a lone "
         "request several times slower",
     )
     parser.add_argument(
@@ -89,7 +89,7 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--max-queued", type=int, default=64, metavar="N", help="requests that may wait for a slot (default 64)"
     )
-    parser.add_argument("--max-tokens-limit", type=int, help="tokens of an answer at most, whatever a request says")
+    parser.add_argument("--max-tokens-limit", type=int, help="tokens of a response at most, whatever a request says")
     parser.add_argument(
         "--max-request-bytes",
         type=int,
@@ -97,7 +97,7 @@ def add(command: Command) -> None:
         help=f"a request's size at most (default {MAX_REQUEST_BYTES:,})",
     )
     parser.add_argument(
-        "--drain-seconds", type=int, default=30, help="how long answers may take to end at SIGTERM (default 30)"
+        "--drain-seconds", type=int, default=30, help="how long responses may take to end at SIGTERM (default 30)"
     )
     sampling_flags.add_preset_flag(parser, default="nemo")
     parser.add_argument("--log-requests", action="store_true", help="a line on standard error for each request")

@@ -60,7 +60,7 @@ class NemoeLM(TemplateLM):
             pretrained: the model directory.
             dtype: to compute in; by default the weights' own.
             mesh: devices as axes, such as "fsdp=4,expert=2".
-            batch_size: rows computed together.
+            batch_size: sequences computed together.
             max_length: tokens of a context at most; by default the model's.
             cache_dtype: of the keys and values of generated answers.
 
@@ -177,7 +177,7 @@ class NemoeLM(TemplateLM):
         return texts
 
     def request(self, context: str, gen_kwargs: dict[str, Any]) -> Request:
-        """What the engine is asked for a context and a task's `generation_kwargs`."""
+        """The engine's request for a context and a task's `generation_kwargs`."""
         left: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, DEFAULT_NEW_TOKENS))
         until, new_tokens = left.pop("until"), left.pop("max_gen_toks")
         left.pop("do_sample")

@@ -94,7 +94,7 @@ def run(
         weights: the model's fingerprint.
 
     Raises:
-        UserError: a task that nobody knows, or an output file of other settings.
+        UserError: an unknown task, or an output file of other settings.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager

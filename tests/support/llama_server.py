@@ -76,6 +76,8 @@ class LlamaCpp:
         params.cache_type_k = params.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = llama_cpp.Server(params)
+        # a server that is closed before its loop has begun is never told to end, and hangs
+        self.post("/completion", prompt=[1], n_predict=1, cache_prompt=False)
 
     def post(self, path: str, **body):
         request = urllib.request.Request(

@@ -340,7 +340,7 @@ BAD = {
         r"messages\[5\]\.tool_call_id: .*got 'a'",
     ),
     "result twice": ([*ANSWERED, ANSWERED[-1]], r"messages\[6\]\.tool_call_id"),
-    "no result": ([*ASKED, *say("u:x", "a:y")], r"messages\[6\]: an answer before the results of the calls a1B2c3D4e"),
+    "no result": ([*ASKED, *say("u:x", "a:y")], r"messages\[6\]: a response before the results of the calls a1B2c3D4e"),
     "empty call": (
         [*say("u:x"), {"role": "assistant", "tool_calls": [{}]}],
         r"messages\[1\]\.tool_calls\[0\]: expected a fun",
@@ -360,12 +360,12 @@ BAD = {
     "same id": ([*say("u:x"), {"role": "assistant", "tool_calls": [WEATHER] * 2}], "two calls with the id a1B2c3D4e"),
     "text and calls": (
         [*say("u:x"), {"role": "assistant", "content": "x", "tool_calls": [WEATHER]}],
-        r"messages\[1\]: chat format v3 has no answer of both",
+        r"messages\[1\]: chat format v3 has no response of both",
     ),
     "no content": ([{"role": "user"}], r"messages\[0\]\.content: expected a text .*got None"),
     "number": ([{"role": "user", "content": 3}], r"messages\[0\]\.content: expected a text .*got 3"),
     "image": ([{"role": "user", "content": [{"type": "image_url"}]}], r"messages\[0\]\.content"),
-    "empty answer": (say("u:x", "a:", "u:y"), r"messages\[1\]: an answer .* without content"),
+    "empty answer": (say("u:x", "a:", "u:y"), r"messages\[1\]: an assistant message without content"),
 }
 
 
@@ -446,7 +446,7 @@ def test_tool_calls_need_a_format_that_has_them(pairs):
 
 
 def test_only_an_answer_can_be_continued(pairs):
-    with pytest.raises(UserError, match=r"messages\[0\]: only an answer"):
+    with pytest.raises(UserError, match=r"messages\[0\]: only an assistant message"):
         render_chat(pairs["tekken_240718.json"][0], say("u:x"), continue_answer=True)
 
 

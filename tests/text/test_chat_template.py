@@ -217,7 +217,7 @@ def test_what_a_template_refuses_is_one_clear_line(template, message, tmp_path):
 
 def test_a_template_that_drops_the_continued_answer_is_refused(tmp_path):
     ours, _ = make(tmp_path, "byte level", "{{ bos_token }}")
-    with pytest.raises(UserError, match="leaves out the answer"):
+    with pytest.raises(UserError, match="leaves out the response"):
         render_chat(ours, CHAT[:3], continue_answer=True)
 
 

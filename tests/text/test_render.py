@@ -190,5 +190,5 @@ def test_stretches_of_an_answer_are_left_out(kind, tmp_path, tekken):
 
 def test_an_answer_that_a_template_changes_cannot_have_stretches(tmp_path):
     tokenizer, _ = make(tmp_path, "byte level", CHATML.replace("trim", "upper"))
-    with pytest.raises(BadRow, match="train_detail: the chat format does not keep the text of the answer"):
+    with pytest.raises(BadRow, match="train_detail: the chat format does not keep the text of the response"):
         encode_document(tokenizer, to_document({"messages": DETAILED}))

@@ -1,4 +1,4 @@
-"""Which characters of an answer are to be learned, where a data set says so (axolotl's `train_detail`).
+"""Which characters of a response are to be learned, where a data set says so (axolotl's `train_detail`).
 
 A mark of a part is true or false for all of it, or has a byte for each character: LEARNED or LEFT_OUT. A token with a
 character that is left out is left out itself.
@@ -12,10 +12,10 @@ from nemoe_jax.text.tokenizers.base import LEARNED, LEFT_OUT, MarkedPart
 
 
 def marked_parts(parts: Sequence[str | int], learned: bool, answers: Sequence[Mapping[str, Any]]) -> list[MarkedPart]:
-    """The parts of a rendered answer (or of several that were joined) with their marks.
+    """The parts of a rendered response (or of several that were joined) with their marks.
 
     Raises:
-        UserError: the text of an answer with `train_detail` is not there as it was given.
+        UserError: the text of a response with `train_detail` is not there as it was given.
     """
     if not learned or not any(answer.get("train_detail") for answer in answers):
         return [(part, learned) for part in parts]
@@ -28,7 +28,7 @@ def marked_parts(parts: Sequence[str | int], learned: bool, answers: Sequence[Ma
         core = text.strip()
         begin = whole.find(core, at)
         if begin < 0:
-            raise UserError(f"train_detail: the chat format does not keep the text of the answer {core!r:.60}")
+            raise UserError(f"train_detail: the chat format does not keep the text of the response {core!r:.60}")
         at = begin + len(core)
         shift = begin - (len(text) - len(text.lstrip()))
         for detail in answer.get("train_detail") or []:

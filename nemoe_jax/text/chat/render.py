@@ -5,12 +5,12 @@
 
 Mistral's format, as mistral-common encodes it (it is the reference; the tests compare ids): neighboring messages of
 one role join with a blank line; the system prompts, joined likewise, go before the *last* user message (`v2`, `v3`),
-before the first (`v1`), or between control tokens of their own (`v7` on); each answer ends with `</s>`. Tools, their
+before the first (`v1`), or between control tokens of their own (`v7` on); each response ends with `</s>`. Tools, their
 calls and their results (`v3` on) are JSON between control tokens, in tools.py. Only these functions make
 control ids: what a message spells out is encoded as text. (In `v1` the markers themselves are text.)
 
-For training, `encode_with_assistant_mask` also returns a loss mask: true for the ids of the assistant's answers, calls
-and end tokens.
+For training, `encode_with_assistant_mask` also returns a loss mask: true for the ids of the assistant's
+responses, calls and end tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,13 +59,13 @@ def render_chat(
 ) -> list[int]:
     """Ids of a chat, begin-of-sequence token included, ready for the model.
 
-    messages: objects with `role` and `content`; content is a text or a list of `{"type": "text", "text": …}`. An
-        answer may hold `tool_calls` (`{"id": …, "function": {"name": …, "arguments": JSON or object}}`), which messages
-        of role `tool` with that `tool_call_id` reply to. `"weight": 0` on an answer keeps it out of the loss mask,
-        and `train_detail` stretches of it.
+    messages: objects with `role` and `content`; content is a string or a list of `{"type": "text", "text": …}`. A
+        response may hold `tool_calls` (`{"id": …, "function": {"name": …, "arguments": JSON or object}}`), which
+        messages of role `tool` with that `tool_call_id` reply to. `"weight": 0` on a response keeps it out of the loss
+        mask, and `train_detail` stretches of it.
     tools: what may be called: `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`.
-    continue_answer: the last message is the beginning of an answer and stays open, without its end token.
-    generation_prompt: whether a template opens the next answer; by default where the last message is not an answer.
+    continue_answer: the last message is the beginning of a response and stays open, without its end token.
+    generation_prompt: whether a template opens the next response; by default where the last message is not a response.
         Mistral's format needs no such opening.
     variables: more of them for a template, such as `enable_thinking`.
     Raises UserError on roles out of order, unknown roles, missing contents, and on what a template itself refuses.
@@ -74,7 +74,7 @@ def render_chat(
     check_tools(tools)
     answered = messages[-1]["role"] == "assistant"
     if continue_answer and not answered:
-        raise UserError(f"{place(len(messages) - 1)}: only an answer (role assistant) can be continued")
+        raise UserError(f"{place(len(messages) - 1)}: only an assistant message can be continued")
     if tokenizer.chat_template is None:
         parts = mistral_parts(tokenizer, messages, tools, continue_answer)
         return tokenizer.encode_parts(part for part, _ in parts)
@@ -88,9 +88,9 @@ def render_chat(
 def encode_with_assistant_mask(
     tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] | None = None
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a chat as `render_chat` gives them, and of each whether the assistant said it; for training.
+    """Ids of a chat as `render_chat` gives them, and a mask of those that the assistant wrote; for training.
 
-    Raises UserError as `render_chat` does, and where a template does not show which part of its text is an answer.
+    Raises UserError as `render_chat` does, and where a template does not show which part of its text is a response.
     """
     check(messages)
     check_tool_list(tools)
@@ -125,7 +125,7 @@ def mistral_parts(
     tools: Sequence[Tool] | None = None,
     continue_answer: bool = False,
 ) -> list[MarkedPart]:
-    """A chat in Mistral's format: texts and control ids, and of each whether the assistant said it."""
+    """A chat in Mistral's format: texts and control ids, and a mask of those that the assistant wrote."""
     number = version_number(tokenizer)
     check_order(messages)
     check_calls(messages, number)
@@ -146,7 +146,7 @@ def mistral_parts(
     tools_before = None if not tools or not users else users[0] if number >= 13 else users[-1]
 
     marked: list[MarkedPart] = [(tokenizer.control_id("<s>"), False)]
-    call_ids: list[str] = []  # of the last answer
+    call_ids: list[str] = []  # of the last response
     for turn, (role, group) in enumerate(turns):
         text = BREAK.join(texts[at] for at, _ in group if texts[at])
         parts: list[str | int] = []
@@ -170,7 +170,7 @@ def mistral_parts(
             call_ids = [call.get("id") for call in calls]
             if text and calls and number < 7:
                 raise UserError(
-                    f"{place(group[0][0])}: chat format v{number} has no answer of both text and tool calls"
+                    f"{place(group[0][0])}: chat format v{number} has no response of both text and tool calls"
                 )
             parts += [text if number == 1 else text.rstrip(" ")] if text else []
             parts += [*call_parts(tokenizer, number, calls), tokenizer.control_id("</s>")]
@@ -208,7 +208,7 @@ def text_of(message: Message, at: int) -> str:
         raise UserError(f"{place(at)}.content: expected a text or a list of text blocks, got {content!r:.80}")
     text = BREAK.join(block["text"] for block in blocks if block["text"])
     if not text and message["role"] == "assistant" and not message.get("tool_calls"):
-        raise UserError(f"{place(at)}: an answer (role assistant) without content")
+        raise UserError(f"{place(at)}: an assistant message without content")
     return text
 
 

@@ -9,8 +9,8 @@ message, so templates that trim, split or search contents work as ever, and with
 transformers' `apply_chat_template`.
 
 For training, what the assistant says is what stands in the template's `{% generation %}` blocks. A template without
-them is rendered up to before and after each answer, and the difference is the answer; a template in which the one is
-not the beginning of the other (it changes what it wrote before) is refused.
+them is rendered up to before and after each response, and the difference is the response; a template in which the one
+is not the beginning of the other (it changes what it wrote before) is refused.
 """
 
 import functools
@@ -35,12 +35,12 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)
 BEGIN_ASSISTANT, END_ASSISTANT = (
     "__speak__",
     "__hush__",
-)  # variables that hold the marks around an answer; empty where none are wanted
+)  # variables that hold the marks around a response; empty where none are wanted
 Chat = Sequence[Mapping[str, Any]]
 
 
 class Generation(Extension):
-    """The block `{% generation %}…{% endgeneration %}`: prints its content, between the marks of an answer."""
+    """The block `{% generation %}…{% endgeneration %}`: prints its content, between the marks of a response."""
 
     tags = {"generation"}  # noqa: RUF012  (declared so by jinja2)
 
@@ -72,7 +72,7 @@ def template_parts(
     if continue_answer:
         text, found, rest = text.rpartition(marks.cut)
         if not found:
-            raise UserError(f"{tokenizer.path}: its chat template leaves out the answer to be continued")
+            raise UserError(f"{tokenizer.path}: its chat template leaves out the response to be continued")
         text = text if rest.startswith(" ") else text.rstrip()
     return marks.take(text)
 
@@ -90,7 +90,7 @@ def spoken_template_parts(tokenizer: Tokenizer, messages: Chat, tools: Chat | No
     elif len(spans) != len(answers):
         if not all(learned) or any(message.get("train_detail") for (message,) in said):
             raise UserError(
-                f"{tokenizer.path}: chat template: {len(spans)} generation blocks for {len(answers)} answers"
+                f"{tokenizer.path}: chat template: {len(spans)} generation blocks for {len(answers)} responses"
             )
         learned, said = [True] * len(spans), [[] for _ in spans]
     parts: list[MarkedPart] = []
@@ -105,7 +105,7 @@ def spoken_template_parts(tokenizer: Tokenizer, messages: Chat, tools: Chat | No
 def answer_span(
     tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Any, at: int, text: str
 ) -> tuple[int, int]:
-    """Where in the rendered chat the answer `messages[at]` stands, up to its end token."""
+    """Where in the rendered chat the response `messages[at]` stands, up to its end token."""
     before = render(tokenizer, messages[:at], tools, True)
     after = render(tokenizer, messages[: at + 1], tools, False)
     if not (after.startswith(before) and text.startswith(after)):

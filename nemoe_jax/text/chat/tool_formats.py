@@ -1,4 +1,4 @@
-"""How a model's answer spells the calls of tools: the form that its chat format, or its chat template, teaches.
+"""How a model's response spells the calls of tools: the form that its chat format, or its chat template, teaches.
 
     list    [TOOL_CALLS][{"name": "weather", "arguments": {"city": "Graz"}}, …]            Mistral up to v7
     marked  [TOOL_CALLS]weather[ARGS]{"city": "Graz"}[TOOL_CALLS]…                         Mistral from v11 on
@@ -28,7 +28,7 @@ class ToolCallFormat:
     end: what a tagged call ends with, likewise.
     arguments: the id of `[ARGS]`, in marked calls.
     call_id: the id of `[CALL_ID]`, in marked calls that may have ids.
-    after_text: whether an answer may have both text and calls.
+    after_text: whether a response may have both text and calls.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""A model's answer read back: its text, and the calls of tools in it.
+"""A model's response read back: its text, and the calls of tools in it.
 
     parsed = parse_tool_calls(tokenizer, tokens, tools)
     parsed.text, parsed.calls, parsed.warnings
@@ -38,14 +38,14 @@ class ToolCall:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedAnswer:
-    """What an answer says and calls, and what was odd about it."""
+    """What a response says and calls, and what was odd about it."""
 
     text: str
     calls: tuple[ToolCall, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def as_message(self) -> dict[str, Any]:
-        """The answer as a message of a chat."""
+        """The response as a message of a chat."""
         message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.calls else "")}
         return {**message, "tool_calls": [call.as_message() for call in self.calls]} if self.calls else message
 
@@ -56,9 +56,9 @@ def parse_tool_calls(
     tools: Sequence[Mapping[str, Any]] | None,
     end_tokens: Sequence[int] = (),
 ) -> ParsedAnswer:
-    """The text and the calls of an answer; never raises, whatever the tokens are.
+    """The text and the calls of a response; never raises, whatever the tokens are.
 
-    tokens: the answer's, with or without its end token. end_tokens: what ends it besides the tokenizer's own.
+    tokens: the response's, with or without its end token. end_tokens: what ends it besides the tokenizer's own.
     tools: as `check_tools` lets them pass.
     """
     tokens = readable(tokenizer, tokens, end_tokens)
@@ -69,7 +69,7 @@ def parse_tool_calls(
 
 
 class ToolCallStreamParser:
-    """Reads an answer piece by piece: its text can be sent at once, until a call begins.
+    """Reads a response piece by piece: its text can be sent at once, until a call begins.
 
     `push` gives the text that is certain to be text, `finish` the rest of it with the calls. The text is what was
     pushed, so it ends before a stop string, as that does.
@@ -140,7 +140,7 @@ class _Malformed(ValueError):
 
 
 class _Reader:
-    """Collects the text and the calls of one answer."""
+    """Collects the text and the calls of one response."""
 
     def __init__(self, tokenizer: Tokenizer, form: ToolCallFormat, tools: Sequence[Mapping[str, Any]]):
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""Tools in Mistral's chat format: what may be called, the calls of an answer, and their results.
+"""Tools in Mistral's chat format: what may be called, the calls of a response, and their results.
 
 All three are JSON, encoded as text between control tokens that only this format writes. In `v3`:
 
@@ -135,12 +135,12 @@ def check_calls(messages: Sequence[Mapping[str, Any]], version: int) -> None:
             pending.remove(wanted)
         elif message["role"] == "assistant":
             if pending:
-                raise UserError(f"{place(at)}: an answer before the results of the calls {', '.join(pending)}")
+                raise UserError(f"{place(at)}: a response before the results of the calls {', '.join(pending)}")
             pending = [str(call["id"]) for call in _calls(message, at, version, last=at == len(messages) - 1)]
 
 
 def _calls(message: Mapping[str, Any], at: int, version: int, last: bool) -> list[Mapping[str, Any]]:
-    """The calls of an answer that have an id, all of them checked."""
+    """The calls of a response that have an id, all of them checked."""
     calls, where = message.get("tool_calls") or [], f"{place(at)}.tool_calls"
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise UserError(f"{where}: expected a list, got {calls!r:.80}")
@@ -153,7 +153,7 @@ def _calls(message: Mapping[str, Any], at: int, version: int, last: bool) -> lis
         if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str | Mapping | None):
             raise UserError(f"{one}: expected a function with name and arguments, got {call!r:.80}")
         _check_name(f"{one}.function", function.get("name"))
-        if call.get("id") in _UNNAMED and last:  # an answer that ends the chat may leave it out
+        if call.get("id") in _UNNAMED and last:  # a response that ends the chat may leave it out
             continue
         if not isinstance(call.get("id"), str) or call["id"] in _UNNAMED:
             raise UserError(f"{one}.id: expected a string, got {call.get('id')!r:.80}")
@@ -190,7 +190,7 @@ def tool_parts(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> list
 
 
 def call_parts(tokenizer: Tokenizer, version: int, calls: Sequence[Mapping[str, Any]]) -> list[str | int]:
-    """The calls of an answer, without its end token."""
+    """The calls of a response, without its end token."""
     if not calls:
         return []
     plain: list[dict[str, Any]] = []
