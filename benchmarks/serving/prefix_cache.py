@@ -9,57 +9,50 @@ each counts; compilation is done before. Limit: the second turn's first token co
 Beside it: in how many conversations both generated the same tokens.
 """
 
-import argparse
-import sys
 import time
 
-import jax
 import numpy as np
 
-from benchmarks.lib.results import add_keep, keep, machine
+from benchmarks.lib.peers import judge, opened, parser
 
-FIRST, NEW, MORE, LIMIT = 2000, 32, 30, 8.0
+FIRST, NEW, MORE = 2000, 32, 30
+LIMITS = {"second turn, without / with": 8.0}
 
 
 def main() -> None:
     """Measures, prints, and says whether the limit is kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="a model directory")
-    parser.add_argument("--turns", type=int, default=3, help="conversations with each; the best counts (default 3)")
-    add_keep(parser)
-    options = parser.parse_args()
-    seconds, same, conversations = measure(options.directory, options.turns)
-    for name, value in seconds.items():
-        print(f"{name:40}{1000 * value:10.1f} ms")
+    options = parser(__doc__, 3).parse_args()
+    seconds, same = measure(options.directory, options.turns)
     ratio = seconds["without, second turn"] / seconds["prefix cache, second turn"]
-    print(f"second turn, without / with {ratio:.1f} (limit {LIMIT})")
-    print(f"the same tokens in {same} of {conversations} conversations")
-    if options.keep:
-        figures = {"seconds to the first token": seconds, "ratio": ratio, "same tokens": [same, conversations]}
-        keep(f"prefix_cache-{jax.default_backend()}", {**machine(), **figures})
-    sys.exit(ratio < LIMIT)
+    ratios = dict.fromkeys(LIMITS, ratio)
+    judge(
+        "prefix_cache",
+        options,
+        seconds,
+        "seconds to the first token",
+        ratios,
+        LIMITS,
+        same_tokens=[same, options.turns],
+    )
 
 
-def measure(directory: str, turns: int) -> tuple[dict[str, float], int, int]:
-    """Seconds by name; how many conversations had the same tokens with both, and how many there were."""
-    from nemoe_jax.checkpoints import pretrained
+def measure(directory: str, turns: int) -> tuple[dict[str, float], int]:
+    """Seconds by name; and in how many of the conversations both generated the same tokens."""
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.serving.engine.request import Request
-    from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    config, params = pretrained.load_pretrained(directory)
-    tokenizer = load_tokenizer(directory)
+    config, params, tokenizer = opened(directory)
     draw = np.random.default_rng(0)
 
     def ask(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
         """Seconds to the first token, and all tokens."""
         started, first = time.perf_counter(), None
-        answer = engine.submit(Request(tuple(prompt), NEW, ignore_eos=True))
-        for output in answer:
+        response = engine.submit(Request(tuple(prompt), NEW, ignore_eos=True))
+        for output in response:
             if first is None and output.tokens:
                 first = time.perf_counter() - started
-        assert first is not None and answer.error is None, answer.error
-        return first, [scored.token for scored in answer.tokens]
+        assert first is not None and response.error is None, response.error
+        return first, [scored.token for scored in response.tokens]
 
     def start(prefix_cache: bool) -> Engine:
         return Engine(config, params, tokenizer, max_num_seqs=1, kv_tokens=8192, prefix_cache=prefix_cache)
@@ -78,7 +71,7 @@ def measure(directory: str, turns: int) -> tuple[dict[str, float], int, int]:
                     seconds.setdefault(f"{name}, first turn", []).append(first_seconds)
                     seconds.setdefault(f"{name}, second turn", []).append(second_seconds)
             same += bool(turn) and given[0] == given[1]
-    return {name: min(values) for name, values in seconds.items()}, same, turns
+    return {name: min(values) for name, values in seconds.items()}, same
 
 
 if __name__ == "__main__":

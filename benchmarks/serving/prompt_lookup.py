@@ -9,14 +9,10 @@ than 0.97 times. Beside it: how many tokens came of a step that checked guesses,
 generated the same tokens.
 """
 
-import argparse
-import sys
 import time
 from typing import Any
 
-import jax
-
-from benchmarks.lib.results import add_keep, keep, machine
+from benchmarks.lib.peers import judge, opened, parser
 
 SLOTS = 8
 LIMITS = {"alone": 1.8, "8 at once": 0.97}
@@ -24,22 +20,13 @@ LIMITS = {"alone": 1.8, "8 at once": 0.97}
 
 def main() -> None:
     """Measures, prints, and says whether the limits are kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="a model directory")
-    parser.add_argument("--lines", type=int, default=400, help="of the file (default 400)")
-    parser.add_argument("--new", type=int, default=256, help="tokens of a response (default 256)")
-    parser.add_argument("--turns", type=int, default=3, help="turns of each; the best counts (default 3)")
-    add_keep(parser)
-    options = parser.parse_args()
-    figures = measure(options.directory, options.lines, options.new, options.turns)
-    for name, value in figures.items():
-        print(f"{name:44}{value:10.2f}")
+    flags = parser(__doc__, 3)
+    flags.add_argument("--lines", type=int, default=400, help="of the file (default 400)")
+    flags.add_argument("--new", type=int, default=256, help="tokens of a response (default 256)")
+    options = flags.parse_args()
+    figures, more = measure(options.directory, options.lines, options.new, options.turns)
     ratios = {name: figures[f"{name}, prompt look-up"] / figures[f"{name}, without"] for name in LIMITS}
-    for name, ratio in ratios.items():
-        print(f"{name}: with / without {ratio:.2f} (limit {LIMITS[name]})")
-    if options.keep:
-        keep(f"prompt_lookup-{jax.default_backend()}", {**machine(), **figures, "lines": options.lines})
-    sys.exit(any(ratios[name] < limit for name, limit in LIMITS.items()))
+    judge("prompt_lookup", options, figures, "tokens per second", ratios, LIMITS, lines=options.lines, **more)
 
 
 def source(lines: int) -> str:
@@ -47,16 +34,13 @@ def source(lines: int) -> str:
     return "\n".join(f"    ('item_{n % 97}', {n * 37 % 1000}, 'shelf {n * 11 % 23}')," for n in range(lines))
 
 
-def measure(directory: str, lines: int, new: int, turns: int) -> dict[str, float]:
+def measure(directory: str, lines: int, new: int, turns: int) -> tuple[dict[str, float], dict[str, Any]]:
     """Tokens per second by name, and what came of the guesses."""
-    from nemoe_jax.checkpoints import pretrained
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.text.chat.render import render_chat
-    from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    config, params = pretrained.load_pretrained(directory)
-    tokenizer = load_tokenizer(directory)
+    config, params, tokenizer = opened(directory)
     ask = f"Repeat this list, but write 'board' for 'shelf':\n\nitems = [\n{source(lines)}\n]"
     messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": "items = ["}]
     prompt = tuple(render_chat(tokenizer, messages, continue_answer=True))
@@ -100,9 +84,8 @@ def measure(directory: str, lines: int, new: int, turns: int) -> dict[str, float
                     if turn:
                         rates.setdefault(f"{name}, {way}", []).append(rate)
                 same += bool(turn) and tokens[0] == tokens[1]
-    figures = {name: max(values) for name, values in rates.items()}
-    figures["tokens of a step that checked guesses"] = sum(steps) / len(steps) if steps else 0.0
-    return {**figures, f"same tokens, of {2 * turns} turns": same}
+    more = {"tokens_of_a_checking_step": sum(steps) / len(steps) if steps else 0.0, "same_tokens": [same, 2 * turns]}
+    return {name: max(values) for name, values in rates.items()}, more
 
 
 if __name__ == "__main__":

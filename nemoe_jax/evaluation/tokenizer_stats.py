@@ -27,7 +27,6 @@ from nemoe_jax.utils.progress import progress_bar
 
 PIECE_CHARACTERS = 1 << 18
 PIECES_IN_FLIGHT = 16
-BY = ("file", "language")
 ALL = "all"
 
 ISO_639_1 = """

@@ -31,9 +31,6 @@ class Rendered(NamedTuple):
     is_chat: bool  # which must stay whole, as a prompt with its completion must
 
 
-Outcome = Rendered | BadRow  # a document, or where a bad row stands and what is wrong with it
-
-
 def encode_document(tokenizer: Tokenizer, document: Document) -> Rendered:
     """A document as the model reads it.
 
