@@ -8,7 +8,7 @@ data        files and datasets → documents → token ids with a loss mask → 
 step        what is trained and what is frozen; the loss, the optimizer, one compiled update
 run         one phase or several: preparing, checkpoints, metrics, acceptance tests, reports
 plan        does a step fit a TPU slice? compiled ahead of time, its program read
-cli         `nemoe-train run | cache-teacher | tokenizer | plan | show | recipes | keys`
+cli         `nemoe-train run | cache-teacher | tokenizer | sweep | plan | show | recipes | keys`
 
 The names are imported when they are first used.
 """

@@ -19,6 +19,7 @@ teacher, in one phase or several.
   nemoe-train keys                        every key with its meaning
   nemoe-train run my.yaml steps=500 optimizer.learning_rate=1e-3
   nemoe-train cache-teacher my.yaml       what its teacher says of the text, kept: then it trains without the teacher
+  nemoe-train sweep my.yaml --output runs/sweep --learning-rates 1e-3,3e-3
   nemoe-train tokenizer text/ --vocab 32006 --output tokenizers/mine
   nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (needs no TPU)
 """
@@ -82,7 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer.add_argument("texts", nargs="+", metavar="TEXT", help="what to learn from")
     tokenizer.add_argument("--vocab", type=int, required=True, metavar="N", help="tokens in all")
     tokenizer.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to create")
-    for parser in (run, show, plan, cache):
+    sweep = command.add(
+        "sweep",
+        _sweep,
+        "run a recipe at several sizes and learning rates, and compare",
+        "Every run is an ordinary one in DIR, which gets a table (sweep.json) and a picture (sweep.html) of their\n"
+        "held-out losses. A run that diverges is reported and the others go on. Given again, it goes on where it\n"
+        "stopped.\n\n"
+        "  nemoe-train sweep nekomind-nano steps=200 --output runs/sweep --learning-rates 1e-3,4e-3 \\\n"
+        "      --size scratch.hidden=128,scratch.expert_ffn=96 --size scratch.hidden=256,scratch.expert_ffn=192",
+        reports=True,
+    )
+    sweep.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of the runs")
+    sweep.add_argument("--learning-rates", required=True, metavar="R,R,…", help="peak learning rates")
+    sweep.add_argument("--size", action="append", default=[], metavar="key=value,…", help="keys of a size; repeat it")
+    for parser in (run, show, plan, cache, sweep):
         parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
         parser.add_argument(
             "overrides",
@@ -121,6 +136,17 @@ def _cache_teacher(arguments: argparse.Namespace) -> None:
     from train.run.cache_teacher import cache_teacher
 
     print_figures(cache_teacher(recipe), arguments.json)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    try:
+        rates = [float(rate) for rate in arguments.learning_rates.split(",")]
+    except ValueError as error:
+        raise UserError(f"--learning-rates: expected numbers, got {arguments.learning_rates}") from error
+    from train.run.sweep import render, sweep
+
+    rows = sweep(arguments.recipe, arguments.overrides, arguments.size, rates, arguments.output)
+    print(json.dumps(rows) if arguments.json else "\n".join(render(rows)))
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:
