@@ -132,8 +132,7 @@ def served(directory: Path):
     tokenizer = write_tokenizer(directory)
     params = schema.initialize(CONFIG, jax.random.key(0))
     engine = Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=2048, max_queued=16, prompt_lookup=True)
-    for _ in engine.compile():  # on a busy machine it takes longer than a client has patience
-        pass
+    engine.compile()  # on a busy machine it takes longer than a client has patience
     model = ServedModel(engine, CONFIG, tokenizer, "soak", max_answers=20)
     server = HttpServer(5, abort=lambda: engine.close(drain=False))
     with bind("127.0.0.1", 0) as bound:

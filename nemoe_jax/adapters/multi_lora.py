@@ -23,13 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from nemoe_jax.adapters.lora import Adapter, factors
 from nemoe_jax.errors import UserError, listed
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import ParamSpec, Tree, leaves, map_with_path, unflatten
+from nemoe_jax.spec.sharding import partition_spec
 
 RANKS = 16  # K is a multiple: kernels of GPUs would copy all layers' factors to make it one
 
@@ -77,6 +78,73 @@ def stack_adapters(
             exact = spec.lookup or path.endswith("/router")
             joined[path] = _join(len(spec.stacked), own, jnp.float32 if exact else dtype)
     return unflatten(joined)
+
+
+def empty_stack(
+    config: ModelConfig, paths: Sequence[str], count: int, rank: int, dtype: jax.typing.DTypeLike, mesh: Mesh | None
+) -> Tree:
+    """A stack with room for so many adapters of these weights, of that rank at most: all zero, for `put_adapter`."""
+    specs = leaves(schema.declare(config))
+    stack = {}
+    for path in paths:
+        spec = specs[path]
+        ranks = [min(rank, *spec.matrix_shape)] * count
+        total = sum(ranks) + -sum(ranks) % RANKS
+        exact = spec.lookup or path.endswith("/router")
+
+        def zeros(part: ParamSpec, exact: bool = exact) -> jax.Array:
+            place: Any = SingleDeviceSharding(jax.local_devices()[0])
+            if mesh is not None:
+                place = NamedSharding(mesh, partition_spec(part, mesh.shape))
+            return jax.device_put(jnp.zeros(part.shape, jnp.float32 if exact else dtype), place)
+
+        a, b = map(zeros, factors(spec, total))
+        ranks[-1] += total - sum(ranks)
+        stack[path] = StackedAdapter(a, b, 1.0, ranks=tuple(ranks))
+    return unflatten(stack)
+
+
+def put_adapter(config: ModelConfig, stacked: Tree, number: int, adapters: Tree) -> Tree:
+    """A stack with an adapter in that place; the one before is gone, shapes and devices stay the same.
+
+    Raises:
+        UserError: no low-rank updates of the stack's weights, or of a larger rank; all are named.
+    """
+    specs, flat, stack = leaves(schema.declare(config)), leaves(adapters), leaves(stacked)
+    problems = []
+    for path, adapter in flat.items():
+        problem = _misfit(specs.get(path), adapter)
+        if problem is None and path not in stack:
+            problem = f"there is no room for an adapter of it; there is for {', '.join(stack)}"
+        elif problem is None and adapter.a.shape[-1] > stack[path].ranks[0]:
+            problem = f"expected a rank of at most {stack[path].ranks[0]}, got {adapter.a.shape[-1]}"
+        if problem is not None:
+            problems.append(f"{path}: {problem}")
+    if problems:
+        raise UserError(listed(problems))
+
+    def put(path: str, old: StackedAdapter) -> StackedAdapter:
+        rank = old.ranks[number]
+        first = sum(old.ranks[:number])
+        adapter, axis = flat.get(path), len(specs[path].stacked)
+
+        def place(array: jax.Array, new: jax.Array | None, scale: float, axis: int) -> jax.Array:
+            shape = [rank if at == axis else size for at, size in enumerate(array.shape)]
+            here = tuple(slice(first, first + rank) if at == axis else slice(None) for at in range(array.ndim))
+            if new is None:
+                return array.at[here].set(0)
+            fill = [(0, size - own) for size, own in zip(shape, new.shape, strict=True)]
+            return array.at[here].set(jnp.pad(np.float32(scale) * new, fill).astype(array.dtype))
+
+        def both(old_a: Any, old_b: Any, new_a: Any, new_b: Any) -> Any:
+            scale = 1.0 if adapter is None else adapter.scale
+            return place(old_a, new_a, 1.0, old_a.ndim - 1), place(old_b, new_b, scale, axis)
+
+        new = (None, None) if adapter is None else (adapter.a, adapter.b)
+        a, b = jax.jit(both, out_shardings=(old.a.sharding, old.b.sharding))(old.a, old.b, *new)
+        return dataclasses.replace(old, a=a, b=b)
+
+    return map_with_path(put, stacked)
 
 
 def _misfit(spec: ParamSpec | None, adapter: Any) -> str | None:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemoe_jax.cli import model_flags, sampling_flags
@@ -13,6 +14,7 @@ from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
 from nemoe_jax.utils.command import Command, check_numbers, rename_flags
 
 if TYPE_CHECKING:
+    from nemoe_jax.serving.api.api_keys import ApiKey
     from nemoe_jax.serving.api.served_model import ServedModel
 
 KEY = "NEMOE_API_KEY"
@@ -50,6 +52,25 @@ def add(command: Command) -> None:
         help="LoRA adapters in Hugging Face PEFT's form, for requests whose model is NAME; may be repeated",
     )
     parser.add_argument(
+        "--adapter-folder",
+        metavar="DIR",
+        help="adapters are loaded from this folder, and from nowhere else, while the server runs: POST "
+        "/v1/load_lora_adapter and /v1/unload_lora_adapter as in vLLM, from whoever may ask, or with a key that may; "
+        "off by default",
+    )
+    parser.add_argument(
+        "--max-loras", type=int, metavar="N", help="with --adapter-folder: adapters loaded at a time (default 4)"
+    )
+    parser.add_argument(
+        "--max-lora-rank", type=int, metavar="R", help="with --adapter-folder: their rank at most (default 16)"
+    )
+    parser.add_argument(
+        "--lora-targets",
+        metavar="GLOB",
+        nargs="+",
+        help="with --adapter-folder: the weights that they may change, for which room is kept (default 'blocks/*')",
+    )
+    parser.add_argument(
         "--max-num-seqs", type=int, default=8, metavar="N", help="requests that run at a time (default 8)"
     )
     parser.add_argument(
@@ -71,6 +92,12 @@ def add(command: Command) -> None:
         default=[],
         help=f"what clients must send as bearer token; may be repeated; other users of this machine can see it: better "
         f"have it in the environment's {KEY}, several separated by commas",
+    )
+    parser.add_argument(
+        "--api-keys-file",
+        metavar="FILE",
+        help="more API keys, YAML or JSON: a list of {name, key, max_requests, tokens_per_minute, priority, adapters}: "
+        "responses in flight, tokens per minute, whether X-Priority is obeyed, whether adapters may be loaded",
     )
     parser.add_argument(
         "--prompt-lookup",
@@ -120,7 +147,8 @@ def add(command: Command) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    adapters = _check(arguments)
+    started = time.monotonic()
+    adapters, keys = _check(arguments), _api_keys(arguments)
     from nemoe_jax.serving.api.app import create_app
     from nemoe_jax.serving.api.http_server import HttpServer, bind, url
 
@@ -128,10 +156,10 @@ def _serve(arguments: argparse.Namespace) -> None:
         served = _load(arguments, adapters)
         server = HttpServer(arguments.drain_seconds, abort=lambda: served.engine.close(drain=False))
         try:
-            _warm_up(served)
+            _warm_up(served, started)
             app = create_app(
                 served,
-                api_key=_api_keys(arguments),
+                api_key=keys,
                 max_request_bytes=arguments.max_request_bytes,
                 log_requests=arguments.log_requests,
                 closing=lambda: server.closing,
@@ -154,7 +182,14 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
         "max_tokens_limit",
         "max_request_bytes",
         "drain_seconds",
+        "max_loras",
+        "max_lora_rank",
     )
+    for flag in ("max_loras", "max_lora_rank", "lora_targets"):
+        if getattr(arguments, flag) is not None and arguments.adapter_folder is None:
+            raise UserError(f"--{flag.replace('_', '-')}: only together with --adapter-folder")
+    if arguments.adapter_folder is not None and not Path(arguments.adapter_folder).is_dir():
+        raise UserError(f"--adapter-folder {arguments.adapter_folder}: no such directory")
     if arguments.tensor_parallel_size is not None:
         if arguments.mesh:
             raise UserError("--tensor-parallel-size: not together with --mesh")
@@ -176,13 +211,23 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
     return adapters
 
 
-def _api_keys(arguments: argparse.Namespace) -> list[str]:
-    keys = [*arguments.api_key, *os.environ.get(KEY, "").split(",")]
-    return [key.strip() for key in keys if key.strip()]
+def _api_keys(arguments: argparse.Namespace) -> "list[str | ApiKey]":
+    """All keys. Raises UserError."""
+    given = [*arguments.api_key, *os.environ.get(KEY, "").split(",")]
+    keys: list[str | ApiKey] = [key.strip() for key in given if key.strip()]
+    if arguments.api_keys_file:
+        from nemoe_jax.serving.api.api_keys import read_api_keys
+
+        for key in read_api_keys(arguments.api_keys_file):
+            if key.key in keys:
+                raise UserError(f"{arguments.api_keys_file}: {key.name}: --api-key or {KEY} has the same key")
+            keys.append(key)
+    return keys
 
 
 def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedModel":
     from nemoe_jax.adapters import peft_load
+    from nemoe_jax.adapters.loaded import AdapterPlaces
     from nemoe_jax.checkpoints.reader import Checkpoint
     from nemoe_jax.serving.api.served_model import ServedModel
     from nemoe_jax.serving.engine.engine import Engine
@@ -196,6 +241,10 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
     config, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
     config = generation.with_end_tokens(config)
     trees = {name: peft_load.load_adapters(path, config, mesh, progress=True)[1] for name, path in adapters.items()}
+    places = None
+    if arguments.adapter_folder is not None:
+        given = {"number": arguments.max_loras, "rank": arguments.max_lora_rank, "targets": arguments.lora_targets}
+        places = AdapterPlaces(**{name: value for name, value in given.items() if value is not None})
     engine = Engine(
         config,
         params,
@@ -207,6 +256,7 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
         mesh=mesh,
         cache_dtype=arguments.kv_cache,
         adapters=trees or None,
+        adapter_places=places,
         deterministic=arguments.deterministic,
         prompt_lookup=arguments.prompt_lookup,
         prefix_cache=not arguments.no_prefix_cache,
@@ -216,29 +266,42 @@ def _load(arguments: argparse.Namespace, adapters: dict[str, str]) -> "ServedMod
         config,
         tokenizer,
         arguments.served_model_name,
-        tuple(adapters),
+        None if arguments.adapter_folder is None else Path(arguments.adapter_folder),
         sampling_flags.from_flags(arguments, generation),
         arguments.max_tokens_limit,
         arguments.max_num_seqs + arguments.max_queued,
     )
 
 
-def _warm_up(served: "ServedModel") -> None:
-    """Compiles what requests need, so that none waits for it. Raises UserError where the model cannot respond."""
+def _warm_up(served: "ServedModel", started: float) -> None:
+    """Compiles what the first request needs; a thread goes on with the rest.
+
+    Raises:
+        UserError: the model cannot respond.
+    """
     from nemoe_jax.serving.engine.request import Request
     from nemoe_jax.serving.structured.grammar import json_object
 
-    _say("compiling")
-    started = time.monotonic()
     constraints = False
     with contextlib.suppress(UserError):  # a tokenizer that no grammar can be made of
         json_object(served.builder.vocabulary)
         constraints = True
-    names = [*served.engine.compile(constraints)]
-    _say(f"compiled {len(names)} programs in {time.monotonic() - started:.1f} s: {', '.join(names)}")
+    compiled = served.engine.programs.seconds
+    first: list[str] = []
+
+    def done() -> None:
+        rest = [name for name in compiled if name not in first]
+        _say(f"compiled {len(rest)} more programs in {sum(map(compiled.__getitem__, rest)):.1f} s: {', '.join(rest)}")
+
+    served.engine.compile(constraints, at_once=False, done=done)
+    first += served.engine.programs.first
+    seconds = sum(map(compiled.__getitem__, first))
+    left = served.engine.programs.left
+    _say(f"compiled {len(first)} programs in {seconds:.1f} s: {', '.join(first)}; {left} others follow while it serves")
     for output in served.engine.submit(Request((served.tokenizer.bos_id or 0,), 1)):
         if output.error:
             raise UserError(f"the model cannot answer: {output.error}")
+    _say(f"first token {time.monotonic() - started:.1f} s after the start")
 
 
 def _say(words: str) -> None:

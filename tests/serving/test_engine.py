@@ -131,27 +131,6 @@ def test_a_step_takes_as_many_slots_as_are_at_work(engine, monkeypatch):
     assert list(dict.fromkeys(sizes)) == [4, 2, 1]
 
 
-def test_what_is_compiled_at_the_start_is_enough(engine):
-    names = list(engine.compile())
-    assert [name for name in names if name.startswith("decode")] == [
-        *("decode 1", "decode 2", "decode 4"),
-        *("decode 1 with log-probabilities", "decode 1 under constraints"),
-        *("decode 4 with log-probabilities", "decode 4 under constraints"),
-    ]
-    programs = (runner._decode, runner._prefill, runner._count, runner._wipe)
-    before = [program._cache_size() for program in programs]
-    hot = SamplingParams(1, repetition_penalty=1.2, logit_bias=WORDS)
-    answers = [engine.submit(Request(prompt(length, length), 5, hot)) for length in (1, 20, 70, 200, 500)]
-    answers += [
-        engine.submit(Request((5,), 5, hot, top_logprobs=2)),
-        engine.submit(Request((5,), constraint=Only({5}, 2))),
-    ]
-    answers.append(engine.submit(Request((5,), constraint=object())))
-    for answer in answers:
-        answer.result(60)
-    assert [program._cache_size() for program in programs] == before
-
-
 def test_deterministic_to_the_last_bit_whoever_else_is_there(params, tokenizer):
     requests = [Request(prompt(seed, 5 + 40 * seed), 20 + seed, top_logprobs=1) for seed in range(5)]
     with Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE, deterministic=True) as own:

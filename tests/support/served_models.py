@@ -54,10 +54,10 @@ def adapter(seed: int) -> Tree:
 
 @contextlib.contextmanager
 def serve(
-    engine: Any, tokenizer: Tokenizer, adapters: tuple[str, ...] = (), drain_seconds: int = 5, **options: Any
+    engine: Any, tokenizer: Tokenizer, adapter_folder: Path | None = None, drain_seconds: int = 5, **options: Any
 ) -> Iterator[str]:
     """The base URL of a server, for as long as the context lasts; then it ends as at SIGTERM."""
-    served = ServedModel(engine, CONFIG, tokenizer, "nano", adapters, max_answers=ROWS + WAITING)
+    served = ServedModel(engine, CONFIG, tokenizer, "nano", adapter_folder, max_answers=ROWS + WAITING)
     server = HttpServer(drain_seconds, abort=lambda: engine.close(drain=False))
     options = {"closing": lambda: server.closing, **options}
     with bind("127.0.0.1", 0) as bound:

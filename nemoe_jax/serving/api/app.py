@@ -7,16 +7,12 @@ from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response
 
-from nemoe_jax.serving.api.chat import chat
-from nemoe_jax.serving.api.completions import complete
-from nemoe_jax.serving.api.errors import ApiError, add_error_handlers
-from nemoe_jax.serving.api.middleware import RequestMiddleware
-from nemoe_jax.serving.api.openapi import ERRORS, describe, streamed
-from nemoe_jax.serving.api.requests import ChatRequest, CompletionRequest
-from nemoe_jax.serving.api.responses import ChatChunk, ChatCompletion, Completion, Health, ModelCard, ModelList
-from nemoe_jax.serving.api.served_model import ServedModel
-from nemoe_jax.serving.api.streaming import as_json
-from nemoe_jax.serving.api.tokenization import (
+from nemoe_jax.serving.api.api_keys import Account, ApiKey, caller_of
+from nemoe_jax.serving.api.endpoints import lora_adapters
+from nemoe_jax.serving.api.endpoints.chat import chat
+from nemoe_jax.serving.api.endpoints.completions import complete
+from nemoe_jax.serving.api.endpoints.lora_adapters import LoadLoraAdapter, UnloadLoraAdapter
+from nemoe_jax.serving.api.endpoints.tokenization import (
     Detokenized,
     DetokenizeRequest,
     TokenizeChat,
@@ -25,13 +21,20 @@ from nemoe_jax.serving.api.tokenization import (
     detokenize,
     tokenize,
 )
+from nemoe_jax.serving.api.errors import ApiError, add_error_handlers
+from nemoe_jax.serving.api.middleware import RequestMiddleware
+from nemoe_jax.serving.api.openapi import ERRORS, describe, streamed
+from nemoe_jax.serving.api.requests import ChatRequest, CompletionRequest
+from nemoe_jax.serving.api.responses import ChatChunk, ChatCompletion, Completion, Health, ModelCard, ModelList
+from nemoe_jax.serving.api.served_model import ServedModel
+from nemoe_jax.serving.api.streaming import as_json
 from nemoe_jax.serving.engine.request import MAX_REQUEST_BYTES
 
 
 def create_app(
     served: ServedModel,
     *,
-    api_key: str | Collection[str] | None = None,
+    api_key: str | Collection[str | ApiKey] | None = None,
     max_request_bytes: int = MAX_REQUEST_BYTES,
     log_requests: bool = False,
     closing: Callable[[], bool] = lambda: False,
@@ -39,15 +42,18 @@ def create_app(
     """The application; no other origin's pages may read its answers (no CORS).
 
     Args:
-        api_key: what clients must send as bearer token, one of them; none: anybody may ask.
+        api_key: what clients must send as bearer token, one of them, with its limits; none: anybody may ask.
         max_request_bytes: a longer body is refused.
         log_requests: a line on standard error for each request.
         closing: says whether the server is about to end; requests are then refused.
     """
     # documentation pages would load scripts from elsewhere
     app = FastAPI(title="nemoe serve", docs_url=None, redoc_url=None, redirect_slashes=False)
-    api_keys = [api_key] if isinstance(api_key, str) else [*(api_key or ())]
-    app.openapi = lambda: describe(app, served, bool(api_keys))  # type: ignore[method-assign]
+    accounts = [
+        Account(ApiKey.model_construct(name=f"key {number}", key=key, adapters=True) if isinstance(key, str) else key)
+        for number, key in enumerate([api_key] if isinstance(api_key, str) else [*(api_key or ())], 1)
+    ]
+    app.openapi = lambda: describe(app, served, bool(accounts))  # type: ignore[method-assign]
     add_error_handlers(app)
 
     @app.get("/health", summary="Whether requests are taken", response_model=Health, responses=ERRORS["always"])
@@ -97,11 +103,22 @@ def create_app(
     async def to_text(asked: DetokenizeRequest) -> Response:
         return as_json(await run_in_threadpool(detokenize, served, asked))
 
+    shown = served.adapter_folder is not None
+    with_adapters: dict[str, Any] = {"include_in_schema": shown, "response_class": PlainTextResponse}
+
+    @app.post("/v1/load_lora_adapter", summary="One more adapter", responses=ERRORS["POST"], **with_adapters)
+    async def load_adapter(asked: LoadLoraAdapter, request: Request) -> Response:
+        return PlainTextResponse(await run_in_threadpool(lora_adapters.load, served, asked, caller_of(request.scope)))
+
+    @app.post("/v1/unload_lora_adapter", summary="One adapter less", responses=ERRORS["POST"], **with_adapters)
+    async def unload_adapter(asked: UnloadLoraAdapter, request: Request) -> Response:
+        return PlainTextResponse(lora_adapters.unload(served, asked, caller_of(request.scope)))
+
     @app.post("/v1/embeddings", include_in_schema=False)
     async def embeddings() -> Response:
         raise ApiError(404, "this server generates text; it has no embeddings", code="unsupported_endpoint")
 
-    options: dict[str, Any] = {"metrics": served.metrics, "api_keys": api_keys, "max_bytes": max_request_bytes}
+    options: dict[str, Any] = {"metrics": served.metrics, "accounts": accounts, "max_bytes": max_request_bytes}
     paths = {route.path for route in app.routes if hasattr(route, "path") and "{" not in route.path}
     app.add_middleware(RequestMiddleware, paths=paths, log=log_requests, closing=closing, **options)
     return app

@@ -1,7 +1,7 @@
 """Errors in the shape of the OpenAI API: {"error": {"message", "type", "param", "code"}}, with the status."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -9,11 +9,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.serving.api.responses import ErrorDetail, ErrorResponse
+from nemoe_jax.serving.api.responses import ErrorDetail, ErrorResponse, ErrorType
 from nemoe_jax.serving.engine.engine import Busy, Closed
 from nemoe_jax.text.tokenizers.base import replace_surrogates
 
-ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 SHOWN = 80  # characters of a wrong value
 
@@ -37,7 +36,7 @@ class ApiError(Exception):
     def answer(self) -> ErrorResponse:
         """The body."""
         kind: ErrorType = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)  # type: ignore[assignment]
+        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(self.status, kind)  # type: ignore[assignment]
         message = replace_surrogates(" ".join(str(self).split()))
         return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
 

@@ -39,6 +39,7 @@ class Metrics:
             "running": "Requests that are being answered",
             "waiting": "Requests that wait for a row",
             "free_tokens": "Tokens that the cache has room for",
+            "to_compile": "Programs that are still to be compiled; requests that need one wait for it",
         }.items():
             gauge = Gauge(f"nemoe_{name}", about, registry=self.registry)
             gauge.set_function(functools.partial(_figure, statistics, name))

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nemoe_jax.serving.api.api_keys import ANYBODY, CALLER, Account, Caller, read_priority
 from nemoe_jax.serving.api.errors import ApiError, shutting_down
 from nemoe_jax.serving.api.metrics import Metrics
 
@@ -25,7 +26,7 @@ NOTE = "nemoe.note"  # where in an ASGI scope a handler leaves a word for the lo
 class RequestMiddleware:
     """ASGI middleware: API key, body-size limit, request metrics, access log.
 
-    api_keys: of which every path but /health wants one as bearer token; empty: anybody may ask.
+    accounts: of the API keys, of which every path but /health wants one as bearer token; empty: anybody may ask.
     max_bytes: of a request's body.
     paths: those that are counted by name.
     closing: whether the server is about to end, and takes nothing new.
@@ -33,11 +34,12 @@ class RequestMiddleware:
 
     app: ASGIApp
     metrics: Metrics
-    api_keys: Sequence[str]
+    accounts: Sequence[Account]
     max_bytes: int
     paths: Collection[str]
     log: bool
     closing: Callable[[], bool]
+    anybody: Account = dataclasses.field(default_factory=lambda: Account(ANYBODY))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,15 +68,21 @@ class RequestMiddleware:
                 print(*words, *scope.get(NOTE, ()), file=sys.stderr, flush=True)
 
     def refusal(self, scope: Scope) -> ApiError | None:
-        """Why a request goes no further, before its body is read."""
+        """Why a request goes no further, before its body is read; otherwise the scope says who its caller is."""
         headers = Headers(scope=scope)
-        if self.api_keys and scope["path"] != "/health":
+        account = self.anybody
+        if self.accounts and scope["path"] != "/health":
             scheme, _, key = headers.get("authorization", "").partition(" ")
             given = key.strip().encode("latin-1")
-            known = [hmac.compare_digest(given, one.encode()) for one in self.api_keys]  # all: it takes as long
+            known = [hmac.compare_digest(given, one.key.key.encode()) for one in self.accounts]  # all: it takes as long
             if scheme.lower() != "bearer" or not any(known):
                 wanted = {"WWW-Authenticate": "Bearer"}
                 return ApiError(401, "expected Authorization: Bearer and the API key", None, "invalid_api_key", wanted)
+            account = self.accounts[known.index(True)]
+        try:
+            scope[CALLER] = Caller(account, read_priority(headers.get("x-priority"), account.key))
+        except ApiError as error:
+            return error
         if self.closing():
             return shutting_down()
         length = headers.get("content-length", "")

@@ -16,9 +16,10 @@ RETRY = {"Retry-After": {"description": "seconds", "schema": {"type": "string"}}
 WORDS: dict[int | str, str] = {
     400: "a bad request",
     401: "no API key, or another one",
+    403: "the API key does not allow it",
     404: "no such model",
     413: "too large a request",
-    429: "too many requests are waiting",
+    429: "too many requests are waiting, or a limit of the API key is reached",
     500: "the engine failed",
     503: "the server is shutting down, or its engine is dead",
 }
@@ -37,7 +38,7 @@ ERRORS = {
     "always": _errors(500, 503),
     "/v1": _errors(401, 500, 503),
     "/v1/models/": _errors(401, 404, 500, 503),
-    "POST": _errors(400, 401, 404, 413, 429, 500, 503),
+    "POST": _errors(400, 401, 403, 404, 413, 429, 500, 503),
 }
 REFERENCE = "#/components/schemas/"
 
@@ -88,13 +89,16 @@ def describe(app: FastAPI, served: ServedModel, with_key: bool) -> dict[str, Any
 def narrow(properties: dict[str, Any], served: ServedModel) -> None:
     """Says of a body's fields what this server knows: models, the vocabulary, the longest response."""
     names = [served.name, *served.adapters]
-    if "anyOf" in properties.get("model", {}):  # and may be left out
+    if served.adapter_folder is not None:  # they come and go
+        names = []
+    if names and "anyOf" in properties.get("model", {}):  # and may be left out
         properties["model"]["anyOf"] = [{"type": "string", "enum": names}, {"type": "null"}]
-        if "tokens" in properties:
-            properties["tokens"]["items"]["maximum"] = served.config.vocab - 1
+    if "tokens" in properties and "model" in properties:
+        properties["tokens"]["items"]["maximum"] = served.config.vocab - 1
     if "stream" not in properties:
         return
-    properties["model"]["enum"] = names
+    if names:
+        properties["model"]["enum"] = names
     most = served.context if served.max_tokens is None else min(served.context, served.max_tokens)
     for name in {"max_tokens", "max_completion_tokens"} & properties.keys():
         for choice in properties[name]["anyOf"]:

@@ -6,6 +6,9 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 Finish = Literal["stop", "length", "tool_calls"]
+ErrorType = Literal[
+    "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+]
 
 
 class PromptTokensDetails(BaseModel):
@@ -195,7 +198,7 @@ class ErrorDetail(BaseModel):
     """What was wrong."""
 
     message: str
-    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+    type: ErrorType
     param: str | None
     code: str | None
 

@@ -5,6 +5,7 @@ import functools
 import secrets
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.inference.sampling_fields import SAMPLING_FIELDS, from_fields
@@ -26,6 +27,7 @@ class ServedModel:
     """A model behind its engine.
 
     name: what `model` must say; adapters are asked for by names of their own.
+    adapter_folder: from which adapters are loaded while it runs; None: they are not.
     sampling: what holds where a request says nothing.
     max_tokens: of an answer, whatever a request says.
     max_answers: what one request may ask for at a time: more never finds room.
@@ -35,7 +37,7 @@ class ServedModel:
     config: ModelConfig
     tokenizer: Tokenizer
     name: str
-    adapters: tuple[str, ...] = ()
+    adapter_folder: Path | None = None
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     max_answers: int = 64
@@ -50,6 +52,11 @@ class ServedModel:
     def builder(self) -> RequestBuilder:
         """Makes the engine's requests."""
         return RequestBuilder(self.config, self.tokenizer)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters, as they are now."""
+        return self.engine.adapters
 
     @property
     def context(self) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import time
 import uuid
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from nemoe_jax.serving.api.api_keys import Caller
 from nemoe_jax.serving.api.errors import ApiError, shutting_down
 from nemoe_jax.serving.api.metrics import Metrics
 from nemoe_jax.serving.api.middleware import add_access_log
@@ -36,25 +38,33 @@ class EngineStreams:
     Raises:
         UserError: a request that the engine cannot answer.
         Busy: its queue is full.
+        ApiError: a limit of the caller's API key is reached.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[EngineRequest], metrics: Metrics):
+    def __init__(self, engine: Engine, requests: Sequence[EngineRequest], metrics: Metrics, caller: Caller):
+        prompt_tokens = sum(len(request.prompt) for request in requests)
+        caller.account.enter(len(requests), prompt_tokens)
+        self._account, self._entered = caller.account, len(requests)
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue()
         self._times = [_Times(metrics) for _ in requests]
         self._answers = []
         try:
             for index, request in enumerate(requests):
-                self._answers.append(engine.submit(request, functools.partial(self._take, index)))
+                own = dataclasses.replace(request, client=caller.name, priority=caller.priority)
+                self._answers.append(engine.submit(own, functools.partial(self._take, index)))
         except BaseException:
             self.cancel()
+            self._account.spend(-prompt_tokens)
             raise
-        metrics.prompt_tokens.inc(sum(len(request.prompt) for request in requests))
+        metrics.prompt_tokens.inc(prompt_tokens)
 
     def cancel(self) -> None:
         """Frees what the engine still holds for them."""
         for answer in self._answers:
             answer.cancel()
+        self._account.leave(self._entered)
+        self._entered = 0
 
     def cached_tokens(self, count: int) -> int:
         """Tokens of the prompts that were in the cache already; `count` responses each have one prompt."""
@@ -64,6 +74,7 @@ class EngineStreams:
         """In the engine's thread."""
         try:
             self._times[index].note(output)
+            self._account.spend(len(output.tokens))
         finally:  # whatever comes of the figures
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, output))

@@ -6,7 +6,7 @@
 
 The batch has a number of slots, of which a step takes about as many as are at work (runner.py). A request gets an idle
 slot and pages for its prompt and all tokens that it may generate, so that it is never preempted; it waits while there
-are none, first come, first served. A thread runs the scheduler (scheduler.py).
+are none, in turn with those of other clients (fair_queue.py). A thread runs the scheduler (scheduler.py).
 
 Whatever fails ends as little as possible: a response whose text or constraint fails ends alone; a step that fails ends
 the running requests, and the waiting ones are served from an empty cache; where the cache cannot be made anew, or the
@@ -16,23 +16,23 @@ thread itself ends, everything ends with an error, nothing more is taken and `fa
 import logging
 import math
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nemoe_jax.adapters.multi_lora import stack_adapters
+from nemoe_jax.adapters.loaded import AdapterPlaces, LoadedAdapters
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import cache_dtype_of
 from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.model.kv_cache import division
 from nemoe_jax.serving.engine.completion import end_tokens
+from nemoe_jax.serving.engine.fair_queue import FairQueue
 from nemoe_jax.serving.engine.page_allocator import PageAllocator
+from nemoe_jax.serving.engine.programs import Program, Programs
 from nemoe_jax.serving.engine.request import Request, RequestOutput
 from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner
 from nemoe_jax.serving.engine.scheduler import Scheduler
@@ -42,6 +42,7 @@ from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import use_mesh
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.base import Tokenizer
+from nemoe_jax.utils.memory import free_memory
 
 _log = logging.getLogger(__name__)
 LONGEST_RETRY = 30.0  # seconds: clients obey, and some give up where they are told to wait for minutes
@@ -73,6 +74,7 @@ class Statistics(NamedTuple):
     cached_tokens: int  # of the prompts, those that were in the cache already
     answer_tokens: int
     finished: Mapping[str, int]  # requests by finish reason
+    to_compile: int  # programs that are not compiled yet
 
 
 class Engine:
@@ -82,10 +84,11 @@ class Engine:
         params: the schema's tree; over the mesh where there is one.
         max_num_seqs: requests that run at a time; up to 8 on CPU are the fastest each.
         kv_tokens: size of the KV cache in tokens, prompts and responses, rounded up to whole pages; by default as many
-            as there is memory for, and 4096 a slot on CPU.
+            as there is memory for (on CPU half of what is free), but no more than all slots can use.
         max_queued: requests that may wait for a slot.
         max_model_len: tokens of a prompt and its response at most; by default the model's context.
         adapters: LoRA adapters by the names that requests give.
+        adapter_places: room for adapters that are loaded later on.
         specialize: compile only what the requests at hand need: the first token comes sooner, but a later request that
             asks for more waits for another program.
         deterministic: every step takes all slots, so that a response is the same to the last bit whoever else is there;
@@ -113,6 +116,7 @@ class Engine:
         mesh: Mesh | None = None,
         cache_dtype: str | None = None,
         adapters: Mapping[str, Tree] | None = None,
+        adapter_places: AdapterPlaces | None = None,
         specialize: bool = False,
         deterministic: bool = False,
         prefix_cache: bool = True,
@@ -126,36 +130,33 @@ class Engine:
             raise UserError(f"max_model_len: expected 1 to {config.context}, the model's context, got {max_model_len}")
         self._most = config.context if max_model_len is None else max_model_len
         self.config, self.tokenizer = config, tokenizer
-        self._max_queued, self._mesh = max_queued, mesh
+        self._max_queued, self.mesh = max_queued, mesh
         dtype = cache_dtype_of(params, cache_dtype)
-        self._adapters = {name: number for number, name in enumerate(adapters or {})}
         self._end_tokens = frozenset(end_tokens(config, tokenizer))
         known_V = tokenizer.known(config.vocab)
         if known_V is not None:  # an end token may be a row that the tokenizer does not have
             known_V[[token for token in self._end_tokens if token < config.vocab]] = True
         with self._ambient():
-            stacked = (
-                stack_adapters(config, adapters, jnp.float32 if target_platform() == "cpu" else params["embed"].dtype)
-                if adapters
-                else None
-            )
+            adapter_dtype = jnp.float32 if target_platform() == "cpu" else params["embed"].dtype
+            self._adapters = LoadedAdapters(config, adapters or {}, adapter_places, adapter_dtype, mesh)
             parts, cuts = division(config, max_num_seqs)
             kv_tokens = _fitting(config, max_num_seqs, dtype, self._most) if kv_tokens is None else kv_tokens
             pools = [PageAllocator(1 + -(-kv_tokens // (PAGE * parts * cuts)), cuts) for _ in range(parts)]
             self.context = min(self._most, pools[0].tokens)  # of one request, prompt and response together
+            sizes_of_cache = self.context, 1 + pools[0].all, dtype
             runner = ModelRunner(
-                config, params, max_num_seqs, self.context, 1 + pools[0].all, dtype, stacked, specialize, deterministic
+                config, params, max_num_seqs, *sizes_of_cache, self._adapters, specialize, deterministic
             )
         shared_tokens = math.lcm(CHUNK, pools[0].size) if deterministic else pools[0].size
         self._slots = Slots(max_num_seqs, pools, runner.width, shared_tokens if prefix_cache else None)
-        self._scheduler = Scheduler(
-            config, runner, self._slots, self._end_tokens, known_V, prompt_lookup and not deterministic
-        )
         self._runner, self._known_V = runner, known_V
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # for the thread, between its steps
-        self._queue: deque[ResponseStream] = deque()
+        self.programs = Programs(self._compile, self._wake)
+        speculate = prompt_lookup and not deterministic
+        self._scheduler = Scheduler(config, runner, self._slots, self._end_tokens, self.programs, known_V, speculate)
+        self._queue = FairQueue()
         self._running: list[ResponseStream] = []  # those that were admitted and have no end yet
         self._changed = threading.Condition()
+        self._changes = 0  # how often it was notified
         self._closed: str | None = None  # why no more requests are taken
         self._failure: str | None = None
         self._cancelling = False  # what runs and waits is to be cancelled
@@ -195,32 +196,46 @@ class Engine:
                 raise Closed(self._closed)
             if len(self._queue) >= self._max_queued + self._slots.idle:
                 raise Busy(self._seconds_to_a_slot())
+            if request.adapter is not None:
+                response.adapter = self._adapters.use(request.adapter, response)
             self._queue.append(response)
             self._requests += 1
-            self._changed.notify()
+            self._notify()
         return response
 
-    def compile(self, constraints: bool = True) -> Iterator[str]:
-        """Compiles whatever requests may need, so that none waits for it, and yields the names of the programs.
+    def compile(
+        self, constraints: bool = True, *, at_once: bool = True, done: Callable[[], None] = lambda: None
+    ) -> None:
+        """Compiles whatever requests may need; before the first one. `programs` says which are compiled.
 
         Args:
             constraints: also what requests under constraints need.
+            at_once: all of it; otherwise returns with what the first lone request needs, and a thread goes on: other
+                requests wait for what they need, and those that run go on meanwhile.
+            done: called in that thread in the end.
         """
         speculation = self._scheduler.speculation
-        guessed = {} if speculation is None else speculation.width
-        for name, program in self._runner.programs(self._known_V, constraints, guessed):
-            self._call(program)
-            yield name
+        first = self._runner.first_programs()
+        then = self._runner.programs(constraints, {} if speculation is None else speculation.width)
+        self.programs.begin([*first, *then] if at_once else first, () if at_once else then, done)
 
-    def _call(self, work: Callable[[], Any]) -> Any:
-        """The result of something that is done in the engine's thread, between its steps."""
-        done: Future[Any] = Future()
-        with self._changed:
-            if self._closed is not None:
-                raise Closed(self._closed)
-            self._calls.append((work, done))
-            self._changed.notify()
-        return done.result()
+    def _compile(self, program: Program) -> None:
+        with self._ambient():
+            self._runner.compile(program, self._known_V)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that requests may give."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, adapter: Tree, replace: bool = False) -> None:
+        """Requests may give that name from now on; see `LoadedAdapters.load`. Raises UserError."""
+        with self._ambient():
+            self._adapters.load(name, adapter, replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """No request may give that name any more; those that did are finished. Raises UserError."""
+        self._adapters.unload(name)
 
     def close(self, drain: bool = True) -> None:
         """Takes no more requests, and returns when the engine's thread has ended.
@@ -231,7 +246,8 @@ class Engine:
         with self._changed:
             self._closed = self._closed or "the engine is closed"
             self._cancelling |= not drain
-            self._changed.notify()
+            self.programs.close()
+            self._notify()
         self._thread.join()
 
     def statistics(self) -> Statistics:
@@ -248,14 +264,15 @@ class Engine:
                 cached_tokens=self._scheduler.totals["cached"],
                 answer_tokens=self._scheduler.totals["answer"],
                 finished=dict(self._scheduler.finished),
+                to_compile=self.programs.left,
             )
 
     def _check(self, request: Request) -> None:
         """Raises UserError."""
         where = "context" if self.context == self._most else "cache"
         request.check(self.config.vocab, self.context, where)
-        if request.adapter is not None and request.adapter not in self._adapters:
-            raise UserError(f"no adapter {request.adapter!r}; there are: {', '.join(self._adapters) or 'none'}")
+        if request.adapter is not None:
+            self._adapters.find(request.adapter)
 
     def _seconds_to_a_slot(self) -> float:
         """How long until one more request is likely to be finished: of busy time alone, from 1 s to `LONGEST_RETRY`."""
@@ -267,10 +284,14 @@ class Engine:
 
     def _wake(self) -> None:
         with self._changed:
-            self._changed.notify()
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changes += 1
+        self._changed.notify()
 
     def _ambient(self) -> Any:
-        return use_mesh(self._mesh)
+        return use_mesh(self.mesh)
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -292,32 +313,28 @@ class Engine:
             self._closed = self._closed or failure
             left = [*self._running, *self._queue]
             self._queue.clear()
-            for _, done in self._calls:
-                done.set_exception(Closed(self._closed or "the engine is closed"))
         for response in left:
             self._end(response, "error", failure or "the engine is closed")
 
     def _iterate(self) -> bool:
         """Waits for work and does a step of it; False where the engine is closed and nothing is left to do."""
         with self._changed:
-            while not (self._queue or self._running or self._calls):
+            while not (self._queue or self._running):
                 if self._closed is not None:
                     return False
                 self._changed.wait()
-        while self._calls:
-            work, done = self._calls.popleft()
-            try:
-                done.set_result(work())
-            except BaseException as error:  # the caller's
-                done.set_exception(error)
+            changes = self._changes
         self._drop_cancelled()
         self._admit()
-        self._scheduler.step()
+        worked = self._scheduler.step()
         self._running = [response for response in self._running if not response.finished]
         lost = set(self._running) - {slot.response for slot in self._slots.taken.values()}
         if lost:
             raise RuntimeError(f"{len(lost)} responses have no slot")
         self._vain_failures = 0
+        if not worked:  # until a program is compiled, or something else comes
+            with self._changed:
+                self._changed.wait_for(lambda: self._changes != changes)
         return True
 
     def _recover(self, error: Exception) -> None:
@@ -325,7 +342,7 @@ class Engine:
         with self._changed:
             ended = [response for response in self._running if not response.finished]
             if not ended and self._queue:
-                ended = [self._queue.popleft()]
+                ended = [self._queue.pop()]
             self._running = ended
         self._vain_failures = 0 if ended else self._vain_failures + 1
         if self._vain_failures == MOST_VAIN_FAILURES:
@@ -359,22 +376,21 @@ class Engine:
             self._end(response, "cancelled")
 
     def _admit(self) -> None:
-        """First come, first served: a request that is too large for what is free now holds up those behind it."""
+        """Whose turn it is: a request that is too large for what is free now holds up those behind it."""
         with self._changed:
             while self._queue:
-                response = self._queue[0]
-                adapter = -1 if response.request.adapter is None else self._adapters[response.request.adapter]
-                if not self._scheduler.admit(response, adapter):
+                response = self._queue.first()
+                if not self._scheduler.admit(response):
                     return
-                self._running.append(self._queue.popleft())
+                self._running.append(self._queue.pop())
 
 
 def _fitting(config: ModelConfig, slots: int, dtype: Any, context: int) -> int:
-    """Tokens for which the devices have memory, but for a fifth of what is free; on CPU 4096 a slot."""
-    most = slots * context
+    """Tokens for which there is memory: four fifths of what is free on the devices, on CPU half of the host's."""
     memory = [device.memory_stats() for device in jax.local_devices()]
-    if any(not one or "bytes_limit" not in one for one in memory):
-        return min(most, slots * 4096)
-    free = sum(one["bytes_limit"] - one["bytes_in_use"] for one in memory if one)
+    if all(one and "bytes_limit" in one for one in memory):
+        free = 0.8 * sum(one["bytes_limit"] - one["bytes_in_use"] for one in memory if one)
+    else:
+        free = 0.5 * free_memory()
     of_token = 2 * config.layers * config.kv_heads * (config.head_dim * dtype.itemsize + 4 * (dtype.name == "int8"))
-    return min(most, int(0.8 * free / of_token))
+    return max(min(slots * context, int(free / of_token)), PAGE)

@@ -37,6 +37,8 @@ class Request:
     adapter: str | None = None
     constraint: Constraint | None = None
     prompt_logprobs: bool = False  # log-probabilities of the prompt's tokens too, as many as `top_logprobs` says
+    client: str = ""  # whose it is: waiting requests of several clients have their turns one after another
+    priority: int = 0  # those with a lower one come first
 
     def end_tokens(self, of_model: frozenset[int]) -> frozenset[int]:
         """What ends the response; a constraint ends by the model's own end tokens, whatever `ignore_eos` says."""

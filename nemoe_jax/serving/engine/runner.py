@@ -11,13 +11,14 @@ B slots of a step, T tokens of a chunk, M pages of a sequence, E stop tokens, V 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nemoe_jax.adapters.loaded import LoadedAdapters
 from nemoe_jax.adapters.multi_lora import select_adapters
 from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only, verify
 from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, controls, scores, specialized
@@ -26,6 +27,7 @@ from nemoe_jax.kernels.attention.paged import KVPages
 from nemoe_jax.model.decode_weights import prepare_decode_params
 from nemoe_jax.model.kv_cache import KVCache, division, shared_cache, zero_pages
 from nemoe_jax.model.transformer import hidden_states, logits
+from nemoe_jax.serving.engine.programs import Program
 from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
@@ -64,10 +66,10 @@ class ModelRunner:
             sooner ready; otherwise one program does for all requests that have no log-probabilities or constraints.
         pages: of each device's pool, with page 0.
         tokens: of a sequence at most.
-        stacked: all adapters (adapters/multi_lora), or None. Slots without one pass through them as well.
+        adapters: those that slots may use. Slots without one pass through them as well.
         deterministic: every step takes all slots.
 
-    batch_sizes: how many slots a step may take.
+    batch_sizes: how many slots a step may take; widths: to how many tokens a prompt's chunk may be padded.
     """
 
     def __init__(
@@ -78,38 +80,51 @@ class ModelRunner:
         tokens: int,
         pages: int,
         dtype: Any,
-        stacked: Tree | None = None,
+        adapters: LoadedAdapters,
         specialize: bool = False,
         deterministic: bool = False,
     ):
-        self._specialize = specialize
-        self.config, self.params, self.slots, self.stacked = config, params, slots, stacked
+        self._specialize, self.deterministic = specialize, deterministic
+        self.config, self.params, self.slots, self._adapters = config, params, slots, adapters
         self.parts, self.cuts = division(config, slots)
         self.batch_sizes = (slots,) if deterministic else tuple(_batch_sizes(config, slots))
         self._decode_params = {size: prepare_decode_params(params, size) for size in self.batch_sizes}
         self._shape = (tokens, pages, dtype)
+        self.widths = [_NARROWEST]
+        while self.widths[-1] < min(CHUNK, tokens):
+            self.widths.append(2 * self.widths[-1])
+        self.top = min(MAX_TOP_LOGPROBS, config.vocab)
         self.reset()
+
+    @property
+    def stacked(self) -> Tree | None:
+        """All adapters, as they are now."""
+        return self._adapters.stacked
 
     def reset(self) -> None:
         """An empty cache, as at the start."""
+        self.held: Any = None  # there is no room for two
         cache, counts = _start(self.config, self.slots, *self._shape)
         self.width = cache.table_BM.shape[1]
         self.held = DeviceState(cache.k, cache.v, counts)
         if jax.sharding.get_abstract_mesh().empty:  # where the parameters are: once for all, or it would compile twice
             self.held = jax.device_put(self.held, self.params["embed"].sharding)
+        self._shapes = jax.tree.map(_shape, self.held)
 
-    def places(self, numbers: Sequence[int], all_variants: bool = True) -> np.ndarray:
+    def places(self, numbers: Sequence[int], sizes: Sequence[int]) -> np.ndarray | None:
         """The slots that a step takes, by their places in its batch, int32 (B,); -1: an idle one.
+
+        None where no batch of one of these sizes, the least first, holds them.
 
         Args:
             numbers: of the slots at work.
-            all_variants: of all sizes; otherwise of the smallest or the largest.
         """
         part_slots = self.slots // self.parts
         by_part = [[number for number in numbers if number // part_slots == part] for part in range(self.parts)]
         most = max(map(len, by_part)) * self.parts
-        sizes = self.batch_sizes if all_variants else (self.batch_sizes[0], self.batch_sizes[-1])
-        size = next(size for size in sizes if size >= most)
+        size = next((size for size in sizes if size >= most), None)
+        if size is None:
+            return None
         if size == self.slots:
             return np.array([number if number in numbers else -1 for number in range(size)], np.int32)
         places = np.full((self.parts, size // self.parts), -1, np.int32)
@@ -117,45 +132,63 @@ class ModelRunner:
             places[part, : len(own)] = own
         return places.reshape(-1)
 
-    def prefill(self, slot: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int) -> bool:
+    def prefill(
+        self, slot: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int, width: int | None = None
+    ) -> bool:
         """A chunk of a prompt, at most `CHUNK` tokens, from that position on; `adapter` is a number, or -1.
 
         Whether what it added to the cache is finite.
+
+        Args:
+            width: to which it is padded; by default the least.
         """
+        width = padded_width(len(tokens)) if width is None else width
+        given = self._prefill_inputs(self.held, slot, tokens, position, table_M, adapter, width)
+        self.held, finite_B = _prefill(*given)
+        return bool(finite_B.all())
+
+    def _prefill_inputs(
+        self, held: Any, slot: int, tokens: np.ndarray, position: int, table_M: np.ndarray, adapter: int, width: int
+    ) -> tuple[Any, ...]:
         part = self._part(slot)
-        width = _width(len(tokens))
         tokens_BT, table_BM = np.zeros((self.parts, width), np.int32), np.zeros((self.parts, self.width), np.int32)
         tokens_BT[part, : len(tokens)], table_BM[part] = tokens, table_M
         here_B = np.arange(self.parts, dtype=np.int32) == part
-        self.held, finite_B = _prefill(
+        num_new_tokens_B = np.where(here_B, np.int32(len(tokens)), np.int32(0))
+        length_B = np.where(here_B, np.int32(position), np.int32(0))
+        adapter_B = np.full(self.parts, adapter, np.int32)
+        return (
             self.config,
             self.params,
             tokens_BT,
-            np.where(here_B, np.int32(len(tokens)), np.int32(0)),
-            self.held,
+            num_new_tokens_B,
+            held,
             table_BM,
-            np.where(here_B, np.int32(position), np.int32(0)),
+            length_B,
             self.stacked,
-            np.full(self.parts, adapter, np.int32),
+            adapter_B,
         )
-        return bool(finite_B.all())
 
     def score(self, prompt: np.ndarray, adapter: int, top: int) -> Any:
         """Log-probabilities (nats) of a prompt's tokens but the first, and the `top` likeliest in their places."""
-        width = _width(len(prompt))
-        tokens_T = np.pad(prompt, (0, width - len(prompt)))
-        scored = _score(self.config, self.params, tokens_T, self.stacked, np.full(1, adapter, np.int32), top=top)
-        return [array[: len(prompt) - 1] for array in jax.device_get(scored)]
+        given = self._score_inputs(np.pad(prompt, (0, padded_width(len(prompt)) - len(prompt))), adapter)
+        scored = jax.device_get(_score(*given, top=self.top))
+        logprob_T, tokens_TN, logprobs_TN = (array[: len(prompt) - 1] for array in scored)
+        return logprob_T, tokens_TN[:, :top], logprobs_TN[:, :top]
+
+    def _score_inputs(self, tokens_T: np.ndarray, adapter: int) -> tuple[Any, ...]:
+        return self.config, self.params, tokens_T, self.stacked, np.full(1, adapter, np.int32)
 
     def count_prompt(self, slot: int, prompt: np.ndarray) -> None:
         """The slot's counts are those of a new prompt."""
-        here_B = np.arange(self.slots) == slot
         for first in range(0, len(prompt), CHUNK):
-            chunk = prompt[first : first + CHUNK]
-            tokens_BT = np.zeros((self.slots, CHUNK), np.int32)
-            tokens_BT[slot, : len(chunk)] = chunk
-            num_new_tokens_B = np.where(here_B, np.int32(len(chunk)), np.int32(0))
-            self.held = _count(self.held, here_B & (first == 0), tokens_BT, num_new_tokens_B)
+            self.held = _count(*self._count_inputs(self.held, slot, prompt[first : first + CHUNK], first == 0))
+
+    def _count_inputs(self, held: Any, slot: int, chunk: np.ndarray, first: bool) -> tuple[Any, ...]:
+        here_B = np.arange(self.slots) == slot
+        tokens_BT = np.zeros((self.slots, CHUNK), np.int32)
+        tokens_BT[slot, : len(chunk)] = chunk
+        return held, here_B & first, tokens_BT, np.where(here_B, np.int32(len(chunk)), np.int32(0))
 
     def decode(
         self,
@@ -174,55 +207,69 @@ class ModelRunner:
         """
         if self._specialize and allowed_BW is None and top is None:
             controls = specialized(controls)
+        given = self._decode_inputs(self.held, batch, places, steps, controls, allowed_BW, guesses)
+        self.held, block = _decode(*given, top=top)
+        return jax.device_get(block)
+
+    def _decode_inputs(
+        self, held: Any, batch: Batch, places: np.ndarray, steps: int, controls: Any, allowed_BW: Any, guesses: Any
+    ) -> tuple[Any, ...]:
         size = len(places)
         slot_B = None if size == self.slots else np.where(places < 0, np.int32(self.slots), places)
         params = self._decode_params[size]
-        self.held, block = _decode(
-            self.config, params, self.held, batch, slot_B, steps, controls, allowed_BW, self.stacked, guesses, top=top
-        )
-        return jax.device_get(block)
+        return self.config, params, held, batch, slot_B, steps, controls, allowed_BW, self.stacked, guesses
 
     def wipe(self, slot: int, pages: list[int]) -> None:
         """Zeros in a slot's pages: NaN in them would harm the next sequence even where it is masked."""
+        self.held = _wipe(*self._wipe_inputs(self.held, slot, pages))
+
+    def _wipe_inputs(self, held: Any, slot: int, pages: list[int]) -> tuple[Any, ...]:
         pages_M = np.full(self.width, np.iinfo(np.int32).max, np.int32)
         pages_M[: len(pages)] = pages
-        self.held = _wipe(self.held, pages_M, np.arange(self.parts) == self._part(slot))
+        return held, pages_M, np.arange(self.parts) == self._part(slot)
 
-    def programs(
-        self, known_V: np.ndarray | None, constraints: bool, guessed: Mapping[int, int]
-    ) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """What requests may need, by name, and a call that compiles it: of idle slots, so that nothing changes.
+    def first_programs(self) -> list[Program]:
+        """What the first lone request needs, if it is short and wants nothing special."""
+        return [Program("prefill", self.widths[0]), Program("decode", self.batch_sizes[0])]
+
+    def programs(self, constraints: bool, guessed: Mapping[int, int]) -> list[Program]:
+        """What else requests may need.
 
         Args:
             guessed: how many tokens are checked at a time, by the size of the batch.
         """
+        extremes = sorted({self.batch_sizes[0], self.batch_sizes[-1]})
+        return [
+            Program("penalties"),
+            Program("wipe"),
+            *(Program("prefill", width) for width in self.widths[1:]),
+            *(Program("decode", size) for size in self.batch_sizes[1:]),
+            *(Program("decode", size, width - 1) for size, width in guessed.items()),
+            *(Program("decode", size, allowed=True) for size in extremes if constraints),
+            *(Program("decode", size, scored=True) for size in extremes),
+        ]
 
-        def decode(size: int, allowed: bool, top: int | None, width: int = 1) -> None:
+    def compile(self, program: Program, known_V: np.ndarray | None) -> None:
+        """Compiles a program, for calls to find; in any thread, under the ambient mesh."""
+        size = program.size
+        if program.kind == "prefill":
+            table_M, tokens = np.zeros(self.width, np.int32), np.zeros(size, np.int32)
+            _prefill.lower(*self._prefill_inputs(self._shapes, 0, tokens, 0, table_M, -1, size)).compile()
+        elif program.kind == "score":
+            _score.lower(*self._score_inputs(np.zeros(size, np.int32), -1), top=self.top).compile()
+        elif program.kind == "penalties":
+            _count.lower(*self._count_inputs(self._shapes, 0, np.zeros(1, np.int32), True)).compile()
+        elif program.kind == "wipe":
+            _wipe.lower(*self._wipe_inputs(self._shapes, 0, [])).compile()
+        else:
             zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
             table_BM, stop_BE = np.zeros((size, self.width), np.int32), np.full((size, MOST_ENDS), -1, np.int32)
             batch = Batch(table_BM, zeros_B, zeros_B, zeros_B, zeros_B, stop_BE, idle_B)
-            allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if allowed else None
             given = controls([SamplingParams()] * size, self.config.vocab, known_V)
-            guesses = (np.zeros((size, width - 1), np.int32), zeros_B) if width > 1 else None
-            self.decode(batch, idle_B, 1, given, allowed_BW, top, guesses)
-
-        longest = min(CHUNK, self._shape[0])
-        table_M = np.zeros(self.width, np.int32)
-        for width in (_NARROWEST << doublings for doublings in range(16)):
-            yield f"prefill {width}", functools.partial(self.prefill, 0, np.zeros(width, np.int32), 0, table_M, -1)
-            if width >= longest:
-                break
-        top = min(MAX_TOP_LOGPROBS, self.config.vocab)
-        for size in self.batch_sizes:
-            yield f"decode {size}", functools.partial(decode, size, False, None)
-        for size, width in guessed.items():
-            yield f"decode {size} with {width - 1} guesses", functools.partial(decode, size, False, None, width)
-        for size in sorted({self.batch_sizes[0], self.batch_sizes[-1]}):
-            yield f"decode {size} with log-probabilities", functools.partial(decode, size, False, top)
-            if constraints:
-                yield f"decode {size} under constraints", functools.partial(decode, size, True, None)
-        yield "penalties", functools.partial(self.count_prompt, 0, np.zeros(1, np.int32))
-        yield "wipe", functools.partial(self.wipe, 0, [])
+            allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if program.allowed else None
+            guesses = (np.zeros((size, program.guesses), np.int32), zeros_B) if program.guesses else None
+            inputs = self._decode_inputs(self._shapes, batch, idle_B, 1, given, allowed_BW, guesses)
+            _decode.lower(*inputs, top=self.top if program.scored else None).compile()
 
     def _part(self, slot: int) -> int:
         """Which of the equal parts of the slots has this one."""
@@ -232,11 +279,11 @@ class ModelRunner:
 def chunk_length(left: int) -> int:
     """How many of so many tokens are prefilled next: two chunks where one would be padded by a quarter or more."""
     length = min(left, CHUNK)
-    half = _width(length) // 2
-    return half if 4 * (half + _width(length - half)) <= 3 * _width(length) else length
+    half = padded_width(length) // 2
+    return half if 4 * (half + padded_width(length - half)) <= 3 * padded_width(length) else length
 
 
-def _width(length: int) -> int:
+def padded_width(length: int) -> int:
     """To what so many tokens are padded: powers of two, for few programs."""
     return max(_NARROWEST, 1 << (length - 1).bit_length())
 
@@ -337,6 +384,10 @@ def _decode(
 def _wipe(held: DeviceState, pages_M: Any, here_B: Any) -> DeviceState:
     k, v = zero_pages((held.k, held.v), pages_M, here_B)
     return held._replace(k=k, v=v)
+
+
+def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if array.committed else None)
 
 
 def _laid(counts: TokenCounts) -> TokenCounts:

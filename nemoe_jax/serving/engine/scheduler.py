@@ -18,8 +18,9 @@ import numpy as np
 from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, DecodedTokens, Scores, has_penalty
 from nemoe_jax.inference.generate import GREEDY
 from nemoe_jax.inference.sampler import SamplerInputs, controls
-from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS, ScoredToken
-from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner, chunk_length
+from nemoe_jax.serving.engine.programs import Program, Programs
+from nemoe_jax.serving.engine.request import ScoredToken
+from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner, chunk_length, padded_width
 from nemoe_jax.serving.engine.slots import Slot, Slots
 from nemoe_jax.serving.engine.speculation import PromptLookup, Speculation
 from nemoe_jax.serving.engine.stream import ResponseStream
@@ -35,6 +36,7 @@ class Scheduler:
 
     Args:
         end_tokens: the model's.
+        programs: which are compiled.
         known_V: which rows of the embedding stand for a token, bool; None: all.
         speculate: guess tokens from what the prompt and the response hold (speculation.py).
 
@@ -48,6 +50,7 @@ class Scheduler:
         runner: ModelRunner,
         slots: Slots,
         end_tokens: frozenset[int],
+        programs: Programs,
         known_V: np.ndarray | None = None,
         speculate: bool = False,
     ):
@@ -55,29 +58,29 @@ class Scheduler:
         self.totals: Counter[str] = Counter()
         self.finished: Counter[str] = Counter()
         self.durations: deque[float] = deque(maxlen=_RECENT)
+        self.programs = programs
         self._prefilling: deque[Slot] = deque()
         self._known_V = known_V
         self.speculation = Speculation(runner.batch_sizes) if speculate else None
         # by the size of the batch; the first token comes alone, and says more
         self._seconds_a_token = dict.fromkeys(runner.batch_sizes, _STEP_SECONDS)
 
-    def admit(self, response: ResponseStream, adapter: int) -> bool:
-        """Gives a response a slot, where there is one with room for it; `adapter` is a number, or -1."""
-        slot = self.slots.assign(response, adapter, _key(adapter))
+    def admit(self, response: ResponseStream) -> bool:
+        """Gives a response a slot, where there is one with room for it."""
+        slot = self.slots.assign(response)
         if slot is None:
             return False
         self._prefilling.append(slot)
         self.totals["prompt"] += len(slot.prompt)
         return True
 
-    def step(self) -> None:
-        """One iteration over all slots."""
-        for slot in [*self.slots.taken.values()]:
-            if slot.response.cancelled:
-                self._finish(slot, "cancelled")
-        self._prefill()
-        if self.slots.decoding():
-            self._decode()
+    def step(self) -> bool:
+        """One iteration over all slots; False where there was nothing to do but to wait for programs."""
+        cancelled = [slot for slot in self.slots.taken.values() if slot.response.cancelled]
+        for slot in cancelled:
+            self._finish(slot, "cancelled")
+        worked = self._prefill() or bool(cancelled) or not self.slots.taken
+        return (bool(self.slots.decoding()) and self._decode()) or worked
 
     def reset(self) -> None:
         """Forgets all responses, with slots, pages and cache as at the start. The engine gives them their ends."""
@@ -85,55 +88,116 @@ class Scheduler:
         self.slots.reset()
         self.runner.reset()
 
-    def _prefill(self) -> None:
+    def _prefill(self) -> bool:
         """A chunk's worth of tokens, of one prompt after another; a long one takes several steps."""
-        left = CHUNK
+        left, waiting, worked = CHUNK, [], False
         while self._prefilling and left > 0:
             slot = self._prefilling.popleft()
-            self.slots.reuse(slot)
-            rest = slot.prompt[slot.prefilled : -1]
-            chunk = rest[: chunk_length(len(rest))] if len(rest) else rest
-            if len(chunk):
-                table_M = self.slots.batch.table_BM[slot.number]
-                slot.finite &= self.runner.prefill(slot.number, chunk, slot.prefilled, table_M, slot.adapter)
-            slot.prefilled += len(chunk)
-            if slot.finite:
-                self.slots.publish(slot)
-            left -= max(len(chunk), 1)
-            if slot.prefilled < len(slot.prompt) - 1:
-                self._prefilling.append(slot)
+            read = self._prefill_chunk(slot)
+            if read is None:
+                waiting.append(slot)
                 continue
-            self.totals["cached"] += slot.cached
-            slot.response.cached_tokens = slot.cached
-            request = slot.response.request
-            if request.prompt_logprobs:
-                slot.response.prompt_scores = self._prompt_scores(slot)
-            if has_penalty(request.sampling):
-                self.runner.count_prompt(slot.number, slot.prompt)
-            if self.speculation is not None:
-                slot.lookup = PromptLookup(request.prompt)
-            self.slots.start_decoding(slot, [*request.end_tokens(self.end_tokens)])
+            worked = True
+            left -= max(read, 1)
+            if not slot.decoding:
+                self._prefilling.append(slot)
+        self._prefilling.extendleft(reversed(waiting))
+        return worked
+
+    def _prefill_chunk(self, slot: Slot) -> int | None:
+        """Reads the next tokens of a prompt, and begins to decode behind the last; how many they were.
+
+        None where what they need is being compiled.
+        """
+        self.slots.reuse(slot)
+        rest = slot.prompt[slot.prefilled : -1]
+        chunk = rest
+        if len(rest):
+            shape = self._chunk_shape(len(rest))
+            if shape is None:
+                return None
+            length, width = shape
+            chunk, table_M = rest[:length], self.slots.batch.table_BM[slot.number]
+            slot.finite &= self.runner.prefill(slot.number, chunk, slot.prefilled, table_M, slot.adapter, width)
+            slot.prefilled += length
+        if slot.finite:
+            self.slots.publish(slot)
+        if slot.prefilled < len(slot.prompt) - 1:
+            return len(chunk)
+        if not self._decodable(slot):
+            return len(chunk) or None
+        self.totals["cached"] += slot.cached
+        slot.response.cached_tokens = slot.cached
+        request = slot.response.request
+        if request.prompt_logprobs:
+            slot.response.prompt_scores = self._prompt_scores(slot)
+        if has_penalty(request.sampling):
+            self.runner.count_prompt(slot.number, slot.prompt)
+        if self.speculation is not None:
+            slot.lookup = PromptLookup(request.prompt)
+        self.slots.start_decoding(slot, [*request.end_tokens(self.end_tokens)])
+        return len(chunk)
+
+    def _chunk_shape(self, left: int) -> tuple[int, int] | None:
+        """How many of so many tokens are prefilled next, and padded to what; None: the program is being compiled.
+
+        Where it need not be the same every time, another width does as well.
+        """
+        length = chunk_length(left)
+        if self.programs.ready(Program("prefill", padded_width(length))):
+            return length, padded_width(length)
+        widths = [width for width in self.runner.widths if self.programs.has(Program("prefill", width))]
+        if self.runner.deterministic or not widths:
+            return None
+        width = next((width for width in widths if width >= length), widths[-1])
+        return min(length, width), width
+
+    def _decodable(self, slot: Slot) -> bool:
+        """Whether all programs are compiled that the slot needs in order to decode with those that do."""
+        request = slot.response.request
+        needed = [Program("score", padded_width(len(slot.prompt)))] if request.prompt_logprobs else []
+        needed += [Program("penalties")] if has_penalty(request.sampling) else []
+        ready = [self.programs.ready(program) for program in needed]
+        return self._places([*self.slots.decoding(), slot]) is not None and all(ready)
+
+    def _places(self, slots: list[Slot]) -> np.ndarray | None:
+        """The places of slots in a step of them all; None where its program is being compiled."""
+        requests = [slot.response.request for slot in slots]
+        scored = any(request.top_logprobs is not None for request in requests)
+        allowed = any(request.constraint is not None for request in requests)
+        sizes = self.runner.batch_sizes
+        if scored or allowed:
+            sizes = sizes[:1] + sizes[-1:]
+        program = Program("decode", allowed=allowed, scored=scored)
+        compiled = [size for size in sizes if self.programs.has(program._replace(size=size))]
+        numbers = [slot.number for slot in slots]
+        places = self.runner.places(numbers, compiled)
+        if places is None:
+            places = self.runner.places(numbers, sizes)
+            assert places is not None
+        return places if self.programs.ready(program._replace(size=len(places))) else None
 
     def _prompt_scores(self, slot: Slot) -> tuple[ScoredToken, ...]:
         """The prompt's tokens with their log-probabilities; the first has none."""
         top = slot.response.request.top_logprobs or 0
-        logprob_T, tokens_TN, logprobs_TN = self.runner.score(slot.prompt, slot.adapter, max(top, 1))
         scored = [
             ScoredToken(int(token), float(logprob), tuple(zip(tokens_N.tolist(), logprobs_N.tolist(), strict=True)))
             for token, logprob, tokens_N, logprobs_N in zip(
-                slot.prompt[1:], logprob_T, tokens_TN[:, :top], logprobs_TN[:, :top], strict=True
+                slot.prompt[1:], *self.runner.score(slot.prompt, slot.adapter, top), strict=True
             )
         ]
         return (ScoredToken(int(slot.prompt[0])), *scored)
 
-    def _decode(self) -> None:
-        """Some tokens of all slots whose prompts are in the cache."""
+    def _decode(self) -> bool:
+        """Some tokens of all slots whose prompts are in the cache; False where the program is being compiled."""
         allowed = self._allowed(self.slots.decoding())
         active = self.slots.decoding()
         if not active:
-            return
+            return True
+        places = self._places(active)
+        if places is None:
+            return False
         scored = any(slot.response.request.top_logprobs is not None for slot in active)
-        places = self.runner.places([slot.number for slot in active], all_variants=not (scored or allowed))
         size = len(places)
         tokens = int(min(max(_STEP_SECONDS / self._seconds_a_token[size], 1), BLOCK))
         first = not any(slot.response.tokens for slot in active)
@@ -147,7 +211,7 @@ class Scheduler:
             tokens,
             self._sampler_inputs(places),
             self._allowed_words(allowed, places) if allowed else None,
-            min(MAX_TOP_LOGPROBS, self.config.vocab) if scored else None,
+            self.runner.top if scored else None,
             guesses,
         )
         seconds = time.monotonic() - started
@@ -168,6 +232,7 @@ class Scheduler:
                     raise
                 _log.exception("a response failed")
                 self._finish(slot, "error", f"the response failed: {error}")
+        return True
 
     def _guesses(self, active: list[Slot], places: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Tokens that may come next in each place, (B, K), and how many, (B,); None where guessing does not pay."""
@@ -175,6 +240,8 @@ class Scheduler:
         if self.speculation is None or size not in self.speculation.width:
             return None
         most = self.speculation.width[size] - 1
+        if not self.programs.ready(Program("decode", size, most)):
+            return None
         found = {}
         for slot in active:
             assert slot.lookup is not None
@@ -255,15 +322,10 @@ class Scheduler:
         if slot in self._prefilling:
             self._prefilling.remove(slot)
         if slot.decoding and reason != "error":
-            self.slots.publish_response(slot, _key(slot.adapter))
+            self.slots.publish_response(slot)
         self.slots.release(slot)
         self.finished[reason] += 1
         self.durations.append(time.monotonic() - slot.since)
-
-
-def _key(adapter: int) -> bytes:
-    """Tells apart the pages that one adapter, or none, has computed."""
-    return str(adapter).encode()
 
 
 class _SlotTokens(NamedTuple):

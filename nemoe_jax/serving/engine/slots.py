@@ -73,18 +73,16 @@ class Slots:
         """What the device is told of the slots in those places; -1: of an idle one."""
         return Batch(*(array[places] for array in self.batch))
 
-    def assign(self, response: ResponseStream, adapter: int, key: bytes = b"") -> Slot | None:
+    def assign(self, response: ResponseStream) -> Slot | None:
         """A slot for a response, in the part with the most pages of its prompt or else the most free ones.
 
         None where there is no room now.
-
-        Args:
-            key: tells apart prompts that share no pages though their tokens are the same.
         """
+        adapter = -1 if response.adapter is None else response.adapter.number
         prompt = np.array(response.request.prompt, np.int32)
         tokens = len(prompt) + response.request.max_new_tokens
         # the last token is read by the first step, which gives the logits behind it
-        keys = [] if self._shared_tokens is None else page_keys(prompt[:-1], self.pools[0].size, key)
+        keys = [] if self._shared_tokens is None else page_keys(prompt[:-1], self.pools[0].size, _key(response))
         of_part = [self._whole(pool.published(keys)) for pool in self.pools]
         idle = [number for number in range(len(self)) if number not in self.taken]
         fitting = [number for number in idle if self._pool(number).has_room(tokens, of_part[self._part(number)])]
@@ -118,13 +116,13 @@ class Slots:
             complete = slot.prefilled // self._shared_tokens * self._shared_tokens // self.pools[0].size
             self._publish(slot, min(complete, len(slot.keys)))
 
-    def publish_response(self, slot: Slot, key: bytes) -> None:
+    def publish_response(self, slot: Slot) -> None:
         """The same for what was generated: the next message of a chat comes behind it."""
         size = self.pools[0].size
         if self._shared_tokens == size:
             held = int(self.batch.length_B[slot.number])
             tokens = [*slot.response.request.prompt, *(scored.token for scored in slot.response.tokens)][:held]
-            slot.keys = page_keys(np.array(tokens, np.int32), size, key)
+            slot.keys = page_keys(np.array(tokens, np.int32), size, _key(slot.response))
             self._publish(slot, len(slot.keys))
 
     def withdraw(self, slot: Slot) -> None:
@@ -195,3 +193,8 @@ class Slots:
 
     def _part(self, number: int) -> int:
         return number // self._of_part
+
+
+def _key(response: ResponseStream) -> bytes:
+    """Tells apart the pages that an adapter of one content, or none, has computed."""
+    return b"" if response.adapter is None else response.adapter.key

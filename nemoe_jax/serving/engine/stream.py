@@ -5,6 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from nemoe_jax.adapters.loaded import LoadedAdapter
 from nemoe_jax.serving.engine.request import Request, RequestOutput, ScoredToken
 from nemoe_jax.serving.engine.stop_strings import StopStrings
 from nemoe_jax.text.tokenizers.base import Tokenizer
@@ -35,6 +36,7 @@ class ResponseStream:
         self.tokens: list[ScoredToken] = []
         self.finish_reason: str | None = None
         self.error: str | None = None
+        self.adapter: LoadedAdapter | None = None  # the request's
         self.cancelled = False
         self.cached_tokens = 0  # of the prompt, known with the first output
         self.prompt_scores: tuple[ScoredToken, ...] = ()  # for the first output

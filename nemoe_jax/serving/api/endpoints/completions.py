@@ -6,6 +6,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from nemoe_jax.serving.api.api_keys import caller_of
 from nemoe_jax.serving.api.errors import ApiError
 from nemoe_jax.serving.api.requests import CompletionRequest
 from nemoe_jax.serving.api.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, finite
@@ -27,7 +28,7 @@ DEFAULT_TOKENS = 16  # as in OpenAI's API
 async def complete(served: ServedModel, asked: CompletionRequest, request: Request) -> Response:
     """The answer to one HTTP request. Raises ApiError, UserError or Busy."""
     wanted, echoes = await run_in_threadpool(read, served, asked)
-    answers = EngineStreams(served.engine, wanted, served.metrics)
+    answers = EngineStreams(served.engine, wanted, served.metrics, caller_of(request.scope))
     writer = CompletionWriter(served, asked, echoes, sum(len(one.prompt) for one in wanted[:: asked.n or 1]))
     if asked.stream:
         return EventStream(writer.events(answers, request), answers)

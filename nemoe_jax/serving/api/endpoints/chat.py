@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from nemoe_jax.errors import UserError
+from nemoe_jax.serving.api.api_keys import caller_of
 from nemoe_jax.serving.api.errors import ApiError
 from nemoe_jax.serving.api.requests import ChatRequest, ChosenTool, JsonObjectFormat, JsonSchemaFormat
 from nemoe_jax.serving.api.responses import (
@@ -48,7 +49,7 @@ async def chat(served: ServedModel, asked: ChatRequest, request: Request) -> Res
     """The answer to one HTTP request. Raises ApiError, UserError or Busy."""
     tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or []] or None
     wanted = await run_in_threadpool(read, served, asked, tools)
-    answers = EngineStreams(served.engine, wanted, served.metrics)
+    answers = EngineStreams(served.engine, wanted, served.metrics, caller_of(request.scope))
     writer = ChatWriter(served, asked, tools if asked.tool_choice != "none" else None, len(wanted[0].prompt))
     headers = {"Warning": '299 nemoe "reasoning_effort: no effect"'} if asked.reasoning_effort is not None else {}
     if asked.stream:

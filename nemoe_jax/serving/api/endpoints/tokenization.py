@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from nemoe_jax.serving.api.chat import read_prompt
+from nemoe_jax.serving.api.endpoints.chat import read_prompt
 from nemoe_jax.serving.api.errors import ApiError
 from nemoe_jax.serving.api.requests import ChatRequest, Json, Message, StrictModel, TokenId, Tool
 from nemoe_jax.serving.api.served_model import ServedModel

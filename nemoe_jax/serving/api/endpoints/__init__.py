@@ -1,0 +1,1 @@
+"""The paths of the API that take a body, one module each."""
