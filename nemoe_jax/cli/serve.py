@@ -166,8 +166,15 @@ def _serve(arguments: argparse.Namespace) -> None:
             )
             _say(f"ready: {', '.join([served.name, *served.adapters])} at {url(bound)}/v1")
             server.serve_app(app, bound)
-        finally:
+        except BaseException:
             served.engine.close(drain=False)
+            served.engine.programs.wait()  # the interpreter does not end well while a program is being compiled
+            raise
+    served.engine.close(drain=False)
+    if not served.engine.programs.wait(0):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # compiling takes minutes, and cannot be interrupted
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, str]:
@@ -290,7 +297,7 @@ def _warm_up(served: "ServedModel", started: float) -> None:
     first: list[str] = []
 
     def done() -> None:
-        rest = [name for name in compiled if name not in first]
+        rest = [name for name in list(compiled) if name not in first]
         _say(f"compiled {len(rest)} more programs in {sum(map(compiled.__getitem__, rest)):.1f} s: {', '.join(rest)}")
 
     served.engine.compile(constraints, at_once=False, done=done)

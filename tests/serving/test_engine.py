@@ -14,7 +14,7 @@ from nemoe_jax.inference.generate import generate
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import PAGE
 from nemoe_jax.model.transformer import forward
-from nemoe_jax.serving.engine import runner, scheduler
+from nemoe_jax.serving.engine import device, runner, scheduler
 from nemoe_jax.serving.engine.engine import Busy, Closed, Engine
 from nemoe_jax.serving.engine.page_allocator import PageAllocator
 from nemoe_jax.serving.engine.request import Request, ScoredToken
@@ -254,13 +254,13 @@ def test_logits_that_are_no_numbers_end_their_own_answer_alone(params, tokenizer
 
 def test_a_step_that_fails_ends_what_runs_and_the_engine_goes_on(engine, monkeypatch):
     request = Request(prompt(5, 40), 9)
-    expected, whole = tokens_of(engine.submit(request)), runner._decode
+    expected, whole = tokens_of(engine.submit(request)), device.decode
 
     def fail(*given, **options):
-        monkeypatch.setattr(runner, "_decode", whole)
+        monkeypatch.setattr(device, "decode", whole)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(runner, "_decode", fail)
+    monkeypatch.setattr(device, "decode", fail)
     answer = engine.submit(request)
     answer.result(60)
     assert (answer.finish_reason, answer.error) == ("error", "the engine failed: out of memory")
@@ -273,8 +273,8 @@ def test_a_lost_device_closes_the_engine(params, tokenizer, monkeypatch):
     def fail(*given, **options):
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr(runner, "_decode", fail)
-    monkeypatch.setattr(runner, "_start", fail)
+    monkeypatch.setattr(device, "decode", fail)
+    monkeypatch.setattr(device, "start", fail)
     answers = [engine.submit(Request((5,), 9)) for _ in range(1)]
     for answer in answers:
         answer.result(60)
@@ -335,6 +335,9 @@ class Only:
     def accept(self, token):
         self.left -= 1
         self.seen.append(token)
+
+    def forced(self):
+        return []
 
 
 def test_constraints(engine):
@@ -422,7 +425,7 @@ def test_over_a_mesh(engine, params, tokenizer):
     requests = [Request(prompt(seed, length), 8) for seed, length in enumerate((1, 20, 300, 150, 31))]
     requests.append(Request(prompt(5, 9), 8, SamplingParams(temperature=1, repetition_penalty=1.2, seed=4)))
     expected = [tokens_of(engine.submit(request)) for request in requests]
-    before = runner._decode._cache_size()
+    before = device.decode._cache_size()
     with Engine(CONFIG, placed, tokenizer, max_num_seqs=4, kv_tokens=8 * PAGE, mesh=mesh) as own:
         assert own.context == 4 * PAGE  # a part's own
         answers = [own.submit(request) for request in requests]
@@ -431,7 +434,7 @@ def test_over_a_mesh(engine, params, tokenizer):
         assert bad.result(60) == "" and bad.finish_reason == "error"
         assert own.statistics().free_tokens == own.statistics().tokens == 8 * PAGE
         assert own._scheduler.runner.batch_sizes == (2, 4)
-    assert runner._decode._cache_size() <= before + 2  # one program of each size serves them all
+    assert device.decode._cache_size() <= before + 2  # one program of each size serves them all
 
 
 def test_programs_for_what_is_asked_alone_give_the_same_tokens(engine, params, tokenizer):

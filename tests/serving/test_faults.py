@@ -41,6 +41,9 @@ class Alternating:
     def accept(self, token):
         self.next = 21 - token
 
+    def forced(self):
+        return []
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
@@ -102,7 +105,7 @@ def test_the_loop_is_known(calls):
     names = {name_of(function) for function in calls}
     expected = {
         "engine.Engine": "_iterate _admit _drop_cancelled",
-        "scheduler.Scheduler": "step _prefill _decode _append _allowed _release",
+        "scheduler.Scheduler": "step _prefill _decode _append _allowed _take_forced _release",
         "slots.Slots": "assign release",
         "page_allocator.PageAllocator": "allocate free",
         "runner.ModelRunner": "decode count_prompt wipe",

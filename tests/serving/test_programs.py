@@ -41,6 +41,9 @@ class Only:
     def accept(self, token):
         pass
 
+    def forced(self):
+        return []
+
 
 def tokens_of(response):
     response.result(60)
@@ -49,7 +52,7 @@ def tokens_of(response):
 
 def compiled(records):
     """The engine's programs among what was compiled."""
-    found = [re.match(r"Compiling jit\((_prefill|_decode|_count|_wipe|_score)\)", one.getMessage()) for one in records]
+    found = [re.match(r"Compiling jit\((prefill|decode|count|wipe|score)\)", one.getMessage()) for one in records]
     return [match[1] for match in found if match]
 
 

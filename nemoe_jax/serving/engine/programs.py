@@ -50,6 +50,7 @@ class Programs:
         self._ready: set[Program] | None = None
         self._listed: tuple[Program, ...] = ()
         self._closed = False
+        self._threads: list[threading.Thread] = []
         self.first: list[str] = []
         self.seconds: dict[str, float] = {}
 
@@ -61,17 +62,19 @@ class Programs:
         """
         self._listed = (*first, *then)
         for program in first:
-            self._make(program)
+            if self._claim(program):
+                self._make(program)
         self._ready, self.first = set(self._begun), [*map(str, first)]
 
         def rest() -> None:
             for program in then:
                 if self._closed:
                     return
-                self._make(program)
+                if self._claim(program):
+                    self._make(program)
             done()
 
-        threading.Thread(target=rest, name="compiler", daemon=True).start()
+        self._start(rest)
 
     def has(self, program: Program) -> bool:
         """Whether it is compiled."""
@@ -81,8 +84,8 @@ class Programs:
         """Whether it is compiled; otherwise it is being compiled from now on."""
         if self.has(program):
             return True
-        if program not in self._begun:
-            threading.Thread(target=self._make, args=(program,), name="compiler", daemon=True).start()
+        if self._claim(program):
+            self._start(self._make, program)
         return False
 
     @property
@@ -94,11 +97,25 @@ class Programs:
         """Begins with no further one."""
         self._closed = True
 
-    def _make(self, program: Program) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits for what is being compiled, which cannot be interrupted; whether that has ended."""
+        for thread in self._threads:
+            thread.join(seconds)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _start(self, work: Callable[..., None], *given: Program) -> None:
+        self._threads = [one for one in self._threads if one.is_alive()]
+        self._threads.append(threading.Thread(target=work, args=given, name="compiler", daemon=True))
+        self._threads[-1].start()
+
+    def _claim(self, program: Program) -> bool:
+        """Whether nobody has begun with it yet: the caller has to."""
         with self._lock:
-            if program in self._begun:
-                return
+            fresh = program not in self._begun
             self._begun.add(program)
+            return fresh
+
+    def _make(self, program: Program) -> None:
         started = time.monotonic()
         try:
             self._compile(program)

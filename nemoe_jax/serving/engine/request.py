@@ -22,6 +22,9 @@ class Constraint(Protocol):
     def accept(self, token: int) -> None:
         """Advances by a token that was allowed."""
 
+    def forced(self) -> list[int]:
+        """Tokens that come next whatever the model says; none where it has a choice."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:

@@ -9,53 +9,30 @@ depends on its own request alone, to the last bit.
 B slots of a step, T tokens of a chunk, M pages of a sequence, E stop tokens, V vocabulary, W words of 32 bits.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nemoe_jax.adapters.loaded import LoadedAdapters
-from nemoe_jax.adapters.multi_lora import select_adapters
-from nemoe_jax.inference.decode import DecodedTokens, DecodeState, decode, read_only, verify
-from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, controls, scores, specialized
+from nemoe_jax.inference.decode import DecodedTokens
+from nemoe_jax.inference.sampler import SamplerInputs, controls, specialized
 from nemoe_jax.inference.sampling import SamplingParams
-from nemoe_jax.kernels.attention.paged import KVPages
 from nemoe_jax.model.decode_weights import prepare_decode_params
-from nemoe_jax.model.kv_cache import KVCache, division, shared_cache, zero_pages
-from nemoe_jax.model.transformer import hidden_states, logits
+from nemoe_jax.model.kv_cache import division
+from nemoe_jax.serving.engine import device
+from nemoe_jax.serving.engine.device import Batch, DeviceState
 from nemoe_jax.serving.engine.programs import Program
 from nemoe_jax.serving.engine.request import MAX_TOP_LOGPROBS
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
-from nemoe_jax.spec.sharding import constrain_tokens
 
 CHUNK = 512  # tokens of a prompt that are read at a time
 _NARROWEST = 32
 MOST_ENDS = 16  # stop tokens of a slot on the device; more are found by the host, some steps later
-
-
-class DeviceState(NamedTuple):
-    """What stays on the device."""
-
-    k: KVPages
-    v: KVPages
-    counts: TokenCounts
-
-
-class Batch(NamedTuple):
-    """The slots as the host wants them to be; all NumPy's int32 until a program has them."""
-
-    table_BM: Any
-    length_B: Any  # tokens that each slot holds in the cache
-    next_B: Any  # the tokens that are read next
-    step_B: Any  # tokens generated so far
-    remaining_B: Any  # tokens that each slot may still generate; 0: it is idle
-    stop_BE: Any  # tokens that end the response; -1 for none
-    adapter_B: Any  # the number of each slot's adapter; -1 for none
 
 
 class ModelRunner:
@@ -104,7 +81,7 @@ class ModelRunner:
     def reset(self) -> None:
         """An empty cache, as at the start."""
         self.held: Any = None  # there is no room for two
-        cache, counts = _start(self.config, self.slots, *self._shape)
+        cache, counts = device.start(self.config, self.slots, *self._shape)
         self.width = cache.table_BM.shape[1]
         self.held = DeviceState(cache.k, cache.v, counts)
         if jax.sharding.get_abstract_mesh().empty:  # where the parameters are: once for all, or it would compile twice
@@ -144,7 +121,7 @@ class ModelRunner:
         """
         width = padded_width(len(tokens)) if width is None else width
         given = self._prefill_inputs(self.held, slot, tokens, position, table_M, adapter, width)
-        self.held, finite_B = _prefill(*given)
+        self.held, finite_B = device.prefill(*given)
         return bool(finite_B.all())
 
     def _prefill_inputs(
@@ -172,7 +149,7 @@ class ModelRunner:
     def score(self, prompt: np.ndarray, adapter: int, top: int) -> Any:
         """Log-probabilities (nats) of a prompt's tokens but the first, and the `top` likeliest in their places."""
         given = self._score_inputs(np.pad(prompt, (0, padded_width(len(prompt)) - len(prompt))), adapter)
-        scored = jax.device_get(_score(*given, top=self.top))
+        scored = jax.device_get(device.score(*given, top=self.top))
         logprob_T, tokens_TN, logprobs_TN = (array[: len(prompt) - 1] for array in scored)
         return logprob_T, tokens_TN[:, :top], logprobs_TN[:, :top]
 
@@ -182,13 +159,20 @@ class ModelRunner:
     def count_prompt(self, slot: int, prompt: np.ndarray) -> None:
         """The slot's counts are those of a new prompt."""
         for first in range(0, len(prompt), CHUNK):
-            self.held = _count(*self._count_inputs(self.held, slot, prompt[first : first + CHUNK], first == 0))
+            self.held = device.count(*self._count_inputs(self.held, slot, prompt[first : first + CHUNK], first == 0))
 
     def _count_inputs(self, held: Any, slot: int, chunk: np.ndarray, first: bool) -> tuple[Any, ...]:
         here_B = np.arange(self.slots) == slot
         tokens_BT = np.zeros((self.slots, CHUNK), np.int32)
         tokens_BT[slot, : len(chunk)] = chunk
         return held, here_B & first, tokens_BT, np.where(here_B, np.int32(len(chunk)), np.int32(0))
+
+    def prepared(self, inputs: SamplerInputs, plain: bool) -> SamplerInputs:
+        """The sampler's inputs as steps take them, for many of them; `plain`: no constraints and log-probabilities."""
+        if self._specialize and plain:
+            inputs = specialized(inputs)
+        alone = jax.sharding.get_abstract_mesh().empty
+        return jax.tree.map(jnp.asarray, inputs) if alone else inputs
 
     def decode(
         self,
@@ -205,11 +189,10 @@ class ModelRunner:
         Args:
             guesses: tokens that may come next, (B, K), and how many of them count, (B,): one step checks them.
         """
-        if self._specialize and allowed_BW is None and top is None:
-            controls = specialized(controls)
         given = self._decode_inputs(self.held, batch, places, steps, controls, allowed_BW, guesses)
-        self.held, block = _decode(*given, top=top)
-        return jax.device_get(block)
+        self.held, packed, scores = device.decode(*given, top=top)
+        packed, scores = jax.device_get((packed, scores))
+        return DecodedTokens(packed[0, 0], packed[3:], packed[1], packed[2] > 0, scores)
 
     def _decode_inputs(
         self, held: Any, batch: Batch, places: np.ndarray, steps: int, controls: Any, allowed_BW: Any, guesses: Any
@@ -221,7 +204,7 @@ class ModelRunner:
 
     def wipe(self, slot: int, pages: list[int]) -> None:
         """Zeros in a slot's pages: NaN in them would harm the next sequence even where it is masked."""
-        self.held = _wipe(*self._wipe_inputs(self.held, slot, pages))
+        self.held = device.wipe(*self._wipe_inputs(self.held, slot, pages))
 
     def _wipe_inputs(self, held: Any, slot: int, pages: list[int]) -> tuple[Any, ...]:
         pages_M = np.full(self.width, np.iinfo(np.int32).max, np.int32)
@@ -254,13 +237,13 @@ class ModelRunner:
         size = program.size
         if program.kind == "prefill":
             table_M, tokens = np.zeros(self.width, np.int32), np.zeros(size, np.int32)
-            _prefill.lower(*self._prefill_inputs(self._shapes, 0, tokens, 0, table_M, -1, size)).compile()
+            device.prefill.lower(*self._prefill_inputs(self._shapes, 0, tokens, 0, table_M, -1, size)).compile()
         elif program.kind == "score":
-            _score.lower(*self._score_inputs(np.zeros(size, np.int32), -1), top=self.top).compile()
+            device.score.lower(*self._score_inputs(np.zeros(size, np.int32), -1), top=self.top).compile()
         elif program.kind == "penalties":
-            _count.lower(*self._count_inputs(self._shapes, 0, np.zeros(1, np.int32), True)).compile()
+            device.count.lower(*self._count_inputs(self._shapes, 0, np.zeros(1, np.int32), True)).compile()
         elif program.kind == "wipe":
-            _wipe.lower(*self._wipe_inputs(self._shapes, 0, [])).compile()
+            device.wipe.lower(*self._wipe_inputs(self._shapes, 0, [])).compile()
         else:
             zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
             table_BM, stop_BE = np.zeros((size, self.width), np.int32), np.full((size, MOST_ENDS), -1, np.int32)
@@ -269,7 +252,7 @@ class ModelRunner:
             allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if program.allowed else None
             guesses = (np.zeros((size, program.guesses), np.int32), zeros_B) if program.guesses else None
             inputs = self._decode_inputs(self._shapes, batch, idle_B, 1, given, allowed_BW, guesses)
-            _decode.lower(*inputs, top=self.top if program.scored else None).compile()
+            device.decode.lower(*inputs, top=self.top if program.scored else None).compile()
 
     def _part(self, slot: int) -> int:
         """Which of the equal parts of the slots has this one."""
@@ -299,96 +282,5 @@ def _batch_sizes(config: ModelConfig, slots: int) -> Iterator[int]:
     yield slots
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _start(config: ModelConfig, slots: int, tokens: int, pages: int, dtype: Any) -> tuple[KVCache, TokenCounts]:
-    return shared_cache(config, slots, tokens, pages, dtype), _laid(TokenCounts.empty(slots, config.vocab))
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="held")
-def _prefill(
-    config: ModelConfig,
-    params: Tree,
-    tokens_BT: Any,
-    num_new_tokens_B: Any,
-    held: DeviceState,
-    table_BM: Any,
-    length_B: Any,
-    stacked: Tree | None,
-    adapter_B: Any,
-) -> tuple[DeviceState, jax.Array]:
-    adapters = select_adapters(stacked, adapter_B) if stacked else None
-    x_BTD, cache = read_only(
-        config, params, tokens_BT, num_new_tokens_B, KVCache(held.k, held.v, table_BM, length_B), adapters
-    )
-    # where a token's keys or values are NaN, so is what comes of it in the end
-    new_BT = jnp.arange(tokens_BT.shape[1]) < num_new_tokens_B[:, None]
-    finite_B = (jnp.isfinite(x_BTD).all(axis=-1) | ~new_BT).all(axis=-1)
-    return DeviceState(cache.k, cache.v, held.counts), finite_B
-
-
-@functools.partial(jax.jit, static_argnames=("config", "top"))
-def _score(config: ModelConfig, params: Tree, tokens_T: Any, stacked: Tree | None, adapter_B: Any, top: int) -> Any:
-    adapters = select_adapters(stacked, adapter_B) if stacked else None
-    x_TD = hidden_states(config, params, tokens_T[None], adapters=adapters).x_BTD[0]
-
-    def chunk(given):
-        x_CD, target_C = given
-        return scores(logits(config, params, x_CD[None], adapters)[0], target_C, top)
-
-    chunks = (-1, _NARROWEST)  # the logits of all tokens at once would take gigabytes
-    target_T = jnp.roll(tokens_T, -1)
-    scored = jax.lax.map(chunk, (x_TD.reshape(*chunks, x_TD.shape[-1]), target_T.reshape(chunks)))
-    return [array.reshape(-1, *array.shape[2:]) for array in scored]
-
-
-@functools.partial(jax.jit, donate_argnames="held")
-def _count(held: DeviceState, forgotten_B: Any, tokens_BT: Any, num_new_tokens_B: Any) -> DeviceState:
-    return held._replace(counts=_laid(held.counts.forget(forgotten_B).add_prompt(tokens_BT, num_new_tokens_B)))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "top"), donate_argnames="held")
-def _decode(
-    config: ModelConfig,
-    params: Tree,
-    held: DeviceState,
-    batch: Batch,
-    slot_B: Any | None,
-    steps: Any,
-    controls: SamplerInputs,
-    allowed_BW: Any | None,
-    stacked: Tree | None,
-    guesses: tuple[Any, Any] | None,
-    top: int | None,
-) -> tuple[DeviceState, DecodedTokens]:
-    cache = KVCache(held.k, held.v, batch.table_BM, batch.length_B)
-    penalized = controls.repetition_B is not None  # a slot with a penalty has it from its first token to its last
-    counts = held.counts if penalized else None
-    if counts is not None and slot_B is not None:
-        counts = TokenCounts(*(array_BV.at[slot_B].get(mode="fill", fill_value=0) for array_BV in counts))
-    state = DecodeState(cache, counts, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE)
-    adapters = select_adapters(stacked, batch.adapter_B) if stacked else None
-    if guesses is None:
-        state, block = decode(config, params, state, steps, controls, adapters=adapters, allowed_BW=allowed_BW, top=top)
-    else:
-        state, block = verify(config, params, state, *guesses, controls, adapters=adapters)
-    if state.counts is None:
-        return DeviceState(state.cache.k, state.cache.v, held.counts), block
-    counts = state.counts
-    if slot_B is not None:  # the idle places' are beyond the slots
-        pairs = zip(held.counts, counts, strict=True)
-        counts = TokenCounts(*(whole_BV.at[slot_B].set(array_BV, mode="drop") for whole_BV, array_BV in pairs))
-    return DeviceState(state.cache.k, state.cache.v, _laid(counts)), block
-
-
-@functools.partial(jax.jit, donate_argnames="held")
-def _wipe(held: DeviceState, pages_M: Any, here_B: Any) -> DeviceState:
-    k, v = zero_pages((held.k, held.v), pages_M, here_B)
-    return held._replace(k=k, v=v)
-
-
 def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if array.committed else None)
-
-
-def _laid(counts: TokenCounts) -> TokenCounts:
-    return TokenCounts(*map(constrain_tokens, counts))

@@ -11,17 +11,16 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from typing import NamedTuple
 
 import numpy as np
 
-from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, DecodedTokens, Scores, has_penalty
+from nemoe_jax.inference.decode import BLOCK, NOT_A_NUMBER, has_penalty
 from nemoe_jax.inference.generate import GREEDY
 from nemoe_jax.inference.sampler import SamplerInputs, controls
 from nemoe_jax.serving.engine.programs import Program, Programs
 from nemoe_jax.serving.engine.request import ScoredToken
 from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner, chunk_length, padded_width
-from nemoe_jax.serving.engine.slots import Slot, Slots
+from nemoe_jax.serving.engine.slots import Slot, Slots, SlotTokens
 from nemoe_jax.serving.engine.speculation import PromptLookup, Speculation
 from nemoe_jax.serving.engine.stream import ResponseStream
 from nemoe_jax.spec.config import ModelConfig
@@ -60,6 +59,9 @@ class Scheduler:
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self.programs = programs
         self._prefilling: deque[Slot] = deque()
+        self._inputs_of: tuple[bool, list[ResponseStream | None]] | None = None  # which step's `_inputs` are
+        self._inputs = controls([], config.vocab)
+        self._seconds_a_chunk: dict[int, float] = {}  # of a prompt, by the width
         self._known_V = known_V
         self.speculation = Speculation(runner.batch_sizes) if speculate else None
         # by the size of the batch; the first token comes alone, and says more
@@ -85,6 +87,7 @@ class Scheduler:
     def reset(self) -> None:
         """Forgets all responses, with slots, pages and cache as at the start. The engine gives them their ends."""
         self._prefilling.clear()
+        self._inputs_of = None
         self.slots.reset()
         self.runner.reset()
 
@@ -118,7 +121,10 @@ class Scheduler:
                 return None
             length, width = shape
             chunk, table_M = rest[:length], self.slots.batch.table_BM[slot.number]
+            started = time.monotonic()
             slot.finite &= self.runner.prefill(slot.number, chunk, slot.prefilled, table_M, slot.adapter, width)
+            seconds = time.monotonic() - started
+            self._seconds_a_chunk[width] = min(seconds, 2 * self._seconds_a_chunk.get(width, seconds))
             slot.prefilled += length
         if slot.finite:
             self.slots.publish(slot)
@@ -190,6 +196,7 @@ class Scheduler:
 
     def _decode(self) -> bool:
         """Some tokens of all slots whose prompts are in the cache; False where the program is being compiled."""
+        self._take_forced(self.slots.decoding())
         allowed = self._allowed(self.slots.decoding())
         active = self.slots.decoding()
         if not active:
@@ -209,7 +216,7 @@ class Scheduler:
             self.slots.at(places),
             places,
             tokens,
-            self._sampler_inputs(places),
+            self._sampler_inputs(places, not (allowed or scored)),
             self._allowed_words(allowed, places) if allowed else None,
             self.runner.top if scored else None,
             guesses,
@@ -225,13 +232,7 @@ class Scheduler:
             if guesses is not None and slot.lookup is not None and guesses[1][place_of[slot.number]]:
                 place = place_of[slot.number]
                 slot.lookup.note(int(guesses[1][place]), int(block.num_generated_B[place]) - 1)
-            try:
-                self._append(slot, _SlotTokens.of(block, place_of[slot.number]), allowed.get(slot.number))
-            except Exception as error:  # its own text, its own constraint: the others go on
-                if self.slots.taken.get(slot.number) is not slot:  # but for one in giving back its slot and pages
-                    raise
-                _log.exception("a response failed")
-                self._finish(slot, "error", f"the response failed: {error}")
+            self._append_safely(slot, SlotTokens.of(block, place_of[slot.number]), allowed.get(slot.number))
         return True
 
     def _guesses(self, active: list[Slot], places: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -255,11 +256,47 @@ class Scheduler:
             guess_BK[place, : len(guess)], count_B[place] = guess, len(guess)
         return guess_BK, count_B
 
-    def _sampler_inputs(self, places: np.ndarray) -> SamplerInputs:
+    def _sampler_inputs(self, places: np.ndarray, plain: bool) -> SamplerInputs:
         """The sampling parameters of the slot in each place; none where it is idle."""
         slots = [self.slots.taken.get(int(number)) for number in places]
-        samplings = [GREEDY if slot is None else slot.response.request.sampling for slot in slots]
-        return controls(samplings, self.config.vocab, self._known_V)
+        key = plain, [None if slot is None else slot.response for slot in slots]
+        if key != self._inputs_of:
+            samplings = [GREEDY if slot is None else slot.response.request.sampling for slot in slots]
+            self._inputs = self.runner.prepared(controls(samplings, self.config.vocab, self._known_V), plain)
+            self._inputs_of = key
+        return self._inputs
+
+    def _take_forced(self, slots: list[Slot]) -> None:
+        """Tokens that constraints leave no choice about, in one forward pass for all of a slot's."""
+        for slot in slots:
+            request = slot.response.request
+            constraint = request.constraint
+            if constraint is None or request.top_logprobs is not None or has_penalty(request.sampling):
+                continue  # log-probabilities and counts are made by steps
+            try:
+                tokens = constraint.forced()[: int(self.slots.batch.remaining_B[slot.number]) - 1][:CHUNK]
+            except Exception as error:
+                self._finish(slot, "error", f"the answer's constraint failed: {error}")
+                continue
+            shape = self._chunk_shape(len(tokens)) if self._jump_pays(len(tokens), len(slots)) else None
+            if shape is not None:
+                tokens = tokens[: shape[0]]
+                self._jump(slot, tokens, shape[1])
+
+    def _jump_pays(self, tokens: int, slots: int) -> bool:
+        """Whether that many tokens at once take less of all slots' time than in steps; the first one is waited for."""
+        if tokens < 2 or self.runner.deterministic:
+            return False
+        chunk = self._seconds_a_chunk.get(padded_width(tokens), math.inf)
+        step = min(seconds for size, seconds in self._seconds_a_token.items() if size >= slots)
+        return chunk * slots <= tokens * step
+
+    def _jump(self, slot: Slot, tokens: list[int], width: int) -> None:
+        batch = self.slots.batch
+        read = np.array([batch.next_B[slot.number], *tokens[:-1]], np.int32)
+        position, table_M = int(batch.length_B[slot.number]), batch.table_BM[slot.number]
+        finite = self.runner.prefill(slot.number, read, position, table_M, slot.adapter, width)
+        self._append_safely(slot, SlotTokens(tokens, not finite, None), None)
 
     def _allowed(self, active: list[Slot]) -> dict[int, np.ndarray]:
         """Bits of the tokens that each slot under a constraint may have next, by its number."""
@@ -284,7 +321,16 @@ class Scheduler:
                 allowed_BW[place, : len(allowed[number])] = allowed[number]
         return allowed_BW
 
-    def _append(self, slot: Slot, given: "_SlotTokens", allowed_W: np.ndarray | None) -> None:
+    def _append_safely(self, slot: Slot, given: SlotTokens, allowed_W: np.ndarray | None) -> None:
+        try:
+            self._append(slot, given, allowed_W)
+        except Exception as error:  # its own text, its own constraint: the others go on
+            if self.slots.taken.get(slot.number) is not slot:  # but for one in giving back its slot and pages
+                raise
+            _log.exception("a response failed")
+            self._finish(slot, "error", f"the response failed: {error}")
+
+    def _append(self, slot: Slot, given: SlotTokens, allowed_W: np.ndarray | None) -> None:
         """What a slot generated, for its response."""
         response = slot.response
         if given.tokens:
@@ -301,7 +347,8 @@ class Scheduler:
             constraint = response.request.constraint
             if constraint is not None:
                 try:
-                    constraint.accept(given.tokens[0])
+                    for token in given.tokens:
+                        constraint.accept(token)
                 except Exception as error:
                     return self._finish(slot, "error", f"the answer's constraint failed: {error}")
         if given.failed:
@@ -326,32 +373,3 @@ class Scheduler:
         self.slots.release(slot)
         self.finished[reason] += 1
         self.durations.append(time.monotonic() - slot.since)
-
-
-class _SlotTokens(NamedTuple):
-    """One slot's share of a block."""
-
-    tokens: list[int]
-    failed: bool
-    scores: Scores | None  # (S,), (S, N) and (S, N)
-
-    @classmethod
-    def of(cls, block: DecodedTokens, place: int) -> "_SlotTokens":
-        tokens = block.tokens_SB[: int(block.num_generated_B[place]), place].tolist()
-        scores = None if block.scores is None else Scores(*(array[:, place] for array in block.scores))
-        return cls(tokens, bool(block.failed_B[place]), scores)
-
-    def scored(self, top: int | None) -> list[ScoredToken]:
-        """The tokens, with log-probabilities where `top` says so."""
-        if top is None:
-            return [ScoredToken(token) for token in self.tokens]
-        assert self.scores is not None
-        logprob_S, tokens_SN, logprobs_SN = self.scores
-        return [
-            ScoredToken(
-                token,
-                float(logprob_S[at]),
-                tuple(zip(tokens_SN[at, :top].tolist(), logprobs_SN[at, :top].tolist(), strict=True)),
-            )
-            for at, token in enumerate(self.tokens)
-        ]

@@ -5,11 +5,15 @@ B slots, M pages of a sequence, E stop tokens.
 
 import dataclasses
 import time
+from typing import NamedTuple
 
 import numpy as np
 
+from nemoe_jax.inference.decode import DecodedTokens, Scores
+from nemoe_jax.serving.engine.device import Batch
 from nemoe_jax.serving.engine.page_allocator import PageAllocator, page_keys
-from nemoe_jax.serving.engine.runner import MOST_ENDS, Batch
+from nemoe_jax.serving.engine.request import ScoredToken
+from nemoe_jax.serving.engine.runner import MOST_ENDS
 from nemoe_jax.serving.engine.speculation import PromptLookup
 from nemoe_jax.serving.engine.stream import ResponseStream
 
@@ -193,6 +197,35 @@ class Slots:
 
     def _part(self, number: int) -> int:
         return number // self._of_part
+
+
+class SlotTokens(NamedTuple):
+    """One slot's share of a block."""
+
+    tokens: list[int]
+    failed: bool
+    scores: Scores | None  # (S,), (S, N) and (S, N)
+
+    @classmethod
+    def of(cls, block: DecodedTokens, place: int) -> "SlotTokens":
+        tokens = block.tokens_SB[: int(block.num_generated_B[place]), place].tolist()
+        scores = None if block.scores is None else Scores(*(array[:, place] for array in block.scores))
+        return cls(tokens, bool(block.failed_B[place]), scores)
+
+    def scored(self, top: int | None) -> list[ScoredToken]:
+        """The tokens, with log-probabilities where `top` says so."""
+        if top is None:
+            return [ScoredToken(token) for token in self.tokens]
+        assert self.scores is not None
+        logprob_S, tokens_SN, logprobs_SN = self.scores
+        return [
+            ScoredToken(
+                token,
+                float(logprob_S[at]),
+                tuple(zip(tokens_SN[at, :top].tolist(), logprobs_SN[at, :top].tolist(), strict=True)),
+            )
+            for at, token in enumerate(self.tokens)
+        ]
 
 
 def _key(response: ResponseStream) -> bytes:

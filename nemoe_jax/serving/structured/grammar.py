@@ -121,7 +121,7 @@ class Grammar:
     def __init__(self, vocabulary: TokenBytes, rules: str, what: str):
         import llguidance
 
-        self._vocab_size = vocabulary.vocab_size
+        self._vocab_size, self._library = vocabulary.vocab_size, vocabulary.library
         self._what = what
         # ten times the library's own bounds, for schemas of a thousand properties
         limits = llguidance.LLParserLimits(max_items_in_row=20_000, step_max_items=500_000, verbose_errors=False)
@@ -143,6 +143,18 @@ class Grammar:
         if not self._matcher.consume_token(token):
             self._check()
             raise UserError(f"{self._what}: token {token} is not allowed here")
+
+    def forced(self) -> list[int]:
+        """Tokens that spell what the grammar leaves no choice about, but for those that what follows may join."""
+        spelled = self._matcher.compute_ff_bytes()  # first: the tokens are known only behind it
+        tokens = self._matcher.compute_ff_tokens()
+        if not spelled.startswith(
+            self._library.decode_bytes(tokens)
+        ):  # SentencePiece writes a space in front of a text
+            return []
+        tokens = tokens[: self._matcher.validate_tokens(tokens)]
+        beyond = (at for at, token in enumerate(tokens) if token >= self._vocab_size)
+        return tokens[: next(beyond, len(tokens))]
 
     def _check(self) -> None:
         error = self._matcher.get_error()
@@ -179,6 +191,10 @@ class UntilToolCall:
     def allowed(self) -> np.ndarray:
         """Bits of the tokens that may come next, (W,) uint32."""
         return self._then.allowed() if self._begun and self._then else self._allowed_W
+
+    def forced(self) -> list[int]:
+        """Those of the other constraint, once it has begun."""
+        return self._then.forced() if self._begun and self._then else []
 
     def accept(self, token: int) -> None:
         """Goes on behind a token."""
