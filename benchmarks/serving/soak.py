@@ -69,7 +69,6 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 CLIENTS = 12
-PATIENCE = 60  # seconds in which a request must have an end
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": False}
 
 
@@ -78,6 +77,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--patience", type=int, default=60, help="seconds in which a request must have an end (default 60)"
+    )
     arguments = parser.parse_args()
     logging.getLogger("nemoe_jax").setLevel(logging.CRITICAL + 1)  # each fault would be a traceback
     outcomes: Counter[str] = Counter()
@@ -87,7 +89,9 @@ def main() -> int:
         before = post(port, "/v1/completions", probe)[1]["choices"][0]["text"]
         stop = threading.Event()
         clients = [
-            threading.Thread(target=client, args=(port, random.Random(arguments.seed + one), stop, outcomes))
+            threading.Thread(
+                target=client, args=(port, random.Random(arguments.seed + one), stop, outcomes, arguments.patience)
+            )
             for one in range(CLIENTS)
         ]
         with injected(random.Random(arguments.seed), outcomes):
@@ -96,7 +100,7 @@ def main() -> int:
             time.sleep(60 * arguments.minutes)
             stop.set()
             for one in clients:
-                one.join(2 * PATIENCE)
+                one.join(2 * arguments.patience)
         problems = [f"{sum(one.is_alive() for one in clients)} clients still wait"] * any(
             one.is_alive() for one in clients
         )
@@ -196,7 +200,7 @@ def failing(name, owner, attribute, share, chance, outcomes):
         setattr(owner, attribute, original)
 
 
-def client(port: int, chance: random.Random, stop: threading.Event, outcomes: Counter[str]) -> None:
+def client(port: int, chance: random.Random, stop: threading.Event, outcomes: Counter[str], patience: int) -> None:
     """Asks, one request after another."""
     while not stop.is_set():
         body = {
@@ -217,16 +221,17 @@ def client(port: int, chance: random.Random, stop: threading.Event, outcomes: Co
                 body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
         leaving = chance.random() < 0.1
         try:
-            outcomes[ask(port, path, {key: value for key, value in body.items() if value is not None}, leaving)] += 1
+            given = {key: value for key, value in body.items() if value is not None}
+            outcomes[ask(port, path, given, leaving, patience)] += 1
         except TimeoutError:
             outcomes[f"no end: {path} {'streamed' if body['stream'] else 'whole'}"] += 1
         except (OSError, http.client.HTTPException) as error:
             outcomes[f"no end: {error!r:.60}"] += 1
 
 
-def ask(port: int, path: str, body: dict, leaving: bool) -> str:
+def ask(port: int, path: str, body: dict, leaving: bool, patience: int) -> str:
     """One request: how it ended."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         if leaving and not body["stream"]:
@@ -248,14 +253,14 @@ def ask(port: int, path: str, body: dict, leaving: bool) -> str:
 
 
 def post(port: int, path: str, body: dict) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10 * PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     return response.status, json.loads(response.read())
 
 
 def get(port: int, path: str) -> tuple[int, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10 * PATIENCE)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("GET", path)
     response = connection.getresponse()
     return response.status, json.loads(response.read())

@@ -95,8 +95,8 @@ def calls(start):
             response.result(300)
     with recorded("engine") as counted, start() as engine:
         ended(*work(engine))
-    at_the_start = ("_run", "_ambient", "use_mesh")  # once, before any request
-    functions = {function_of(code): count for code, count in counted.items() if code.co_name not in at_the_start}
+    once = ("_run", "_ambient", "use_mesh", "clear")  # before any request, or behind all
+    functions = {function_of(code): count for code, count in counted.items() if code.co_name not in once}
     return {function: count for function, count in functions.items() if function is not None}
 
 

@@ -65,6 +65,8 @@ def test_what_is_compiled_at_the_start_is_enough(start, caplog):
             *("prefill 64", "prefill 128", "prefill 256", "prefill 512", "decode 2"),
             *("decode 1 under constraints", "decode 2 under constraints"),
             *("decode 1 with log-probabilities", "decode 2 with log-probabilities"),
+            "decode 1 under constraints with log-probabilities",
+            "decode 2 under constraints with log-probabilities",
         ]
         assert len(programs) == len(names) and engine.statistics().to_compile == 0
         answers = [engine.submit(Request((5,) * length, 5, HOT)) for length in (1, 20, 70, 200, 280)]

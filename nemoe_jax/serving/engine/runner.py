@@ -230,6 +230,7 @@ class ModelRunner:
             *(Program("decode", size, width - 1) for size, width in guessed.items()),
             *(Program("decode", size, allowed=True) for size in extremes if constraints),
             *(Program("decode", size, scored=True) for size in extremes),
+            *(Program("decode", size, allowed=True, scored=True) for size in extremes if constraints),
         ]
 
     def compile(self, program: Program, known_V: np.ndarray | None) -> None:
