@@ -12,7 +12,7 @@ from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.serving.engine.runner import ModelRunner
 from nemoe_jax.serving.engine.scheduler import Scheduler
 from nemoe_jax.serving.request_builder import RequestBuilder
-from nemoe_jax.serving.structured.grammar import TokenBytes, json_schema
+from nemoe_jax.serving.structured.grammar import TokenBytes, json_schema, tool_calls
 from tests.support.served_models import CONFIG, started, tekken, weights
 
 SCHEMA = {
@@ -130,6 +130,28 @@ def test_log_probabilities_and_penalties_are_made_by_steps(engine, tokenizer, wo
     scored = engine.submit(Request(PROMPT, 20, top_logprobs=1, constraint=constraint(tokenizer)))
     scored.result(60)
     assert all(one.logprob is not None for one in scored.tokens) and not work["jumps"]
+
+
+@pytest.mark.parametrize("kind", ["schema", "tools"])
+def test_to_ask_for_forced_tokens_changes_nothing(tokenizer, kind):
+    vocabulary, rng, forced = TokenBytes(tokenizer, CONFIG.vocab, [2]), np.random.default_rng(0), 0
+    tool = {"type": "function", "function": {"name": "measure_it", "parameters": SCHEMA}}
+    for _ in range(6):
+        if kind == "schema":
+            asked, other = json_schema(vocabulary, SCHEMA), json_schema(vocabulary, SCHEMA)
+        else:
+            asked, other = (tool_calls(vocabulary, tokenizer, [tool], "required") for _ in range(2))
+        for _ in range(80):
+            tokens = asked.forced()
+            np.testing.assert_array_equal(asked.allowed(), other.allowed())
+            allowed = np.flatnonzero(np.unpackbits(other.allowed().view(np.uint8), bitorder="little"))
+            if 2 in allowed:
+                break
+            forced += len(tokens)
+            for token in [*tokens[:2]] or [int(rng.choice(allowed))]:
+                asked.accept(token)
+                other.accept(token)
+    assert forced > 20
 
 
 def test_forced_tokens_spell_what_the_grammar_forces(tokenizer):

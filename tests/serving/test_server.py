@@ -689,6 +689,10 @@ BAD_FLAGS = {
     "another's port": (["{tmp}", "--port", "{port}"], "Address already in use"),
     "two meshes": (["{tmp}", "--mesh", "tensor=2", "--tensor-parallel-size", "2"], "not together with --mesh"),
     "guesses": (["{tmp}", "--prompt-lookup", "--deterministic"], "not together with --deterministic"),
+    "no folder": (["{tmp}", "--adapter-folder", "{tmp}/none"], "--adapter-folder {tmp}/none: no such directory"),
+    "places for nothing": (["{tmp}", "--max-loras", "2"], "--max-loras: only together with --adapter-folder"),
+    "no place": (["{tmp}", "--adapter-folder", "{tmp}", "--max-loras", "0"], "--max-loras: expected a positive number"),
+    "no keys file": (["{tmp}", "--api-keys-file", "{tmp}/none"], "No such file"),
     "another's address": (["{tmp}", "--host", "192.0.2.1"], "--host 192.0.2.1"),
 }
 
@@ -700,7 +704,7 @@ def test_bad_flags_are_one_clear_line_and_exit_status_2(capsys, tmp_path, name):
         places = {"tmp": tmp_path, "port": taken.getsockname()[1]}
         assert main.main(["serve", *(argument.format(**places) for argument in arguments)]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message.format(**places) in error and error.count("\n") == 1
 
 
 def test_the_command_serves_until_it_is_told_to_end(tmp_path):

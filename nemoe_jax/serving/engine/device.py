@@ -116,7 +116,7 @@ def decode(
     state = DecodeState(cache, counts, batch.next_B, batch.step_B, batch.remaining_B, batch.stop_BE)
     adapters = select_adapters(stacked, batch.adapter_B) if stacked else None
     if guesses is None:
-        given = {"adapters": adapters, "allowed_BW": allowed_BW, "top": top}
+        given: dict[str, Any] = {"adapters": adapters, "allowed_BW": allowed_BW, "top": top}
         state, block = decode_steps(config, params, state, steps, controls, **given)
     else:
         state, block = verify(config, params, state, *guesses, controls, adapters=adapters)

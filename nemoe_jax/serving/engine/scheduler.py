@@ -268,7 +268,7 @@ class Scheduler:
 
     def _take_forced(self, slots: list[Slot]) -> None:
         """Tokens that constraints leave no choice about, in one forward pass for all of a slot's."""
-        for slot in slots:
+        for slot in () if self.runner.deterministic else slots:
             request = slot.response.request
             constraint = request.constraint
             if constraint is None or request.top_logprobs is not None or has_penalty(request.sampling):
@@ -285,7 +285,7 @@ class Scheduler:
 
     def _jump_pays(self, tokens: int, slots: int) -> bool:
         """Whether that many tokens at once take less of all slots' time than in steps; the first one is waited for."""
-        if tokens < 2 or self.runner.deterministic:
+        if tokens < 2:
             return False
         chunk = self._seconds_a_chunk.get(padded_width(tokens), math.inf)
         step = min(seconds for size, seconds in self._seconds_a_token.items() if size >= slots)

@@ -146,13 +146,12 @@ class Grammar:
 
     def forced(self) -> list[int]:
         """Tokens that spell what the grammar leaves no choice about, but for those that what follows may join."""
-        spelled = self._matcher.compute_ff_bytes()  # first: the tokens are known only behind it
-        tokens = self._matcher.compute_ff_tokens()
-        if not spelled.startswith(
-            self._library.decode_bytes(tokens)
-        ):  # SentencePiece writes a space in front of a text
-            return []
-        tokens = tokens[: self._matcher.validate_tokens(tokens)]
+        probe = self._matcher.deep_copy()  # to ask for forced bytes where a control token comes next breaks a matcher
+        spelled = probe.compute_ff_bytes()  # first: the tokens are known only behind it
+        tokens = probe.compute_ff_tokens()
+        if probe.is_error() or not spelled.startswith(self._library.decode_bytes(tokens)):
+            return []  # SentencePiece writes a space in front of a text, which is none of its own
+        tokens = tokens[: self._matcher.deep_copy().validate_tokens(tokens)]
         beyond = (at for at, token in enumerate(tokens) if token >= self._vocab_size)
         return tokens[: next(beyond, len(tokens))]
 
