@@ -45,9 +45,8 @@ class Branch:
     streams: list[jax.Array]
 
 
-def points(options: CarveOptions) -> Iterator[dict[str, Any]]:
+def points(experts: int, ffn: int) -> Iterator[dict[str, Any]]:
     """The options of each point: active shares with their controls, overlap, finer experts, a shared expert."""
-    experts = options.experts
     for top_k in dict.fromkeys(max(experts * part // 4, 1) for part in (1, 2, 3)):
         yield {"top_k": top_k, "control": True}
         yield {"top_k": top_k}
@@ -56,8 +55,13 @@ def points(options: CarveOptions) -> Iterator[dict[str, Any]]:
     yield {"experts": 4 * experts, "top_k": 4 * few, "partition": "token-clusters"}
     yield {"experts": 4 * experts, "top_k": 4 * few, "partition": "gate-kmeans", "refit_steps": 0}
     if not experts % 8:  # an eighth of the neurons always, as many of the others
-        shared = {"layout": "shared", "shared_ffn": -8, "experts": experts * 7 // 4, "top_k": experts // 4}
-        yield {**shared, "refit_steps": 0}
+        yield {
+            "layout": "shared",
+            "shared_ffn": ffn // 8,
+            "experts": experts * 7 // 4,
+            "top_k": experts // 4,
+            "refit_steps": 0,
+        }
 
 
 def explore(source: str | Path, destination: str | Path, options: CarveOptions, layers: int) -> Manifest:
@@ -80,9 +84,7 @@ def explore(source: str | Path, destination: str | Path, options: CarveOptions, 
     plain = dataclasses.replace(options, explore=False, control=False, overlap=1, layout="mixtral", partition="auto")
     tried: list[dict[str, Any]] = []
     shapes: list[tuple[CarveOptions, ModelConfig] | None] = []
-    for change in points(options):
-        if "shared_ffn" in change:
-            change["shared_ffn"] = dense.ffn // -change["shared_ffn"]
+    for change in points(options.experts, dense.ffn):
         changed = with_refit_steps(dataclasses.replace(plain, **change))
         row: dict[str, Any] = {"command": _command(source, changed)}
         try:
