@@ -123,6 +123,7 @@ def main() -> None:
     add_keep(parser)
     options = parser.parse_args()
     name = "H200" if options.gpu else "v5e:2x4"
+    jax.config.update("jax_platforms", "cpu")  # nothing runs on what is compiled for
     if options.gpu:
         if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in ("12", "13")):
             return print("skipped: jax-cuda12-plugin is not installed")
