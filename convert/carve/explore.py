@@ -85,8 +85,9 @@ def explore(source: str | Path, destination: str | Path, options: CarveOptions, 
     tried: list[dict[str, Any]] = []
     shapes: list[tuple[CarveOptions, ModelConfig] | None] = []
     for change in points(options.experts, dense.ffn):
-        changed = with_refit_steps(dataclasses.replace(plain, **change))
+        changed = dataclasses.replace(plain, **change)
         row: dict[str, Any] = {"command": _command(source, changed)}
+        changed = with_refit_steps(changed)
         try:
             shapes.append((changed, carved_config(dense, changed, str(source))))
         except UserError as error:
@@ -161,8 +162,11 @@ def tokens_per_second(config: ModelConfig) -> float:
 
 
 def _command(source: str | Path, options: CarveOptions) -> str:
-    """The carve that a point stands for."""
+    """The carve that a point stands for, with as much text as carves take by default."""
     defaults = CarveOptions()
+    options = dataclasses.replace(
+        options, calibration_tokens=defaults.calibration_tokens, explore_layers=defaults.explore_layers
+    )
     words = ["nemoe-convert", "carve", str(source), "DST"]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -14,12 +14,13 @@ from tests.support.families import lively, make, our_logits, torch_logits
 @pytest.mark.parametrize(
     ("family", "options", "written"),
     [
+        ("llama", CarveOptions(experts=4, top_k=2), "mixtral"),
         ("qwen3", CarveOptions(experts=4, top_k=2), "qwen3_moe"),
         ("qwen2", CarveOptions(experts=4, top_k=2, layout="shared", shared_ffn=16), "qwen2_moe"),
     ],
 )
-def test_a_carved_qwen_opens_in_transformers(family, options, written, tmp_path):
-    lively(make(family)).save_pretrained(tmp_path / "dense")
+def test_a_carve_opens_in_transformers(family, options, written, tmp_path):
+    lively(make(family, **({"attention_bias": False} if family == "llama" else {}))).save_pretrained(tmp_path / "dense")
     carve(tmp_path / "dense", tmp_path / "carved", options)
     assert read_config(tmp_path / "carved").family == written
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "carved", dtype=torch.float32).eval()
