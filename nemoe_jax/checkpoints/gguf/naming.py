@@ -1,9 +1,10 @@
-"""What tells a GGUF file, and the parts of a split model; nothing here needs the gguf package."""
+"""What tells a GGUF file and the parts of a split model; nothing here needs the gguf package."""
 
 import re
 from pathlib import Path
 
 MAGIC = b"GGUF"
+EXACT_SPACES = "sentencepiece_spaces"  # in tokenizer_config.json: text gets its space in front as SentencePiece does it
 SPLIT_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 

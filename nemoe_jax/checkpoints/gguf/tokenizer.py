@@ -15,10 +15,10 @@ from sentencepiece import sentencepiece_model_pb2
 
 from nemoe_jax.checkpoints.gguf.config import token_ids
 from nemoe_jax.checkpoints.gguf.header import GgufHeader
+from nemoe_jax.checkpoints.gguf.naming import EXACT_SPACES
 from nemoe_jax.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer, to_json
 from nemoe_jax.errors import UserError
 
-EXACT_SPACES = "sentencepiece_spaces"  # in tokenizer_config.json: text gets its space in front as SentencePiece does it
 _PREFIX = "tokenizer.ggml."
 _BPE = 2  # trainer_spec.model_type
 _SPACE = "▁"

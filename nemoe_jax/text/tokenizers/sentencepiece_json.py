@@ -12,7 +12,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from nemoe_jax.checkpoints.gguf.tokenizer import EXACT_SPACES
+from nemoe_jax.checkpoints.gguf.naming import EXACT_SPACES
 from nemoe_jax.errors import UserError
 from nemoe_jax.text.tokenizers.hf_tokenizer import (
     ALWAYS_CONTROL,
