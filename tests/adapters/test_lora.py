@@ -10,21 +10,15 @@ from nemoe_jax.adapters import lora
 from nemoe_jax.adapters.lora import Adapter, Target
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.layers import project
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
+from tests.support.compiled import forward, merge, random_adapters
 from tests.support.configs import DENSE, MIXTRAL
 
 
 def every_weight(config, **options):
     narrow = [Target("*/shared_gate", 1, 2.0, **options)] if config.shared_ffn else []
     return [*narrow, Target("*", 3, 6.0, **options)]
-
-
-def trained(config, targets, seed=1):
-    """Adapters as if trained: B is not zero."""
-    adapters = lora.initialize(config, targets, jax.random.key(seed))
-    return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
 
 
 def test_fresh_adapters_change_nothing(config):
@@ -41,13 +35,13 @@ def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
     base = forward(config, params, tokens).logits
     run = jax.jit(lambda params, adapters: forward(config, params, tokens, adapters=adapters).logits)
-    every = schema.leaves(trained(config, every_weight(config)))
+    every = schema.leaves(random_adapters(config, every_weight(config), 0.1))
     for path in every:
         # the other adapters are there, and zero: one compilation serves all
         chosen = {other: jax.tree.map(lambda x, on=other == path: x * on, adapter) for other, adapter in every.items()}
         adapters = schema.unflatten(chosen)
         adapted = run(params, adapters)
-        merged = run(lora.merge(config, params, schema.unflatten({path: every[path]})), None)
+        merged = run(merge(config, params, adapters), None)
         assert float(jnp.abs(adapted - base).max()) > 1e-4, path
         np.testing.assert_allclose(merged, adapted, atol=2e-5, err_msg=path)
 
@@ -56,7 +50,7 @@ def test_every_adapter_gets_a_gradient(config):
     params = schema.initialize(config, jax.random.key(0))
     # enough tokens that every expert is chosen
     tokens = jax.random.randint(jax.random.key(1), (8, 32), 0, config.vocab)
-    adapters = trained(config, every_weight(config))
+    adapters = random_adapters(config, every_weight(config), 0.1)
 
     def loss(adapters):
         return jnp.mean(jax.nn.log_softmax(forward(config, params, tokens, adapters=adapters).logits)[..., 3])
@@ -130,7 +124,7 @@ def test_adapters_are_made_where_they_live_and_are_the_same_there():
 
 
 def test_dropout_drops_and_scales_the_adapters_input_alone():
-    adapters = trained(MIXTRAL, [Target("*/q", 3, 6.0, dropout=0.25), Target("*", 3, 6.0)])
+    adapters = random_adapters(MIXTRAL, [Target("*/q", 3, 6.0, dropout=0.25), Target("*", 3, 6.0)], 0.1)
     with_keys = schema.leaves(lora.with_dropout(adapters, jax.random.key(7)))
     assert [path for path, adapter in with_keys.items() if adapter.key is not None] == ["blocks/moe/attn/q"]
     stacked = with_keys["blocks/moe/attn/q"]
@@ -147,7 +141,9 @@ def test_dropout_drops_and_scales_the_adapters_input_alone():
 
 def test_dropout_is_the_same_when_blocks_are_recomputed():
     params = schema.initialize(DENSE, jax.random.key(0))
-    adapters = trained(DENSE, [Target("embed", 3, 6.0, dropout=0.5), Target("blocks/*/[qg]*", 3, 6.0, dropout=0.5)])
+    adapters = random_adapters(
+        DENSE, [Target("embed", 3, 6.0, dropout=0.5), Target("blocks/*/[qg]*", 3, 6.0, dropout=0.5)], 0.1
+    )
     assert adapters["embed"].dropout == 0.0  # a look-up
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, DENSE.vocab)
 
@@ -191,7 +187,7 @@ def test_dropout_over_a_mesh():
         keyed = adapters if key is None else lora.with_dropout(adapters, key)
         return forward(MIXTRAL, params, tokens, adapters=keyed).logits
 
-    adapters = trained(MIXTRAL, [Target("blocks/moe/ffn/[gud]*", 4, 8.0, dropout=0.2)])
+    adapters = random_adapters(MIXTRAL, [Target("blocks/moe/ffn/[gud]*", 4, 8.0, dropout=0.2)], 0.1)
     alone = logits(adapters, None)
     placed = jax.device_put(
         adapters, lora.shardings(MIXTRAL, [Target("blocks/moe/ffn/[gud]*", 4, 8.0, dropout=0.2)], mesh)

@@ -12,10 +12,10 @@ from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import UserError
 from nemoe_jax.model import decode_weights, expert_parallel
 from nemoe_jax.model.kv_cache import empty_cache
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
 from tests.support import peft_models
+from tests.support.compiled import forward, merge, random_adapters
 from tests.support.configs import DENSE
 
 INDEX = jnp.asarray([1, -1, 0, 2, 1, 0, -1, 2], jnp.int32)
@@ -33,9 +33,8 @@ def targets_of(config):
 @functools.cache
 def several(config):
     """Adapters of other targets and ranks, as if trained."""
-    rng = np.random.default_rng(0)
-    shapes = {name: lora.abstract(config, own) for name, own in targets_of(config).items()}
-    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), shapes)
+    own = sorted(targets_of(config).items())  # the order that JAX gives a dict
+    return {name: random_adapters(config, targets, seed=number) for number, (name, targets) in enumerate(own)}
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def case(config):
     alone = {-1: run(params, None)}
     for number, adapters in enumerate(several(config).values()):
         alone[number] = run(params, adapters)
-        merged = run(lora.merge(config, params, adapters), None)
+        merged = run(merge(config, params, adapters), None)
         np.testing.assert_allclose(alone[number], merged, atol=5e-5)
         assert float(jnp.abs(merged - alone[-1]).max()) > 1e-2
     return params, tokens, jnp.stack([alone[int(own)][row] for row, own in enumerate(INDEX)])

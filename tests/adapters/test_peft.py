@@ -31,10 +31,10 @@ from nemoe_jax.adapters.peft_load import load_adapters, read_targets
 from nemoe_jax.adapters.peft_save import save_adapters
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import UserError
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
-from tests.adapters.test_lora import every_weight, trained
+from tests.adapters.test_lora import every_weight
 from tests.convert.test_merge import CASES, linear, older
+from tests.support.compiled import forward, random_adapters
 from tests.support.configs import MIXTRAL, NEKOMIND
 from tests.support.families import SIZES as FAMILY_SIZES
 from tests.support.families import config_class
@@ -106,7 +106,7 @@ SAVED = {
 @pytest.mark.parametrize(("kind", "targets", "options"), SAVED.values(), ids=SAVED.keys())
 def test_peft_loads_what_is_saved(kind, targets, options, bases, tmp_path):
     directory, config, params = bases(kind)
-    adapters = trained(config, targets)
+    adapters = random_adapters(config, targets, 0.1)
     save_adapters(tmp_path / "adapter", config, adapters, base_model=str(directory), **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(missing|unexpected).*")
@@ -208,7 +208,7 @@ def test_layers_and_experts_without_an_adapter_and_of_other_ranks(tmp_path):
 @pytest.mark.parametrize("experts", ["fused", "linear"])
 def test_nekomind_is_read_back(experts, tmp_path):
     targets = [Target("blocks/dense/attn/q", 4, 2.0), *every_weight(NEKOMIND)]  # another rank than the MoE layers' q
-    adapters = trained(NEKOMIND, targets)
+    adapters = random_adapters(NEKOMIND, targets, 0.1)
     save_adapters(tmp_path / "adapter", NEKOMIND, adapters, base_model="base", experts=experts)
     found, loaded = load_adapters(tmp_path / "adapter", NEKOMIND)
     assert {target.pattern: target.rank for target in found} == {
@@ -222,7 +222,7 @@ def test_a_router_that_was_trained_whole(bases, tmp_path):
     change = 0.3 * jax.random.normal(jax.random.key(5), (2, 24, 4))
     wide = 0.1 * jax.random.normal(jax.random.key(6), (2, 24, 6, 10))
     changes = {"blocks/moe/ffn/router": change, "blocks/moe/attn/q": wide}
-    adapters = trained(config, [Target("blocks/moe/ffn/[rd]*", 3, 6.0)])  # of the router, too
+    adapters = random_adapters(config, [Target("blocks/moe/ffn/[rd]*", 3, 6.0)], 0.1)  # of the router, too
     save_adapters(tmp_path / "adapter", config, adapters, base_model=str(directory), changes=changes)
     model = peft.PeftModel.from_pretrained(opened(directory), tmp_path / "adapter").eval()
     flat = schema.leaves(params)
@@ -264,7 +264,7 @@ save_adapters("copy", config, adapters, base_model="base")
 
 
 def test_two_processes_read_and_write_what_one_does(tmp_path):
-    adapters = trained(MIXTRAL, [Target("*/q", 4, 6.0), Target("blocks/moe/ffn/[gud]*", 2, 3.0)])
+    adapters = random_adapters(MIXTRAL, [Target("*/q", 4, 6.0), Target("blocks/moe/ffn/[gud]*", 2, 3.0)], 0.1)
     save_adapters(tmp_path / "adapter", MIXTRAL, adapters, base_model="base")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -283,7 +283,7 @@ def test_two_processes_read_and_write_what_one_does(tmp_path):
 
 def test_bad_adapters(bases, tmp_path):
     _, config, _ = bases(mistral)
-    adapters = trained(config, [Target("*/q", 3, 6.0)])
+    adapters = random_adapters(config, [Target("*/q", 3, 6.0)], 0.1)
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there: exists already"):
         save_adapters(tmp_path / "there", config, adapters, base_model="base")
@@ -308,7 +308,7 @@ def test_bad_adapters(bases, tmp_path):
 
 def test_nothing_is_left_of_a_file_that_cannot_be_written(bases, tmp_path, monkeypatch):
     _, config, _ = bases(mistral)
-    adapters = trained(config, [Target("*/q", 3, 6.0)])
+    adapters = random_adapters(config, [Target("*/q", 3, 6.0)], 0.1)
     diverged = jax.tree.map(lambda x: x.at[1].set(jnp.nan), adapters)
     with pytest.raises(UserError, match=r"adapter: model.layers.1.self_attn.q_proj.lora_A.weight: NaN or infinite"):
         save_adapters(tmp_path / "adapter", config, diverged, base_model="base")

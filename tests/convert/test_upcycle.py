@@ -16,8 +16,8 @@ from convert.verify.routing import compare
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint, units
 from nemoe_jax.model.moe import MoE
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
+from tests.support.compiled import forward
 from tests.support.configs import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
 
 SOURCES = {

@@ -9,9 +9,9 @@ import pytest
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
 from nemoe_jax.inference.sampling import SamplingParams
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
+from tests.support.compiled import forward
 from tests.support.configs import DENSE
 
 

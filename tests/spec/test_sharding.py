@@ -19,7 +19,9 @@ from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import preset
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh
+from tests.support.compiled import random_adapters
 from tests.support.configs import MIXTRAL, NEKOMIND
+from tests.support.train_runs import random_params
 from train.plan.plan import ENVIRONMENT
 
 # 4 query heads to 2 key heads: with 4 devices to the heads, keys are repeated
@@ -128,12 +130,11 @@ def objective(config, params, adapters, tokens, segments):
 @functools.cache
 def case(config):
     """(a function, its arguments, what it gives on one device)."""
-    params = schema.initialize(config, jax.random.key(0))
+    params = jax.device_put(random_params(config))
     narrow = [lora.Target("*/shared_gate", 1, 2.0)] if config.shared_ffn else []
     targets = [*narrow, lora.Target("*", 4, 8.0)]
-    adapters = lora.initialize(config, targets, jax.random.key(1))
-    adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
-    tokens = jax.random.randint(jax.random.key(3), (8, 12), 0, config.vocab)
+    adapters = random_adapters(config, targets, 0.1)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, config.vocab, (8, 12)), jnp.int32)
     segments = jnp.asarray([[1] * 4 + [2] * 6 + [0] * 2, [1] * 12, [1] * 3 + [2] * 3 + [3] * 6, [1, 0] * 6] * 2)
 
     def run(params, adapters, tokens, segments):

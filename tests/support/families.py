@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nemoe_jax.checkpoints.pretrained import load_pretrained
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec.families import FAMILIES
+from tests.support.compiled import forward
 
 _COMMON = {
     "hidden_size": 24,
@@ -67,4 +66,4 @@ def torch_logits(model: torch.nn.Module, ids: np.ndarray = IDS) -> np.ndarray:
 
 def our_logits(directory: Path, ids: np.ndarray = IDS) -> np.ndarray:
     config, params = load_pretrained(directory)
-    return np.asarray(jax.jit(lambda params, ids: forward(config, params, ids).logits)(params, ids))
+    return np.asarray(forward(config, params, ids).logits)

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -16,15 +14,14 @@ import pytest
 
 from nemoe_jax.adapters.lora import with_dropout
 from nemoe_jax.checkpoints import pretrained, reader
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.schema import leaves
 from nemoe_jax.text.tokenizers.load import load_tokenizer
+from tests.support.compiled import forward
 from tests.support.train_runs import CONTROL, DENSE, MIXTURE, TEXT, log_of, make_workplace, random_params, write_recipe
 from train.cli import main
 from train.data.loader import Batch
 from train.recipe import Recipe, read_recipe
-from train.run import loop
 from train.run.loop import train
 from train.run.metrics_logger import MetricsLogger
 from train.run.prepare import load, resolve, routers_scale, trainable_of
@@ -384,17 +381,9 @@ def test_an_interrupted_run_leaves_nothing(write, tmp_path, monkeypatch, capsys,
 def test_on_a_mesh_the_losses_are_the_same(write):
     recipe = write("repair", steps=3, distill=None, lora=[{"pattern": "blocks/moe/*/[qd]*", "rank": 4}])
     assert main(["run", str(recipe), "output=one"]) == 0
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(Path(loop.__file__).parents[2]),
-    }
-    command = [sys.executable, "-m", "train.cli", "run", str(recipe), "output=four", "mesh=fsdp=2,expert=2"]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    np.testing.assert_allclose(losses_of(Path("four")), losses_of(Path("one")), rtol=1e-5)
-    assert json.loads(Path("four/report.json").read_text())["held_out_loss_after"] == pytest.approx(
+    assert main(["run", str(recipe), "output=eight", "mesh=fsdp=2,expert=2,tensor=2"]) == 0
+    np.testing.assert_allclose(losses_of(Path("eight")), losses_of(Path("one")), rtol=1e-5)
+    assert json.loads(Path("eight/report.json").read_text())["held_out_loss_after"] == pytest.approx(
         json.loads(Path("one/report.json").read_text())["held_out_loss_after"], rel=1e-5
     )
 

@@ -1,0 +1,23 @@
+"""What tests call again and again as one program for each config and shape.
+
+Outside of `jax.jit` every operation is compiled on its own, and so is every shape of random values.
+"""
+
+import jax
+import numpy as np
+
+from nemoe_jax.adapters import lora
+from nemoe_jax.model import transformer
+from nemoe_jax.spec.config import ModelConfig
+
+forward = jax.jit(transformer.forward, static_argnums=0, static_argnames="remat")
+merge = jax.jit(lora.merge, static_argnums=0)
+
+
+def random_adapters(config: ModelConfig, targets: list[lora.Target], size: float = 0.2, seed: int = 0):
+    """Adapters as if trained: B is not zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jax.device_put(np.asarray(size * rng.standard_normal(x.shape), x.dtype)),
+        lora.abstract(config, targets),
+    )
