@@ -6,16 +6,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.model.moe import _statistics
+from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.spec.schema import leaves
 from tests.support.train_runs import DENSE, log_of, make_workplace, random_params, write_recipe
 from tests.train.test_train import batch_of
 from train.cli import main
 from train.recipe import read_recipe
 from train.run.prepare import load, resolve, trainable_of
-from train.step.chosen_experts import ChosenExperts, choose
+from train.step.chosen_experts import ChosenExperts, choose, own_sharding
 from train.step.divergence import feature_distance
 from train.step.step import Objective
 
@@ -52,6 +54,18 @@ def test_the_fewest_experts_with_the_share_are_chosen():
             fewest = next(count for count in range(1, 7) if sum(parts[:count]) >= cumulative - 1e-9)
             assert len(own) == fewest and set(own) == set(np.argsort(-shares_E)[:fewest])
     assert choose(np.array([[0.0, 0.0, 1.0]]), 1.0) == ((0, 2),)
+
+
+def test_chosen_experts_are_cut_over_the_devices_that_all_were():
+    mesh = make_mesh({"fsdp": 2, "expert": 2}, jax.devices()[:4])
+
+    def places(shape, *spec):
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        return own_sharding(jax.ShapeDtypeStruct(shape, "float32", sharding=place)).spec
+
+    assert places((2, 4, 24, 12), None, ("fsdp", "expert")) == PartitionSpec(None, ("fsdp", "expert"), None)
+    assert places((2, 4, 25, 12), None, "expert", "fsdp") == PartitionSpec(None, "fsdp", ("expert",))
+    assert places((2, 4, 25, 9), None, "expert") == PartitionSpec(None, None, None)
 
 
 def test_gate_shares_are_mean_routing_weights_of_tokens_that_are_no_padding():

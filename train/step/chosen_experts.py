@@ -7,12 +7,15 @@ L layers, E experts, S chosen ones.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+from nemoe_jax.spec.sharding import axes_of
 
 Places = tuple[tuple[int, int], ...]  # layer, counted from the first MoE layer, and expert
 
@@ -39,11 +42,17 @@ def take_experts(array_LE: jax.Array, places: Places) -> ChosenExperts:
 
 
 def own_sharding(array_LE: Any) -> Any:
-    """Where the chosen ones of a stacked weight lie: cut as it is, but for layers and experts."""
+    """Where the chosen ones of a stacked weight lie: cut as it is; what cuts layers or experts cuts another axis."""
     sharding = array_LE.sharding
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[2:]))
+    layers, experts, *inner = [*sharding.spec, *[None] * (len(array_LE.shape) - len(sharding.spec))]
+    free = (*axes_of(layers), *axes_of(experts))
+    parts = math.prod(sharding.mesh.shape[name] for name in free)
+    for at, size in enumerate(array_LE.shape[2:]):
+        if free and inner[at] is None and size % parts == 0:
+            inner[at], free = free, ()
+    return NamedSharding(sharding.mesh, PartitionSpec(None, *inner))
 
 
 def choose(share_LE: np.ndarray, cumulative: float) -> Places:
