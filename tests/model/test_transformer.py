@@ -5,9 +5,10 @@ import pytest
 
 from nemoe_jax.adapters import lora
 from nemoe_jax.model.kv_cache import empty_cache
-from nemoe_jax.model.transformer import forward, hidden_states, logits
+from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
+from tests.support.compiled import forward
 
 
 def setup(config, batch=3, length=13):
