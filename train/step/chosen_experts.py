@@ -46,8 +46,8 @@ def own_sharding(array_LE: Any) -> Any:
     sharding = array_LE.sharding
     if not isinstance(sharding, NamedSharding):
         return sharding
-    layers, experts, *inner = [*sharding.spec, *[None] * (len(array_LE.shape) - len(sharding.spec))]
-    free = (*axes_of(layers), *axes_of(experts))
+    cuts: list[Any] = [*sharding.spec, *[None] * (len(array_LE.shape) - len(sharding.spec))]
+    free, inner = (*axes_of(cuts[0]), *axes_of(cuts[1])), cuts[2:]
     parts = math.prod(sharding.mesh.shape[name] for name in free)
     for at, size in enumerate(array_LE.shape[2:]):
         if free and inner[at] is None and size % parts == 0:
