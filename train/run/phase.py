@@ -23,7 +23,6 @@ from train.data.loader import Batch, Corpus
 from train.data.packing import shortened
 from train.recipe import Recipe
 from train.run.checkpoint import Checkpoints
-from train.run.choose_experts import choose_experts
 from train.run.metrics_logger import MetricsLogger
 from train.run.prepare import Inputs, bias_shape, routers_scale, trainable_of
 from train.run.reference import with_reference
@@ -32,6 +31,7 @@ from train.run.run_directory import Interrupted, Signals
 from train.run.teacher import share_weights
 from train.step import model_flops
 from train.step.batch_sharding import local_rows, place_whole, shard_batch
+from train.step.choose_experts import choose_experts
 from train.step.chosen_experts import Places
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.preference import PreferenceObjective, make_objective
