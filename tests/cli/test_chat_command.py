@@ -342,6 +342,7 @@ def test_bad_input_through_a_pipe(capsys, monkeypatch, model, name):
 
 def test_a_model_without_a_chat_format(capsys, monkeypatch, model, tmp_path):
     write_tokenizer(tmp_path, 400)
-    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    for file in (model / "config.json", *model.glob("*.safetensors*")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
     status, _, err = run_piped(capsys, monkeypatch, tmp_path, "Hello")
     assert status == 2 and "no chat template" in err and "nemoe generate continues plain text" in err

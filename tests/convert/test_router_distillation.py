@@ -258,7 +258,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(pair, text, tmp_pat
         router_distillation.distill_routers(pair[0], tmp_path / "distilled", options, ConversionSettings(shard_bytes=1))
         == expected
     )
-    assert expected["held_out_loss_after"] <= expected["held_out_loss_before"]
+    assert expected.figures["held_out_loss_after"] <= expected.figures["held_out_loss_before"]
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "distilled" / path.name).read_bytes() == path.read_bytes()
 

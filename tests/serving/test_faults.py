@@ -23,8 +23,9 @@ AFTERWARDS = Request((5, 6, 7), 4)
 # Without them nothing can be done at all: they fail once, and not for good.
 ENDS = {"engine.Engine._iterate", "stream.ResponseStream.finish", "stream.ResponseStream.emit", "engine.Engine._end"}
 
-# Not even an empty cache can be had: everything ends, and the engine says that it is dead.
-LAST_RESORT = {"slots.Slots._clear"}
+# Not even an empty cache or the queue can be had: everything ends, and the engine says that it is dead.
+QUEUE = {f"fair_queue.FairQueue.{name}" for name in ("__len__", "__iter__", "first", "pop", "remove")}
+LAST_RESORT = {"slots.Slots._clear", "fair_queue._group", *QUEUE}
 
 
 class Alternating:

@@ -155,6 +155,7 @@ class Engine:
         self._scheduler = Scheduler(config, runner, self._slots, self._end_tokens, self.programs, known_V, speculate)
         self._queue = FairQueue()
         self._running: list[ResponseStream] = []  # those that were admitted and have no end yet
+        self._without_end: set[ResponseStream] = set()  # those and the waiting ones, and whatever was lost between
         self._changed = threading.Condition()
         self._changes = 0  # how often it was notified
         self._closed: str | None = None  # why no more requests are taken
@@ -198,6 +199,7 @@ class Engine:
                 raise Busy(self._seconds_to_a_slot())
             if request.adapter is not None:
                 response.adapter = self._adapters.use(request.adapter, response)
+            self._without_end.add(response)
             self._queue.append(response)
             self._requests += 1
             self._notify()
@@ -311,7 +313,7 @@ class Engine:
         with self._changed:
             self._failure = failure
             self._closed = self._closed or failure
-            left = [*self._running, *self._queue]
+            left = [response for response in self._without_end if not response.finished]
             self._queue.clear()
         for response in left:
             self._end(response, "error", failure or "the engine is closed")
@@ -328,6 +330,8 @@ class Engine:
         self._admit()
         worked = self._scheduler.step()
         self._running = [response for response in self._running if not response.finished]
+        with self._changed:
+            self._without_end = {response for response in self._without_end if not response.finished}
         lost = set(self._running) - {slot.response for slot in self._slots.taken.values()}
         if lost:
             raise RuntimeError(f"{len(lost)} responses have no slot")
@@ -340,8 +344,10 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """The running requests end, or else the first that waits; the others are served from an empty cache."""
         with self._changed:
-            ended = [response for response in self._running if not response.finished]
-            if not ended and self._queue:
+            waiting = set(self._queue)
+            self._without_end = {response for response in self._without_end if not response.finished}
+            ended = [*(self._without_end - waiting)]
+            if not ended and waiting:
                 ended = [self._queue.pop()]
             self._running = ended
         self._vain_failures = 0 if ended else self._vain_failures + 1
