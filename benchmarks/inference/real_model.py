@@ -84,7 +84,7 @@ def main() -> None:
         directory = Path(name)
         for model, source in {"dense": "dense", "carved": options.carved}.items():
             (directory / model).symlink_to((options.demo / source).resolve(), target_is_directory=True)
-        to_gguf = ("to-gguf", str(directory / "dense"), str(directory / "dense.gguf"), "--type", "f32")
+        to_gguf = ("gguf", str(directory / "dense"), str(directory / "dense.gguf"), "--type", "f32")
         subprocess.run([sys.executable, "-m", "convert.cli", *to_gguf], check=True, stdout=subprocess.DEVNULL)
         for row in ROWS:
             if reason := skipped(row.peer):
