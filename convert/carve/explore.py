@@ -20,7 +20,6 @@ import numpy as np
 from convert.carve.calibration import CalibrationStreams
 from convert.carve.layer import carve_layer
 from convert.carve.shape import carved_config, with_refit_steps
-from convert.layerwise import LayerwiseModel
 from convert.manifest import Manifest
 from convert.options import CarveOptions
 from nemoe_jax.checkpoints.reader import Checkpoint
@@ -102,7 +101,7 @@ def explore(source: str | Path, destination: str | Path, options: CarveOptions, 
         for layer in range(dense.layers):
             weights = streams.layers.weights(layer)
             for branch in branches:
-                branch.streams = [_through(streams.layers, layer, weights, x_BTD) for x_BTD in branch.streams]
+                branch.streams = [streams.layers.through(layer, weights, x_BTD) for x_BTD in branch.streams]
             texts = streams.enter(layer)
             if layer in chosen:
                 for point, shape in enumerate(shapes):
@@ -141,12 +140,6 @@ def explore(source: str | Path, destination: str | Path, options: CarveOptions, 
     return Manifest(
         {"command": "carve", **dataclasses.asdict(options)}, dense, checkpoint.directory.name, figures=report
     )
-
-
-def _through(layers: LayerwiseModel, layer: int, weights: Any, x_BTD: jax.Array) -> jax.Array:
-    """A residual stream after the dense layer."""
-    middle_BTD, normed_BTD = layers.attend(layer, weights, x_BTD)
-    return middle_BTD + layers.feed_forward(layer, weights, normed_BTD)
 
 
 def tokens_per_second(config: ModelConfig) -> float:
