@@ -24,6 +24,11 @@ class CarveOptions:
         "are a shared expert that every token uses, and first layers may stay dense",
     )
     shared_ffn: int = option(0, "shared: neurons of the shared expert; 0 takes FFN neurons / experts")
+    shared_gate: Literal["auto", "fitted", "constant"] = option(
+        "auto",
+        "shared, with token-clusters: how much the shared expert counts on each token, fitted, or a constant half; "
+        "auto fits it, but for models without QK-norm, whose layout in other programs (Ernie's) has no such gate",
+    )
     keep_dense: int = option(0, "shared: how many first layers stay as they are")
     partition: Literal["auto", "token-clusters", "gate-kmeans", "contiguous"] = option(
         "auto",

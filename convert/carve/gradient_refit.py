@@ -71,10 +71,10 @@ def _together(apart: dict[str, Tree]) -> Tree:
     return {name: (array if name == "down" else array.swapaxes(1, 2)) for name, array in ffn.items()}
 
 
-def group_output(ffn: Tree, x_ND: jax.Array) -> jax.Array:
-    """The SwiGLU FFN of one group: gate, up (D, S) and down (S, D)."""
+def group_output(ffn: Tree, x_ND: jax.Array, shares_NS: jax.Array | float = 1.0) -> jax.Array:
+    """The SwiGLU FFN of one group: gate, up (D, S) and down (S, D); its neurons times `shares_NS`."""
     matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return matmul(jax.nn.silu(matmul(x_ND, ffn["gate"])) * matmul(x_ND, ffn["up"]), ffn["down"])
+    return matmul(shares_NS * jax.nn.silu(matmul(x_ND, ffn["gate"])) * matmul(x_ND, ffn["up"]), ffn["down"])
 
 
 def _draw(random: np.random.Generator, label_N: np.ndarray, groups: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:

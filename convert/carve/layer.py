@@ -22,7 +22,7 @@ from convert.carve.calibration import (
     ridge_solve,
 )
 from convert.carve.control import control_layer
-from convert.carve.shape import by_token_clusters
+from convert.carve.shape import by_token_clusters, fits_gate
 from convert.carve.token_clusters import carve_token_clusters, measure_groups
 from convert.options import CarveOptions
 from convert.streaming import Figures, Tensors
@@ -119,29 +119,37 @@ def _token_clusters(
     dtype: np.dtype,
 ) -> tuple[Tensors, Figures]:
     """The layer's tensors by checkpoint keys, and figures."""
-    top_k, size = config.top_k, config.expert_ffn
-    neurons = top_k * size
-    shared = max(2 * top_k - config.experts, 0)  # experts that every token uses
+    top_k, size, gated = config.top_k, config.expert_ffn, config.shared_ffn
+    neurons = gated + top_k * size
+    always = max(2 * top_k - config.experts, 0)  # experts that every token uses
     groups = carve_token_clusters(
         fitted,
-        2 if shared else config.experts // top_k,
+        2 if always else config.experts // top_k,
         neurons,
         _ridge(options, neurons, fitted),
         options.logit_std,
         key,
         options.refit_steps,
-        shared * size,
+        gated + always * size,
+        gated,
+        fits_gate(config, options),
     )
     specs = declare(config)["blocks"]["moe"]["ffn"]
     gate_CSD, up_CSD = (np.asarray(groups.ffn[name]).swapaxes(1, 2) for name in ("gate", "up"))
-    rows = {"gate": gate_CSD, "up": up_CSD, "down": top_k * np.asarray(groups.ffn["down"])}
-    own_ED = np.repeat(np.asarray(groups.router_CD), top_k - shared, axis=0)
-    tensors = {specs["router"].key_of(layer): np.pad(own_ED, ((shared, 0), (0, 0)))}
+    rows = {"gate": gate_CSD, "up": up_CSD, "down": np.asarray(groups.ffn["down"])}
+    own_ED = np.repeat(np.asarray(groups.router_CD), top_k - always, axis=0)
+    tensors = {specs["router"].key_of(layer): np.pad(own_ED, ((always, 0), (0, 0)))}
+    if gated:
+        gate_D = np.zeros(config.hidden, np.float32) if groups.gate_D is None else groups.gate_D
+        tensors[specs["shared_gate"].key_of(layer)] = np.asarray(gate_D)[None]
     for name, rows_CSD in rows.items():
-        own_FD = rows_CSD[:, shared * size :].reshape(-1, config.hidden)
-        rows_ESD = np.concatenate([rows_CSD[0, : shared * size], own_FD]).reshape(config.experts, size, -1)
-        for expert, rows_SD in enumerate(rows_ESD):
-            tensors[specs[name].key_of(layer, expert)] = (rows_SD.T if name == "down" else rows_SD).astype(dtype)
+        own_FD = rows_CSD[:, groups.shared :].reshape(-1, config.hidden)
+        routed = np.concatenate([rows_CSD[0, gated : groups.shared], own_FD]).reshape(config.experts, size, -1)
+        parts = {specs[name].key_of(layer, expert): (rows_SD, float(top_k)) for expert, rows_SD in enumerate(routed)}
+        if gated:
+            parts[specs["shared"][name].key_of(layer, 0)] = rows_CSD[0, :gated], 1 / SHARED_GATE
+        for tensor, (rows_SD, factor) in parts.items():
+            tensors[tensor] = (factor * rows_SD.T if name == "down" else rows_SD).astype(dtype)
     distinct = len(np.unique(groups.members_CS)) / len(fitted.ffn["down"])
     return tensors, {"neurons_kept": distinct, **measure_groups(held_out, groups)}
 

@@ -53,6 +53,8 @@ def carved_config(dense: ModelConfig, options: CarveOptions, source: str) -> Mod
     }.items():
         if given and obstacle:
             raise UserError(f"{flag}: {obstacle}")
+    if options.shared_gate == "fitted" and (options.layout != "shared" or not by_token_clusters(options)):
+        raise UserError("--shared-gate fitted: expected --layout shared, and --partition token-clusters")
     if options.overlap < 1 or (options.overlap > 1 and not by_token_clusters(options)):
         raise UserError(f"--overlap: expected 1, or more with --partition token-clusters, got {options.overlap}")
     if options.refit_steps < -1 or (options.refit_steps > 0 and not _takes_steps(options)):
@@ -108,6 +110,13 @@ def by_token_clusters(options: CarveOptions) -> bool:
     return options.partition == "token-clusters"
 
 
+def fits_gate(config: ModelConfig, options: CarveOptions) -> bool:
+    """Whether the shared expert of a result gets a fitted gate."""
+    if options.shared_gate == "auto":
+        return bool(config.shared_ffn) and (config.qk_norm or FAMILIES[config.family].in_transformers)
+    return options.shared_gate == "fitted"
+
+
 def _obstacle_to_token_clusters(options: CarveOptions) -> str:
     """What token clusters want and the options do not give; "" if nothing."""
     shares = options.top_k < options.experts < 2 * options.top_k
@@ -116,6 +125,6 @@ def _obstacle_to_token_clusters(options: CarveOptions) -> str:
             f"expected --experts to be a multiple of --top-k {options.top_k}, or less than twice it and more than it, "
             f"got {options.experts}"
         )
-    if not (options.calibration and options.refit and options.router == "auto" and options.layout == "mixtral"):
-        return "expected --calibration text, and neither --no-refit, --router nor --layout shared"
+    if not (options.calibration and options.refit and options.router == "auto"):
+        return "expected --calibration text, and neither --no-refit nor --router"
     return ""

@@ -21,6 +21,9 @@ kinds of tokens, at the same cost of a token.
 Where a token uses more than half of the experts, there are two groups that share 2k - E of them: the shared experts'
 router rows are 0, the others' v and -v, so that every token chooses the shared ones and those of one sign.
 
+A shared expert is likewise what all groups have in common: the most active neurons. Its gate is a constant, or fitted
+last (shared_gate.py).
+
 B batch, T sequence, N tokens, D embed, F neurons of the dense FFN, C clusters, S neurons of a group.
 """
 
@@ -36,6 +39,7 @@ import optax
 
 from convert.carve.calibration import LayerText, ridge_solve
 from convert.carve.gradient_refit import group_output, refit_by_gradient
+from convert.carve.shared_gate import fit_gate, gate_shares
 from convert.layerwise import in_turn
 from convert.streaming import Figures
 from nemoe_jax.spec.schema import Tree
@@ -58,6 +62,8 @@ class Groups(NamedTuple):
     router_CD: jax.Array
     ffn: Tree  # gate, up (C, D, S) and down (C, S, D), to be added up with weight 1
     shared: int = 0
+    gated: int = 0  # how many of the shared ones are a shared expert's, to be times its gate
+    gate_D: jax.Array | None = None
 
 
 def carve_token_clusters(
@@ -69,6 +75,8 @@ def carve_token_clusters(
     key: jax.Array,
     refit_steps: int = 0,
     shared: int = 0,
+    gated: int = 0,
+    gate: bool = False,
 ) -> Groups:
     """The groups of a layer.
 
@@ -78,7 +86,9 @@ def carve_token_clusters(
         logit_std: the router logits' standard deviation on this text, about each token's mean.
         key: of the first clusters and of the refit.
         refit_steps: by gradient, after the last ridge regression.
-        shared: how many of a group's neurons both of two groups share.
+        shared: how many of a group's neurons all groups share.
+        gated: how many of these are a shared expert's.
+        gate: whether its gate is fitted; it is a constant otherwise.
     """
     hidden = _hidden(text)
     numbers = range(len(text.inputs))
@@ -103,9 +113,11 @@ def carve_token_clusters(
     variance = sum(in_turn(_logit_variance(x_BTD, router_CD) for x_BTD in text.inputs)) / len(text.inputs)
     router_CD *= logit_std / jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))
     ffn = {name: jnp.moveaxis(text.ffn[name][:, members_CS], 1, 0) for name in ("gate", "up")} | {"down": down_CSD}
+    labels = [np.asarray(label_BT) for label_BT in labels]
     if refit_steps:
-        ffn = refit_by_gradient(text, [np.asarray(label_BT) for label_BT in labels], ffn, refit_steps, key, shared)
-    return Groups(members_CS, router_CD, ffn, shared)
+        ffn = refit_by_gradient(text, labels, ffn, refit_steps, key, shared)
+    gate_D = fit_gate(text, labels, ffn, gated) if gate else None
+    return Groups(members_CS, router_CD, ffn, shared, gated, gate_D)
 
 
 def measure_groups(text: LayerText, groups: Groups) -> Figures:
@@ -120,6 +132,8 @@ def measure_groups(text: LayerText, groups: Groups) -> Figures:
             text.ffn["down"],
             groups.router_CD,
             groups.ffn,
+            groups.gated,
+            groups.gate_D,
         )
         for number, x_BTD in enumerate(text.inputs)
     )
@@ -128,13 +142,14 @@ def measure_groups(text: LayerText, groups: Groups) -> Figures:
     )
     wanted = text.energy * text.tokens
     clusters, neurons = groups.members_CS.shape
-    in_all = groups.shared + clusters * (neurons - groups.shared)
-    busiest = 1.0 if groups.shared else load_C.max() / load_C.sum()
+    shared, routed = groups.shared - groups.gated, neurons - groups.gated
+    in_all = shared + clusters * (routed - shared)
+    busiest = 1.0 if shared else load_C.max() / load_C.sum()
     return {
         "reconstruction_error": float(error / energy),
         "error_to_dense_stream": float(chosen / wanted),
         "error_to_dense_stream_best_choice": float(best / wanted),
-        "load_max_over_mean": float(busiest / (neurons / in_all)),
+        "load_max_over_mean": float(busiest / (routed / in_all)),
     }
 
 
@@ -170,14 +185,19 @@ def _fit(text, hidden, labels, clusters, neurons, ridge, shared=0):
 
 
 def _members(activity_CF: np.ndarray, neurons: int, shared: int) -> np.ndarray:
-    """Each group's neurons (C, S): the most active on its cluster, or what two groups share and what each has alone."""
-    if not shared:
-        return np.sort(np.argsort(-activity_CF, axis=1, kind="stable")[:, :neurons], axis=1)
+    """Each group's neurons (C, S): first those that all groups share, then the most active on its cluster."""
+    clusters, in_all = activity_CF.shape
     own = neurons - shared
-    apart = np.argsort(activity_CF.min(axis=0), kind="stable")[: 2 * own]
-    first = np.argsort(activity_CF[1, apart] - activity_CF[0, apart], kind="stable")
-    common_S = np.setdiff1d(np.arange(activity_CF.shape[1]), apart)
-    return np.stack([np.concatenate([common_S, np.sort(apart[part])]) for part in (first[:own], first[own:])])
+    if shared and clusters == 2 and shared + 2 * own == in_all:  # every neuron is in one: those that both want
+        apart = np.argsort(activity_CF.min(axis=0), kind="stable")[: 2 * own]
+        first = np.argsort(activity_CF[1, apart] - activity_CF[0, apart], kind="stable")
+        common_S = np.setdiff1d(np.arange(in_all), apart)
+        return np.stack([np.concatenate([common_S, np.sort(apart[part])]) for part in (first[:own], first[own:])])
+    common_S = np.sort(np.argsort(-activity_CF.sum(axis=0), kind="stable")[:shared])
+    others_CF = activity_CF.copy()
+    others_CF[:, common_S] = -1
+    own_CS = np.sort(np.argsort(-others_CF, axis=1, kind="stable")[:, :own], axis=1)
+    return np.concatenate([np.tile(common_S, (clusters, 1)), own_CS], axis=1)
 
 
 def _solve_jointly(
@@ -303,13 +323,14 @@ def _logit_variance(x_BTD, router_CD):
     return jnp.mean(_einsum("BTD,CD->BTC", x_BTD, router_CD) ** 2)
 
 
-@jax.jit
-def _measures(hidden_BTF, x_BTD, y_BTD, weight_BT, dense_down_FD, router_CD, ffn):
+@functools.partial(jax.jit, static_argnames="gated")
+def _measures(hidden_BTF, x_BTD, y_BTD, weight_BT, dense_down_FD, router_CD, ffn, gated, gate_D):
     dense_BTD = _einsum("BTF,FD->BTD", hidden_BTF, dense_down_FD)
     chosen_BTC = jax.nn.one_hot(_choices(x_BTD, router_CD), len(router_CD))
+    shares_BTS = 1.0 if gate_D is None else gate_shares(gate_D, x_BTD, gated, ffn["down"].shape[1])
 
     def errors(group):
-        output_BTD = group_output(group, x_BTD)
+        output_BTD = group_output(group, x_BTD, shares_BTS)
         return jnp.sum((output_BTD - dense_BTD) ** 2, axis=-1), jnp.sum((output_BTD - y_BTD) ** 2, axis=-1)
 
     error_BTC, cost_BTC = (jnp.moveaxis(array_CBT, 0, -1) for array_CBT in jax.lax.map(errors, ffn))

@@ -9,7 +9,8 @@ import pytest
 
 from convert.carve.calibration import LayerText
 from convert.carve.gradient_refit import refit_by_gradient
-from convert.carve.token_clusters import OTHERS, Groups, _fit, carve_token_clusters, measure_groups
+from convert.carve.shared_gate import fit_gate
+from convert.carve.token_clusters import OTHERS, Groups, _fit, _members, carve_token_clusters, measure_groups
 
 CLUSTERS, HIDDEN, NEURONS, KEPT = 2, 10, 24, 12
 
@@ -84,6 +85,35 @@ def test_what_two_groups_share_is_fitted_on_the_tokens_of_both(text):
     got = np.concatenate([down[0], down[1, shared:]])
     np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
     np.testing.assert_array_equal(down[0, :shared], down[1, :shared])
+
+
+def test_the_gate_of_a_shared_expert_finds_on_which_tokens_it_counts(text):
+    """What is wanted is a known gate times the shared neurons, and the groups' own as they are."""
+    gated, kinds = 8, [np.asarray(x[..., 0] > 0).astype(int) for x in text.inputs]
+    members = np.stack([np.r_[:gated, gated + kind : NEURONS : 2] for kind in range(CLUSTERS)])
+    ffn = ffn_of(text, members, [text.ffn["down"][kept] for kept in members])
+    true = np.random.default_rng(2).normal(size=HIDDEN) / 2
+    wanted = []
+    for x, kind in zip(text.inputs, kinds, strict=True):
+        hidden = hidden_of(text.ffn, np.asarray(x))
+        share = np.isin(np.arange(NEURONS), members[0])[None] == (kind[..., None] == 0)
+        share = np.where(np.arange(NEURONS) < gated, 2 / (1 + np.exp(-x @ true))[..., None], share)
+        wanted.append(jnp.asarray((hidden * share) @ text.ffn["down"], jnp.float32))
+    gate = np.asarray(fit_gate(dataclasses.replace(text, wanted=wanted), kinds, ffn, gated))
+    assert gate @ true / np.linalg.norm(gate) / np.linalg.norm(true) > 0.9
+    groups = Groups(members, jnp.eye(CLUSTERS, HIDDEN) * np.array([[-1.0], [0.0]]), ffn, gated, gated)
+    errors = [
+        measure_groups(dataclasses.replace(text, wanted=wanted), groups._replace(gate_D=row))["error_to_dense_stream"]
+        for row in (None, jnp.asarray(gate), jnp.asarray(true, jnp.float32))
+    ]
+    assert errors[1] < 0.3 * errors[0]
+    assert errors[2] < 1e-6
+
+
+def test_groups_hold_the_most_active_neurons_in_common_and_then_their_own():
+    activity = np.array([[9.0, 0, 5, 1, 4, 0], [9, 1, 0, 5, 4, 0], [9, 6, 0, 0, 4, 1]])
+    np.testing.assert_array_equal(_members(activity, 3, 2), [[0, 4, 2], [0, 4, 3], [0, 4, 1]])
+    np.testing.assert_array_equal(_members(activity, 2, 0), [[0, 2], [0, 3], [0, 1]])
 
 
 def test_clusters_that_use_other_neurons_are_found(text):
