@@ -12,6 +12,8 @@ from nemoe_jax.serving.api.endpoints import lora_adapters
 from nemoe_jax.serving.api.endpoints.chat import chat
 from nemoe_jax.serving.api.endpoints.completions import complete
 from nemoe_jax.serving.api.endpoints.lora_adapters import LoadLoraAdapter, UnloadLoraAdapter
+from nemoe_jax.serving.api.endpoints.responses import respond
+from nemoe_jax.serving.api.endpoints.responses_shapes import ResponseObject, ResponsesEvent, ResponsesRequest
 from nemoe_jax.serving.api.endpoints.tokenization import (
     Detokenized,
     DetokenizeRequest,
@@ -94,6 +96,15 @@ def create_app(
     )
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         return await chat(served, asked, request)
+
+    @app.post(
+        "/v1/responses",
+        summary="A response to messages, which is not stored",
+        response_model=ResponseObject,
+        responses=ERRORS["POST"] | streamed(ResponsesEvent),
+    )
+    async def responses(asked: ResponsesRequest, request: Request) -> Response:
+        return await respond(served, asked, request)
 
     @app.post("/tokenize", summary="A prompt's token ids", response_model=Tokenized, responses=ERRORS["POST"])
     async def to_tokens(asked: TokenizePrompt | TokenizeChat) -> Response:

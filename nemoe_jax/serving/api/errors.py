@@ -72,10 +72,14 @@ def from_validation(errors: Sequence[Any], body: Any) -> ApiError:
         return ApiError(400, "expected a JSON object as the body, with Content-Type: application/json")
     places = [path_of(error["loc"][1:], body, error["type"] == "missing") for error in errors]
     # of a field that can have several forms, the one that fits furthest is meant
-    # and of those at one place, one that is not of another type altogether
+    # and of those at one place, one that is not of another type altogether, or else a wrong value
     place, error = max(
         zip(places, errors, strict=True),
-        key=lambda pair: (pair[0].count(".") + pair[0].count("["), not pair[1]["type"].endswith("_type")),
+        key=lambda pair: (
+            pair[0].count(".") + pair[0].count("["),
+            not pair[1]["type"].endswith("_type"),
+            pair[1]["type"] != "missing",
+        ),
     )
     if error["type"] == "extra_forbidden":
         return ApiError(400, f"{place}: no such parameter", place, "unknown_parameter")

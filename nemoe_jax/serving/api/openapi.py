@@ -8,6 +8,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from nemoe_jax.serving.api.endpoints.responses_shapes import ResponsesEvent
 from nemoe_jax.serving.api.responses import ChatChunk, ErrorResponse
 from nemoe_jax.serving.api.served_model import ServedModel
 
@@ -72,8 +73,9 @@ def describe(app: FastAPI, served: ServedModel, with_key: bool) -> dict[str, Any
     schemas = description["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    # the chunks of a chat are no whole answer to anything, which FastAPI would list
-    _, chunks = models_json_schema([(ChatChunk, "serialization")], ref_template=REFERENCE + "{model}")
+    # the chunks of a stream are no whole answer to anything, which FastAPI would list
+    kinds: list[tuple[type[BaseModel], Any]] = [(ChatChunk, "serialization"), (ResponsesEvent, "serialization")]
+    _, chunks = models_json_schema(kinds, ref_template=REFERENCE + "{model}")
     schemas |= {name: schema for name, schema in chunks["$defs"].items() if name not in schemas}
     for schema in schemas.values():
         narrow(schema.get("properties", {}), served)
@@ -100,7 +102,7 @@ def narrow(properties: dict[str, Any], served: ServedModel) -> None:
     if names:
         properties["model"]["enum"] = names
     most = served.context if served.max_tokens is None else min(served.context, served.max_tokens)
-    for name in {"max_tokens", "max_completion_tokens"} & properties.keys():
+    for name in {"max_tokens", "max_completion_tokens", "max_output_tokens"} & properties.keys():
         for choice in properties[name]["anyOf"]:
             if choice["type"] == "integer":
                 choice["maximum"] = most

@@ -129,10 +129,16 @@ def event(chunk: BaseModel, **options: Any) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Events as they come, then [DONE]; an error on the way is an event as well."""
+    """Events as they come, then `end`; an error on the way is an event as well."""
 
-    def __init__(self, events: AsyncIterator[str], answers: EngineStreams, headers: Mapping[str, str] | None = None):
-        self.answers = answers
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        answers: EngineStreams,
+        headers: Mapping[str, str] | None = None,
+        end: str = DONE,
+    ):
+        self.answers, self._end = answers, end
         headers = {"Cache-Control": "no-cache", **(headers or {})}
         super().__init__(self._whole(events), media_type="text/event-stream", headers=headers)
 
@@ -142,14 +148,13 @@ class EventStream(StreamingResponse):
         finally:  # also where the client went before the first event
             self.answers.cancel()
 
-    @staticmethod
-    async def _whole(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    async def _whole(self, events: AsyncIterator[str]) -> AsyncIterator[str]:
         try:
             async for one in events:
                 yield one
         except ApiError as error:
             yield event(error.answer)
-        yield DONE
+        yield self._end
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T], answers: EngineStreams) -> T:

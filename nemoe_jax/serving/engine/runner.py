@@ -235,25 +235,28 @@ class ModelRunner:
 
     def compile(self, program: Program, known_V: np.ndarray | None) -> None:
         """Compiles a program, for calls to find; in any thread, under the ambient mesh."""
+        self.lower(program, known_V).compile()
+
+    def lower(self, program: Program, known_V: np.ndarray | None) -> jax.stages.Lowered:
+        """A program before it is compiled."""
         size = program.size
         if program.kind == "prefill":
             table_M, tokens = np.zeros(self.width, np.int32), np.zeros(size, np.int32)
-            device.prefill.lower(*self._prefill_inputs(self._shapes, 0, tokens, 0, table_M, -1, size)).compile()
-        elif program.kind == "score":
-            device.score.lower(*self._score_inputs(np.zeros(size, np.int32), -1), top=self.top).compile()
-        elif program.kind == "penalties":
-            device.count.lower(*self._count_inputs(self._shapes, 0, np.zeros(1, np.int32), True)).compile()
-        elif program.kind == "wipe":
-            device.wipe.lower(*self._wipe_inputs(self._shapes, 0, [])).compile()
-        else:
-            zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-            table_BM, stop_BE = np.zeros((size, self.width), np.int32), np.full((size, MOST_ENDS), -1, np.int32)
-            batch = Batch(table_BM, zeros_B, zeros_B, zeros_B, zeros_B, stop_BE, idle_B)
-            given = controls([SamplingParams()] * size, self.config.vocab, known_V)
-            allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if program.allowed else None
-            guesses = (np.zeros((size, program.guesses), np.int32), zeros_B) if program.guesses else None
-            inputs = self._decode_inputs(self._shapes, batch, idle_B, 1, given, allowed_BW, guesses)
-            device.decode.lower(*inputs, top=self.top if program.scored else None).compile()
+            return device.prefill.lower(*self._prefill_inputs(self._shapes, 0, tokens, 0, table_M, -1, size))
+        if program.kind == "score":
+            return device.score.lower(*self._score_inputs(np.zeros(size, np.int32), -1), top=self.top)
+        if program.kind == "penalties":
+            return device.count.lower(*self._count_inputs(self._shapes, 0, np.zeros(1, np.int32), True))
+        if program.kind == "wipe":
+            return device.wipe.lower(*self._wipe_inputs(self._shapes, 0, []))
+        zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+        table_BM, stop_BE = np.zeros((size, self.width), np.int32), np.full((size, MOST_ENDS), -1, np.int32)
+        batch = Batch(table_BM, zeros_B, zeros_B, zeros_B, zeros_B, stop_BE, idle_B)
+        given = controls([SamplingParams()] * size, self.config.vocab, known_V)
+        allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if program.allowed else None
+        guesses = (np.zeros((size, program.guesses), np.int32), zeros_B) if program.guesses else None
+        inputs = self._decode_inputs(self._shapes, batch, idle_B, 1, given, allowed_BW, guesses)
+        return device.decode.lower(*inputs, top=self.top if program.scored else None)
 
     def _part(self, slot: int) -> int:
         """Which of the equal parts of the slots has this one."""
