@@ -88,7 +88,7 @@ def _largest(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array) ->
     mixed = attend(q, k, v, None, config.sliding_window)
     largest = {f"attn/{name}": _amax(normed_BTD) for name in "qkv"} | {"attn/o": _amax(mixed)}
     largest |= {KEYS: _amax(k), VALUES: _amax(v)}
-    _, normed_BTD, _ = block.attend(x_BTD, Context(positions, None), None, {})
+    _, normed_BTD, *_ = block.attend(x_BTD, Context(positions, None), None, {})
     if isinstance(block.ffn, SwiGLU):
         return largest | _of_dense("ffn", weights["ffn"], normed_BTD), jnp.zeros(1, jnp.int32)
     if config.shared_ffn:

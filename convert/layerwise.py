@@ -188,7 +188,7 @@ def block_graph(config: ModelConfig, kind: str) -> Any:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _attend(config: ModelConfig, kind: str, weights: Tree, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
     positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-    middle, normed, _ = nnx.merge(block_graph(config, kind), weights).attend(
+    middle, normed, *_ = nnx.merge(block_graph(config, kind), weights).attend(
         x_BTD, Context(positions, None, None), None, NO_ADAPTERS
     )
     return middle, normed

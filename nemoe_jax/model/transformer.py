@@ -12,6 +12,7 @@ B batch, T sequence, D embed, V vocabulary, L layers, S cache slots, E experts, 
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +46,7 @@ class HiddenOutput(NamedTuple):
     routing: (
         Routing | None
     )  # load and gate (L, E), losses and entropy averaged over the MoE layers; None for a dense model
-    ffn_LBTD: jax.Array | None = None  # what each layer's FFN added to the stream, where that is asked for
+    outputs: dict[str, jax.Array]  # (L, B, T, D) of those parts of the layers whose outputs were to be kept
 
 
 class Output(NamedTuple):
@@ -65,12 +66,12 @@ class Block(SpecModule):
 
     def attend(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
-    ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
-        """The stream after attention, its normalized copy that the FFN reads (both (B, T, D)), and the cache."""
+    ) -> tuple[jax.Array, jax.Array, LayerCache | None, jax.Array]:
+        """The stream after attention, its normalized copy that the FFN reads, the cache, and what attention added."""
         normed = rms_norm(x_BTD, self.weight("attn_norm"), self.eps)
         y_BTD, cache = self.attn(normed, context, cache, adapters.get("attn", NO_ADAPTERS))
         x_BTD = constrain_tokens(x_BTD + y_BTD)
-        return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache
+        return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache, y_BTD
 
     def feed_forward(
         self,
@@ -86,12 +87,12 @@ class Block(SpecModule):
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: LayerCache | None, adapters: Adapters
-    ) -> tuple[jax.Array, LayerCache | None, Routing | None, jax.Array]:
-        """(B, T, D) -> (B, T, D), the layer's cache, its routing where it is an MoE layer, and its FFN's output."""
-        x_BTD, normed, cache = self.attend(x_BTD, context, cache, adapters)
+    ) -> tuple[jax.Array, LayerCache | None, Routing | None, dict[str, jax.Array]]:
+        """(B, T, D) -> (B, T, D), the layer's cache, its routing where it is an MoE layer, and what its parts added."""
+        x_BTD, normed, cache, attended_BTD = self.attend(x_BTD, context, cache, adapters)
         own = adapters.get("ffn", NO_ADAPTERS)
         y_BTD, routing = self.feed_forward(normed, own, context.segments_BT, context.router_bias_E)
-        return constrain_tokens(x_BTD + y_BTD), cache, routing, y_BTD
+        return constrain_tokens(x_BTD + y_BTD), cache, routing, {"attention": attended_BTD, "ffn": y_BTD}
 
 
 class Transformer(SpecModule):
@@ -114,7 +115,7 @@ class Transformer(SpecModule):
         num_new_tokens_B: jax.Array | None = None,
         remat: bool = False,
         router_bias_LE: jax.Array | None = None,
-        keep_ffn: bool = False,
+        keep: Sequence[str] = (),
     ) -> HiddenOutput:
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1])[None] + (0 if cache is None else cache.length_B[:, None])
@@ -129,15 +130,14 @@ class Transformer(SpecModule):
         if cache is not None:
             held = LayerCache(cache.k, cache.v, cache.table_BM, jnp.int32(0), num_new_tokens_B)
         routings: list[Routing] = []
-        outputs: list[jax.Array] = []
+        outputs: list[dict[str, jax.Array]] = []
         for kind, block in self.blocks.items():
             run_adapters = adapters.get("blocks", NO_ADAPTERS).get(kind, NO_ADAPTERS)
             specs, bias_LE = declare(self.config)["blocks"][kind], router_bias_LE if kind == "moe" else None
-            x_BTD, held, (routing, ffn_LBTD) = _scan_run(
-                block, specs, x_BTD, context, held, run_adapters, remat, bias_LE, keep_ffn
+            x_BTD, held, (routing, kept) = _scan_run(
+                block, specs, x_BTD, context, held, run_adapters, remat, bias_LE, keep
             )
-            if ffn_LBTD is not None:
-                outputs.append(ffn_LBTD)
+            outputs.append(kept)
             if routing is not None:
                 routings.append(routing)
         x_BTD = rms_norm(x_BTD, self.weight("norm"), self.eps)
@@ -148,7 +148,8 @@ class Transformer(SpecModule):
         if routings:
             routing = jax.tree.map(lambda *layers: jnp.concatenate(layers), *routings)
             routing = Routing(*routing[:2], *(statistic.mean() for statistic in routing[2:]))
-        return HiddenOutput(x_BTD, cache, routing, jnp.concatenate(outputs) if keep_ffn else None)
+        together = {name: jnp.concatenate([run[name] for run in outputs]) for name in keep}
+        return HiddenOutput(x_BTD, cache, routing, together)
 
 
 def _scan_run(
@@ -160,8 +161,8 @@ def _scan_run(
     adapters: Adapters,
     remat: bool,
     router_bias_LE: jax.Array | None,
-    keep_ffn: bool,
-) -> tuple[jax.Array, LayerCache | None, tuple[Routing | None, jax.Array | None]]:
+    keep: Sequence[str],
+) -> tuple[jax.Array, LayerCache | None, tuple[Routing | None, dict[str, jax.Array]]]:
     """A run of stacked layers, one after another: compiled once whatever their number.
 
     The cache of all layers goes along, and each layer writes its own part where it lies.
@@ -179,10 +180,10 @@ def _scan_run(
         else:
             weights, layer_adapters = _gathered_layer(specs, sliced, layer_adapters, x_BTD.dtype)
         of_layer = context._replace(router_bias_E=bias_E)
-        x_BTD, cache, routing, ffn_BTD = nnx.merge(graph, weights)(x_BTD, of_layer, cache, layer_adapters)
+        x_BTD, cache, routing, outputs = nnx.merge(graph, weights)(x_BTD, of_layer, cache, layer_adapters)
         if cache is not None:
             cache = cache._replace(layer=cache.layer + 1)
-        return (x_BTD, cache), (routing, ffn_BTD if keep_ffn else None)
+        return (x_BTD, cache), (routing, {name: outputs[name] for name in keep})
 
     if remat:
         layer = jax.checkpoint(layer, prevent_cse=False)
@@ -272,7 +273,7 @@ def hidden_states(
     num_new_tokens_B: jax.Array | None = None,
     remat: bool = False,
     router_bias_LE: jax.Array | None = None,
-    keep_ffn: bool = False,
+    keep: Sequence[str] = (),
 ) -> HiddenOutput:
     """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
 
@@ -286,7 +287,7 @@ def hidden_states(
         num_new_tokens_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
         remat: recompute each block in the backward pass instead of keeping its activations.
         router_bias_LE: of the MoE layers, added to the routers' logits for the choice of experts alone.
-        keep_ffn: give what each layer's FFN added to the stream.
+        keep: of "attention" and "ffn" those of which each layer's output is given, as it was added to the stream.
     """
     model = nnx.merge(graph_of(config), params)
     return model(
@@ -298,7 +299,7 @@ def hidden_states(
         num_new_tokens_B=num_new_tokens_B,
         remat=remat,
         router_bias_LE=router_bias_LE,
-        keep_ffn=keep_ffn,
+        keep=keep,
     )
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
 from tests.support.compiled import forward
+from tests.support.configs import CONFIGS
 
 
 def setup(config, batch=3, length=13):
@@ -81,6 +84,20 @@ def test_no_token_sees_a_later_one(config):
     before, after = (forward(config, params, ids).logits for ids in (tokens, changed))
     np.testing.assert_allclose(after[:, :9], before[:, :9], atol=1e-6)
     assert float(jnp.abs(after[:, 9:] - before[:, 9:]).max()) > 1e-3
+
+
+def test_what_attention_and_ffns_add_is_the_stream():
+    config = CONFIGS["nekomind"]  # dense layers and MoE layers
+    params, tokens = setup(config)
+    output = jax.jit(functools.partial(hidden_states, config, keep=("ffn", "attention")))(params, tokens)
+    added = output.outputs["attention"] + output.outputs["ffn"]
+    stream = params["embed"][tokens] + added.sum(0)
+    normed = stream / np.sqrt(np.mean(stream**2, -1, keepdims=True) + config.norm_eps) * params["norm"]
+    np.testing.assert_allclose(normed, output.x_BTD, atol=1e-5)
+    for block in params["blocks"].values():
+        block["attn"]["o"] *= 0
+    silent = jax.jit(functools.partial(hidden_states, config, keep=("attention",)))(params, tokens)
+    assert silent.outputs["attention"].shape == added.shape and not silent.outputs["attention"].any()
 
 
 def test_rematerialisation_changes_no_gradient(config):

@@ -159,6 +159,26 @@ def test_data_sets_saved_to_disk(tmp_path):
         documents(dataset=str(tmp_path / "two"), split="dev")
 
 
+def test_a_stream_gives_the_rows_of_its_split_and_keeps_no_copy(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for file in range(2):
+        rows = [{"text": f"text {5 * file + row}", "url": "-"} for row in range(5)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / f"train-{file}.parquet")
+    name = str(tmp_path / "set")
+    for split, numbers in (("train", range(10)), ("train[3:7]", range(3, 7)), ("train[8:]", range(8, 10))):
+        rows = [row for _, row in find_dataset(name, None, split, streaming=True).read()]
+        assert rows == [{"text": f"text {number}"} for number in numbers]
+    identity = find_dataset(name, None, "train", streaming=True).identity
+    assert identity == find_dataset(name, None, "train", streaming=True).identity
+    datasets.Dataset.from_list([{"text": "more"}]).to_parquet(tmp_path / "set" / "train-2.parquet")
+    assert identity != find_dataset(name, None, "train", streaming=True).identity
+    with pytest.raises(UserError, match=r"cannot be loaded: Bad split: dev"):
+        find_dataset(name, None, "dev", streaming=True)
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
+
+
 def test_a_data_set_that_is_missing_is_one_clear_line():
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match=r"dataset nobody/nothing-here: cannot be loaded: \S") as caught:

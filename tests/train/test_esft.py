@@ -136,11 +136,12 @@ def test_distances_of_what_ffns_give_token_by_token():
         assert l2[row, token] == pytest.approx(np.mean(far), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "l2"])
-def test_a_feature_loss_is_added_by_its_schedule(write, workplace, kind):
+@pytest.mark.parametrize("kind, of", [("cosine", ["ffn"]), ("l2", ["ffn", "attention"])])
+def test_a_feature_loss_is_added_by_its_schedule(write, workplace, kind, of):
     distill = {
         "teacher": str(workplace / "dense"),
         "feature_loss": kind,
+        "feature_of": of,
         "feature_weight": 3,
         "final_feature_weight": 0,
     }

@@ -378,8 +378,10 @@ def test_an_interrupted_run_leaves_nothing(write, tmp_path, monkeypatch, capsys,
     assert [path.name for path in tmp_path.iterdir()] == ["scratch.yaml"]
 
 
-def test_on_a_mesh_the_losses_are_the_same(write):
-    recipe = write("repair", steps=3, distill=None, lora=[{"pattern": "blocks/moe/*/[qd]*", "rank": 4}])
+def test_on_a_mesh_the_losses_are_the_same(write, workplace):
+    distill = {"teacher": str(workplace / "dense"), "feature_loss": "l2", "feature_of": ["ffn", "attention"]}
+    lora = [{"pattern": "blocks/moe/*/[qd]*", "rank": 4}]
+    recipe = write("repair", steps=3, distill=distill, lora=lora, router_bias_rate=1e-4)
     assert main(["run", str(recipe), "output=one"]) == 0
     assert main(["run", str(recipe), "output=eight", "mesh=fsdp=2,expert=2,tensor=2"]) == 0
     np.testing.assert_allclose(losses_of(Path("eight")), losses_of(Path("one")), rtol=1e-5)

@@ -53,7 +53,7 @@ def tokenize_source(
     if source.dataset is None:
         rows = find_rows(source.files, exclude)
     else:
-        rows = find_dataset(source.dataset, source.subset, source.split)
+        rows = find_dataset(source.dataset, source.subset, source.split, source.streaming)
     path = (data.cache or default_cache()) / "tokens" / _key(rows, source, tokenizer, pairs)
     tokens = open_entry(path)
     if tokens is None:

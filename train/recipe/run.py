@@ -56,6 +56,11 @@ class Phase(Section):
     lora: list[LoraTarget] = Field([], description="adapters, for trainable: lora")
     adapter: FilePath | None = Field(None, description="PEFT adapter to go on from, instead of lora: its targets")
     train_router: bool = Field(False, description="with adapters, whether the routers themselves learn as well")
+    tie_router_rows: bool = Field(
+        True,
+        description="whether router rows that are alike as the phase begins, those of groups of top-k experts that a "
+        "carve by token clusters makes, stay alike while they learn; other routers learn as ever",
+    )
     distill: Distill | None = Field(None, description="a teacher to match; default: plain cross-entropy")
     preference: Preference | None = Field(
         None, description="train on pairs of responses; the reference is the model as the phase begins"

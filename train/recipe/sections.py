@@ -54,8 +54,11 @@ class Distill(Section):
     final_temperature: float | None = Field(None, gt=0, description="the same at the last step; default: temperature")
     feature_loss: Literal["cosine", "l2"] | None = Field(
         None,
-        description="a distance of student and teacher in what each layer's FFN, dense or MoE, adds to the stream; of "
-        "models of one width and depth; default: none",
+        description="a distance of student and teacher in what each layer adds to the stream, of models of one width "
+        "and depth; default: none",
+    )
+    feature_of: list[Literal["ffn", "attention"]] = Field(
+        ["ffn"], min_length=1, description="of feature_loss: which parts of a layer, the FFN dense or MoE; their mean"
     )
     feature_weight: float = Field(1.0, ge=0, description="of feature_loss: its weight, per token, a mean over layers")
     final_feature_weight: float | None = Field(
@@ -99,7 +102,10 @@ class Source(Section):
     files: Globs = Field([], description="files, globs (** descends) or directories of .jsonl, .json, .parquet, .txt")
     dataset: str | None = Field(None, description="instead of files: name of a dataset on the hub, or its directory")
     subset: str | None = Field(None, description="the dataset's configuration")
-    split: str = Field("train", description="the dataset's split")
+    split: str = Field("train", description="the dataset's split, or rows of it, such as train[400:400000]")
+    streaming: bool = Field(
+        False, description="read the dataset from where it is, as far as limit or split say; only its tokens are kept"
+    )
     format: Literal["auto", *KEYS] = Field(  # type: ignore[valid-type]
         "auto", description="what a row looks like; auto goes by its keys"
     )
@@ -110,6 +116,8 @@ class Source(Section):
     def _one_origin(self) -> "Source":
         if bool(self.files) == bool(self.dataset):
             raise ValueError("expected exactly one of files and dataset")
+        if self.streaming and not self.dataset:
+            raise ValueError("streaming: expected with dataset alone; files are streamed in any case")
         return self
 
 

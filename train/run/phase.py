@@ -24,7 +24,7 @@ from train.data.packing import shortened
 from train.recipe import Recipe
 from train.run.checkpoint import Checkpoints
 from train.run.metrics_logger import MetricsLogger
-from train.run.prepare import Inputs, bias_shape, routers_scale, trainable_of
+from train.run.prepare import Inputs, bias_shape, router_ties, routers_scale, trainable_of
 from train.run.reference import with_reference
 from train.run.results import HeldOut, PhaseResult
 from train.run.run_directory import Interrupted, Signals
@@ -76,7 +76,9 @@ class PhaseRun:
     def __call__(self, params: Tree, signals: Signals, profile: Path | None) -> tuple[Tree, PhaseResult]:
         """The parameters after the phase (those before it where it was discarded), and what it came to."""
         phase = self.phase
-        optimizer = make_optimizer(phase.optimizer, phase.steps, routers_scale(phase, params, self.mesh), self.config)
+        self.ties = router_ties(phase, self.config, params, self.mesh)
+        scale = routers_scale(phase, params, self.mesh)
+        optimizer = make_optimizer(phase.optimizer, phase.steps, scale, self.config, self.ties)
         objective = make_objective(self.recipe, phase, self.config, self.teacher_config)
         places: Places = ()
         if phase.trainable == "esft":
@@ -150,7 +152,8 @@ class PhaseRun:
             teacher, saved = share_weights(teacher, frozen)
             if saved:
                 logger.say(f"{phase.name}: {saved / 1e6:,.1f} MB of the teacher's weights are the student's, held once")
-        update = make_update(objective, optimizer, learning_rate_schedule(phase.optimizer, phase.steps), state)
+        schedule = learning_rate_schedule(phase.optimizer, phase.steps)
+        update = make_update(objective, optimizer, schedule, state, self.ties)
         evaluate = self._evaluator(objective)
         done = first = int(state.step)
         if not done and self.held_out:
@@ -205,7 +208,8 @@ class PhaseRun:
             chosen_step=chosen,
         )
         if accepted:
-            return lora.merge(self.config, combine(trainable["params"], frozen), trainable["adapters"]), result
+            merged = lora.merge(self.config, combine(trainable["params"], frozen), trainable["adapters"])
+            return (self.ties.tied(merged) if self.ties else merged), result
         assert first and last  # tolerance needs data.held_out
         kept = f"; its adapter is kept in {result.adapter}" if result.adapter else ""
         self.logger.say(

@@ -24,6 +24,7 @@ from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
 from train.recipe import Phase, Recipe
 from train.step.chosen_experts import ChosenExperts, Places, own_sharding, take_experts
 from train.step.optimizer import router_scale
+from train.step.router_ties import RouterTies, find_ties
 from train.step.step import Flat, split
 
 
@@ -218,10 +219,22 @@ def bias_shape(phase: Phase, config: ModelConfig) -> tuple[int, int] | None:
 
 
 def routers_scale(phase: Phase, params: Tree, mesh: Mesh | None) -> np.ndarray | None:
-    """The learning-rate factor of each layer's router; a model has at most one group of MoE layers."""
+    """The learning-rate factor of each layer's router."""
+    router_LDE = _router(params, mesh)
+    scale = phase.optimizer.router_learning_rate_scale
+    return None if router_LDE is None else np.asarray(jax.jit(router_scale, static_argnums=1)(router_LDE, scale))
+
+
+def router_ties(phase: Phase, config: ModelConfig, params: Tree, mesh: Mesh | None) -> RouterTies | None:
+    """Which rows of the routers stay alike; None where none do."""
+    router_LDE = _router(params, mesh) if phase.tie_router_rows else None
+    return None if router_LDE is None else find_ties(router_LDE, config.top_k)
+
+
+def _router(params: Tree, mesh: Mesh | None) -> np.ndarray | None:
+    """The routers of all MoE layers, in float32 on this host; a model has at most one group of such layers."""
+    everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
     for path, router_LDE in leaves(params).items():
         if path.endswith("/router"):
-            everywhere = NamedSharding(mesh, PartitionSpec()) if mesh else None
-            factor = phase.optimizer.router_learning_rate_scale
-            return np.asarray(jax.jit(router_scale, static_argnums=1, out_shardings=everywhere)(router_LDE, factor))
+            return np.asarray(jax.jit(lambda array: array.astype(jnp.float32), out_shardings=everywhere)(router_LDE))
     return None

@@ -6,6 +6,7 @@ size, so one step of 1e-3 would replace such a router by noise.
 """
 
 import fnmatch
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import optax.contrib
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import declare, leaves
 from train.recipe import Optimizer
+from train.step.router_ties import RouterTies
 
 RMS_OF_ADAM = 0.2  # root mean square of a step of Adam over the learning rate, as arXiv 2502.16982 measured it
 
@@ -65,9 +67,15 @@ def router_scale(router_LDE: jax.Array, factor: float) -> jax.Array:
 
 
 def make_optimizer(
-    options: Optimizer, steps: int, router_scale_L11: Any = None, config: ModelConfig | None = None
+    options: Optimizer,
+    steps: int,
+    router_scale_L11: Any = None,
+    config: ModelConfig | None = None,
+    ties: RouterTies | None = None,
 ) -> optax.GradientTransformation:
     """Clip by global norm → Adam or Muon → weight decay except where `no_decay` says → schedule → the routers' factor.
+
+    Router rows that are tied have one gradient before all this, and one update after it.
 
     Args:
         config: the model's, which Muon needs.
@@ -86,13 +94,23 @@ def make_optimizer(
 
         return jax.tree_util.tree_map_with_path(scale, updates)
 
-    return optax.chain(
+    plain = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         _directions(options, config),
         optax.add_decayed_weights(options.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate_schedule(options, steps)),
         optax.stateless(scale_routers),
     )
+    return optax.chain(_on_rows(ties.mean), plain, _on_rows(ties.copied)) if ties else plain
+
+
+def _on_rows(change: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
+    """What is done to the routers' rows: those of the routers themselves, and of B of their adapters."""
+
+    def changed(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        return change(update) if is_router(path) and path_names(path)[-1] in ("router", "b") else update
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(changed, updates))
 
 
 def _directions(options: Optimizer, config: ModelConfig | None) -> optax.GradientTransformation:

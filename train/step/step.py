@@ -31,6 +31,7 @@ from train.step.chosen_experts import ChosenExperts
 from train.step.divergence import divergence, feature_distance, top_k_divergence
 from train.step.loss import Sums, chunked_sums, masked_sum
 from train.step.optimizer import is_router
+from train.step.router_ties import RouterTies
 
 Flat = dict[str, Any]  # {path: array, or Fp8Weight}
 SCHEDULED = ("temperature", "kl_weight", "ce_weight", "feature_weight")  # of distillation
@@ -202,9 +203,9 @@ class Objective:
         total, sums = chunked_sums(self._token_losses, trained, hidden.x_BTD, arrays, rest, chunk, all_count)
         distill = self.phase.distill
         if taught is not None and distill and distill.feature_loss:
-            assert hidden.ffn_LBTD is not None and taught.ffn_LBTD is not None  # both kept them
-            far_BT = feature_distance(distill.feature_loss, hidden.ffn_LBTD, taught.ffn_LBTD, batch.mask)
-            sums |= {"feature_loss": masked_sum(far_BT, batch.mask)}
+            pairs = [(outputs, taught.outputs[name]) for name, outputs in hidden.outputs.items()]
+            far = [feature_distance(distill.feature_loss, *pair, batch.mask) for pair in pairs]
+            sums |= {"feature_loss": masked_sum(jnp.mean(jnp.stack(far), axis=0), batch.mask)}
             total += self._schedule(step)["feature_weight"] * sums["feature_loss"]
         return hidden, (total, sums)
 
@@ -277,6 +278,7 @@ class Objective:
         remat: bool = False,
         router_bias_LE: Array | None = None,
     ) -> transformer.HiddenOutput:
+        distill = self.phase.distill
         return transformer.hidden_states(
             config,
             params,
@@ -286,7 +288,7 @@ class Objective:
             segments=batch.segments,
             remat=remat,
             router_bias_LE=router_bias_LE,
-            keep_ffn=bool(self.phase.distill and self.phase.distill.feature_loss),
+            keep=distill.feature_of if distill and distill.feature_loss else (),
         )
 
     def _quantized(self, params: Tree) -> Tree:
@@ -321,7 +323,11 @@ def _gathered(config: ModelConfig, weight: Array) -> Array:
 
 
 def make_update(
-    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, state: TrainState
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    ties: RouterTies | None = None,
 ) -> Callable[[TrainState, Flat, Tree | None, Batch], tuple[TrainState, Sums]]:
     """Compiles (state, frozen, teacher, batch) → (next state, figures); the state's memory is used again.
 
@@ -329,6 +335,7 @@ def make_update(
 
     Args:
         state: an example (arrays or their shapes with shardings), whose shardings the next states keep.
+        ties: of experts whose biases go up and down together.
     """
     parts = objective.phase.data.gradient_accumulation_steps
 
@@ -338,9 +345,7 @@ def make_update(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def of_part(part: Batch, number: Array | int) -> tuple[Tree, Sums]:
-            share = objective.weight(part) / jnp.maximum(
-                whole, 1.0
-            )  # a part's loss times its share adds up to the batch's
+            share = objective.weight(part) / jnp.maximum(whole, 1.0)  # of the batch's loss
 
             def loss(trainable: Tree) -> tuple[Array, Sums]:
                 adapters = lora.with_dropout(trainable["adapters"], jax.random.fold_in(key, number))
@@ -371,7 +376,9 @@ def make_update(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
         load_LE, bias_LE = figures.pop("load", None), state.router_bias
         if bias_LE is not None and load_LE is not None:  # up where the load is below its share (arXiv 2408.15664)
-            bias_LE += objective.phase.router_bias_rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+            up_LE = jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+            up_LE = ties.mean(up_LE[:, None])[:, 0] if ties else up_LE
+            bias_LE += objective.phase.router_bias_rate * up_LE
         after = optax.apply_updates(state.trainable, updates), optimizer_state, bias_LE
         before = state.trainable, state.optimizer_state, state.router_bias
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)

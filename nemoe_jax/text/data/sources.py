@@ -186,8 +186,12 @@ def read_parquet(path: Path) -> Iterator[PlacedRow]:
         raise UserError(f"{path}: not a Parquet file, or damaged ({' '.join(str(error).split())})") from error
 
 
-def find_dataset(name: str, subset: str | None, split: str) -> Rows:
-    """A data set of Hugging Face, on the hub or saved in a directory.
+def find_dataset(name: str, subset: str | None, split: str, streaming: bool = False) -> Rows:
+    """A data set of Hugging Face, on the hub or in a directory.
+
+    Args:
+        split: its name, perhaps with the rows of it that are meant, as in `train[400:400000]`.
+        streaming: read the rows from where they are, as they are wanted, and keep no copy of the data set.
 
     Raises:
         UserError: there is none, it has no such split, or the package `datasets` is missing.
@@ -199,7 +203,13 @@ def find_dataset(name: str, subset: str | None, split: str) -> Rows:
     path = Path(name).expanduser()
     saved = [path / file for file in ("dataset_dict.json", "state.json") if (path / file).is_file()]
     try:
-        data = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, subset, split=split)
+        if saved:  # these are read from where they are in any case
+            data = datasets.load_from_disk(str(path))
+        elif streaming:
+            builder = datasets.load_dataset_builder(name, subset)
+            data = _rows_of_stream(builder, split)
+        else:
+            data = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library and the hub's client raise errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"dataset {name}: cannot be loaded: {reason}") from error
@@ -207,14 +217,25 @@ def find_dataset(name: str, subset: str | None, split: str) -> Rows:
         if split not in data:
             raise UserError(f"dataset {name}: split: expected one of {', '.join(data)}, got {split!r}")
         data = data[split]
-    columns = _known(data.column_names)
+    identity = data._fingerprint if isinstance(data, datasets.Dataset) else f"stream {builder.cache_dir}"
+    columns = _known(data.column_names or [])
     label = f"{name} ({split})"
 
     def read() -> Iterator[PlacedRow]:
         tables = (data.select_columns(columns) if columns else data).with_format("arrow").iter(BATCH_ROWS)
         return _placed(label, (table.to_pylist() for table in tables))
 
-    return Rows(label, ["dataset", str(path.resolve()) if saved else name, subset, split, data._fingerprint], read)
+    return Rows(label, ["dataset", str(path.resolve()) if saved else name, subset, split, identity], read)
+
+
+def _rows_of_stream(builder: Any, split: str) -> Any:
+    """A split as a stream, or the rows of it that brackets behind its name say."""
+    named = re.fullmatch(r"(.*)\[(\d*):(\d*)\]", split)
+    if named is None:
+        return builder.as_streaming_dataset(split=split)
+    first, last = int(named[2] or 0), named[3]
+    stream = builder.as_streaming_dataset(split=named[1]).skip(first)
+    return stream.take(max(int(last) - first, 0)) if last else stream
 
 
 def _known(columns: Sequence[str]) -> list[str] | None:
