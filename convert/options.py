@@ -147,6 +147,9 @@ class PruneOptions:
         "reap: drop the experts with the least mean routing weight × output norm; exhaustive: try all subsets, keep "
         "the one with the least error of the layer's output; frequency: drop the least often chosen (a baseline)",
     )
+    merge: bool = option(
+        False, "merge the experts that are not kept into the most similar ones that are, weighted by their scores"
+    )
     calibration_tokens: int = option(16384, "tokens of the text to use; 131072 or more for the 12B")
     choices: str = option(
         "",

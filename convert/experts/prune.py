@@ -14,6 +14,8 @@ exhaustive  The subset whose layer output is nearest to the unpruned one's, in s
             the change d_t of its routing weights, that is Σ_t d_tᵀ G_t d_t: experts run once, whatever the number of
             subsets. Every other choice is measured in the same way, for the record.
 
+With --merge the others are not dropped but merged into those that stay (see merge.py).
+
 B batch, T tokens (or sequence), D embed, F expert_ffn, E experts, S subsets.
 """
 
@@ -31,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.experts.merge import groups_of, merged, similarities
 from convert.experts.outputs import einsum, expert_products, moe_layers, routing, routing_within
 from convert.layerwise import LayerwiseModel, calibration_batches
 from convert.options import PruneOptions
@@ -69,7 +72,7 @@ def prune(
         if run.dry_run:  # any experts do for the plan
             choices = {number: {"kept": list(range(config.experts))} for number in moe_layers(config)}
         else:
-            choices = choose_experts(checkpoint, batches, config.experts, options.method)
+            choices = choose_experts(checkpoint, batches, config.experts, options.method, options.merge)
     specs = declare(config)["blocks"]["moe"]["ffn"]
 
     def layer(number: int) -> tuple[Tensors, Figures]:
@@ -78,8 +81,15 @@ def prune(
         kept = choices[number]["kept"]
         router = specs["router"].key_of(number)
         tensors = {router: checkpoint.view(router)[kept]}
-        for name, (new, old) in itertools.product(("gate", "up", "down"), enumerate(kept)):
-            tensors[specs[name].key_of(number, new)] = checkpoint.view(specs[name].key_of(number, old))
+        for new, group in enumerate(choices[number].get("groups") or [[expert] for expert in kept]):
+            experts = [
+                {name: checkpoint.view(specs[name].key_of(number, old)) for name in ("gate", "up", "down")}
+                for old in group
+            ]
+            one = experts[0]
+            if len(group) > 1:
+                one = merged(experts, [choices[number]["scores"][expert] for expert in group])
+            tensors |= {specs[name].key_of(number, new): array for name, array in one.items()}
         return tensors, choices[number]
 
     return convert_layers(
@@ -108,6 +118,8 @@ def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> Model
             f"--experts: expected {old.top_k} (top-k) to {old.experts - 1} of the {old.experts} experts of {source}, "
             f"got {options.experts}"
         )
+    if options.merge and (options.choices or options.method != "reap"):
+        raise UserError("--merge: expected --calibration and --method reap with it")
     subsets = math.comb(old.experts, options.experts)
     if options.method == "exhaustive" and subsets > MOST_SUBSETS:
         raise UserError(
@@ -161,12 +173,13 @@ def refuse_other_source(manifest: Path, source: Checkpoint) -> None:
 
 
 def choose_experts(
-    source: Checkpoint, batches: Sequence[np.ndarray], experts: int, method: str = "reap"
+    source: Checkpoint, batches: Sequence[np.ndarray], experts: int, method: str = "reap", merge: bool = False
 ) -> dict[int, Figures]:
     """{MoE layer: which experts it keeps, in order, all experts' scores, the dropped ones' share of them, the error}.
 
     Args:
         batches: tokens (B, T + 1), int32, as `calibration_batches` gives.
+        merge: also say of each kept expert with which others it is merged, as `groups`.
     """
     layers = LayerwiseModel(source)
     config = source.config
@@ -184,12 +197,12 @@ def choose_experts(
                 # one program at a time: on several CPU devices, programs that communicate starve one another
                 jax.block_until_ready((streams[number], text[-1:]))
             if text:
-                choices[layer] = _choose(config, text, experts, method)
+                choices[layer] = _choose(config, text, experts, method, merge)
     return choices
 
 
 def _choose(
-    config: ModelConfig, text: Sequence[tuple[jax.Array, jax.Array]], experts: int, method: str
+    config: ModelConfig, text: Sequence[tuple[jax.Array, jax.Array]], experts: int, method: str, merge: bool
 ) -> dict[str, Any]:
     """A layer's figures from the (logits, Gram matrices) of each batch."""
     sums = [use_of_experts(config, logits_TE, gram_TEE) for logits_TE, gram_TEE in text]
@@ -206,7 +219,10 @@ def _choose(
     error_S = subset_errors(config, logits_TE, gram_TEE, subsets_SC)
     best = int(np.argmin(error_S))
     kept = subsets_SC[best].tolist()
-    return {
+    groups = {}
+    if merge:
+        groups["groups"] = groups_of(kept, score_E, similarities(np.asarray(logits_TE), np.asarray(gram_TEE)))
+    return groups | {
         "kept": kept,
         "scores": score_E.tolist(),
         "dropped_share": float(1 - score_E[kept].sum() / max(score_E.sum(), np.finfo(np.float32).tiny)),

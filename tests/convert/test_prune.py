@@ -319,3 +319,31 @@ def test_choices_of_other_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"run on other weights \(model\.safetensors differs\)"):
         prune.prune(tmp_path / "model", tmp_path / "third", PruneOptions(8, choices=str(first)))
     assert not (tmp_path / "third").exists()
+
+
+def test_copies_of_an_expert_are_merged_into_it(text, tmp_path, capsys):
+    """In other orders of their neurons, with other scales of `down`, and so with scores in proportion to them."""
+    config, scale = MIXTRAL, np.array([4, 2, 1, 0.5], np.float32)
+    params = schema.initialize(config, jax.random.key(3))
+    ffn = {name: np.array(array) for name, array in params["blocks"]["moe"]["ffn"].items()}
+    first, random = {name: array[:, :4].copy() for name, array in ffn.items()}, np.random.default_rng(4)
+    for layer, new in itertools.product(range(3), range(16)):
+        order = random.permutation(config.expert_ffn)
+        for name in ("gate", "up"):
+            ffn[name][layer, new] = first[name][layer, new % 4][:, order]
+        ffn["down"][layer, new] = first["down"][layer, new % 4][order] * scale[new // 4]
+        ffn["router"][layer, :, new] = ffn["router"][layer, :, new % 4]
+    params["blocks"]["moe"]["ffn"] = {name: jnp.asarray(array) for name, array in ffn.items()}
+    pretrained.save_pretrained(tmp_path / "copies", config, params)
+    write_tokenizer(tmp_path / "copies")
+    command = ["prune-experts", str(tmp_path / "copies"), str(tmp_path / "merged"), "--experts", "4", "--merge"]
+    assert cli.main([*command, "--calibration", str(text), "--calibration-tokens", "700"]) == 0
+    for row in json.loads((tmp_path / "merged" / MANIFEST).read_text())["layers"]:
+        assert [sorted(group) for group in row["groups"]] == [[n, n + 4, n + 8, n + 12] for n in range(4)]
+    got = pretrained.load_pretrained(tmp_path / "merged")[1]["blocks"]["moe"]["ffn"]
+    for name, factor in (("gate", 1), ("up", 1), ("down", (scale**2).sum() / scale.sum())):
+        for ours, expected in zip(got[name].reshape(12, -1), first[name].reshape(12, -1), strict=True):
+            np.testing.assert_allclose(np.sort(ours), np.sort(factor * expected), rtol=1e-4, atol=1e-6)
+    capsys.readouterr()
+    assert cli.main([*command, "--calibration", str(text), "--method", "frequency"]) == 2
+    assert "--merge: expected --calibration and --method reap with it" in capsys.readouterr().err
