@@ -6,39 +6,45 @@ Tokens per second, prompts included, of 8 requests at a time that the serving en
 same engine. Named peer: `generate` with a batch of 8, which has no joining, no stop strings and no text at all, and
 with a batch of one. They take turns, and the best turn of each counts; compilation is done before. Limits: alone 0.9 of
 the peer's tokens per second, and with 8 requests 0.95. Beside it, without limits: `deterministic`, where a lone request
-pays for the places of the other slots, as the batch always has the same shape.
+pays for the places of the other slots, as the batch always has the same shape. And the tokens per second of 7 requests
+whose eighth neighbor is held to a JSON schema, in turn with 7 beside a free one: limit 0.9.
 """
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from benchmarks.lib.peers import judge, opened, parser
+from benchmarks.lib.peers import clock, judge, opened, parser
 
 ROWS, PROMPT, NEW = 8, 32, 256
-LIMITS = {"engine / generate, 1 request": 0.9, "engine / generate, 8 requests": 0.95}
+BESIDE = "7 beside a constrained one / beside a free one"
+LIMITS = {"engine / generate, 1 request": 0.9, "engine / generate, 8 requests": 0.95, BESIDE: 0.9}
+COLORS = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 4 * NEW}  # longer than a response
 
 
 def main() -> None:
     """Measures, prints, and says whether the limits are kept."""
     options = parser(__doc__, 7).parse_args()
-    rates = measure(options.directory, options.turns)
+    rates = measure(options.directory, options.turns, clock(options))
     ratios = {
         f"{engine} / generate, {requests}": rates[f"{engine}, {requests}"] / rates[f"generate, {requests}"]
         for engine in ("engine", "deterministic")
         for requests in ("1 request", "8 requests")
     }
+    ratios[BESIDE] = rates["7 beside a constrained one"] / rates["7 beside a free one"]
     judge("batching", options, rates, "tokens per second", ratios, LIMITS)
 
 
-def measure(directory: str, turns: int) -> dict[str, float]:
+def measure(directory: str, turns: int, now: Callable[[], float]) -> dict[str, float]:
     """Tokens per second by name."""
     from nemoe_jax.inference.generate import generate
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.serving.engine.request import Request
+    from nemoe_jax.serving.request_builder import RequestBuilder
 
     config, params, tokenizer = opened(directory)
+    builder = RequestBuilder(config, tokenizer)
     config, tokenizer.eos_id = config.replace(eos_token_id=None), None  # every response as long as the others
     prompts = np.random.default_rng(0).integers(3, config.vocab, (ROWS, PROMPT)).tolist()
 
@@ -50,25 +56,36 @@ def measure(directory: str, turns: int) -> dict[str, float]:
         for response in [engine.submit(Request(tuple(prompt), NEW)) for prompt in prompts[:requests]]:
             response.result()
 
+    def beside(engine: Engine, constrained: bool) -> Callable[[], Any]:
+        """Generates, up to the end of 7; what waits for the eighth."""
+        one = Request(tuple(prompts[-1]), NEW, constraint=builder.constraint(schema=COLORS) if constrained else None)
+        eighth = engine.submit(one)
+        joining(engine, ROWS - 1)
+        return eighth.result
+
     def start(deterministic: bool) -> Engine:
         return Engine(config, params, tokenizer, max_num_seqs=ROWS, kv_tokens=ROWS * 512, deterministic=deterministic)
 
     with start(False) as engine, start(True) as fixed_shape:
-        runs: dict[str, tuple[int, Any]] = {
+        runs: dict[str, tuple[int, Callable[[], Any]]] = {
             "generate, 1 request": (1, lambda: fixed(1)),
             "generate, 8 requests": (ROWS, lambda: fixed(ROWS)),
             "engine, 1 request": (1, lambda: joining(engine, 1)),
             "engine, 8 requests": (ROWS, lambda: joining(engine, ROWS)),
+            "7 beside a free one": (ROWS - 1, lambda: beside(engine, False)),
+            "7 beside a constrained one": (ROWS - 1, lambda: beside(engine, True)),
             "deterministic, 1 request": (1, lambda: joining(fixed_shape, 1)),
             "deterministic, 8 requests": (ROWS, lambda: joining(fixed_shape, ROWS)),
         }
         rates: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(turns + 1):
             for name, (requests, run) in runs.items():
-                started = time.perf_counter()
-                run()
+                started = now()
+                rest = run()
                 if turn:
-                    rates[name].append(requests * NEW / (time.perf_counter() - started))
+                    rates[name].append(requests * NEW / (now() - started))
+                if rest:
+                    rest()
     return {name: max(values) for name, values in rates.items()}
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,20 +89,8 @@ def requests(model: str, vocab: int, count: int) -> list[Wanted]:
 
 
 @contextlib.contextmanager
-def served(directory: Path, options: argparse.Namespace) -> Iterator[str]:
-    """The base URL of a server of its own process, which must end well."""
-    command = [
-        sys.executable,
-        "-m",
-        "nemoe_jax.cli.main",
-        "serve",
-        str(directory),
-        "--port",
-        "0",
-        "--served-model-name",
-        "model",
-    ]
-    command += ["--max-num-seqs", str(options.rows), "--max-queued", str(options.streams)]
+def server(command: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The base URL and the process id of a server of its own process, which must end well."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     try:
@@ -112,7 +100,7 @@ def served(directory: Path, options: argparse.Namespace) -> Iterator[str]:
                 break
         else:
             raise SystemExit(f"the server ended with status {process.wait()}")
-        yield line.rpartition(" at ")[2].strip().removesuffix("/v1")
+        yield line.rpartition(" at ")[2].strip().removesuffix("/v1"), process.pid
         process.send_signal(signal.SIGTERM)
         print(process.stderr.read(), end="", file=sys.stderr)
         if process.wait(60):
@@ -246,7 +234,9 @@ def main() -> None:
             subprocess.run([sys.executable, "-c", PREPARE, str(directory), str(tekken)], check=True)
         device = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout
         vocab = json.loads((directory / "config.json").read_text("utf-8"))["vocab_size"]
-        with served(directory, options) as address:
+        ours = ("nemoe_jax.cli.main", "serve", str(directory), "--port", "0", "--served-model-name", "model")
+        ours += ("--max-num-seqs", str(options.rows), "--max-queued", str(options.streams))
+        with server([sys.executable, "-m", *ours]) as (address, _):
             figures, wrong = asyncio.run(measure(address, options, vocab))
     show(figures)
     for line in wrong:

@@ -9,11 +9,11 @@ each counts; compilation is done before. Limit: the second turn's first token co
 Beside it: in how many conversations both generated the same tokens.
 """
 
-import time
+from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.lib.peers import judge, opened, parser
+from benchmarks.lib.peers import clock, judge, opened, parser
 
 FIRST, NEW, MORE = 2000, 32, 30
 LIMITS = {"second turn, without / with": 8.0}
@@ -22,7 +22,7 @@ LIMITS = {"second turn, without / with": 8.0}
 def main() -> None:
     """Measures, prints, and says whether the limit is kept."""
     options = parser(__doc__, 3).parse_args()
-    seconds, same = measure(options.directory, options.turns)
+    seconds, same = measure(options.directory, options.turns, clock(options))
     ratio = seconds["without, second turn"] / seconds["prefix cache, second turn"]
     ratios = dict.fromkeys(LIMITS, ratio)
     judge(
@@ -36,7 +36,7 @@ def main() -> None:
     )
 
 
-def measure(directory: str, turns: int) -> tuple[dict[str, float], int]:
+def measure(directory: str, turns: int, now: Callable[[], float]) -> tuple[dict[str, float], int]:
     """Seconds by name; and in how many of the conversations both generated the same tokens."""
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.serving.engine.request import Request
@@ -46,11 +46,11 @@ def measure(directory: str, turns: int) -> tuple[dict[str, float], int]:
 
     def ask(engine: Engine, prompt: list[int]) -> tuple[float, list[int]]:
         """Seconds to the first token, and all tokens."""
-        started, first = time.perf_counter(), None
+        started, first = now(), None
         response = engine.submit(Request(tuple(prompt), NEW, ignore_eos=True))
         for output in response:
             if first is None and output.tokens:
-                first = time.perf_counter() - started
+                first = now() - started
         assert first is not None and response.error is None, response.error
         return first, [scored.token for scored in response.tokens]
 

@@ -9,10 +9,10 @@ than 0.97 times. Beside it: how many tokens came of a step that checked guesses,
 generated the same tokens.
 """
 
-import time
+from collections.abc import Callable
 from typing import Any
 
-from benchmarks.lib.peers import judge, opened, parser
+from benchmarks.lib.peers import clock, judge, opened, parser
 
 SLOTS = 8
 LIMITS = {"alone": 1.8, "8 at once": 0.97}
@@ -24,7 +24,7 @@ def main() -> None:
     flags.add_argument("--lines", type=int, default=400, help="of the file (default 400)")
     flags.add_argument("--new", type=int, default=256, help="tokens of a response (default 256)")
     options = flags.parse_args()
-    figures, more = measure(options.directory, options.lines, options.new, options.turns)
+    figures, more = measure(options.directory, options.lines, options.new, options.turns, clock(options))
     ratios = {name: figures[f"{name}, prompt look-up"] / figures[f"{name}, without"] for name in LIMITS}
     judge("prompt_lookup", options, figures, "tokens per second", ratios, LIMITS, lines=options.lines, **more)
 
@@ -34,7 +34,9 @@ def source(lines: int) -> str:
     return "\n".join(f"    ('item_{n % 97}', {n * 37 % 1000}, 'shelf {n * 11 % 23}')," for n in range(lines))
 
 
-def measure(directory: str, lines: int, new: int, turns: int) -> tuple[dict[str, float], dict[str, Any]]:
+def measure(
+    directory: str, lines: int, new: int, turns: int, now: Callable[[], float]
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Tokens per second by name, and what came of the guesses."""
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.serving.engine.request import Request
@@ -64,12 +66,12 @@ def measure(directory: str, lines: int, new: int, turns: int) -> tuple[dict[str,
         """Tokens per second behind the first token of each, and the tokens."""
         first: list[float] = []
         answers = [
-            engine.submit(Request(prompt, new, ignore_eos=True), lambda output: first.append(time.perf_counter()))
+            engine.submit(Request(prompt, new, ignore_eos=True), lambda output: first.append(now()))
             for _ in range(count)
         ]
         for answer in answers:
             answer.result()
-        began, ended = first[0], time.perf_counter()
+        began, ended = first[0], now()
         return count * (new - 1) / (ended - began), [[one.token for one in answer.tokens] for answer in answers]
 
     rates: dict[str, list[float]] = {}
