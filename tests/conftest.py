@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, and fixtures of the small configurations."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # programs without the lines that they come from
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # without its newer emitters of fusions XLA:CPU compiles three times faster
 FLAGS = (
@@ -25,7 +27,15 @@ import pytest
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
+from tests.support.compiled import normal
 from tests.support.configs import CONFIGS, DENSE
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: tracing makes so many objects that looking through it again takes much time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +43,7 @@ def forgotten_programs():
     """Frees what a module compiled: all modules' programs together would have more mappings than Linux allows."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
@@ -56,6 +67,6 @@ def dense_directory(tmp_path):
     config = DENSE.replace(dtype="bfloat16")
     params = schema.initialize(config, jax.random.key(3))
     # norm weights that are not all ones, so that forgetting one shows
-    params["blocks"]["dense"]["ffn_norm"] += 0.3 * jax.random.normal(jax.random.key(4), (3, 24))
+    params["blocks"]["dense"]["ffn_norm"] += normal(jax.random.key(4), (3, 24), 0.3)
     pretrained.save_pretrained(tmp_path / "dense", config, params)
     return tmp_path / "dense"

@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.first_values import first_values
 from nemoe_jax.spec.fp8_weight import Fp8Weight
 from nemoe_jax.spec.schema import ParamSpec, Tree, leaves, map_with_path, unflatten
 from nemoe_jax.spec.sharding import RULES, Rules, partition_spec
@@ -146,21 +147,11 @@ def initialize(config: ModelConfig, targets: Sequence[Target], key: jax.Array, p
 
     def make(path: str, adapter: Adapter) -> Adapter:
         place = places.get(path, Adapter(None, None, adapter.scale))
-        a = _normal(adapter.a.shape, place.a)(_fold_in(key, path), adapter.a.std)
-        b = _zeros(adapter.b.shape, place.b)()
+        a = first_values(_fold_in(key, path), adapter.a.shape, adapter.a.std, jnp.float32, place.a)
+        b = first_values(key, adapter.b.shape, 0.0, jnp.float32, place.b)
         return dataclasses.replace(adapter, a=a, b=b)
 
     return map_with_path(make, declare(config, targets))
-
-
-@functools.lru_cache(maxsize=32)  # one compilation for the arrays of one shape
-def _normal(shape: tuple[int, ...], place: jax.sharding.Sharding | None) -> Any:
-    return jax.jit(lambda key, std: std * jax.random.normal(key, shape, jnp.float32), out_shardings=place)
-
-
-@functools.lru_cache(maxsize=32)
-def _zeros(shape: tuple[int, ...], place: jax.sharding.Sharding | None) -> Any:
-    return jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=place)
 
 
 def _fold_in(key: jax.Array, path: str) -> jax.Array:

@@ -12,7 +12,6 @@ Shapes, initial values, counts, checkpoint keys, shardings (sharding.py) and ada
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import numpy as np
 
 from nemoe_jax.spec.config import LayerGroup, ModelConfig
 from nemoe_jax.spec.families import FAMILIES
+from nemoe_jax.spec.first_values import first_values
 
 Tree = dict[str, Any]  # a nested dict; leaves are ParamSpecs, arrays, or whatever was derived from them
 
@@ -233,23 +233,10 @@ def initialize(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32, sh
     keys = jax.random.split(key, len(specs))
     return unflatten(
         {
-            path: _first_values(spec.shape, spec.std is None, jnp.dtype(dtype), placed[path])(keys[number], spec.std)
+            path: first_values(keys[number], spec.shape, spec.std, dtype, placed[path])
             for number, (path, spec) in enumerate(specs.items())
         }
     )
-
-
-@functools.lru_cache(maxsize=256)  # one compilation for the arrays of one shape
-def _first_values(shape: tuple[int, ...], ones: bool, dtype: Any, place: jax.sharding.Sharding | None) -> Any:
-    """A compiled function from a key and a standard deviation to an array."""
-
-    def make(key: jax.Array, std: Any) -> jax.Array:
-        if ones:
-            return jnp.ones(shape, dtype)
-        values = jax.random.normal(key, (math.prod(shape),), jnp.float32)  # flat: compiles several times faster
-        return (jnp.float32(std) * values).astype(dtype).reshape(shape)
-
-    return jax.jit(make, out_shardings=place)
 
 
 def count(config: ModelConfig) -> tuple[int, int]:

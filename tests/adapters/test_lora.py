@@ -12,7 +12,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.model.layers import project
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
-from tests.support.compiled import forward, merge, random_adapters
+from tests.support.compiled import forward, merge, normal, random_adapters, random_tokens
 from tests.support.configs import DENSE, MIXTRAL
 
 
@@ -23,7 +23,7 @@ def every_weight(config, **options):
 
 def test_fresh_adapters_change_nothing(config):
     params = schema.initialize(config, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
+    tokens = random_tokens(jax.random.key(1), (2, 7), config.vocab)
     adapters = lora.initialize(config, every_weight(config), jax.random.key(2))
     got, expected = forward(config, params, tokens, adapters=adapters).logits, forward(config, params, tokens).logits
     # on CPU the experts' A stand beside their W in one product, which rounds otherwise than W alone
@@ -32,7 +32,7 @@ def test_fresh_adapters_change_nothing(config):
 
 def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
     params = schema.initialize(config, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
+    tokens = random_tokens(jax.random.key(1), (2, 7), config.vocab)
     base = forward(config, params, tokens).logits
     run = jax.jit(lambda params, adapters: forward(config, params, tokens, adapters=adapters).logits)
     every = schema.leaves(random_adapters(config, every_weight(config), 0.1))
@@ -49,7 +49,7 @@ def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
 def test_every_adapter_gets_a_gradient(config):
     params = schema.initialize(config, jax.random.key(0))
     # enough tokens that every expert is chosen
-    tokens = jax.random.randint(jax.random.key(1), (8, 32), 0, config.vocab)
+    tokens = random_tokens(jax.random.key(1), (8, 32), config.vocab)
     adapters = random_adapters(config, every_weight(config), 0.1)
 
     def loss(adapters):
@@ -130,8 +130,8 @@ def test_dropout_drops_and_scales_the_adapters_input_alone():
     stacked = with_keys["blocks/moe/attn/q"]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in stacked.key}) == 3  # one for each layer
     adapter = jax.tree.map(lambda x: x[1], stacked)
-    x = jax.random.normal(jax.random.key(1), (5, 7, 24))
-    weight = jax.random.normal(jax.random.key(2), (24, 6, 10))
+    x = normal(jax.random.key(1), (5, 7, 24))
+    weight = normal(jax.random.key(2), (24, 6, 10))
     kept = np.asarray(jax.random.bernoulli(adapter.key, 0.75, x.shape))
     assert 0.7 < kept.mean() < 0.8
     expected = np.einsum("btd,dnh->btnh", x, weight)
@@ -145,7 +145,7 @@ def test_dropout_is_the_same_when_blocks_are_recomputed():
         DENSE, [Target("embed", 3, 6.0, dropout=0.5), Target("blocks/*/[qg]*", 3, 6.0, dropout=0.5)], 0.1
     )
     assert adapters["embed"].dropout == 0.0  # a look-up
-    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, DENSE.vocab)
+    tokens = random_tokens(jax.random.key(1), (2, 7), DENSE.vocab)
 
     @functools.partial(jax.jit, static_argnums=2)
     def loss_and_gradient(adapters, key, remat):
@@ -179,7 +179,7 @@ def test_devices_drop_independently_where_they_hold_other_tokens_or_experts():
 
 def test_dropout_over_a_mesh():
     params = schema.initialize(MIXTRAL, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (8, 11), 0, MIXTRAL.vocab)
+    tokens = random_tokens(jax.random.key(1), (8, 11), MIXTRAL.vocab)
     mesh = make_mesh(MESH)
 
     @jax.jit

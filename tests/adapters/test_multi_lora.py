@@ -15,7 +15,7 @@ from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
 from tests.support import peft_models
-from tests.support.compiled import forward, merge, random_adapters
+from tests.support.compiled import forward, merge, random_adapters, random_tokens
 from tests.support.configs import DENSE
 
 INDEX = jnp.asarray([1, -1, 0, 2, 1, 0, -1, 2], jnp.int32)
@@ -41,7 +41,7 @@ def several(config):
 def case(config):
     """(parameters, tokens, logits of each row by the adapter that INDEX gives it, computed with it alone)."""
     params = schema.initialize(config, jax.random.key(0))
-    tokens = jax.random.randint(jax.random.key(1), (len(INDEX), 12), 0, config.vocab)
+    tokens = random_tokens(jax.random.key(1), (len(INDEX), 12), config.vocab)
     run = jax.jit(lambda params, adapters: forward(config, params, tokens, adapters=adapters).logits)
     alone = {-1: run(params, None)}
     for number, adapters in enumerate(several(config).values()):

@@ -34,7 +34,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from tests.adapters.test_lora import every_weight
 from tests.convert.test_merge import CASES, linear, older
-from tests.support.compiled import forward, random_adapters
+from tests.support.compiled import forward, normal, random_adapters
 from tests.support.configs import MIXTRAL, NEKOMIND
 from tests.support.families import SIZES as FAMILY_SIZES
 from tests.support.families import config_class
@@ -219,8 +219,8 @@ def test_nekomind_is_read_back(experts, tmp_path):
 
 def test_a_router_that_was_trained_whole(bases, tmp_path):
     directory, config, params = bases(mixtral)
-    change = 0.3 * jax.random.normal(jax.random.key(5), (2, 24, 4))
-    wide = 0.1 * jax.random.normal(jax.random.key(6), (2, 24, 6, 10))
+    change = normal(jax.random.key(5), (2, 24, 4), 0.3)
+    wide = normal(jax.random.key(6), (2, 24, 6, 10), 0.1)
     changes = {"blocks/moe/ffn/router": change, "blocks/moe/attn/q": wide}
     adapters = random_adapters(config, [Target("blocks/moe/ffn/[rd]*", 3, 6.0)], 0.1)  # of the router, too
     save_adapters(tmp_path / "adapter", config, adapters, base_model=str(directory), changes=changes)

@@ -20,8 +20,8 @@ from nemoe_jax.checkpoints import fp8
 from nemoe_jax.checkpoints.pretrained import load_pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
-from nemoe_jax.model.transformer import forward
 from tests.support.command_models import write_tokenizer
+from tests.support.compiled import forward
 
 SIZES = {
     "hidden_size": 64,

@@ -17,10 +17,10 @@ from nemoe_jax.checkpoints.reader import Checkpoint, read_config, units
 from nemoe_jax.checkpoints.writer import Writer
 from nemoe_jax.errors import UserError
 from nemoe_jax.model.rope import rope, rope_cos_sin
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import PRESETS
 from nemoe_jax.utils.command import Command
+from tests.support.compiled import forward, random_tokens
 from tests.support.configs import DENSE, MIXTRAL, NEKOMIND
 
 CONFIGS = {
@@ -62,7 +62,7 @@ def test_both_directories_are_the_same_model(directory, tmp_path):
     mistral_config, mistral = pretrained.load_pretrained(theirs)
     assert mistral_config == config
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), mistral, params)
-    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, config.vocab)
+    tokens = random_tokens(jax.random.key(1), (2, 7), config.vocab)
     logits = [
         forward(config, pretrained.load_pretrained(path, dtype=jnp.float32)[1], tokens).logits
         for path in (directory, theirs)

@@ -13,10 +13,10 @@ import pytest
 
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.cli import main
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.command_models import VOCABULARY, write_model
+from tests.support.compiled import forward
 from tests.support.configs import DENSE, MIXTRAL
 
 

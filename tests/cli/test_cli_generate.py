@@ -13,11 +13,11 @@ from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.cli import main, sampling_flags
 from nemoe_jax.inference import sampling_fields
 from nemoe_jax.inference.sampling import PRESETS, SamplingParams
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.text.chat import render
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from nemoe_jax.utils.command import Command
 from tests.support.command_models import write_model
+from tests.support.compiled import forward
 
 CONTEXT = 512
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]

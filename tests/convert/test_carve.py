@@ -20,8 +20,8 @@ from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
 from nemoe_jax.inference.sampling import SamplingParams
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.text.tokenizers.load import load_tokenizer
+from tests.support.compiled import forward, random_tokens
 from tests.support.configs import write_tokenizer
 
 EXPERTS, TOP_K = 4, 2
@@ -76,7 +76,7 @@ def test_all_experts_with_a_zero_router_are_the_dense_model(dense_directory, tmp
     ffn = params["blocks"]["moe"]["ffn"]
     ffn["router"] = jnp.zeros_like(ffn["router"])
     dense_config, dense = pretrained.load_pretrained(dense_directory, dtype=jnp.float32)
-    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
+    tokens = random_tokens(jax.random.key(0), (2, 9), 72)
     expected = forward(dense_config, dense, tokens).logits
     np.testing.assert_allclose(
         forward(config, params, tokens).logits, expected, atol=2e-6 * float(jnp.abs(expected).max())
@@ -226,7 +226,7 @@ def test_a_shared_expert_and_dense_layers_sum_to_the_dense_model(dense_directory
     assert (config.family, config.dense_layers, config.shared_ffn, config.expert_ffn) == ("nekomind", 1, 8, 10)
     params["blocks"]["moe"]["ffn"]["router"] *= 0
     dense_config, dense = pretrained.load_pretrained(dense_directory, dtype=jnp.float32)
-    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 72)
+    tokens = random_tokens(jax.random.key(0), (2, 9), 72)
     expected = forward(dense_config, dense, tokens).logits
     np.testing.assert_allclose(
         forward(config, params, tokens).logits, expected, atol=2e-6 * float(jnp.abs(expected).max())

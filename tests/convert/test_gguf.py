@@ -17,8 +17,8 @@ from convert.gguf.export import GgufOptions, to_gguf
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec.config import ModelConfig
+from tests.support.compiled import forward
 from tests.support.configs import DENSE, NEKOMIND
 from tests.support.llama_server import COMMON, MODELS, LlamaCpp, cut, save
 

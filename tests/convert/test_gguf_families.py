@@ -13,8 +13,8 @@ from convert.gguf.export import GgufOptions, to_gguf
 from convert.gguf.from_gguf import from_gguf
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec.config import ModelConfig, RopeScaling
+from tests.support.compiled import forward
 from tests.support.llama_server import COMMON, LlamaCpp, cut, save
 
 SMALL = {**COMMON, "vocab": 1100}

@@ -28,9 +28,9 @@ from nemoe_jax.checkpoints.pretrained import load_pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.cli.main import main as nemoe
 from nemoe_jax.errors import UserError
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.convert.test_gguf_tokenizer import TEXTS, TOKENIZERS, small_model, split_by, train
+from tests.support.compiled import forward
 from tests.support.llama_server import COMMON, MODELS, LlamaCpp, cut, save
 
 PROMPT = [1, 300, 1200, 30, 500, 77]

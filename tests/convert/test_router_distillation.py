@@ -16,8 +16,8 @@ from convert.experts.router_ridge import fitted_router
 from convert.streaming import MANIFEST, ConversionSettings, Writer
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
+from tests.support.compiled import forward, normal
 from tests.support.configs import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
 
 LENGTH = 8
@@ -57,7 +57,7 @@ def save_words(directory, config, params):
 def with_noise(params, noise):
     ffn = params["blocks"]["moe"]["ffn"]
     router = ffn["router"]
-    return router_distillation.with_routers(params, router + noise * jax.random.normal(jax.random.key(9), router.shape))
+    return router_distillation.with_routers(params, router + normal(jax.random.key(9), router.shape, noise))
 
 
 @pytest.fixture

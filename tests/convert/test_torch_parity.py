@@ -14,8 +14,8 @@ from convert.verify.logits import compare
 from convert.verify.nekomind_torch import build_nekomind, load_nekomind
 from nemoe_jax.checkpoints import pretrained, reader
 from nemoe_jax.checkpoints.writer import Writer
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
+from tests.support.compiled import forward
 from tests.support.configs import NEKOMIND, TORCH_SIZES
 
 pytestmark = pytest.mark.usefixtures("optimized")

@@ -17,7 +17,7 @@ from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint, units
 from nemoe_jax.model.moe import MoE
 from nemoe_jax.spec import schema
-from tests.support.compiled import forward
+from tests.support.compiled import forward, normal
 from tests.support.configs import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
 
 SOURCES = {
@@ -32,7 +32,7 @@ TOKENS = np.random.default_rng(1).integers(0, 72, (8, 9))
 def save(directory, config):
     params = schema.initialize(config, jax.random.key(3))
     norms = params["blocks"]["moe"]["ffn_norm"]
-    params["blocks"]["moe"]["ffn_norm"] = norms + 0.3 * jax.random.normal(jax.random.key(4), norms.shape)
+    params["blocks"]["moe"]["ffn_norm"] = norms + normal(jax.random.key(4), norms.shape, 0.3)
     pretrained.save_pretrained(directory, config, params)
     return directory
 
@@ -152,7 +152,7 @@ def test_copies_learn_different_things(tmp_path, mode):
     config, params = pretrained.load_pretrained(tmp_path / "2")
     graph = nnx.split(MoE(config, schema.declare(config)["blocks"]["moe"]["ffn"]))[0]
     weights = jax.tree.map(lambda array: array[0], params["blocks"]["moe"]["ffn"])
-    x_BTD = jax.random.normal(jax.random.key(0), (1, 200, 24))
+    x_BTD = normal(jax.random.key(0), (1, 200, 24))
 
     @jax.jit
     def gradient(weights):

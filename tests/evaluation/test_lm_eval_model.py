@@ -25,6 +25,7 @@ from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.evaluation import lm_eval_model
 from nemoe_jax.evaluation.lm_eval_model import NemoeLM
 from nemoe_jax.spec import schema
+from tests.support.compiled import normal
 from tests.support.configs import DENSE, write_tokenizer
 
 TEMPLATE = (
@@ -37,7 +38,7 @@ def write_model(directory, config=DENSE, around=("<s>", "")):
     """A directory of lively random weights; its tokenizer puts those tokens around a text."""
     params = schema.initialize(config, jax.random.key(5))
     params["blocks"] = jax.tree.map(lambda array: 1.5 * array, params["blocks"])
-    params["blocks"]["dense"]["ffn_norm"] += 0.3 * jax.random.normal(jax.random.key(6), (DENSE.layers, DENSE.hidden))
+    params["blocks"]["dense"]["ffn_norm"] += normal(jax.random.key(6), (DENSE.layers, DENSE.hidden), 0.3)
     pretrained.save_pretrained(directory, config, params)
     tokenizer = write_tokenizer(directory)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(

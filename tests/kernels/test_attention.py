@@ -11,11 +11,12 @@ from nemoe_jax.kernels.attention import dispatch
 from nemoe_jax.kernels.attention.cpu import blockwise_attention_cpu
 from nemoe_jax.kernels.attention.tpu import CornerMask, splash_attention
 from nemoe_jax.kernels.attention.xla import flash_attention_xla
+from tests.support.compiled import normal
 
 
 def inputs(length, heads=4, kv_heads=2, head_dim=6, batch=2):
     shapes = [(batch, length, number, head_dim) for number in (heads, kv_heads, kv_heads)]
-    q, k, v = (jax.random.normal(jax.random.key(number), shape) for number, shape in enumerate(shapes))
+    q, k, v = (normal(jax.random.key(number), shape) for number, shape in enumerate(shapes))
     ends = jax.random.bernoulli(jax.random.key(3), 0.1, (batch, length))
     return q, k, v, 1 + jnp.cumsum(ends, axis=1, dtype=jnp.int32)
 

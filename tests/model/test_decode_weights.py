@@ -14,17 +14,22 @@ from tests.support.configs import NEKOMIND
 def test_a_step_that_reads_in_place_equals_one_that_does_not(config, dtype, monkeypatch):
     params = schema.initialize(config, jax.random.key(0), dtype)
     tokens = jnp.asarray([[5, 9, 31, 7], [3, 1, 4, 1]])
-    cache = forward(config, params, tokens, cache=empty_cache(config, 2, 16, dtype)).cache
+    empty = empty_cache(config, 2, 16, dtype)
+    cache = jax.jit(lambda params: forward(config, params, tokens, cache=empty).cache)(params)
     following = jnp.asarray([[11], [12]])
     products = []
     multiply = decode_weights.LayerSlice.multiply
     monkeypatch.setattr(
         decode_weights.LayerSlice, "multiply", lambda *given: products.append(given) or multiply(*given)
     )
-    got = forward(config, decode_weights.prepare_decode_params(params, 2), following, cache=cache)
+
+    def step(params):
+        return jax.jit(lambda params: forward(config, params, following, cache=cache))(params)
+
+    got = step(decode_weights.prepare_decode_params(params, 2))
     assert products
     monkeypatch.setattr("nemoe_jax.model.transformer.use_inplace_weights", lambda rows, weight: False)
-    expected = forward(config, params, following, cache=cache)
+    expected = step(params)
     np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5 if dtype == jnp.float32 else 0.03)
     if expected.routing is not None:
         np.testing.assert_allclose(got.routing.load_E, expected.routing.load_E, atol=1e-6)

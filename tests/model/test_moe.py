@@ -10,6 +10,7 @@ from nemoe_jax.model.moe import MoE
 from nemoe_jax.model.transformer import graph_of
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
+from tests.support.compiled import normal, random_tokens
 from tests.support.configs import MIXTRAL, NEKOMIND
 
 
@@ -52,7 +53,7 @@ def oracle(config, weights, x_BTD):
 )
 def test_equals_one_token_at_a_time(config):
     layer, weights = layer_of(config)
-    x = jax.random.normal(jax.random.key(1), (3, 7, config.hidden))
+    x = normal(jax.random.key(1), (3, 7, config.hidden))
     y, routing = jax.jit(layer)(weights, x)
     np.testing.assert_allclose(y, oracle(config, weights, np.asarray(x)), atol=3e-6)
     assert float(routing.load_E.sum()) == pytest.approx(1)
@@ -62,7 +63,7 @@ def test_equals_one_token_at_a_time(config):
 def test_gradients_equal_those_of_a_mixture_computed_in_full(at_once, monkeypatch):
     monkeypatch.setattr(expert_ffn, "AT_ONCE", at_once)
     layer, weights = layer_of(MIXTRAL)
-    x = jax.random.normal(jax.random.key(1), (2, 9, MIXTRAL.hidden))
+    x = normal(jax.random.key(1), (2, 9, MIXTRAL.hidden))
 
     def full(weights, x):
         logits = x @ weights["router"]
@@ -84,10 +85,10 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
     monkeypatch.setattr(expert_ffn, "use_fused_ffn", lambda *_: False)
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = {"gate": (2, 24, 12), "up": (2, 24, 12), "down": (2, 12, 24)}
-    experts = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
-    x = jax.random.normal(keys[3], (2, 4, 24))
-    weights = jax.nn.softmax(jax.random.normal(keys[4], (2, 4, 2)))
-    chosen = jax.random.randint(keys[5], (2, 4, 2), 0, 4)  # of which experts 1 and 2 are here
+    experts = {name: normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    x = normal(keys[3], (2, 4, 24))
+    weights = jax.nn.softmax(normal(keys[4], (2, 4, 2)))
+    chosen = random_tokens(keys[5], (2, 4, 2), 4)  # of which experts 1 and 2 are here
 
     def gradients():
         loss = lambda *arrays: jnp.sum(jnp.sin(expert_ffn.apply_experts(*arrays[:2], chosen, arrays[2], {}, 1)))  # noqa: E731
@@ -115,7 +116,7 @@ def test_other_devices_rows_never_reach_a_gradient(monkeypatch):
 
 def test_statistics_of_an_even_and_of_a_one_sided_router():
     layer, weights = layer_of(MIXTRAL)
-    x = jax.random.normal(jax.random.key(1), (4, 8, MIXTRAL.hidden))
+    x = normal(jax.random.key(1), (4, 8, MIXTRAL.hidden))
     even = layer(weights | {"router": jnp.zeros_like(weights["router"])}, x)[1]
     assert float(even.balance_loss) == pytest.approx(1)
     assert float(even.z_loss) == pytest.approx(np.log(MIXTRAL.experts) ** 2)
@@ -127,7 +128,7 @@ def test_statistics_of_an_even_and_of_a_one_sided_router():
 
 def test_padding_does_not_count_in_the_statistics():
     layer, weights = layer_of(MIXTRAL)
-    x = jax.random.normal(jax.random.key(1), (2, 8, MIXTRAL.hidden))
+    x = normal(jax.random.key(1), (2, 8, MIXTRAL.hidden))
     segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 0, 0], [1] * 5 + [0] * 3])
     routing = layer(weights, x, segments=segments)[1]
     expected = layer(weights, x[:, :5])[1]

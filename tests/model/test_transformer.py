@@ -10,13 +10,13 @@ from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
-from tests.support.compiled import forward
+from tests.support.compiled import forward, normal, random_tokens
 from tests.support.configs import CONFIGS
 
 
 def setup(config, batch=3, length=13):
     params = schema.initialize(config, jax.random.key(0))
-    return params, jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab)
+    return params, random_tokens(jax.random.key(1), (batch, length), config.vocab)
 
 
 def test_logits_are_float32_whatever_the_weights(config):
@@ -31,7 +31,7 @@ def test_logits_want_the_head_alone(config):
     params, tokens = setup(config)
     name = "embed" if config.tied else "head"
     adapters = lora.initialize(config, [lora.Target(name, 4, 8.0)], jax.random.key(2))
-    adapters = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape), adapters)
+    adapters = jax.tree.map(lambda x: x + normal(jax.random.key(2), x.shape, 0.05), adapters)
     x = hidden_states(config, params, tokens, adapters=adapters).x_BTD
     got = logits(config, {name: params[name]}, x, adapters)
     np.testing.assert_allclose(got, forward(config, params, tokens, adapters=adapters).logits, atol=1e-6)

@@ -13,7 +13,6 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import PAGE
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.serving.engine import device, runner, scheduler
 from nemoe_jax.serving.engine.engine import Busy, Closed, Engine
 from nemoe_jax.serving.engine.page_allocator import PageAllocator
@@ -21,6 +20,7 @@ from nemoe_jax.serving.engine.request import Request, ScoredToken
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.text.tokenizers.load import load_tokenizer
+from tests.support.compiled import forward, normal
 from tests.support.configs import MIXTRAL, write_tokenizer
 
 CONFIG = MIXTRAL.replace(context=640, layers=2)
@@ -400,7 +400,7 @@ def test_rows_with_adapters_of_their_own(params, tokenizer):
     targets = [lora.Target("blocks/*/attn/*", 3, 20), lora.Target("blocks/*/ffn/*", 2, 20)]
     adapters = {
         name: jax.tree.map(
-            lambda array, seed=seed: 0.3 * jax.random.normal(jax.random.key(seed), array.shape),
+            lambda array, seed=seed: normal(jax.random.key(seed), array.shape, 0.3),
             lora.initialize(CONFIG, targets, jax.random.key(0)),
         )
         for seed, name in enumerate(("sql", "poems"))

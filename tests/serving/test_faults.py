@@ -10,11 +10,11 @@ import pytest
 
 from nemoe_jax.inference.sampling import SamplingParams
 from nemoe_jax.kernels.attention.paged import PAGE
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.serving.engine.engine import LONGEST_RETRY, Engine
 from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.spec import schema
 from nemoe_jax.text.tokenizers.load import load_tokenizer
+from tests.support.compiled import forward
 from tests.support.configs import DENSE, write_tokenizer
 from tests.support.faults import function_of, injected, name_of, recorded
 

@@ -15,6 +15,7 @@ from nemoe_jax.serving.engine.request import Request
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
 from nemoe_jax.text.tokenizers.load import load_tokenizer
+from tests.support.compiled import normal
 from tests.support.configs import DENSE, write_tokenizer
 
 CONFIG = DENSE.replace(layers=1, context=1024)
@@ -132,7 +133,7 @@ def test_several_responses_to_one_prompt_read_it_once(start, monkeypatch):
 
 def test_adapters_do_not_share_pages(start):
     tree = lora.initialize(CONFIG, [lora.Target("blocks/*/attn/*", 3, 20)], jax.random.key(0))
-    tree = jax.tree.map(lambda array: 0.3 * jax.random.normal(jax.random.key(1), array.shape), tree)
+    tree = jax.tree.map(lambda array: normal(jax.random.key(1), array.shape, 0.3), tree)
     ids = prompt(5, 150)
     with start(adapters={"a": tree}, prefix_cache=False) as plain, start(adapters={"a": tree}) as engine:
         given = [request(ids), request(ids, adapter="a")] * 2

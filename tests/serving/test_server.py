@@ -26,13 +26,13 @@ openai = pytest.importorskip("openai")
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.cli import main, model_flags
 from nemoe_jax.inference import sampling
-from nemoe_jax.model.transformer import forward
 from nemoe_jax.serving.api import streaming
 from nemoe_jax.serving.api.requests import CompletionRequest
 from nemoe_jax.serving.api.served_model import ServedModel
 from nemoe_jax.serving.engine.engine import Busy
 from nemoe_jax.serving.engine.request import RequestOutput, ScoredToken
 from nemoe_jax.text.chat.render import render_chat
+from tests.support.compiled import forward
 from tests.support.served_models import CONFIG, ROWS, WAITING, adapter, serve, started, tekken, weights
 
 PROMPT = "The weather in Graz is"

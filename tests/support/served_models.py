@@ -19,6 +19,7 @@ from nemoe_jax.serving.engine.engine import Engine
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.text.tokenizers.load import Tokenizer, cut_tekken, load_tokenizer
+from tests.support.compiled import normal
 from tests.support.configs import DENSE, write_tokenizer
 
 CONFIG = DENSE.replace(vocab=1300, context=512)
@@ -49,7 +50,7 @@ def weights() -> Tree:
 def adapter(seed: int) -> Tree:
     """An adapter that changes answers."""
     tree = lora.initialize(CONFIG, TARGETS, jax.random.key(seed))
-    return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(seed + 1), leaf.shape), tree)
+    return jax.tree.map(lambda leaf: normal(jax.random.key(seed + 1), leaf.shape), tree)
 
 
 @contextlib.contextmanager
