@@ -57,11 +57,13 @@ def carve_layer(
         return _token_clusters(*texts, config, number, options, key, dense["up"].dtype)
     shared_S = _most_active(dense, texts and texts[0], config.shared_ffn)
     members_EF, router_ED = cluster_and_route(jnp.asarray(dense["gate"]), norm_D, options, key, shared_S)
-    label_F = jnp.full(len(dense["gate"]), options.experts).at[members_EF].set(jnp.arange(options.experts)[:, None])
+    labels = np.full(len(dense["gate"]), options.experts, np.int32)
+    labels[np.asarray(members_EF)] = np.arange(options.experts)[:, None]
+    label_F = jax.device_put(labels)
     if texts is None:
         scale_G = np.full(options.experts + 1, options.output_scale or data_free_scale(options), np.float32)
         scale_G[-1] = 1 / SHARED_GATE
-        down_DF, factor_F = dense["down"], scale_G[label_F]
+        down_DF, factor_F = dense["down"], scale_G[labels]
         figures: Figures = {}
     else:
         router_ED, scale_G, down_DF, figures = _calibrated(*texts, label_F, router_ED, options)

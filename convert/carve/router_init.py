@@ -22,6 +22,7 @@ from convert.carve.svd import polar
 from nemoe_jax.errors import UserError
 
 
+@jax.jit
 def expert_directions(gate_FD: Array, assignment_EF: Array, weights: Array | None = None) -> Array:
     """Mean gate row of each expert, scaled to unit length: (E, D) float32.
 

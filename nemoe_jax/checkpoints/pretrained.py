@@ -23,6 +23,8 @@ from nemoe_jax.spec.fp8_weight import Fp8Weight, is_quantized, scale_shape
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
 from nemoe_jax.utils.progress import progress_bar
 
+SMALL = 2**20  # bytes of an array that is not cut on its devices
+
 
 def load_pretrained(
     source: str | Path | Checkpoint,
@@ -139,8 +141,9 @@ def save_pretrained(
             array = flat[path]
             if isinstance(array, Fp8Weight):  # (its layers are all that is stacked before the experts)
                 array = array.at(group[0].place[0]).dequantized(jnp.float32, stacked=len(group[0].spec.stacked) - 1)
-            elif layered:
-                array = array[group[0].place[0]]
+            elif layered:  # cut on the host where that is little to move: each cut is a program of its own
+                small = array.nbytes <= SMALL
+                array = (sharding.on_host(array) if small else array)[group[0].place[0]]
             array = sharding.on_host(array)
             for ref in group:
                 tensors[ref.key] = ref.spec.to_torch(array[ref.place[1:]] if layered else array)

@@ -28,7 +28,7 @@ def first_values(
     else:
         values = np.full(size, std is None, np.float32)
     array = values.astype(dtype).reshape(shape)
-    return jnp.asarray(array) if place is None else jax.make_array_from_callback(shape, place, array.__getitem__)
+    return jax.device_put(array) if place is None else jax.make_array_from_callback(shape, place, array.__getitem__)
 
 
 @functools.lru_cache(maxsize=256)  # one compilation for the arrays of one shape

@@ -38,7 +38,10 @@ def test_merged_weights_give_the_adapted_logits_for_every_weight(config):
     every = schema.leaves(random_adapters(config, every_weight(config), 0.1))
     for path in every:
         # the other adapters are there, and zero: one compilation serves all
-        chosen = {other: jax.tree.map(lambda x, on=other == path: x * on, adapter) for other, adapter in every.items()}
+        chosen = {
+            other: jax.tree.map(lambda x, on=other == path: np.asarray(x) * np.float32(on), adapter)
+            for other, adapter in every.items()
+        }
         adapters = schema.unflatten(chosen)
         adapted = run(params, adapters)
         merged = run(merge(config, params, adapters), None)
@@ -59,8 +62,8 @@ def test_every_adapter_gets_a_gradient(config):
     for path, adapter in schema.leaves(gradients).items():
         for matrix in (adapter.a, adapter.b):
             stacked = len(schema.leaves(schema.declare(config))[path].stacked)
-            norms = jnp.sqrt(jnp.sum(matrix**2, axis=tuple(range(stacked, matrix.ndim))))
-            assert float(norms.min()) > 0, path  # of each layer and each expert
+            sizes = np.abs(np.asarray(matrix)).max(axis=tuple(range(stacked, matrix.ndim)))
+            assert sizes.min() > 0, path  # of each layer and each expert
 
 
 def test_each_expert_has_an_adapter_of_its_own():

@@ -16,7 +16,7 @@ from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
 from tests.support import peft_models
 from tests.support.compiled import forward, merge, random_adapters, random_tokens
-from tests.support.configs import DENSE
+from tests.support.configs import DENSE, MIXTRAL, NEKOMIND
 
 INDEX = jnp.asarray([1, -1, 0, 2, 1, 0, -1, 2], jnp.int32)
 
@@ -133,6 +133,7 @@ def test_directories_of_peft(kind, tmp_path):
         assert np.abs(expected[own] - expected[own - 1])[row].max() > 0.1
 
 
+@pytest.mark.parametrize("config", [MIXTRAL, NEKOMIND], ids=["mixtral", "nekomind"])  # NEKOMIND begins dense
 def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkeypatch):
     params = schema.initialize(config, jax.random.key(0), jnp.bfloat16)
     tokens, empty = jnp.asarray([[5, 9], [3, 1]]), empty_cache(config, 2, 16)
@@ -148,8 +149,9 @@ def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkey
     )
 
     def step(params):
-        run = jax.jit(lambda adapters: forward(config, params, jnp.asarray([[7], [8]]), adapters=adapters, cache=cache))
-        return [run(adapters).logits for adapters in trees]
+        following = jnp.asarray([[7], [8]])
+        run = jax.jit(lambda one: forward(config, params, following, adapters=one, cache=cache).logits)
+        return [run(one) for one in trees]
 
     got = step(decode_weights.prepare_decode_params(params, 2))
     assert products

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import cli, streaming
-from convert.carve import explore, self_text
+from convert.carve import calibration as carve_calibration
+from convert.carve import explore, self_text, token_clusters
 from convert.carve.calibration import CalibrationStreams, activity
 from convert.carve.carve import CarveOptions, carve
 from convert.carve.layer import data_free_scale
@@ -251,8 +252,10 @@ def test_torch_agrees_on_the_shared_layout(dense_directory, tmp_path):
 
 
 @pytest.fixture
-def calibration(dense_directory, tmp_path):
-    """Options for a carve with calibration text, which is written beside the model."""
+def calibration(dense_directory, tmp_path, monkeypatch):
+    """Options for a carve with calibration text, which is written beside the model; routers learn for fewer steps."""
+    monkeypatch.setattr(carve_calibration, "ROUTER_STEPS", 60)
+    monkeypatch.setattr(token_clusters, "ROUTER_STEPS", (40, 20))
     write_tokenizer(dense_directory)
     words = np.random.default_rng(0).integers(0, 69, 2000)
     (tmp_path / "text.txt").write_text(" ".join(f"word{number}" for number in words))
@@ -494,11 +497,12 @@ def test_a_model_writes_its_own_calibration_text(dense_directory, tmp_path, monk
     config, params = pretrained.load_pretrained(dense_directory)
     tokenizer = load_tokenizer(dense_directory)
     known_V = np.arange(72) < 60
-    for record in records[::5]:  # a seed and a temperature give the text again
-        sampling = SamplingParams(temperature=record["temperature"], seed=record["seed"])
-        again = np.stack(list(generate(config, params, [[1]], 95, sampling, known_V=known_V)), axis=1)[0]
-        assert again.max() < 60 and tokenizer.decode(again) == record["text"]
-    assert max(generate(config, params, [[1]], 95, sampling)) >= 60
+    sampled = records[::5]  # a seed and a temperature give the text again
+    sampling = [SamplingParams(temperature=record["temperature"], seed=record["seed"]) for record in sampled]
+    prompts = [[1]] * len(sampled)
+    again_BT = np.stack(list(generate(config, params, prompts, 95, sampling, known_V=known_V)), axis=1)
+    assert again_BT.max() < 60 and [tokenizer.decode(row) for row in again_BT] == [one["text"] for one in sampled]
+    assert np.max(list(generate(config, params, prompts, 95, sampling))) >= 60
     again = self_text.sample_text(Checkpoint(dense_directory), options.calibration_tokens, options.seed)
     assert hash_of(again.batches) == manifest.inputs and again.lines.count("\n") == len(records)
     monkeypatch.setattr(self_text, "generate", lambda *given, **_: iter([np.full(len(given[2]), 7)] * 95))

@@ -26,7 +26,7 @@ def random_tokens(key: jax.Array, shape: tuple[int, ...], vocab: int) -> jax.Arr
     """`jax.random.randint(key, shape, 0, vocab)`, of one program for all shapes of up to 512 tokens."""
     size = math.prod(shape)
     tokens = np.asarray(jax.random.randint(key, (max(size, 512),), 0, vocab))
-    return jax.numpy.asarray(tokens[:size].reshape(shape))
+    return jax.device_put(tokens[:size].reshape(shape))
 
 
 def random_adapters(config: ModelConfig, targets: list[lora.Target], size: float = 0.2, seed: int = 0):
