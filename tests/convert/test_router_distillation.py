@@ -60,14 +60,21 @@ def with_noise(params, noise):
     return router_distillation.with_routers(params, router + normal(jax.random.key(9), router.shape, noise))
 
 
+@functools.cache
+def models(config):
+    """(a model, the same with noise on its routers, text that the model wrote)."""
+    params = sharpened(config)
+    return params, with_noise(params, 0.5), sampled_text(config, params, 160)
+
+
 @pytest.fixture
 def pair(tmp_path, request):
     """(the model with noise on its routers, the model): directories; and text that the model wrote."""
     config = getattr(request, "param", MIXTRAL)
-    params = sharpened(config)
+    params, noisy, tokens = models(config)
     save_words(tmp_path / "teacher", config, params)
-    save_words(tmp_path / "student", config, with_noise(params, 0.5))
-    return tmp_path / "student", tmp_path / "teacher", sampled_text(config, params, 160)
+    save_words(tmp_path / "student", config, noisy)
+    return tmp_path / "student", tmp_path / "teacher", tokens.copy()
 
 
 OPTIONS = DistillRoutersOptions("", (), "both", steps=40, learning_rate=0.1)

@@ -24,16 +24,18 @@ from nemoe_jax.model.kv_cache import (
 from nemoe_jax.model.transformer import forward, hidden_states
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.mesh import make_mesh
-from tests.kernels.test_attention import plain
+from tests.kernels import test_attention
 from tests.support.configs import DENSE
 
 LONG = dataclasses.replace(DENSE, context=4096, layers=2)
+plain = jax.jit(test_attention.plain, static_argnums=4)
 
 
 def inputs(batch, length, config=LONG, seed=0):
     random = np.random.default_rng(seed)
     heads = config.heads, config.kv_heads, config.kv_heads
-    return [jnp.asarray(random.normal(size=(batch, length, many, config.head_dim)), jnp.float32) for many in heads]
+    shapes = [(batch, length, many, config.head_dim) for many in heads]
+    return [jax.device_put(np.float32(random.normal(size=shape))) for shape in shapes]
 
 
 def attend(q, k, v, chunks, dtype=jnp.float32, slots=None, layer=1, config=LONG, window=None):

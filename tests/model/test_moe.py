@@ -128,6 +128,7 @@ def test_statistics_of_an_even_and_of_a_one_sided_router():
 
 def test_padding_does_not_count_in_the_statistics():
     layer, weights = layer_of(MIXTRAL)
+    layer = jax.jit(layer)
     x = normal(jax.random.key(1), (2, 8, MIXTRAL.hidden))
     segments = jnp.asarray([[1, 1, 2, 2, 2, 0, 0, 0], [1] * 5 + [0] * 3])
     routing = layer(weights, x, segments=segments)[1]

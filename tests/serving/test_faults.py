@@ -16,7 +16,7 @@ from nemoe_jax.spec import schema
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.compiled import forward
 from tests.support.configs import DENSE, write_tokenizer
-from tests.support.faults import function_of, injected, name_of, recorded
+from tests.support.faults import functions_of, injected, name_of, recorded
 
 CONFIG = DENSE.replace(layers=1, context=256)
 AFTERWARDS = Request((5, 6, 7), 4)
@@ -97,8 +97,8 @@ def calls(start):
     with recorded("engine") as counted, start() as engine:
         ended(*work(engine))
     once = ("_run", "_ambient", "use_mesh", "clear")  # before any request, or behind all
-    functions = {function_of(code): count for code, count in counted.items() if code.co_name not in once}
-    return {function: count for function, count in functions.items() if function is not None}
+    counted = {code: count for code, count in counted.items() if code.co_name not in once}
+    return {function: counted[code] for code, function in functions_of(counted).items()}
 
 
 def test_the_loop_is_known(calls):

@@ -9,7 +9,7 @@ import gc
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 PACKAGE = str(Path(__file__).parent.parent.parent / "nemoe_jax")
@@ -37,10 +37,15 @@ def recorded(thread_name: str) -> Iterator[dict[types.CodeType, int]]:
         threading.setprofile(None)
 
 
-def function_of(code: types.CodeType) -> types.FunctionType | None:
-    """The function with that code, where there is one alone (generator expressions and closures have several)."""
-    functions = [one for one in gc.get_referrers(code) if isinstance(one, types.FunctionType) and one.__code__ is code]
-    return functions[0] if len(functions) == 1 and not code.co_freevars else None
+def functions_of(codes: Iterable[types.CodeType]) -> dict[types.CodeType, types.FunctionType]:
+    """The function with each code, where there is one alone (generator expressions and closures have several)."""
+    found: dict[int, list[types.FunctionType]] = {id(code): [] for code in codes if not code.co_freevars}
+    gc.unfreeze()  # frozen objects are not among those that are looked through
+    for one in gc.get_objects():
+        if type(one) is types.FunctionType and id(one.__code__) in found:
+            found[id(one.__code__)].append(one)
+    gc.freeze()
+    return {own[0].__code__: own[0] for own in found.values() if len(own) == 1}
 
 
 def name_of(function: types.FunctionType) -> str:
