@@ -131,7 +131,7 @@ async def stream(client: httpx.AsyncClient, wanted: Wanted, leaves: bool) -> Got
                 first = first or last
                 text += chunk["choices"][0]["text"]
                 finish = chunk["choices"][0]["finish_reason"] or finish
-            else:
+            if chunk.get("usage"):
                 tokens = chunk["usage"]["completion_tokens"]
             chunks += 1
             if leaves and chunks == wanted.leaves_after:
