@@ -30,6 +30,7 @@ class Context(NamedTuple):
     segments_BT: jax.Array | None  # packed documents: a token attends within its own segment alone
     cos_sin: CosSin | None = None  # of the positions, where all layers share it
     router_bias_E: jax.Array | None = None  # of the layer, while it trains with one: see moe.top_k_weights
+    whole_groups: bool = False  # see moe.with_gradient_of_groups
 
 
 class Attention(SpecModule):

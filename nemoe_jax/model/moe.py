@@ -47,9 +47,10 @@ class MoE(SpecModule):
         adapters: Adapters = NO_ADAPTERS,
         segments_BT: jax.Array | None = None,
         router_bias_E: jax.Array | None = None,
+        whole_groups: bool = False,
     ) -> tuple[jax.Array, Routing]:
         """(B, T, D) -> (B, T, D) and what the router did with the tokens that are no padding (segment 0)."""
-        weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters, segments_BT, router_bias_E)
+        weights_BTC, chosen_BTC, routing = self.route(x_BTD, adapters, segments_BT, router_bias_E, whole_groups)
         experts = {name: self.weight(name) for name, _ in self.expert_specs}
         own_adapters = {name: adapters[name] for name in experts if name in adapters}
         y_BTD = self._compute(x_BTD, weights_BTC, chosen_BTC, experts, own_adapters)
@@ -64,11 +65,14 @@ class MoE(SpecModule):
         adapters: Adapters = NO_ADAPTERS,
         segments_BT: jax.Array | None = None,
         router_bias_E: jax.Array | None = None,
+        whole_groups: bool = False,
     ) -> tuple[jax.Array, jax.Array, Routing]:
         """Routing weights (B, T, C) in x's dtype, the chosen experts (B, T, C), and statistics."""
         # float32: bfloat16 ties change which experts are chosen
         logits_BTE = self.project("router", x_BTD.astype(jnp.float32), adapters)
         weights_BTC, chosen_BTC = top_k_weights(logits_BTE, self.top_k, self.normalize, router_bias_E)
+        if whole_groups:
+            weights_BTC = with_gradient_of_groups(weights_BTC, logits_BTE, chosen_BTC)
         return (
             weights_BTC.astype(x_BTD.dtype),
             chosen_BTC,
@@ -108,6 +112,17 @@ def top_k_weights(
     if normalize:
         return jax.nn.softmax(top_BTC), chosen_BTC
     return jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1), chosen_BTC
+
+
+def with_gradient_of_groups(weights_BTC: jax.Array, logits_BTE: jax.Array, chosen_BTC: jax.Array) -> jax.Array:
+    """The same routing weights, with a gradient for router rows that a group of experts has in common.
+
+    Such experts weigh 1/C each, whatever their row is, so that it would learn nothing. Here the output counts as if it
+    were times the chosen experts' part of all experts' probability, over that part as it is: the gradient is that of a
+    top-1 choice among groups (Fedus et al., 2021), scaled.
+    """
+    share_BT1 = jnp.take_along_axis(jax.nn.softmax(logits_BTE), chosen_BTC, axis=-1).sum(-1, keepdims=True)
+    return weights_BTC * (share_BT1 / lax.stop_gradient(share_BT1))
 
 
 def _statistics(

@@ -74,15 +74,12 @@ class Block(SpecModule):
         return x_BTD, rms_norm(x_BTD, self.weight("ffn_norm"), self.eps), cache, y_BTD
 
     def feed_forward(
-        self,
-        normed_BTD: jax.Array,
-        adapters: Adapters = NO_ADAPTERS,
-        segments_BT: jax.Array | None = None,
-        router_bias_E: jax.Array | None = None,
+        self, normed_BTD: jax.Array, adapters: Adapters = NO_ADAPTERS, context: Context | None = None
     ) -> tuple[jax.Array, Routing | None]:
         """What the FFN adds to the stream, and its routing where it is an MoE FFN."""
         if isinstance(self.ffn, MoE):
-            return self.ffn(normed_BTD, adapters, segments_BT, router_bias_E)
+            training = () if context is None else (context.segments_BT, context.router_bias_E, context.whole_groups)
+            return self.ffn(normed_BTD, adapters, *training)
         return self.ffn(normed_BTD, adapters), None
 
     def __call__(
@@ -91,7 +88,7 @@ class Block(SpecModule):
         """(B, T, D) -> (B, T, D), the layer's cache, its routing where it is an MoE layer, and what its parts added."""
         x_BTD, normed, cache, attended_BTD = self.attend(x_BTD, context, cache, adapters)
         own = adapters.get("ffn", NO_ADAPTERS)
-        y_BTD, routing = self.feed_forward(normed, own, context.segments_BT, context.router_bias_E)
+        y_BTD, routing = self.feed_forward(normed, own, context)
         return constrain_tokens(x_BTD + y_BTD), cache, routing, {"attention": attended_BTD, "ffn": y_BTD}
 
 
@@ -115,6 +112,7 @@ class Transformer(SpecModule):
         num_new_tokens_B: jax.Array | None = None,
         remat: bool = False,
         router_bias_LE: jax.Array | None = None,
+        whole_groups: bool = False,
         keep: Sequence[str] = (),
     ) -> HiddenOutput:
         if positions is None:
@@ -123,7 +121,7 @@ class Transformer(SpecModule):
         counted = None
         if num_new_tokens_B is not None:
             counted = jnp.arange(tokens_BT.shape[1]) < num_new_tokens_B[:, None]
-        context = Context(positions, segments, rope_cos_sin(self.config, positions, counted))
+        context = Context(positions, segments, rope_cos_sin(self.config, positions, counted), None, whole_groups)
         spec = declare(self.config)["embed"]
         x_BTD = embed_tokens(spec, self.weight("embed"), tokens_BT, adapters.get("embed"))
         held = None
@@ -273,6 +271,7 @@ def hidden_states(
     num_new_tokens_B: jax.Array | None = None,
     remat: bool = False,
     router_bias_LE: jax.Array | None = None,
+    whole_groups: bool = False,
     keep: Sequence[str] = (),
 ) -> HiddenOutput:
     """All blocks over int32 tokens (B, T), and the final norm; jit it (with `config` and `remat` closed over).
@@ -287,6 +286,7 @@ def hidden_states(
         num_new_tokens_B: with a cache: how many of the tokens count in each row, the first ones; by default all.
         remat: recompute each block in the backward pass instead of keeping its activations.
         router_bias_LE: of the MoE layers, added to the routers' logits for the choice of experts alone.
+        whole_groups: see moe.with_gradient_of_groups.
         keep: of "attention" and "ffn" those of which each layer's output is given, as it was added to the stream.
     """
     model = nnx.merge(graph_of(config), params)
@@ -299,6 +299,7 @@ def hidden_states(
         num_new_tokens_B=num_new_tokens_B,
         remat=remat,
         router_bias_LE=router_bias_LE,
+        whole_groups=whole_groups,
         keep=keep,
     )
 

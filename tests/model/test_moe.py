@@ -6,7 +6,7 @@ from flax import nnx
 
 from nemoe_jax.kernels.grouped_matmul.cpu import tile_rows
 from nemoe_jax.model import expert_ffn
-from nemoe_jax.model.moe import MoE
+from nemoe_jax.model.moe import MoE, top_k_weights, with_gradient_of_groups
 from nemoe_jax.model.transformer import graph_of
 from nemoe_jax.spec import schema
 from nemoe_jax.spec.config import ModelConfig
@@ -191,3 +191,22 @@ def test_no_gradient_of_frozen_experts_is_computed():
 
 def test_a_graph_serves_any_parameters_of_its_config():
     assert graph_of(MIXTRAL) is graph_of(MIXTRAL.replace())
+
+
+def test_a_row_that_a_group_has_in_common_learns_as_a_choice_among_groups():
+    """The gradient of the output's part that the loss sees, ⟨v, y⟩ p_g/p_g(now), by the group's one logit."""
+    random = np.random.default_rng(0)
+    group_E = np.array([0, 1, 2, 0, 1, 2])
+    of_groups = random.normal(size=(3, 5, 3)).astype("f4")
+    values = random.normal(size=(3, 5, 2)).astype("f4")
+
+    def weights_of(of_groups):
+        logits = of_groups[..., group_E]
+        weights, chosen = top_k_weights(logits, 2)
+        return with_gradient_of_groups(weights, logits, chosen)
+
+    np.testing.assert_array_equal(weights_of(of_groups), np.full((3, 5, 2), 0.5, "f4"))
+    got = jax.grad(lambda of_groups: jnp.sum(values * weights_of(of_groups)))(jnp.asarray(of_groups))
+    probability = np.exp(of_groups) / np.exp(of_groups).sum(-1, keepdims=True)
+    chosen = of_groups == of_groups.max(-1, keepdims=True)
+    np.testing.assert_allclose(got, values.mean(-1, keepdims=True) * (chosen - probability), rtol=1e-4, atol=1e-6)

@@ -4,6 +4,7 @@ L layers, E experts.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,7 @@ class PhaseRun:
         scale = routers_scale(phase, params, self.mesh)
         optimizer = make_optimizer(phase.optimizer, phase.steps, scale, self.config, self.ties)
         objective = make_objective(self.recipe, phase, self.config, self.teacher_config)
+        objective = dataclasses.replace(objective, whole_groups=self.ties is not None)
         places: Places = ()
         if phase.trainable == "esft":
             table = self.adapters / self.label / "experts.json"

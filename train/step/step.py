@@ -135,6 +135,7 @@ class Objective:
     phase: Phase
     config: ModelConfig
     teacher_config: ModelConfig | None
+    whole_groups: bool = False  # experts that share a router row are chosen together: see moe.with_gradient_of_groups
     all_count: bool = False  # for a program whose work is to be counted: the head computes every token
 
     def weight(self, batch: Any) -> Array:
@@ -213,7 +214,9 @@ class Objective:
         """The model's hidden states; what of its head is trained, and what is frozen."""
         params = self._quantized(combine(self._rounded(trainable["params"]), frozen))
         bias = trainable.get("router_bias")
-        hidden = self._hidden(self.config, params, batch, trainable["adapters"] or None, self.recipe.remat, bias)
+        hidden = self._hidden(
+            self.config, params, batch, trainable["adapters"] or None, self.recipe.remat, bias, self.whole_groups
+        )
         name = _head_of(self.config)
         head = {name: _gathered(self.config, params[name])}
         trained: Tree = {"params": {}, "adapters": {}}
@@ -277,6 +280,7 @@ class Objective:
         adapters: Tree | None = None,
         remat: bool = False,
         router_bias_LE: Array | None = None,
+        whole_groups: bool = False,
     ) -> transformer.HiddenOutput:
         distill = self.phase.distill
         return transformer.hidden_states(
@@ -288,6 +292,7 @@ class Objective:
             segments=batch.segments,
             remat=remat,
             router_bias_LE=router_bias_LE,
+            whole_groups=whole_groups,
             keep=distill.feature_of if distill and distill.feature_loss else (),
         )
 
