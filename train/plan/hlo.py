@@ -122,6 +122,19 @@ class Program:
                 loops[called] = called if instruction.opcode == "while" else loops[name]
         return loops
 
+    @functools.cached_property
+    def ragged_groups(self) -> dict[str, int]:
+        """Of computations within a TPU's ragged dot, its groups: it is written as all rows times every group's matrix.
+
+        What runs is each row with its own matrix: the fusion skips the tiles that its mask leaves out.
+        """
+        groups: dict[str, int] = {}
+        for name, instruction in self:
+            found = re.search(r'"is_ragged_dot":true,"num_groups_in_ragged_dot":"(\d+)"', instruction.attributes)
+            number = int(found[1]) if found else groups.get(name, 1)
+            groups |= dict.fromkeys(instruction.called, number) if number > 1 else {}
+        return groups
+
     def trip_count(self, computation: str, loop: Instruction) -> int:
         """Iterations of a `while`: what XLA wrote down, or from the counter that its condition compares; else 1."""
         if known := re.search(r"known_trip_count\D*(\d+)", loop.attributes):

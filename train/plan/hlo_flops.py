@@ -18,7 +18,10 @@ def executed_flops(program: hlo.Program, of_kernel: KernelFlops = lambda kernel,
     Args:
         of_kernel: FLOPs of a `tpu_custom_call` that carries no estimate, given it and its computation.
     """
-    return sum(program.times[name] * _flops(one, program.computations[name], of_kernel) for name, one in program)
+    return sum(
+        program.times[name] * _flops(one, program.computations[name], of_kernel) / program.ragged_groups.get(name, 1)
+        for name, one in program
+    )
 
 
 def attention_kernel_flops(kernel: hlo.Instruction, computation: hlo.Computation) -> float:
