@@ -100,7 +100,7 @@ def install(environment: Path, python: str) -> None:
     interpreter = environment / "bin" / "python"
     if not interpreter.exists():
         subprocess.run([python, "-m", "venv", environment], check=True)
-    pip = [interpreter, "-m", "pip", "install", "--quiet", "--no-deps"]
+    pip = [str(interpreter), "-m", "pip", "install", "--quiet", "--no-deps"]
     if list(environment.glob("lib/*/site-packages/maxtext/trainers")) and (environment / "installed").exists():
         return
     print(f"installing MaxText {MAXTEXT} into {environment}: some minutes", file=sys.stderr)
@@ -134,11 +134,12 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of our step."""
     import jax
 
+    from nemoe_jax.spec.hf_config import to_hf
     from train.plan import aot
     from train.recipe import read_recipe
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(model(options).to_hf()), "utf-8")
+        Path(folder, "config.json").write_text(json.dumps(to_hf(model(options))), "utf-8")
         recipe = Path(folder, "recipe.yaml")
         lora = [{"pattern": "blocks/*/attn/*", "rank": RANK, "alpha": ALPHA}]
         trains = {"trainable": "lora", "lora": lora, "train_router": False} if options.trains == "lora" else {}
@@ -259,12 +260,12 @@ def in_maxtext(folder: str, *flags: str) -> None:
     """In MaxText's environment: what its train_compile.py does, and the adapters that its SFT trainer adds."""
     os.environ["LIBTPU_INIT_ARGS"] = "--xla_tpu_spmd_rng_bit_generator_unsafe=true"  # as train_compile.py has it
     import jax
-    import maxtext  # type: ignore[import-not-found]
+    import maxtext
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
-    from maxtext.configs import pyconfig  # type: ignore[import-not-found]
-    from maxtext.trainers.pre_train import train, train_compile  # type: ignore[import-not-found]
-    from maxtext.utils import lora_utils, maxtext_utils, model_creation_utils, sharding  # type: ignore[import-not-found]
+    from maxtext.configs import pyconfig
+    from maxtext.trainers.pre_train import train, train_compile
+    from maxtext.utils import lora_utils, maxtext_utils, model_creation_utils, sharding
 
     jax.config.update("jax_default_prng_impl", "unsafe_rbg")
     config = pyconfig.initialize(["", str(Path(maxtext.__file__).parent / "configs" / "base.yml"), *flags])
