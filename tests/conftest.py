@@ -32,8 +32,8 @@ from tests.support.configs import CONFIGS, DENSE
 
 
 def pytest_collection_modifyitems(items):
-    """The largest files come first, so that no worker has a long one left when the other has ended."""
-    items.sort(key=lambda item: -item.path.stat().st_size)
+    """Whole runs and the largest files come first, so that no worker has a long one left when the other has ended."""
+    items.sort(key=lambda item: ("benchmarks" not in item.path.parts, -item.path.stat().st_size))
 
 
 def pytest_collection_finish():
