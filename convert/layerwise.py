@@ -13,6 +13,7 @@ B batch, T sequence, D embed, V vocabulary.
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -45,21 +46,58 @@ Arrays = TypeVar("Arrays")
 def calibration_batches(source: Checkpoint, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
     """Evenly spaced windows of `tokens` tokens in all, rounded up to whole batches: int32 (B, T + 1) each.
 
+    Args:
+        texts: sources as `tokenize_corpus` takes them; or each with its share of the tokens behind a colon, the windows
+            of all then spread evenly over the whole.
+
     Raises:
         UserError: no text, less of it than that, or no tokenizer in the source.
     """
     if tokens < 1:
         raise UserError(f"--calibration-tokens: expected a positive number, got {tokens}")
     tokenizer = load_tokenizer(source.directory)
-    stream = tokenize_corpus(texts, tokenizer, "tokenizing calibration text", source.config.vocab)
     length = min(SEQUENCE_LENGTH, source.config.context)
     batches = -(-tokens // (BATCH * length))
-    if len(stream) <= batches * BATCH * length:
-        raise UserError(
-            f"--calibration {' '.join(texts)}: expected more than {batches * BATCH * length:,} tokens "
-            f"(--calibration-tokens {tokens}, in batches of {BATCH * length:,}), got {len(stream):,}"
-        )
-    return [tokens_BT for tokens_BT, _ in spaced_batches(stream, length, BATCH, batches)]
+    parts = _with_shares(texts)
+    total = sum(share for _, share in parts)
+    ends = np.round(np.cumsum([0.0, *(share for _, share in parts)]) / total * batches * BATCH).astype(int)
+    rows, places = [], []
+    for (words, _), windows in zip(parts, np.diff(ends), strict=True):
+        stream = tokenize_corpus(words, tokenizer, "tokenizing calibration text", source.config.vocab)
+        if len(stream) <= windows * length:
+            raise UserError(
+                f"--calibration {' '.join(words)}: expected more than {windows * length:,} tokens "
+                f"(--calibration-tokens {tokens}, in batches of {BATCH * length:,}), got {len(stream):,}"
+            )
+        if windows:
+            rows.append(np.concatenate([row_BT for row_BT, _ in spaced_batches(stream, length, 1, windows)]))
+            places.append((np.arange(windows) + 0.5) / windows)
+    order = np.argsort(np.concatenate(places), kind="stable")
+    return list(np.concatenate(rows)[order].reshape(batches, BATCH, -1))
+
+
+def _with_shares(texts: Sequence[str]) -> list[tuple[list[str], float]]:
+    """Sources that are read as one, and their share of the tokens; `A:0.5,B:0.5` is two words."""
+    split = [_share_of(word) for text in texts for word in _words(text)]
+    if not any(split):
+        return [(list(texts), 1.0)]
+    if not all(split):
+        raise UserError(f"--calibration {' '.join(texts)}: expected a share of the tokens behind each text, or none")
+    parts = [([found[1]], float(found[2])) for found in split if found]
+    if not all(share > 0 for _, share in parts):
+        raise UserError(f"--calibration {' '.join(texts)}: expected positive shares")
+    return parts
+
+
+def _words(text: str) -> list[str]:
+    """What commas separate, where every part has a share."""
+    words = text.split(",")
+    return words if not Path(text).exists() and all(map(_share_of, words)) else [text]
+
+
+def _share_of(word: str) -> re.Match[str] | None:
+    """A source and its share of the tokens; None of a word that is a file's name, or says none."""
+    return None if Path(word).exists() else re.fullmatch(r"(.+):([0-9]*\.?[0-9]+)", word)
 
 
 def hash_of(batches: Sequence[np.ndarray]) -> dict[str, str]:

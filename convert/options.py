@@ -58,8 +58,8 @@ class CarveOptions:
     output_scale: float = option(0.0, "factor of every `down`; 0 takes the power of two next to √(top_k · experts)")
     calibration: tuple[str, ...] = option(
         (),
-        "text files, directories or globs: distill the router, fit the output scales, refit `down`; `self` alone: text "
-        "that the dense model writes, which is kept beside the result",
+        "text files, directories or globs, mixed by their shares as `A:0.5,B:0.5`: distill the router, fit the output "
+        "scales, refit `down`; `self` alone: text that the dense model writes, which is kept beside the result",
     )
     calibration_tokens: int = option(131072, "tokens of it to use; more is better")
     refit: bool = option(True, "with calibration: leave the experts' weights as they are, but for the output scales")

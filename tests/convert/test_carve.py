@@ -21,6 +21,7 @@ from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.errors import UserError
 from nemoe_jax.inference.generate import generate
 from nemoe_jax.inference.sampling import SamplingParams
+from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from tests.support.compiled import forward, random_tokens
 from tests.support.configs import write_tokenizer
@@ -283,6 +284,30 @@ def test_an_interrupted_calibrated_carve_gives_the_same_bytes(
     assert len(seen) == (1 if more else 2)  # the first carved layer was there
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_calibration_texts_are_mixed_by_their_shares(dense_directory, tmp_path, calibration):
+    """The windows of each are those that it gives alone, spread over the whole."""
+    source, (whole,) = Checkpoint(dense_directory), calibration["calibration"]
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"word{number % 7}" for number in range(1500)))
+    mixed = np.concatenate(calibration_batches(source, [f"{whole}:0.75,{other}:0.25"], 1500))
+    assert mixed.shape == (16, 97)
+    for path, count in ((whole, 12), (str(other), 4)):
+        stream = tokenize_corpus([path], load_tokenizer(dense_directory))
+        alone = np.concatenate([row for row, _ in spaced_batches(stream, 96, 1, count)])
+        found = np.array([np.flatnonzero((mixed == row).all(1))[0] for row in alone])
+        assert np.abs(found + 0.5 - (np.arange(count) + 0.5) * 16 / count).max() < 1
+    np.testing.assert_array_equal(
+        np.concatenate(calibration_batches(source, [f"{whole}:3", f"{other}:1"], 1500)), mixed
+    )
+    for texts, error in (
+        ([f"{whole}:0.5", str(other)], "expected a share of the tokens behind each text, or none"),
+        ([f"{whole}:0,{other}:1"], "expected positive shares"),
+        ([f"{whole}:0.1,{other}:9"], "other.txt: expected more than"),
+    ):
+        with pytest.raises(UserError, match=error):
+            calibration_batches(source, texts, 1500)
 
 
 def test_the_control_keeps_the_most_active_neurons_and_refits_them(dense_directory, tmp_path, calibration, capsys):
