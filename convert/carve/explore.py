@@ -59,7 +59,6 @@ def points(experts: int, ffn: int) -> Iterator[dict[str, Any]]:
             "shared_ffn": ffn // 8,
             "experts": experts * 7 // 4,
             "top_k": experts // 4,
-            "refit_steps": 0,
         }
 
 
