@@ -54,12 +54,7 @@ def points(experts: int, ffn: int) -> Iterator[dict[str, Any]]:
     yield {"experts": 4 * experts, "top_k": 4 * few, "partition": "token-clusters"}
     yield {"experts": 4 * experts, "top_k": 4 * few, "partition": "gate-kmeans", "refit_steps": 0}
     if not experts % 8:  # an eighth of the neurons always, as many of the others
-        yield {
-            "layout": "shared",
-            "shared_ffn": ffn // 8,
-            "experts": experts * 7 // 4,
-            "top_k": experts // 4,
-        }
+        yield {"layout": "shared", "shared_ffn": ffn // 8, "experts": experts * 7 // 4, "top_k": experts // 4}
 
 
 def explore(source: str | Path, destination: str | Path, options: CarveOptions, layers: int) -> Manifest:
