@@ -1,15 +1,16 @@
 """`nemoe serve` under load: hundreds of streams at once, of random lengths, some of which are abandoned midway.
 
     python -m benchmarks.serving.load                 (a small model of random weights, a few minutes on CPU)
-    python -m benchmarks.serving.load DIR --rows 32   (a model directory)
+    python -m benchmarks.serving.load DIR --slots 32   (a model directory)
 
 Each request is first asked alone, then all of them at once, each as a stream. Nothing may be lost (every stream ends,
-with a reason and [DONE]), mixed up (each answer is the one that it got alone: temperature 0) or leaked (rows and pages
-of the cache are all free in the end, though every tenth client went away in the middle). It prints the tokens per
+with a reason and [DONE]), mixed up (each response is the one that it got alone: temperature 0) or leaked (slots and
+pages of the cache are all free in the end, though every tenth client went away in the middle). It prints the tokens per
 second of all streams together, the time to the first token and the time per token after it, as percentiles, and exits
-with status 1 where anything is wrong.
+with status 1 where anything is wrong. The time to start, to the first response, and until all programs are compiled
+stand apart: what is timed begins after that.
 
-The queue has room for all, so the time to the first token is mostly waiting for a row: what a stream costs once it has
+The queue has room for all, so the time to the first token is mostly waiting for a slot: what a stream costs once it has
 one is the time per token.
 """
 
@@ -110,7 +111,7 @@ def server(command: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 async def stream(client: httpx.AsyncClient, wanted: Wanted, leaves: bool) -> Got:
-    """One answer as it comes."""
+    """One response as it comes."""
     text, finish, done, tokens, chunks = "", None, False, 0, 0
     started = time.perf_counter()
     first = last = 0.0
@@ -140,9 +141,15 @@ async def stream(client: httpx.AsyncClient, wanted: Wanted, leaves: bool) -> Got
 
 
 async def gauges(client: httpx.AsyncClient) -> dict[str, float]:
-    """What the server says of its rows and its cache."""
+    """What the server says of its slots and its cache."""
     families = text_string_to_metric_families((await client.get("/metrics")).text)
     return {sample.name: sample.value for family in families for sample in family.samples if sample.name in GAUGES}
+
+
+async def compiled(client: httpx.AsyncClient) -> None:
+    """Waits until our server has compiled everything."""
+    while "nemoe_to_compile 0.0" not in (await client.get("/metrics")).text:
+        await asyncio.sleep(1)
 
 
 async def measure(address: str, options: argparse.Namespace, vocab: int) -> tuple[dict[str, Any], list[str]]:
@@ -151,6 +158,10 @@ async def measure(address: str, options: argparse.Namespace, vocab: int) -> tupl
     async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits, trust_env=False) as client:
         wanted = requests("model", vocab, options.streams)
         before = await gauges(client)
+        started = time.perf_counter()
+        first = await stream(client, wanted[0], leaves=False)
+        await compiled(client)
+        compiling = time.perf_counter() - started
         started = time.perf_counter()
         alone = [await stream(client, one, leaves=False) for one in wanted]
         alone_seconds = time.perf_counter() - started
@@ -177,9 +188,11 @@ async def measure(address: str, options: argparse.Namespace, vocab: int) -> tupl
     wrong += [f"mixed up: {two.text[:60]!r}" for one, two in left if not one.text.startswith(two.text)]
     tokens = sum(two.tokens for _, _, two in stayed)
     figures = {
+        "first_response_first_token_seconds": first.first,
+        "all_compiled_seconds": compiling,
         "streams": options.streams,
         "left_midway": len(left),
-        "rows": options.rows,
+        "slots": options.slots,
         "equal_to_alone": len(stayed) - sum("another" in line or "lost" in line for line in wrong),
         "tokens": tokens,
         "seconds": seconds,
@@ -203,7 +216,12 @@ def percentiles(values: list[float]) -> dict[str, float]:
 def show(figures: dict[str, Any]) -> None:
     """Prints them."""
     print(
-        f"{figures['streams']} streams on {figures['rows']} rows, {figures['left_midway']} left midway; "
+        f"ready after {figures['ready_seconds']:.1f} s; the first token of the first response "
+        f"{figures['first_response_first_token_seconds']:.2f} s after that, "
+        f"all programs {figures['all_compiled_seconds']:.1f} s after it"
+    )
+    print(
+        f"{figures['streams']} streams on {figures['slots']} slots, {figures['left_midway']} left midway; "
         f"{figures['equal_to_alone']} of {figures['streams'] - figures['left_midway']} others equal to alone\n"
         f"{figures['tokens']} tokens in {figures['seconds']:.1f} s: {figures['tokens_per_second']:.0f} tokens/s "
         f"(one after another: {figures['tokens_per_second_alone']:.0f})"
@@ -221,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="?", help="a model directory; default: a small model of random weights")
     parser.add_argument("--streams", type=int, default=200, help="at once (default 200)")
-    parser.add_argument("--rows", type=int, default=8, help="of the server (default 8)")
+    parser.add_argument("--slots", type=int, default=8, help="of the server (default 8)")
     add_keep(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -235,16 +253,19 @@ def main() -> None:
         device = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout
         vocab = json.loads((directory / "config.json").read_text("utf-8"))["vocab_size"]
         ours = ("nemoe_jax.cli.main", "serve", str(directory), "--port", "0", "--served-model-name", "model")
-        ours += ("--max-num-seqs", str(options.rows), "--max-queued", str(options.streams))
+        ours += ("--max-num-seqs", str(options.slots), "--max-queued", str(options.streams))
+        started = time.perf_counter()
         with server([sys.executable, "-m", *ours]) as (address, _):
+            ready = time.perf_counter() - started
             figures, wrong = asyncio.run(measure(address, options, vocab))
+    figures = {"ready_seconds": ready, **figures}
     show(figures)
     for line in wrong:
         print(f"wrong: {line}")
     about = machine()
     print(f"{about['machine']}, {about['cores']} cores, {device.strip()}, {about['versions']}")
     if options.keep:
-        model = "a small mixture of random weights" if not options.directory else Path(options.directory).name
+        model = "a small MoE model of random weights" if not options.directory else Path(options.directory).name
         place = device.strip().lower().replace("nvidia ", "").replace(" ", "-")
         keep(f"load-{place}", {**about, "device": device.strip(), "model": model, "load": os.getloadavg(), **figures})
     sys.exit(bool(wrong))

@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.inference.decode import CORES, skipped
 from benchmarks.lib.peers import judge, parser
-from benchmarks.serving.load import FIRST_ID, Wanted, server, stream
+from benchmarks.serving.load import FIRST_ID, Wanted, compiled, server, stream
 
 LIMITS = {"tokens per second, ours / llama.cpp": 1.0, "p99 of the first token, llama.cpp / ours": 1.0}
 LLAMA_CPP = f"""
@@ -102,12 +102,6 @@ async def measure(
                 p99 = float(np.percentile([one.first for one in got], 99))
                 figures.setdefault((side, "p99 of the first token, s", min), []).append(p99)
     return figures
-
-
-async def compiled(client: httpx.AsyncClient) -> None:
-    """Waits until our server has compiled everything."""
-    while "nemoe_to_compile 0.0" not in (await client.get("/metrics")).text:
-        await asyncio.sleep(1)
 
 
 def cpu_seconds(process: int) -> float:
