@@ -53,8 +53,8 @@ def measure(
         engine = Engine(config, params, tokenizer, max_num_seqs=SLOTS, kv_tokens=tokens, prompt_lookup=prompt_lookup)
         decode = engine._runner.decode
 
-        def counted(*given: Any) -> Any:
-            block = decode(*given)
+        def counted(*given: Any, **options: Any) -> Any:
+            block = decode(*given, **options)
             if given[-1] is not None:
                 steps.append(int(block.num_generated_B.sum()))
             return block

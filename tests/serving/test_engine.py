@@ -117,9 +117,9 @@ def test_a_step_takes_as_many_slots_as_are_at_work(engine, monkeypatch):
     ]
     sizes, decode = [], runner.ModelRunner.decode
 
-    def spy(self, batch, places, *given):
+    def spy(self, batch, places, *given, **options):
         sizes.append(len(places))
-        return decode(self, batch, places, *given)
+        return decode(self, batch, places, *given, **options)
 
     monkeypatch.setattr(runner.ModelRunner, "decode", spy)
     alone = [tokens_of(engine.submit(request)) for request in requests]

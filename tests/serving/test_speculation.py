@@ -43,8 +43,8 @@ def checked(monkeypatch):
     """Of every step with guesses: how many there were, and how many tokens came of it; for each place."""
     steps, decode = [], runner.ModelRunner.decode
 
-    def spy(self, *given):
-        block = decode(self, *given)
+    def spy(self, *given, **options):
+        block = decode(self, *given, **options)
         if given[-1] is not None:
             steps.extend(zip(given[-1][1].tolist(), block.num_generated_B.tolist(), strict=True))
         return block
@@ -69,6 +69,24 @@ def test_what_may_come_next():
     assert lookup.guess(5) == [7, 2, 3, 4, 7]  # what came last, and on in circles
     assert PromptLookup([1, 2]).guess(3) == PromptLookup([1, 2, 3, 4]).guess(3) == []
     assert PromptLookup([6] * 4).guess(2) == [6, 6]
+
+
+@pytest.mark.parametrize("new", [[31], [31, 32], []], ids=["as long", "longer", "shorter"])
+def test_a_copy_with_changes_is_followed(new):
+    """Records that differ in two tokens each, copied with a third one changed: a wrong guess or two a record."""
+    draw = np.random.default_rng(0).integers(100, 400, (40, 2)).tolist()
+    records = [[3, 4, 5, name, 6, 7, 30, 8, number, 9, 10, 11] for name, number in draw]
+    copy = [token for record in records for token in (*record[:6], *new, *record[7:])]
+    lookup = PromptLookup([1, *(token for record in records for token in record), 2, 1])
+    checks, at = 0, 0
+    while at < len(copy):
+        guess = lookup.guess(7)
+        right = next(
+            (n for n, pair in enumerate(zip(guess, copy[at:], strict=False)) if len(set(pair)) > 1), len(guess)
+        )
+        lookup.extend(copy[at : at + right + 1])
+        checks, at = checks + 1, at + right + 1
+    assert checks < 3.2 * len(records)
 
 
 def test_the_same_tokens_at_any_temperature(start, checked):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nemoe_jax.adapters.multi_lora import select_adapters
 from nemoe_jax.inference.decode import DecodeState, Scores, read_only, verify
@@ -20,6 +21,7 @@ from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
 from nemoe_jax.spec.sharding import constrain_tokens
 
+MOST_ENDS = 16  # stop tokens of a slot on the device; more are found by the host, some steps later
 _CHUNK = 32  # tokens whose logits are made at a time
 
 
@@ -32,15 +34,29 @@ class DeviceState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The slots as the host wants them to be; all NumPy's int32 until a program has them."""
+    """The slots as the host wants them to be, in one int32 array: every array that a program gets costs time."""
 
-    table_BM: Any
     length_B: Any  # tokens that each slot holds in the cache
     next_B: Any  # the tokens that are read next
     step_B: Any  # tokens generated so far
     remaining_B: Any  # tokens that each slot may still generate; 0: it is idle
-    stop_BE: Any  # tokens that end the response; -1 for none
     adapter_B: Any  # the number of each slot's adapter; -1 for none
+    stop_BE: Any  # tokens that end the response; -1 for none
+    table_BM: Any
+
+    @staticmethod
+    def of(packed_BN: Any) -> "Batch":
+        """The columns by name: NumPy's are views."""
+        length_B, next_B, step_B, remaining_B, adapter_B = (packed_BN[:, column] for column in range(5))
+        stop_BE, table_BM = packed_BN[:, 5 : 5 + MOST_ENDS], packed_BN[:, 5 + MOST_ENDS :]
+        return Batch(length_B, next_B, step_B, remaining_B, adapter_B, stop_BE, table_BM)
+
+    @staticmethod
+    def idle(slots: int, pages: int) -> np.ndarray:
+        """Idle slots with room for so many page numbers; for `of`."""
+        packed_BN = np.zeros((slots, 5 + MOST_ENDS + pages), np.int32)
+        packed_BN[:, 4 : 5 + MOST_ENDS] = -1
+        return packed_BN
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -95,7 +111,7 @@ def decode(
     config: ModelConfig,
     params: Tree,
     held: DeviceState,
-    batch: Batch,
+    packed_BN: Any,
     slot_B: Any | None,
     steps: Any,
     controls: SamplerInputs,
@@ -106,8 +122,10 @@ def decode(
 ) -> tuple[DeviceState, jax.Array, Scores | None]:
     """The state, and what came in one array, as every array that goes to the host costs time.
 
+    packed_BN: see `Batch`.
     (3 + S, B) int32: steps, tokens generated, whether it failed, tokens.
     """
+    batch = Batch.of(packed_BN)
     cache = KVCache(held.k, held.v, batch.table_BM, batch.length_B)
     penalized = controls.repetition_B is not None  # a slot with a penalty has it from its first token to its last
     counts = held.counts if penalized else None

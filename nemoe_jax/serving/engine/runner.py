@@ -10,7 +10,7 @@ B slots of a step, T tokens of a chunk, M pages of a sequence, E stop tokens, V 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,6 @@ from nemoe_jax.spec.schema import Tree
 
 CHUNK = 512  # tokens of a prompt that are read at a time
 _NARROWEST = 32
-MOST_ENDS = 16  # stop tokens of a slot on the device; more are found by the host, some steps later
 
 
 class ModelRunner:
@@ -176,31 +175,42 @@ class ModelRunner:
 
     def decode(
         self,
-        batch: Batch,
+        batch_BN: np.ndarray,
         places: np.ndarray,
         steps: int,
         controls: SamplerInputs,
         allowed_BW: np.ndarray | None,
         top: int | None,
         guesses: tuple[np.ndarray, np.ndarray] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> DecodedTokens:
         """Up to so many steps of the slots in those `places`; what they gave, on the host.
 
         Args:
+            batch_BN: as `Slots.at` gives it.
             guesses: tokens that may come next, (B, K), and how many of them count, (B,): one step checks them.
+            meanwhile: called while the device works.
         """
-        given = self._decode_inputs(self.held, batch, places, steps, controls, allowed_BW, guesses)
+        given = self._decode_inputs(self.held, batch_BN, places, steps, controls, allowed_BW, guesses)
         self.held, packed, scores = device.decode(*given, top=top)
+        meanwhile()
         packed, scores = jax.device_get((packed, scores))
         return DecodedTokens(packed[0, 0], packed[3:], packed[1], packed[2] > 0, scores)
 
     def _decode_inputs(
-        self, held: Any, batch: Batch, places: np.ndarray, steps: int, controls: Any, allowed_BW: Any, guesses: Any
+        self,
+        held: Any,
+        batch_BN: np.ndarray,
+        places: np.ndarray,
+        steps: int,
+        controls: Any,
+        allowed_BW: Any,
+        guesses: Any,
     ) -> tuple[Any, ...]:
         size = len(places)
         slot_B = None if size == self.slots else np.where(places < 0, np.int32(self.slots), places)
         params = self._decode_params[size]
-        return self.config, params, held, batch, slot_B, steps, controls, allowed_BW, self.stacked, guesses
+        return self.config, params, held, batch_BN, slot_B, steps, controls, allowed_BW, self.stacked, guesses
 
     def wipe(self, slot: int, pages: list[int]) -> None:
         """Zeros in a slot's pages: NaN in them would harm the next sequence even where it is masked."""
@@ -250,12 +260,10 @@ class ModelRunner:
         if program.kind == "wipe":
             return device.wipe.lower(*self._wipe_inputs(self._shapes, 0, []))
         zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-        table_BM, stop_BE = np.zeros((size, self.width), np.int32), np.full((size, MOST_ENDS), -1, np.int32)
-        batch = Batch(table_BM, zeros_B, zeros_B, zeros_B, zeros_B, stop_BE, idle_B)
         given = controls([SamplingParams()] * size, self.config.vocab, known_V)
         allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if program.allowed else None
         guesses = (np.zeros((size, program.guesses), np.int32), zeros_B) if program.guesses else None
-        inputs = self._decode_inputs(self._shapes, batch, idle_B, 1, given, allowed_BW, guesses)
+        inputs = self._decode_inputs(self._shapes, Batch.idle(size, self.width), idle_B, 1, given, allowed_BW, guesses)
         return device.decode.lower(*inputs, top=self.top if program.scored else None)
 
     def _part(self, slot: int) -> int:

@@ -7,10 +7,12 @@ little, and text comes smoothly.
 B slots, S tokens of a block, N likeliest tokens, V vocabulary, W words of 32 bits.
 """
 
+import contextlib
 import logging
 import math
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -59,6 +61,7 @@ class Scheduler:
         self.durations: deque[float] = deque(maxlen=_RECENT)
         self.programs = programs
         self._prefilling: deque[Slot] = deque()
+        self._unsent: deque[tuple[Slot, SlotTokens]] = deque()  # becomes text while the device works
         self._inputs_of: tuple[bool, list[ResponseStream | None]] | None = None  # which step's `_inputs` are
         self._inputs = controls([], config.vocab)
         self._seconds_a_chunk: dict[int, float] = {}  # of a prompt, by the width
@@ -78,15 +81,21 @@ class Scheduler:
 
     def step(self) -> bool:
         """One iteration over all slots; False where there was nothing to do but to wait for programs."""
+        if self._prefilling:
+            self._send()
         cancelled = [slot for slot in self.slots.taken.values() if slot.response.cancelled]
         for slot in cancelled:
             self._finish(slot, "cancelled")
         worked = self._prefill() or bool(cancelled) or not self.slots.taken
-        return (bool(self.slots.decoding()) and self._decode()) or worked
+        decoded = bool(self.slots.decoding()) and self._decode()
+        if not decoded:
+            self._send()
+        return decoded or worked
 
     def reset(self) -> None:
         """Forgets all responses, with slots, pages and cache as at the start. The engine gives them their ends."""
         self._prefilling.clear()
+        self._unsent.clear()
         self._inputs_of = None
         self.slots.reset()
         self.runner.reset()
@@ -207,7 +216,7 @@ class Scheduler:
         scored = any(slot.response.request.top_logprobs is not None for slot in active)
         size = len(places)
         tokens = int(min(max(_STEP_SECONDS / self._seconds_a_token[size], 1), BLOCK))
-        first = not any(slot.response.tokens for slot in active)
+        first = not any(self.slots.batch.step_B[slot.number] for slot in active)
         if allowed or first:
             tokens = 1  # the first one is waited for
         guesses = None if scored or allowed or first else self._guesses(active, places)
@@ -220,6 +229,7 @@ class Scheduler:
             self._allowed_words(allowed, places) if allowed else None,
             self.runner.top if scored else None,
             guesses,
+            meanwhile=self._send,
         )
         seconds = time.monotonic() - started
         if guesses is not None and self.speculation is not None:
@@ -229,32 +239,25 @@ class Scheduler:
             self._seconds_a_token[size] = min(measured, 2 * self._seconds_a_token[size])
         place_of = {int(number): place for place, number in enumerate(places)}
         for slot in active:
+            if self.slots.taken.get(slot.number) is not slot:
+                continue  # its text failed meanwhile
             if guesses is not None and slot.lookup is not None and guesses[1][place_of[slot.number]]:
                 place = place_of[slot.number]
                 slot.lookup.note(int(guesses[1][place]), int(block.num_generated_B[place]) - 1)
-            self._append_safely(slot, SlotTokens.of(block, place_of[slot.number]), allowed.get(slot.number))
+            with self._failing_alone(slot):
+                self._append(slot, SlotTokens.of(block, place_of[slot.number]), allowed.get(slot.number))
         return True
 
     def _guesses(self, active: list[Slot], places: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens that may come next in each place, (B, K), and how many, (B,); None where guessing does not pay."""
-        size = len(places)
-        if self.speculation is None or size not in self.speculation.width:
+        """See `Speculation.guesses`."""
+        size, speculation = len(places), self.speculation
+        if speculation is None or size not in speculation.width:
             return None
-        most = self.speculation.width[size] - 1
-        if not self.programs.ready(Program("decode", size, most)):
+        if not self.programs.ready(Program("decode", size, speculation.width[size] - 1)):
             return None
-        found = {}
-        for slot in active:
-            assert slot.lookup is not None
-            left = int(self.slots.batch.remaining_B[slot.number]) - 1
-            found[slot.number] = slot.lookup, slot.lookup.guess(min(most, left))
-        if not self.speculation.pays(size, [*found.values()], self._seconds_a_token[size]):
-            return None
-        guess_BK, count_B = np.zeros((size, most), np.int32), np.zeros(size, np.int32)
-        for place, number in enumerate(places.tolist()):
-            guess = found[number][1] if number in found else []
-            guess_BK[place, : len(guess)], count_B[place] = guess, len(guess)
-        return guess_BK, count_B
+        remaining_B = self.slots.batch.remaining_B
+        lookups = {slot.number: (slot.lookup, int(remaining_B[slot.number])) for slot in active if slot.lookup}
+        return speculation.guesses(places.tolist(), lookups, self._seconds_a_token[size])
 
     def _sampler_inputs(self, places: np.ndarray, plain: bool) -> SamplerInputs:
         """The sampling parameters of the slot in each place; none where it is idle."""
@@ -296,7 +299,8 @@ class Scheduler:
         read = np.array([batch.next_B[slot.number], *tokens[:-1]], np.int32)
         position, table_M = int(batch.length_B[slot.number]), batch.table_BM[slot.number]
         finite = self.runner.prefill(slot.number, read, position, table_M, slot.adapter, width)
-        self._append_safely(slot, SlotTokens(tokens, not finite, None), None)
+        with self._failing_alone(slot):
+            self._append(slot, SlotTokens(tokens, not finite, None), None)
 
     def _allowed(self, active: list[Slot]) -> dict[int, np.ndarray]:
         """Bits of the tokens that each slot under a constraint may have next, by its number."""
@@ -321,10 +325,12 @@ class Scheduler:
                 allowed_BW[place, : len(allowed[number])] = allowed[number]
         return allowed_BW
 
-    def _append_safely(self, slot: Slot, given: SlotTokens, allowed_W: np.ndarray | None) -> None:
+    @contextlib.contextmanager
+    def _failing_alone(self, slot: Slot) -> Iterator[None]:
+        """What fails ends the slot's response: its own text, its own constraint. The others go on."""
         try:
-            self._append(slot, given, allowed_W)
-        except Exception as error:  # its own text, its own constraint: the others go on
+            yield
+        except Exception as error:
             if self.slots.taken.get(slot.number) is not slot:  # but for one in giving back its slot and pages
                 raise
             _log.exception("a response failed")
@@ -337,13 +343,11 @@ class Scheduler:
             self.slots.advance(slot, given.tokens)
             if slot.lookup is not None:
                 slot.lookup.extend(given.tokens)
-            output = response.append(given.scored(response.request.top_logprobs))
-            self.totals["answer"] += len(output.tokens)
-            if output.finish_reason is not None:
-                self._release(slot, output.finish_reason)  # first: the slot is free when the last output comes
-            response.emit(output)
-            if output.finish_reason is not None:
-                return
+            self._unsent.append((slot, given))
+            if self._may_end(slot, given.tokens):
+                self._send()
+                if response.finish_reason is not None:
+                    return
             constraint = response.request.constraint
             if constraint is not None:
                 try:
@@ -355,8 +359,31 @@ class Scheduler:
             nothing = allowed_W is not None and not allowed_W.any()
             self._finish(slot, "error", "the answer's constraint allows no token" if nothing else NOT_A_NUMBER)
 
+    def _may_end(self, slot: Slot, tokens: list[int]) -> bool:
+        """Whether the response may end with these tokens: then the next step must know."""
+        request = slot.response.request
+        ends = request.end_tokens(self.end_tokens)
+        return bool(request.stop) or self.slots.batch.remaining_B[slot.number] < 1 or not ends.isdisjoint(tokens)
+
+    def _send(self) -> None:
+        """Gives the clients what was generated."""
+        while self._unsent:
+            slot, given = self._unsent.popleft()
+            if self.slots.taken.get(slot.number) is slot:  # a response that failed has none
+                with self._failing_alone(slot):
+                    self._send_output(slot, given)
+
+    def _send_output(self, slot: Slot, given: SlotTokens) -> None:
+        response = slot.response
+        output = response.append(given.scored(response.request.top_logprobs))
+        self.totals["answer"] += len(output.tokens)
+        if output.finish_reason is not None:
+            self._release(slot, output.finish_reason)  # first: the slot is free when the last output comes
+        response.emit(output)
+
     def _finish(self, slot: Slot, reason: str, error: str | None = None) -> None:
         """Ends a response before it is complete."""
+        self._send()
         if self.slots.taken.get(slot.number) is slot:
             if reason == "error":
                 self.slots.withdraw(slot)

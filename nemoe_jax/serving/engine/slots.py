@@ -10,10 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from nemoe_jax.inference.decode import DecodedTokens, Scores
-from nemoe_jax.serving.engine.device import Batch
+from nemoe_jax.serving.engine.device import MOST_ENDS, Batch
 from nemoe_jax.serving.engine.page_allocator import PageAllocator, page_keys
 from nemoe_jax.serving.engine.request import ScoredToken
-from nemoe_jax.serving.engine.runner import MOST_ENDS
 from nemoe_jax.serving.engine.speculation import PromptLookup
 from nemoe_jax.serving.engine.stream import ResponseStream
 
@@ -50,16 +49,8 @@ class Slots:
         self.pools, self._shared_tokens = pools, shared_tokens
         self.taken: dict[int, Slot] = {}
         self._count, self._of_part = count, count // len(pools)
-        zeros_B = np.zeros(count + 1, np.int32)  # the last one, -1, is idle for good
-        self.batch = Batch(
-            table_BM=np.zeros((count + 1, width), np.int32),
-            length_B=zeros_B.copy(),
-            next_B=zeros_B.copy(),
-            step_B=zeros_B.copy(),
-            remaining_B=zeros_B.copy(),
-            stop_BE=np.full((count + 1, MOST_ENDS), -1, np.int32),
-            adapter_B=zeros_B - 1,
-        )
+        self._batch_BN = Batch.idle(count + 1, width)  # the last one, -1, is idle for good
+        self.batch = Batch.of(self._batch_BN)
 
     def __len__(self) -> int:
         return self._count
@@ -73,9 +64,9 @@ class Slots:
         """Those whose prompts are in the cache."""
         return [slot for slot in self.taken.values() if slot.decoding]
 
-    def at(self, places: np.ndarray) -> Batch:
-        """What the device is told of the slots in those places; -1: of an idle one."""
-        return Batch(*(array[places] for array in self.batch))
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """What the device is told of the slots in those places, for `Batch.of`; -1: of an idle one."""
+        return self._batch_BN[places]
 
     def assign(self, response: ResponseStream) -> Slot | None:
         """A slot for a response, in the part with the most pages of its prompt or else the most free ones.
