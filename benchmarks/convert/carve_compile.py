@@ -15,8 +15,6 @@ the rate of float32 by the highest precision (a sixth of bfloat16's on a v5e; th
 
 import argparse
 import functools
-import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.lib import h200
 from benchmarks.lib.results import add_keep, keep, machine
 from convert.carve import gradient_refit, token_clusters
 from convert.layerwise import BATCH, SEQUENCE_LENGTH, _attend, feed_forward, hidden
@@ -125,16 +124,9 @@ def main() -> None:
     name = "H200" if options.gpu else "v5e:2x4"
     jax.config.update("jax_platforms", "cpu")  # nothing runs on what is compiled for
     if options.gpu:
-        if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in ("12", "13")):
-            return print("skipped: jax-cuda12-plugin is not installed")
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-        from jax.experimental import topologies
-
-        from benchmarks.hardware.gpu_compile import CARD
-
-        devices = topologies.get_topology_desc(
-            platform="cuda", topology_name="h200", target_config=CARD, topology="1x1x1"
-        ).devices
+        if reason := h200.missing():
+            return print(reason)
+        devices = [h200.absent_h200()]
     else:
         devices = aot.topology_devices(name)
     mesh = Mesh(devices, ("data",))

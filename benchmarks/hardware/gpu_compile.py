@@ -11,41 +11,22 @@ layer's experts, and 2 GB for a forward pass of 4 x 2048 tokens.
 
 import argparse
 import collections
-import importlib.util
-import os
 import re
 import sys
 from typing import Any
-from unittest import mock
 
+from benchmarks.lib.h200 import absent_h200, missing
 from benchmarks.lib.results import add_keep, keep, machine
 
 WASTE, DECODE_BYTES, FORWARD_BYTES = 1.15, 100e6, 2e9
 SLOTS = 704  # of the cache: 512 tokens of a prompt and some
-# What XLA wants to know of the card. Its own list has more, which changes estimates alone.
-CARD = """
-gpu_device_info {
-  name: "NVIDIA H200" cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
-  memory_bandwidth: 4800000000000 device_memory_size: 151397597184 l2_cache_size: 52428800
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H200"
-"""
 
 
-def compiled() -> dict[str, Any]:
+def compiled(card: Any) -> dict[str, Any]:
     """The forward pass and the decoding step."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from jax.experimental import topologies
 
     from nemoe_jax.inference.generate import _decode, _start
     from nemoe_jax.inference.sampler import controls
@@ -54,8 +35,7 @@ def compiled() -> dict[str, Any]:
     from nemoe_jax.spec import schema
     from nemoe_jax.spec.config import preset
 
-    card = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=CARD, topology="1x1x1")
-    mesh = jax.sharding.Mesh([card.devices[0]], ("data",))
+    mesh = jax.sharding.Mesh([card], ("data",))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def placed(tree: Any, dtype: Any = None) -> Any:
@@ -95,17 +75,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_keep(parser)
     options = parser.parse_args()
-    plugin = next((name for name in ("12", "13") if importlib.util.find_spec(f"jax_cuda{name}_plugin")), None)
-    if plugin is None:
-        return print("skipped: jax-cuda12-plugin is not installed")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # there is nothing to tune on
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    from jax._src.cudnn import fused_attention_stablehlo
-
+    if reason := missing():
+        return print(reason)
     from nemoe_jax.kernels.grouped_matmul.gpu import row_blocks, tiles_at_most
 
-    with mock.patch.object(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000):  # asks the card's driver
-        programs = compiled()
+    programs = compiled(absent_h200())
     rows, experts = 4 * 8192, 16
     tile = row_blocks(rows, experts, "bfloat16").rows
     figures: dict[str, Any] = {"waste": tiles_at_most(rows, experts, tile) * tile / rows}

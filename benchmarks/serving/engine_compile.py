@@ -1,9 +1,11 @@
-"""What the engine's programs for the 12B compile to on a v5e:2x4, without one: memory, and copies of the page pool.
+"""What the engine's programs for the 12B compile to on a v5e:2x4 or an H200, without one: memory, and pool copies.
 
     pip install libtpu
     python -m benchmarks.serving.engine_compile         (the first and the largest programs; with --all, every one)
+    pip install --target /tmp/gpu 'jax-cuda12-plugin[with-cuda]==0.10.2' jax-cuda12-pjrt==0.10.2
+    PYTHONPATH=/tmp/gpu python -m benchmarks.serving.engine_compile --gpu --model 16E
 
-The dense 12B in bfloat16, tensor=8, 8 slots of 8192 tokens. Nothing is run. Limits: every program fits into a chip; the
+In bfloat16, tensor=8 on the slice, 8 slots of 8192 tokens. Nothing is run. Limits: every program fits into a chip; the
 pool that goes in comes out in place (its bytes are aliased), and nothing of a layer's size of it is copied within.
 """
 
@@ -17,9 +19,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.hardware.tpu import copies
+from benchmarks.hardware.tpu import MODELS, copies
+from benchmarks.lib import h200
 from benchmarks.lib.results import add_keep, keep, machine
 from nemoe_jax.adapters.loaded import LoadedAdapters
 from nemoe_jax.inference.sampler import TokenCounts
@@ -55,17 +57,25 @@ def main() -> None:
     """Compiles, prints, and says whether the limits are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every program, also the smaller ones of a kind")
+    parser.add_argument("--gpu", action="store_true", help=f"for an H200 instead of a {TOPOLOGY}")
+    parser.add_argument("--model", choices=MODELS, default="dense", help="default: dense")
     add_keep(parser)
     options = parser.parse_args()
-    if importlib.util.find_spec("libtpu") is None:
-        return print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")
-    from train.plan.plan import ENVIRONMENT
+    if options.gpu:
+        if reason := h200.missing():
+            return print(reason)
+        devices, limit = [h200.absent_h200()], h200.USABLE
+    else:
+        if importlib.util.find_spec("libtpu") is None:
+            return print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")
+        from train.plan.plan import ENVIRONMENT
 
-    os.environ.update(ENVIRONMENT)
-    jax.config.update("jax_platforms", "cpu")  # nothing runs on what is compiled for
-    config, devices = preset("mistral-nemo-12b"), aot.topology_devices(TOPOLOGY)
+        os.environ.update(ENVIRONMENT)
+        jax.config.update("jax_platforms", "cpu")  # nothing runs on what is compiled for
+        devices = aot.topology_devices(TOPOLOGY)
+        limit = aot.memory_limit(devices[0]) or sys.maxsize
+    config = preset(MODELS[options.model])
     mesh = make_mesh({"tensor": len(devices)}, devices)
-    limit = aot.memory_limit(devices[0])
     figures: dict[str, Any] = {}
     missed = False
     with jax.set_mesh(mesh):
@@ -82,12 +92,14 @@ def main() -> None:
             if not options.all and program.size != largest and program not in runner.first_programs():
                 continue
             figures[str(program)] = found = measure(runner, program, shares)
-            fits, in_place = found["bytes"] <= (limit or np.inf), found["aliased"] >= pool and not found["copies"]
+            fits, in_place = found["bytes"] <= limit, found["aliased"] >= pool and not found["copies"]
             missed |= not (fits and in_place)
             print(f"{program!s:50}{found['bytes'] / 1e9:7.2f} GB, {found['aliased'] / 1e9:.2f} GB aliased,", end=" ")
             print(f"{found['copies']} copies of the pool, {found['seconds']:.0f} s", flush=True)
     if options.keep:
-        keep(f"engine_compile-{TOPOLOGY.replace(':', '-')}", {**machine(("jax", "libtpu")), "pool": pool, **figures})
+        place, packages = ("h200", ("jax",)) if options.gpu else (TOPOLOGY.replace(":", "-"), ("jax", "libtpu"))
+        name = f"engine_compile-{place}{'' if options.model == 'dense' else '-' + options.model}"
+        keep(name, {**machine(packages), "pool": pool, **figures})
     sys.exit(missed)
 
 

@@ -27,15 +27,16 @@ def executed_flops(program: hlo.Program, of_kernel: KernelFlops = lambda kernel,
 def attention_kernel_flops(kernel: hlo.Instruction, computation: hlo.Computation) -> float:
     """FLOPs of a call of splash attention's kernels, which carry no estimate; 0 for other kernels.
 
-    Forward multiplies two pairs of matrices, the gradients of keys and values four, that of queries three. Its blocks
-    above the diagonal are left out: of n · n, n · (n + 1) / 2 are computed.
+    Forward multiplies two pairs of matrices, the gradients of keys and values four, that of queries three; one kernel
+    for all gradients five. Its blocks above the diagonal are left out: of n · n, n · (n + 1) / 2 are computed.
     """
     found = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", kernel.name)
     if found is None:
         return 0.0
     blocks, queries, keys = (computation[kernel.operands[number]].result[0].shape for number in (0, 2, 3))
     share = (blocks[-2] + 1) / (2 * blocks[-2])
-    return {"fwd": 2, "dkv": 4, "dq": 3}[found[1]] * 2.0 * math.prod(queries) * keys[-2] * share
+    fused = any(len(one.shape) > len(queries) for one in kernel.result)  # of the queries' gradient, a part a block
+    return {"fwd": 2, "dkv": 5 if fused else 4, "dq": 3}[found[1]] * 2.0 * math.prod(queries) * keys[-2] * share
 
 
 def _flops(instruction: hlo.Instruction, computation: hlo.Computation, of_kernel: KernelFlops) -> float:
