@@ -4,6 +4,7 @@ JAX's plugin for CUDA compiles for a card by its description alone. What asks th
 here: measuring which of several kernels is fastest (autotuning), and the version of cuDNN.
 """
 
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -35,6 +36,7 @@ def missing() -> str | None:
     return "skipped: jax-cuda12-plugin is not installed"
 
 
+@functools.cache
 def absent_h200() -> Any:
     """The card, as a device that programs may be compiled for; to be called before JAX has a backend."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # there is nothing to tune on

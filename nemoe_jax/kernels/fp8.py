@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from nemoe_jax.kernels.backend import target_device_kind, target_platform
 from nemoe_jax.spec.fp8_weight import E4M3, MAX, Fp8Weight, widen
+from nemoe_jax.spec.mesh import spans_devices
 
 _TPUS = ("TPU v6 lite", "TPU v6e", "TPU7x", "TPU v7")  # whose products take FP8
 _CAPABILITY = 8.9  # of NVIDIA's: Ada, Hopper and later
@@ -56,6 +58,7 @@ def fp8_matmul(x: jax.Array, weight: Fp8Weight) -> jax.Array:
     if has_fp8_products(dtype):
         x, of_rows = quantize_rows(x.reshape(len(x), -1))
         x = x.reshape(len(x), *values.shape[:inputs])
+        values = _as_stored(values)
     else:
         values = widen(values).astype(dtype)
     contracted = tuple(range(1, inputs + 1)), tuple(range(inputs))
@@ -73,9 +76,19 @@ def _by_blocks(x_RD: jax.Array, weight: Fp8Weight) -> jax.Array:
         return jnp.matmul(x_RD, weight.dequantized(x_RD.dtype), precision=_precision(x_RD.dtype))
     rounded_RD, scale_R1 = quantize_rows(x_RD)
     x_RKD = rounded_RD.reshape(-1, blocks, depth // blocks)
-    values_KDF = weight.values.reshape(blocks, depth // blocks, -1)
+    values_KDF = _as_stored(weight.values).reshape(blocks, depth // blocks, -1)
     y_KRF = jnp.einsum("rkd,kdf->krf", x_RKD, values_KDF, preferred_element_type=jnp.float32)
     return (jnp.sum(y_KRF * weight.scale[:, None], axis=0) * scale_R1).astype(x_RD.dtype)
+
+
+def _as_stored(values: jax.Array) -> jax.Array:
+    """Keeps XLA for GPUs, whose FP8 products want inputs last, from laying out anew all layers' weights at once.
+
+    Where weights are cut over devices it may: it would gather them for this.
+    """
+    if target_platform() != "gpu" or spans_devices(jax.sharding.get_abstract_mesh()):
+        return values
+    return with_layout_constraint(values, Layout(tuple(range(values.ndim))))
 
 
 def _precision(dtype: Any) -> lax.Precision | None:

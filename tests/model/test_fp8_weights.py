@@ -131,8 +131,10 @@ def test_no_compiled_step_holds_a_float_copy_of_a_stack(models, name, rows):
     assert found and not sizes & {math.prod(map(int, shape.split(","))) for shape in found}
 
 
-def test_products_in_fp8_round_each_row_by_its_own_scale(monkeypatch):
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_products_in_fp8_round_each_row_by_its_own_scale(platform, monkeypatch):
     """By the definition: both factors in float8_e4m3fn, sums in float32."""
+    monkeypatch.setattr(fp8, "target_platform", lambda: platform)
     monkeypatch.setattr(fp8, "has_fp8_products", lambda dtype: True)
     monkeypatch.setattr(dispatch, "has_fp8_products", lambda dtype: True)
     generator = np.random.default_rng(1)

@@ -1,6 +1,7 @@
 """Preference optimization: losses against TRL's, rows in TRL's and UltraFeedback's formats, whole runs."""
 
 import collections
+import dataclasses
 import json
 import shutil
 import types
@@ -417,3 +418,11 @@ def data_of(workplace):
         "sequence_length": LENGTH,
         "batch_size": 2,
     }
+
+
+@pytest.mark.parametrize("preference", [None, "dpo"])
+def test_a_program_whose_work_is_counted_differs_in_that_alone(preference):
+    plain, counted = (
+        make_objective(None, types.SimpleNamespace(preference=preference), None, None, way) for way in (False, True)
+    )
+    assert counted == dataclasses.replace(plain, all_count=True) != plain

@@ -127,4 +127,4 @@ def make_objective(
 ) -> Objective:
     """The objective of a phase, on pairs or on text."""
     kind = PreferenceObjective if phase.preference else Objective
-    return kind(recipe, phase, config, teacher, all_count)
+    return kind(recipe, phase, config, teacher, all_count=all_count)

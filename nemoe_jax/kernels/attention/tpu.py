@@ -7,7 +7,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from nemoe_jax.kernels.attention.cpu import scaled
 
 _BLOCKS = (1024, 512, 256, 128)  # tokens of a splash block: the largest that divides the length
-_MOST_PARTS = 8  # of the queries' gradient, each as large as the queries, where one kernel gives all gradients
 
 
 def splash_attention(
@@ -24,20 +23,12 @@ def splash_attention(
     mask: splash_attention_mask.Mask = CornerMask((length, length))
     if window is not None:
         mask = splash_attention_mask.LocalMask((length, length), (window - 1, 0), 0)
-    # five products instead of seven, and the scores once instead of twice
-    fused = length // block <= _MOST_PARTS
-    of_queries = {} if fused else {"block_q_dq": block, "block_kv_dq": block}
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            use_fused_bwd_kernel=fused,
-            **of_queries,
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         ),
         interpret=interpret,
     )
