@@ -51,6 +51,7 @@ _FULL = ("remat_policy=full", "num_vocab_tiling=16", "vocab_tiling_ag_once=true"
 _BLOCKS = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
 FLAGS = {
     "full remat": _FULL,
+    "fused backward": (*_FULL, "sa_use_fused_bwd_kernel=true"),
     "attention kept": ("remat_policy=custom", "context=device", *_FULL[1:]),
     "blocks of 1024": (*_FULL, *(f"sa_block_{name}=1024" for name in _BLOCKS)),
     "ragged dot": (*_FULL, "megablox=false"),
