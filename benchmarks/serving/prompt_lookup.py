@@ -1,14 +1,20 @@
 """What guessing from the prompt saves where the response repeats much of it: a file to be edited.
 
-    python -m benchmarks.serving.prompt_lookup DIR [--lines 400]     (a chat model's directory; several minutes)
+    python -m benchmarks.serving.prompt_lookup DIR [--lines 400]     (a model directory; several minutes)
 
-Tokens per second after the first token, of a lone response and of 8 at once, to the request to repeat a file of so many
-lines with one name changed. Named peer: the same engine without prompt look-up. They take turns, and the best turn of
-each counts; compilation is done before. Limits: alone 1.8 times the peer's tokens per second, and of 8 at once no less
-than 0.97 times. Beside it: how many tokens came of a step that checked guesses, and in how many turns both engines
-generated the same tokens.
+Tokens per second after the first token, of a lone response and of 8 at once. The prompt is a file of so many lines, out
+of Python's own library, and the first quarter of a copy in which one name is changed, so that a small model without
+much skill goes on with the copy. Named peer: the same engine without prompt look-up. They take turns, and the best turn
+of each counts; compilation is done before. Limits: alone 1.8 times the peer's tokens per second, and of 8 at once no
+less than 0.97 times. Beside it: what part of the response is in the file, in runs of four tokens at least, how many
+tokens came of a lone step that checked guesses, and in how many turns both engines generated the same tokens.
 """
 
+import calendar
+import difflib
+import inspect
+import shlex
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +36,14 @@ def main() -> None:
 
 
 def source(lines: int) -> str:
-    """A file: records with names and numbers."""
-    return "\n".join(f"    ('item_{n % 97}', {n * 37 % 1000}, 'shelf {n * 11 % 23}')," for n in range(lines))
+    """The beginning of some modules."""
+    return "\n".join("\n".join(map(inspect.getsource, (shlex, textwrap, calendar))).splitlines()[:lines])
+
+
+def repeated(file: list[int], response: list[int]) -> float:
+    """What part of a response is in the file."""
+    blocks = difflib.SequenceMatcher(None, file, response, autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks if block.size >= 4) / len(response)
 
 
 def measure(
@@ -40,12 +52,11 @@ def measure(
     """Tokens per second by name, and what came of the guesses."""
     from nemoe_jax.serving.engine.engine import Engine
     from nemoe_jax.serving.engine.request import Request
-    from nemoe_jax.text.chat.render import render_chat
 
     config, params, tokenizer = opened(directory)
-    ask = f"Repeat this list, but write 'board' for 'shelf':\n\nitems = [\n{source(lines)}\n]"
-    messages = [{"role": "user", "content": ask}, {"role": "assistant", "content": "items = ["}]
-    prompt = tuple(render_chat(tokenizer, messages, continue_answer=True))
+    file = source(lines)
+    begun = "\n".join(file.replace("instream", "source").splitlines()[: lines // 4])
+    prompt = tuple(tokenizer.encode_prompt(f"{file}\n\n\n{begun}\n"))
     steps: list[int] = []
 
     def start(prompt_lookup: bool) -> Engine:
@@ -55,7 +66,7 @@ def measure(
 
         def counted(*given: Any, **options: Any) -> Any:
             block = decode(*given, **options)
-            if given[-1] is not None:
+            if given[-1] is not None and len(given[1]) == 1:
                 steps.append(int(block.num_generated_B.sum()))
             return block
 
@@ -86,7 +97,11 @@ def measure(
                     if turn:
                         rates.setdefault(f"{name}, {way}", []).append(rate)
                 same += bool(turn) and tokens[0] == tokens[1]
-    more = {"tokens_of_a_checking_step": sum(steps) / len(steps) if steps else 0.0, "same_tokens": [same, 2 * turns]}
+    more = {
+        "part_in_the_file": repeated(tokenizer.encode(file), tokens[0][0]),
+        "tokens_of_a_checking_step": sum(steps) / len(steps) if steps else 0.0,
+        "same_tokens": [same, 2 * turns],
+    }
     return {name: max(values) for name, values in rates.items()}, more
 
 

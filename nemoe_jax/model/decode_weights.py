@@ -8,12 +8,14 @@ T tokens, D embed, F outputs, L layers, E experts, C top-k, R = T·C rows, K ran
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 from nemoe_jax.adapters.lora import Adapter, dropped
@@ -28,10 +30,32 @@ from nemoe_jax.spec.schema import Tree, map_with_path
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Unstacked:
+    """A stack as its layers, views of it on CPU: for more tokens than kernels take, dots that read them in place."""
+
+    layers: tuple[jax.Array, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.layers), *self.layers[0].shape
+
+    @classmethod
+    def of(cls, stack: jax.Array) -> "Unstacked":
+        views = np.asarray(stack)
+        return cls(tuple(jax.device_put(view, stack.sharding, may_alias=True) for view in views))
+
+    def multiply(self, x_RD: jax.Array, layer: int | jax.Array) -> jax.Array:
+        """x @ stack[layer], with outputs flattened."""
+        ways = [functools.partial(jnp.matmul, b=w.reshape(x_RD.shape[1], -1)) for w in self.layers]
+        return jax.lax.switch(layer, ways, x_RD)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LayerSlice:
     """`stack[layer]`, not yet read. A stack of uint16 on CPU holds the bits of bfloat16."""
 
-    stack: jax.Array | Fp8Weight
+    stack: jax.Array | Fp8Weight | Unstacked
     layer: int | jax.Array
 
     def multiply(self, x: jax.Array, inputs: int) -> jax.Array:
@@ -42,6 +66,8 @@ class LayerSlice:
         if target_platform() == "gpu":
             from nemoe_jax.kernels.grouped_matmul.gpu import gpu_few_rows as product
         x_RD = x.reshape(-1, depth)
+        if isinstance(self.stack, Unstacked):
+            return self.stack.multiply(x_RD, self.layer).reshape(*rows, *outputs)
         if not isinstance(self.stack, Fp8Weight):
             y_RF = product(x_RD, self.stack.reshape(self.stack.shape[0], depth, -1), self.layer)
         elif has_one_block(self.stack, 1):
@@ -86,6 +112,8 @@ def cache_scale(weight: Any) -> jax.Array | None:
 
 def use_inplace_weights(rows: int, weight: Any) -> bool:
     """Whether a step with so many tokens reads a weight where it lies: of FP8 weights those with a scale an output."""
+    if isinstance(weight, Unstacked):
+        return True
     mesh = jax.sharding.get_abstract_mesh()
     if rows > MOST_ROWS or spans_devices(mesh):
         return False
@@ -95,14 +123,17 @@ def use_inplace_weights(rows: int, weight: Any) -> bool:
 
 
 def prepare_decode_params(params: Tree, rows: int) -> Tree:
-    """The parameters as steps with so many tokens take them: where they are read in place on CPU, bfloat16 as bits."""
-    if (
-        target_platform() != "cpu"
-        or rows > MOST_ROWS
-        or spans_devices(jax.sharding.get_abstract_mesh())
-        or len(params["embed"].sharding.device_set) > 1
-    ):
+    """The parameters as steps with so many tokens take them on CPU, where they are read in place: bfloat16 as bits.
+
+    With more tokens than kernels take, those of dense models in float32 are unstacked.
+    """
+    if not _is_on_one_cpu(params) or (rows > MOST_ROWS and not can_unstack(params)):
         return params
+    if rows > MOST_ROWS:
+        blocks = map_with_path(
+            lambda path, array: array if path.endswith(("norm", "bias")) else Unstacked.of(array), params["blocks"]
+        )
+        return params | {"blocks": blocks}
     matrices = {name: tree for name, tree in params.items() if name in ("blocks", "head")}
     return params | map_with_path(
         lambda path, array: (
@@ -110,6 +141,17 @@ def prepare_decode_params(params: Tree, rows: int) -> Tree:
         ),
         matrices,
     )
+
+
+def can_unstack(params: Tree) -> bool:
+    """Whether steps with more tokens than kernels take read the weights in place."""
+    blocks = params["blocks"]
+    return _is_on_one_cpu(params) and set(blocks) == {"dense"} and blocks["dense"]["attn"]["q"].dtype == jnp.float32
+
+
+def _is_on_one_cpu(params: Tree) -> bool:
+    spread = spans_devices(jax.sharding.get_abstract_mesh()) or len(params["embed"].sharding.device_set) > 1
+    return target_platform() == "cpu" and not spread
 
 
 def decode_experts(

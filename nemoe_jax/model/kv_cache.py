@@ -23,10 +23,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from nemoe_jax.errors import UserError
-from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, KVPages, attend_pages, decode_kernels
+from nemoe_jax.kernels.attention.paged import KEYS, PAGE, QUERIES, KVPages, attend_pages, decode_kernels, row_by_row
 from nemoe_jax.kernels.backend import target_platform
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import axes_size, batch_axes, spans_devices
+
+_FEW = 16  # tokens of each sequence, as where guesses are checked
 
 
 class KVCache(NamedTuple):
@@ -225,6 +227,8 @@ def _extend(q_BTNH, k_BTKH, v_BTKH, positions_BT, num_new_tokens_B, cache, windo
     pages = KEYS // PAGE
     if target_platform() == "cpu":  # few new tokens seldom have many before them, and a step costs what it computes
         pages = next(few for few in (1, 2, pages) if few == pages or length <= few * PAGE)
+    if target_platform() == "cpu" and 1 < length <= _FEW and not sequence:
+        return row_by_row(q_BTNH, seen_BT, k, v, table_BM, cache.layer, window), k, v
     if length == 1 and not sequence:
         ways = decode_kernels(q_BTNH, k, window)
         given = (q_BTNH, seen_BT, k, v, table_BM, cache.layer)

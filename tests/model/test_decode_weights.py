@@ -7,7 +7,7 @@ from nemoe_jax.model import decode_weights
 from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec import schema
-from tests.support.configs import NEKOMIND
+from tests.support.configs import DENSE, NEKOMIND
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -42,6 +42,18 @@ def test_matrices_become_bits_and_norms_stay():
     assert {path for path, dtype in dtypes.items() if dtype != jnp.uint16} == {
         path for path in dtypes if "norm" in path or path == "embed"
     }
+
+
+def test_more_tokens_of_a_dense_model_read_views_of_the_stacks():
+    """Dots of each layer's own matrix, none of them copied: as XLA slices the stacks, to rounding."""
+    params = schema.initialize(DENSE, jax.random.key(0))
+    prepared = decode_weights.prepare_decode_params(params, 9)
+    stack, unstacked = (tree["blocks"]["dense"]["ffn"]["up"] for tree in (params, prepared))
+    assert unstacked.layers[1].unsafe_buffer_pointer() == stack.unsafe_buffer_pointer() + stack[0].nbytes
+    empty = empty_cache(DENSE, 1, 16, jnp.float32)
+    step = jax.jit(lambda params: forward(DENSE, params, jnp.arange(3, 12)[None], cache=empty).logits)
+    np.testing.assert_allclose(step(prepared), step(params), atol=1e-5)
+    assert not decode_weights.can_unstack(schema.initialize(NEKOMIND, jax.random.key(0)))
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def attend_pages(
 
 def decode_kernels(q_B1NH: jax.Array, k: KVPages, window: int | None = None) -> dict[str, Any]:
     """By platform, what is faster than `attend_pages` for one query a sequence; it takes `attend_pages`'s arguments."""
-    ways: dict[str, Any] = {"cpu": _row_by_row, "tpu": _in_long_steps}
+    ways: dict[str, Any] = {"cpu": row_by_row, "tpu": _in_long_steps}
     if window is not None:  # which the kernels do not know
         return {platform: functools.partial(way, window=window) for platform, way in ways.items()}
     width, dtypes = q_B1NH.shape[3], {q_B1NH.dtype, k.pool.dtype}
@@ -109,14 +109,14 @@ def decode_kernels(q_B1NH: jax.Array, k: KVPages, window: int | None = None) -> 
     return ways
 
 
-def _row_by_row(q_B1NH, positions_B1, k, v, table_BM, layer, window=None):
-    """Each sequence goes over its own pages alone, one at a time."""
+def row_by_row(q_BQNH, positions_BQ, k, v, table_BM, layer, window=None):
+    """Each sequence goes over its own pages alone, one at a time: faster on CPU for few queries."""
 
     def attend(row):
         q, positions, table = (x[None] for x in row)
         return attend_pages(q, positions, k, v, table, layer, window)[0]
 
-    return lax.map(attend, (q_B1NH, positions_B1, table_BM))
+    return lax.map(attend, (q_BQNH, positions_BQ, table_BM))
 
 
 def _in_long_steps(q_B1NH, positions_B1, k, v, table_BM, layer, window=None):

@@ -21,7 +21,8 @@ from nemoe_jax.adapters.loaded import LoadedAdapters
 from nemoe_jax.inference.decode import DecodedTokens
 from nemoe_jax.inference.sampler import SamplerInputs, controls, specialized
 from nemoe_jax.inference.sampling import SamplingParams
-from nemoe_jax.model.decode_weights import prepare_decode_params
+from nemoe_jax.kernels.decode_matmul_cpu import MOST_ROWS
+from nemoe_jax.model.decode_weights import can_unstack, prepare_decode_params
 from nemoe_jax.model.kv_cache import division
 from nemoe_jax.serving.engine import device
 from nemoe_jax.serving.engine.device import Batch, DeviceState
@@ -45,7 +46,8 @@ class ModelRunner:
         adapters: those that slots may use. Slots without one pass through them as well.
         deterministic: every step takes all slots.
 
-    batch_sizes: how many slots a step may take; widths: to how many tokens a prompt's chunk may be padded.
+    batch_sizes: how many slots a step may take; checked_tokens: guesses that a step checks, with each slot's own token;
+        widths: to how many tokens a prompt's chunk may be padded.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class ModelRunner:
         self.config, self.params, self.slots, self._adapters = config, params, slots, adapters
         self.parts, self.cuts = division(config, slots)
         self.batch_sizes = (slots,) if deterministic else tuple(_batch_sizes(config, slots))
-        self._decode_params = {size: prepare_decode_params(params, size) for size in self.batch_sizes}
+        self._decode_params: dict[bool, Tree] = {}
+        self.checked_tokens = 2 * MOST_ROWS if can_unstack(params) else MOST_ROWS
         self._shape = (tokens, pages, dtype)
         self.widths = [_NARROWEST]
         while self.widths[-1] < min(CHUNK, tokens):
@@ -209,8 +212,14 @@ class ModelRunner:
     ) -> tuple[Any, ...]:
         size = len(places)
         slot_B = None if size == self.slots else np.where(places < 0, np.int32(self.slots), places)
-        params = self._decode_params[size]
+        params = self._params_of_step(size if guesses is None else guesses[0].size + size)
         return self.config, params, held, batch_BN, slot_B, steps, controls, allowed_BW, self.stacked, guesses
+
+    def _params_of_step(self, tokens: int) -> Tree:
+        few = tokens <= MOST_ROWS
+        if few not in self._decode_params:
+            self._decode_params[few] = prepare_decode_params(self.params, tokens)
+        return self._decode_params[few]
 
     def wipe(self, slot: int, pages: list[int]) -> None:
         """Zeros in a slot's pages: NaN in them would harm the next sequence even where it is masked."""

@@ -66,7 +66,7 @@ class Scheduler:
         self._inputs = controls([], config.vocab)
         self._seconds_a_chunk: dict[int, float] = {}  # of a prompt, by the width
         self._known_V = known_V
-        self.speculation = Speculation(runner.batch_sizes) if speculate else None
+        self.speculation = Speculation(runner.batch_sizes, runner.checked_tokens) if speculate else None
         # by the size of the batch; the first token comes alone, and says more
         self._seconds_a_token = dict.fromkeys(runner.batch_sizes, _STEP_SECONDS)
 

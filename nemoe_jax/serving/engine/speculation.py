@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-TOKENS = 8  # of a forward pass that checks guesses, of all slots together: as many as the CPU's decode kernel takes
 _KEY = 3  # tokens that must be the same where a source is found
 _NEAR = 8  # tokens by which a replacement may be longer or shorter than what it replaces
 _LONGEST = 32  # tokens that are compared
 _LAST = 256  # places that are compared
 _FOLLOWED = 0.1  # weight of a token in the share of those that came as in the source
 _RETRY = 64  # tokens after which a sequence that guesses badly is tried again
+_HOPED = 16  # tokens that a guess may be right in
 _SMOOTHING = 0.25
 _FORGET = 0.99
 
@@ -31,7 +31,7 @@ class PromptLookup:
     """
 
     def __init__(self, tokens: Iterable[int]):
-        self.accepted = float(TOKENS)
+        self.accepted = float(_HOPED)
         self._tokens: list[int] = []
         self._behind: dict[tuple[int, ...], list[int]] = {}  # the places behind three tokens
         self._source: int | None = None  # the place of the next token there
@@ -87,18 +87,21 @@ class PromptLookup:
     def note(self, guessed: int, right: int) -> None:
         """So many guessed tokens were checked, and the first ones of them right."""
         self._without = 0
-        # where all were right, more might have been
-        self.accepted += _SMOOTHING * ((TOKENS if right == guessed else right) - self.accepted)
+        before, now = min(self.accepted, guessed), _HOPED if right == guessed else right  # all: more might have been
+        self.accepted = before + _SMOOTHING * (now - before)
 
 
 class Speculation:
     """Decides by measured times and acceptance whether a step checks guesses.
 
+    Args:
+        tokens: of a step that checks guesses, of all slots together.
+
     width: how many tokens of a slot are checked at a time, by the size of the batch.
     """
 
-    def __init__(self, batch_sizes: Sequence[int]):
-        self.width = {size: TOKENS // size for size in batch_sizes if size <= TOKENS // 2}
+    def __init__(self, batch_sizes: Sequence[int], tokens: int):
+        self.width = {size: tokens // size for size in batch_sizes if size <= tokens // 2}
         self.seconds: dict[int, float] = {}  # of a step that checks, by the size of the batch
 
     def guesses(
@@ -133,4 +136,4 @@ class Speculation:
 
     def measure(self, size: int, seconds: float) -> None:
         """A step that checked took so long; one that was compiled first took long, once."""
-        self.seconds[size] = min(seconds, 2 * self.seconds[size])
+        self.seconds[size] += _SMOOTHING * (min(seconds, 4 * self.seconds[size]) - self.seconds[size])
