@@ -145,8 +145,8 @@ def prepare_decode_params(params: Tree, rows: int) -> Tree:
 
 def can_unstack(params: Tree) -> bool:
     """Whether steps with more tokens than kernels take read the weights in place."""
-    blocks = params["blocks"]
-    return _is_on_one_cpu(params) and set(blocks) == {"dense"} and blocks["dense"]["attn"]["q"].dtype == jnp.float32
+    dtypes = {array.dtype for array in jax.tree.leaves(params["blocks"])}
+    return _is_on_one_cpu(params) and set(params["blocks"]) == {"dense"} and dtypes == {jnp.dtype(jnp.float32)}
 
 
 def _is_on_one_cpu(params: Tree) -> bool:
