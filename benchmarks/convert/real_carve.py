@@ -22,16 +22,16 @@ from benchmarks.lib.results import add_keep, keep, machine
 ROWS = {
     # name: (flags of the carve, flags of its control)
     "4/16": ("--experts 16 --top-k 4 --refit-steps 0", "--experts 16 --top-k 4 --refit-steps 0"),
-    "4/16 refit": ("--experts 16 --top-k 4 --refit-steps 150", "--experts 16 --top-k 4 --refit-steps 150"),
+    "4/16 refit": ("--experts 16 --top-k 4 --refit-steps {steps}", "--experts 16 --top-k 4 --refit-steps {steps}"),
     "4/16 overlap 2": ("--experts 32 --top-k 4 --overlap 2 --refit-steps 0", "--experts 16 --top-k 4 --refit-steps 0"),
     "4/16 overlap 2 refit": (
-        "--experts 32 --top-k 4 --overlap 2 --refit-steps 150",
-        "--experts 16 --top-k 4 --refit-steps 150",
+        "--experts 32 --top-k 4 --overlap 2 --refit-steps {steps}",
+        "--experts 16 --top-k 4 --refit-steps {steps}",
     ),
     "8/16": ("--experts 16 --top-k 8 --refit-steps 0", "--experts 16 --top-k 8 --refit-steps 0"),
-    "8/16 refit": ("--experts 16 --top-k 8 --refit-steps 150", "--experts 16 --top-k 8 --refit-steps 150"),
+    "8/16 refit": ("--experts 16 --top-k 8 --refit-steps {steps}", "--experts 16 --top-k 8 --refit-steps {steps}"),
     "12/16": ("--experts 16 --top-k 12 --refit-steps 0", "--experts 16 --top-k 12 --refit-steps 0"),
-    "12/16 refit": ("--experts 16 --top-k 12 --refit-steps 150", "--experts 16 --top-k 12 --refit-steps 150"),
+    "12/16 refit": ("--experts 16 --top-k 12 --refit-steps {steps}", "--experts 16 --top-k 12 --refit-steps {steps}"),
 }
 COLUMNS = ("loss_above_reference", "kl_divergence", "argmax_agreement", "accuracy", "load_max_over_mean")
 
@@ -44,6 +44,7 @@ def main() -> None:
         "--output", type=Path, default=Path("runs/real_carve"), help="where models and figures are kept"
     )
     parser.add_argument("--tokens", default="32768", help="of calibration text (default 32768)")
+    parser.add_argument("--steps", default="150", help="of the gradient, in rows with `refit` (default 150)")
     parser.add_argument("--seed", default="0", help="of the carves")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--before", type=Path, help="an earlier build's directory, to carve 4/16 with it as well")
@@ -72,7 +73,7 @@ def main() -> None:
 
     table = {}
     for name in arguments.rows:
-        carve, control = ROWS[name]
+        carve, control = (flags.format(steps=arguments.steps) for flags in ROWS[name])
         table[f"{name} control"] = measured(f"{control} --control")
         table[name] = measured(carve)
     if arguments.before:
@@ -84,7 +85,10 @@ def main() -> None:
         cells = [figures.get(column) for column in (*COLUMNS, "x control", "cpu_s", "peak_mb")]
         print(f"{name:28}" + "".join(f"{'-':>22}" if cell is None else f"{cell:>22.3f}" for cell in cells))
     if arguments.keep:
-        keep("real_carve", machine() | {"tokens": arguments.tokens, "seed": arguments.seed, "rows": table})
+        keep(
+            "real_carve",
+            machine() | {"tokens": arguments.tokens, "steps": arguments.steps, "seed": arguments.seed, "rows": table},
+        )
 
 
 def timed(build: Path | None, module: str, *arguments: str) -> dict[str, Any]:
