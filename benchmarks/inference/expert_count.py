@@ -4,8 +4,8 @@
     python -m benchmarks.inference.expert_count --tpu      (layers of the 12B, bfloat16, compiled for a v5e; libtpu)
 
 Named peer: a dense model with as many neurons as a token uses of the others, which is what layers cost that route
-nothing. All have two layers, random weights and a quarter of their neurons active. They take turns; the median of the CPU
-time counts. A carve by token clusters is one function for any number of experts, so this says into how many to cut it.
+nothing. All have two layers, random weights and a quarter of their neurons active. They take turns; the median of the
+CPU time counts. A carve by token clusters is one function for any number of experts: this says into how many to cut.
 """
 
 import argparse

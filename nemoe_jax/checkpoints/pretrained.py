@@ -6,6 +6,7 @@ no sharded leaf is whole on the host. Saving goes layer by layer.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from nemoe_jax.checkpoints.reader import Checkpoint, units
 from nemoe_jax.checkpoints.writer import SHARD_BYTES, Writer
 from nemoe_jax.spec import sharding
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.fp8_weight import Fp8Weight, is_quantized, scale_shape
+from nemoe_jax.spec.fp8_weight import Fp8Weight, Quantization, is_quantized, nf4_block, scale_shape, to_nf4
 from nemoe_jax.spec.schema import ParamSpec, Tree, declare, leaves, unflatten
 from nemoe_jax.utils.progress import progress_bar
 
@@ -33,34 +34,39 @@ def load_pretrained(
     dtype: Any = None,
     rules: sharding.Rules = sharding.RULES,
     progress: bool = False,
-    fp8: bool | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[ModelConfig, Tree]:
     """Config and parameters of a model directory, each array on its devices (without a mesh: the first one).
 
     Args:
         source: a model directory or a GGUF file; or one that is open already.
-        dtype: dtype of the arrays; the config's own by default. "fp8" is that with `fp8`.
+        dtype: dtype of the arrays; the config's own by default. "fp8" and "nf4" are that with `quantization`.
         progress: show a progress bar on a terminal.
-        fp8: whether linear maps are kept in FP8, each an `Fp8Weight`, and rounded so where they are not in FP8 on disk;
-            by default those that are, unless `dtype` is given.
+        quantization: what linear maps are kept in, each an `Fp8Weight`, and rounded to where they are not so on disk;
+            by default those that are in FP8 there, unless `dtype` is given.
 
     Raises:
         UserError: see `Checkpoint`; or the mesh does not fit the model.
     """
-    if dtype == "fp8":
-        dtype, fp8 = None, True
+    if dtype in ("fp8", "nf4"):
+        dtype, quantization = None, dtype
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     placed = leaves(sharding.shardings(checkpoint.config, mesh, rules))
 
-    def in_fp8(spec: ParamSpec) -> bool:
-        return is_quantized(spec) if fp8 else fp8 is None and dtype is None and checkpoint.keeps_fp8(spec)
+    def quantization_of(spec: ParamSpec) -> Quantization | None:
+        if not is_quantized(spec):
+            return None
+        return quantization or ("fp8" if dtype is None and checkpoint.keeps_fp8(spec) else None)
 
     params: dict[str, Any] = {}
     with progress_bar(visible=progress) as bar:
         specs = leaves(declare(checkpoint.config))
         for path, spec in bar.track(specs.items(), description=f"loading {checkpoint.path.name}"):
-            if in_fp8(spec):
+            kept = quantization_of(spec)
+            if kept == "fp8":
                 params[path] = _load_fp8(checkpoint, spec, placed[path])
+            elif kept == "nf4":
+                params[path] = _load_nf4(checkpoint, spec, placed[path])
             else:
                 read = functools.partial(checkpoint.read, spec, dtype=jnp.dtype(dtype or checkpoint.config.dtype))
                 params[path] = _placed(spec.shape, placed[path], read)
@@ -91,6 +97,34 @@ def _load_fp8(checkpoint: Checkpoint, spec: ParamSpec, place: jax.sharding.Shard
         _placed(scale_shape(spec, blocks), of_scales, functools.partial(checkpoint.read_scales, spec, most=most)),
         None if cache is None else jax.device_put(cache, of_cache),
     )
+
+
+def _load_nf4(checkpoint: Checkpoint, spec: ParamSpec, place: jax.sharding.Sharding) -> Fp8Weight:
+    stacked, block = len(spec.stacked), nf4_block(spec, place)
+    shape = scale_shape(spec, spec.matrix_shape[0] // block)
+    whole = tuple(slice(0, size) for size in spec.shape)
+
+    def read(index: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
+        w = checkpoint.read(spec, index, np.float32)
+        inputs = math.prod(w.shape[stacked : stacked + len(spec.contracted)])
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # layer by layer: what is wide is small
+            layers = [to_nf4(layer.reshape(*layer.shape[: stacked - 1], inputs, -1), block) for layer in w]
+            codes, scales = (np.stack([np.asarray(part) for part in parts]) for parts in zip(*layers, strict=True))
+        return codes.reshape(w.shape), scales.reshape(
+            *scales.shape[: stacked + 1], *w.shape[stacked + len(spec.contracted) :]
+        )
+
+    def read_scales(index: tuple[slice, ...]) -> np.ndarray:
+        blocks = index[stacked]
+        inputs = whole[stacked : stacked + len(spec.contracted)]
+        if len(inputs) == 1:
+            inputs = (slice(blocks.start * block, blocks.stop * block),)
+        return read((*index[:stacked], *inputs, *index[stacked + 1 :]))[1]
+
+    of_scales = place
+    if isinstance(place, NamedSharding):
+        of_scales = NamedSharding(place.mesh, sharding.fp8_scale_spec(spec, place.spec, shape[stacked]))
+    return Fp8Weight(_placed(spec.shape, place, lambda index: read(index)[0]), _placed(shape, of_scales, read_scales))
 
 
 def _placed(

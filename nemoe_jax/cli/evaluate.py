@@ -121,7 +121,7 @@ def _perplexity(arguments: argparse.Namespace) -> None:
                 f"{reference.path}: expected {arguments.directory}'s vocabulary of {config.vocab}, got {vocab}"
             )
         _, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
-        dtype = None if arguments.dtype == "fp8" else arguments.dtype  # the reference is as it is
+        dtype = None if arguments.dtype in ("fp8", "nf4") else arguments.dtype  # the reference is as it is
         compared = load_pretrained(reference, mesh=mesh, dtype=dtype, progress=True) if reference else None
         result = evaluate(config, params, spaced, mesh, reference=compared, corpus=stream)
     else:

@@ -35,9 +35,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float16", "float32", "fp8"),
+        choices=("bfloat16", "float16", "float32", "fp8", "nf4"),
         help="dtype of weights and arithmetic (default: the weights' own; those in FP8 stay so, and the others' dtype "
-        "is that of the arithmetic); fp8: linear maps are kept in FP8, and rounded so if they are not: half the memory",
+        "is that of the arithmetic); fp8: linear maps are kept in FP8, or rounded to it: half the memory; "
+        "nf4: in 4 bits, as `quantize: nf4` trains adapters over them; slow to decode",
     )
 
 

@@ -55,7 +55,7 @@ def fp8_matmul(x: jax.Array, weight: Fp8Weight) -> jax.Array:
     if blocks > 1:
         return _by_blocks(x.reshape(len(x), -1), weight.matrices()).reshape(len(x), *weight.shape[inputs:])
     values, of_rows = weight.values, None
-    if has_fp8_products(dtype):
+    if has_fp8_products(dtype) and weight.is_fp8:
         x, of_rows = quantize_rows(x.reshape(len(x), -1))
         x = x.reshape(len(x), *values.shape[:inputs])
         values = _as_stored(values)
@@ -72,7 +72,7 @@ def fp8_matmul(x: jax.Array, weight: Fp8Weight) -> jax.Array:
 def _by_blocks(x_RD: jax.Array, weight: Fp8Weight) -> jax.Array:
     """`fp8_matmul` where several blocks of inputs have scales of their own, (R, F)."""
     depth, blocks = weight.values.shape[0], weight.scale.shape[0]
-    if not has_fp8_products(x_RD.dtype):
+    if not (has_fp8_products(x_RD.dtype) and weight.is_fp8):
         return jnp.matmul(x_RD, weight.dequantized(x_RD.dtype), precision=_precision(x_RD.dtype))
     rounded_RD, scale_R1 = quantize_rows(x_RD)
     x_RKD = rounded_RD.reshape(-1, blocks, depth // blocks)

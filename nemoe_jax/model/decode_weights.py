@@ -119,7 +119,7 @@ def use_inplace_weights(rows: int, weight: Any) -> bool:
     if rows > MOST_ROWS or spans_devices(mesh):
         return False
     if isinstance(weight, Fp8Weight):
-        return target_platform() in ("cpu", "gpu") and has_one_block(weight, 1)
+        return target_platform() in ("cpu", "gpu") and has_one_block(weight, 1) and weight.is_fp8
     return target_platform() == "gpu" or (target_platform() == "cpu" and weight.dtype in (jnp.float32, jnp.uint16))
 
 

@@ -1,12 +1,18 @@
-"""Weights that stay in FP8: a leaf of the parameters' tree, in the place of an array.
+"""Weights that stay in 8 or 4 bits: a leaf of the parameters' tree, in the place of an array.
+
+FP8 is float8_e4m3fn with a scale for each output, or for each of its blocks of inputs. NF4 is a number of 16 values in
+[-1, 1], the quantiles of a normal distribution, times the largest magnitude of a block of at most 64 inputs of an
+output (Dettmers et al., 2023, arXiv 2305.14314, appendix E): it is for weights that are frozen under adapters.
 
 Attention's projections, dense FFNs and experts may be so; routers, the shared expert's gate, embedding, head and norms
 stay as they are.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +28,14 @@ from nemoe_jax.spec.sharding import fp8_scale_spec, shardings
 _QUANTIZED = ("q", "k", "v", "o", "gate", "up", "down")
 E4M3 = ml_dtypes.float8_e4m3fn
 MAX = 448.0  # its largest finite value
+Quantization = Literal["fp8", "nf4"]
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+NF4_BLOCK = 64
 
 
 def is_quantized(spec: ParamSpec) -> bool:
@@ -30,7 +44,13 @@ def is_quantized(spec: ParamSpec) -> bool:
 
 
 def widen(values: jax.Array) -> jax.Array:
-    """float8_e4m3fn, or its bits, in float32: all but its NaN, which no weight is."""
+    """In float32: float8_e4m3fn, or its bits, all but its NaN, which no weight is; or what uint4 stands for in NF4."""
+    if values.dtype == jnp.uint4:
+        code = values.astype(jnp.int32)
+        wide = jnp.full(code.shape, NF4[0], jnp.float32)
+        for number, value in enumerate(NF4[1:], 1):  # a look-up would go element by element on a TPU
+            wide = jnp.where(code == number, jnp.float32(value), wide)
+        return wide
     if values.dtype != jnp.uint8:
         return values.astype(jnp.float32)
     bits = values.astype(jnp.uint16)
@@ -41,10 +61,10 @@ def widen(values: jax.Array) -> jax.Array:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fp8Weight:
-    """Linear maps in FP8: values · scale.
+    """Linear maps in FP8 or NF4: values · scale.
 
     values: (stacked…, inputs…, outputs…) in float8_e4m3fn; on CPU its bits, as uint8: XLA:CPU turns a whole stack of
-        float8 into float16 before it slices it.
+        float8 into float16 before it slices it. In NF4 uint4, numbers of `NF4`.
     scale: (stacked…, blocks, outputs…) in float32: the inputs, flattened, are in so many equal blocks, each with a
         scale for every output.
     cache_scale: (stacked…) in float32: what keys or values are divided by in a cache that is in FP8; None for 1.
@@ -60,7 +80,12 @@ class Fp8Weight:
 
     @property
     def dtype(self) -> Any:
-        return E4M3
+        return E4M3 if self.is_fp8 else self.values.dtype
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether hardware that multiplies in FP8 can multiply with it."""
+        return self.values.dtype != jnp.uint4
 
     @property
     def ndim(self) -> int:
@@ -91,21 +116,45 @@ def scale_shape(spec: ParamSpec, blocks: int = 1) -> tuple[int, ...]:
     return (*spec.shape[:stacked], blocks, *spec.shape[stacked + len(spec.contracted) :])
 
 
-def abstract_weight(spec: ParamSpec, place: Sharding, dtype: Any, fp8: bool) -> Any:
-    """The shape, dtype and sharding of an array, or of its FP8 weights with a scale for each output."""
-    if not (fp8 and is_quantized(spec)):
+def nf4_block(spec: ParamSpec, place: Sharding) -> int:
+    """Inputs of a block: as many of an array's as go into 64, and into each device's part of them."""
+    stacked = len(spec.stacked)
+    inputs = place.shard_shape(spec.shape)[stacked : stacked + len(spec.contracted)]
+    return math.gcd(math.prod(inputs), NF4_BLOCK)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def to_nf4(w: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Linear maps (…, inputs, outputs) as uint4 of the same shape, and scales (…, blocks, outputs) in float32."""
+    *stacked, inputs, outputs = w.shape
+    wide = w.astype(jnp.float32).reshape(*stacked, inputs // block, block, outputs)
+    scale = jnp.abs(wide).max(axis=-2)
+    wide /= jnp.where(scale > 0, scale, 1)[..., None, :]
+    between = [(low + high) / 2 for low, high in itertools.pairwise(NF4)]
+    code = sum((wide > edge).astype(jnp.uint8) for edge in between)
+    return jnp.asarray(code).reshape(w.shape).astype(jnp.uint4), scale
+
+
+def abstract_weight(spec: ParamSpec, place: Sharding, dtype: Any, quantization: Quantization | None) -> Any:
+    """The shape, dtype and sharding of an array, or of what is in its place in FP8 (a scale for each output) or NF4."""
+    if quantization is None or not is_quantized(spec):
         return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=place)
+    of_values, blocks = E4M3, 1
+    if quantization == "nf4":
+        of_values, blocks = jnp.uint4, spec.matrix_shape[0] // nf4_block(spec, place)
     of_scale = place
     if isinstance(place, NamedSharding):
-        of_scale = NamedSharding(place.mesh, fp8_scale_spec(spec, place.spec, 1))
-    scale = jax.ShapeDtypeStruct(scale_shape(spec), jnp.float32, sharding=of_scale)
-    return Fp8Weight(jax.ShapeDtypeStruct(spec.shape, E4M3, sharding=place), scale)
+        of_scale = NamedSharding(place.mesh, fp8_scale_spec(spec, place.spec, blocks))
+    scale = jax.ShapeDtypeStruct(scale_shape(spec, blocks), jnp.float32, sharding=of_scale)
+    return Fp8Weight(jax.ShapeDtypeStruct(spec.shape, of_values, sharding=place), scale)
 
 
 def abstract_model(config: ModelConfig, dtype: Any, mesh: Mesh, fp8: bool = False) -> Tree:
     """The parameters' shapes, dtypes and shardings on a mesh, for a compiler; linear maps perhaps in FP8."""
     return jax.tree.map(
-        lambda spec, place: abstract_weight(spec, place, dtype, fp8), declare(config), shardings(config, mesh)
+        lambda spec, place: abstract_weight(spec, place, dtype, "fp8" if fp8 else None),
+        declare(config),
+        shardings(config, mesh),
     )
 
 

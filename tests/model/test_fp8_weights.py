@@ -1,4 +1,4 @@
-"""Weights that stay in FP8 against the same weights dequantized; a cache with a checkpoint's scales."""
+"""Weights that stay in FP8 or NF4 against the same weights dequantized; a cache with a checkpoint's scales."""
 
 import math
 import re
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import qwix
 import safetensors.torch
 import torch
 
@@ -30,11 +31,12 @@ EVEN = {"hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 16}  # widths that 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Models of random weights as directories: the configs', and two whose weights are in blocks."""
+    """Models of random weights as directories: the configs', two whose weights are in blocks, and one for NF4."""
     root = tmp_path_factory.mktemp("models")
     configs = CONFIGS | {
         "dense blocks": DENSE.replace(ffn=48, **EVEN),
         "mixtral blocks": MIXTRAL.replace(expert_ffn=48, **EVEN),
+        "mixtral nf4": MIXTRAL.replace(expert_ffn=128, hidden=256, heads=32, kv_heads=4, head_dim=16),
     }
     for name, config in configs.items():
         save_pretrained(root / name, config, schema.initialize(config, jax.random.key(0)))
@@ -44,10 +46,11 @@ def models(tmp_path_factory):
 
 
 def load(models, name, mesh=None):
-    """The config, the parameters in FP8 and the same dequantized."""
-    in_blocks = "blocks" in name
-    directory = models / f"{name} fp8" if in_blocks else models / name
-    config, params = load_pretrained(directory, mesh=mesh, fp8=None if in_blocks else True)
+    """The config, the parameters in FP8 or NF4 and the same dequantized."""
+    if "blocks" in name:
+        config, params = load_pretrained(models / f"{name} fp8", mesh=mesh)
+    else:
+        config, params = load_pretrained(models / name, mesh=mesh, quantization="nf4" if "nf4" in name else "fp8")
     return config, params, dequantized(config, params)
 
 
@@ -65,7 +68,7 @@ def assert_same(got, expected):
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.std(expected))
 
 
-@pytest.mark.parametrize("name", ["nekomind", "mixtral blocks"])
+@pytest.mark.parametrize("name", ["nekomind", "mixtral blocks", "mixtral nf4"])
 def test_logits_are_those_of_dequantized_weights(models, name):
     config, params, same = load(models, name)
     run = jax.jit(lambda params: forward(config, params, TOKENS).logits)
@@ -75,6 +78,19 @@ def test_logits_are_those_of_dequantized_weights(models, name):
     again = models / f"{name} again"
     save_pretrained(again, config, params)
     assert_same(run(load_pretrained(again, dtype=jnp.float32)[1]), run(same))
+
+
+def test_nf4_is_that_of_qwix(models):
+    wide, params = (load_pretrained(models / "mixtral nf4", dtype=dtype)[1] for dtype in ("float32", "nf4"))
+    for group, name, stacked in (("attn", "o", 1), ("ffn", "down", 2)):
+        w, got = (tree["blocks"]["moe"][group][name] for tree in (wide, params))
+        assert got.values.dtype == jnp.uint4
+        w = w.reshape(*w.shape[:stacked], -1, 256)
+        assert got.scale.shape[stacked] == w.shape[stacked] // 64
+        others = [axis for axis in range(w.ndim) if axis != stacked]
+        right = qwix.dequantize(qwix.quantize(w, "nf4", channelwise_axes=others, tiled_axes={stacked: 64}))
+        ours = got.dequantized(jnp.float32, stacked).reshape(w.shape)
+        assert jnp.mean(ours != right) < 1e-5  # but for those half-way between two values
 
 
 @pytest.mark.parametrize("name", ["nekomind", "mixtral blocks"])
@@ -107,7 +123,11 @@ def test_adapters_on_a_base_in_fp8_learn_as_on_the_same_weights(models):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("mixtral blocks", {"fsdp": 2, "expert": 2, "tensor": 2}), ("dense blocks", {"fsdp": 4, "tensor": 2})],
+    [
+        ("mixtral blocks", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        ("dense blocks", {"fsdp": 4, "tensor": 2}),
+        ("mixtral nf4", {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ],
 )
 def test_meshes_give_the_same(models, name, sizes):
     config, _, same = load(models, name)

@@ -11,7 +11,7 @@ import pytest
 
 from convert.quantize import QuantizeOptions, quantize
 from nemoe_jax.adapters.lora import Adapter
-from nemoe_jax.checkpoints.pretrained import load_pretrained
+from nemoe_jax.checkpoints.pretrained import load_pretrained, save_pretrained
 from nemoe_jax.model.layers import project
 from nemoe_jax.spec.fp8_weight import FakeQuantized, Fp8Weight
 from tests.support.train_runs import make_workplace, write_recipe
@@ -63,6 +63,27 @@ def test_rounding_is_that_of_fp8_and_gradients_go_straight_through():
     np.testing.assert_allclose(dx_TD, dy_TF @ rounded_DF.T, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(dw_DF, x_TD.T @ dy_TF, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(dadapter.a, 0.5 * x_TD.T @ dy_TF @ b_KF.T, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_over_a_base_in_nf4_learn_as_over_the_same_weights(workplace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, params = load_pretrained(workplace / "mixture", dtype="nf4")
+    save_pretrained("rounded", config, params, tokenizer_from=workplace / "mixture", dtype="float32")
+    losses = []
+    for model, keys in ((workplace / "mixture", {"quantize": "nf4"}), (Path("rounded").resolve(), {})):
+        recipe = write_recipe(
+            Path("recipe.yaml"), workplace, "repair", model=str(model), output=f"out{len(losses)}", steps=3, **keys
+        )
+        assert main(["run", str(recipe)]) == 0
+        losses.append(json.loads(Path(f"out{len(losses)}/report.json").read_text())["held_out_loss_after"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_nf4_is_for_frozen_weights(workplace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    keys = {"trainable": "all", "train_router": False, "lora": []}
+    assert main(["run", str(write_recipe(Path("recipe.yaml"), workplace, "repair", quantize="nf4", **keys))]) == 2
+    assert "quantize: nf4 is for frozen weights under adapters" in capsys.readouterr().err
 
 
 def test_dropout_is_refused(workplace, tmp_path, monkeypatch, capsys):

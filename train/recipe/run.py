@@ -7,6 +7,7 @@ from pydantic import Field, create_model, model_validator
 
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.fp8_weight import Quantization
 from nemoe_jax.text.tokenizers.load import Tokenizer
 from train.recipe.sections import Data, Distill, DType, FilePath, Globs, LoraTarget, Optimizer, Preference, Section
 
@@ -141,10 +142,11 @@ class Recipe(Section):
     tokenizer: FilePath | None = Field(None, description="tokenizer file or directory; default: the model's own")
     dtype: DType = Field("float32", description="dtype of computation and of frozen weights; what learns is float32")
     save_dtype: DType | None = Field(None, description="dtype of the saved weights; default: dtype")
-    quantize: Literal["fp8"] | None = Field(
+    quantize: Quantization | None = Field(
         None,
         description="fp8: the model is trained as FP8 will hold it, its linear maps rounded in every forward pass "
-        "(quantization-aware); they lie in FP8 unless a phase trains all weights; default: not rounded",
+        "(quantization-aware); they lie in FP8 unless a phase trains all weights. nf4: the frozen linear maps lie in "
+        "4 bits under the adapters (QLoRA). default: not rounded",
     )
     remat: bool = Field(False, description="recompute each block in the backward pass: less memory, a third more time")
     logits_chunk: int = Field(1024, gt=0, description="tokens on a device whose logits are in memory at once")
@@ -167,8 +169,10 @@ class Recipe(Section):
             wrong = f"trainable: {self.phases[0].trainable} needs a model; a scratch run wants trainable: all"
         elif len(set(names)) < len(names):
             wrong = f"phases: expected different names, got {', '.join(names)}"
-        elif self.quantize and any(target.dropout for phase in self.phases for target in phase.lora):
-            wrong = "lora.dropout: expected 0 with quantize, which rounds weights and adapter together"
+        elif self.quantize == "fp8" and any(target.dropout for phase in self.phases for target in phase.lora):
+            wrong = "lora.dropout: expected 0 with quantize: fp8, which rounds weights and adapter together"
+        elif self.quantize == "nf4" and any(phase.trainable in ("weights", "all") for phase in self.phases):
+            wrong = "quantize: nf4 is for frozen weights under adapters; expected trainable: lora or router"
         elif self.quantize and any(phase.trainable == "esft" for phase in self.phases):
             wrong = "trainable: esft: expected no quantize beside it"
         if wrong:

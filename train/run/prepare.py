@@ -17,7 +17,7 @@ from nemoe_jax.checkpoints.gguf.directory import model_directory
 from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.fp8_weight import abstract_weight
+from nemoe_jax.spec.fp8_weight import Quantization, abstract_weight
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.spec.schema import Tree, leaves
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
@@ -142,15 +142,15 @@ def trains_all(recipe: Recipe) -> bool:
     return any(phase.trainable in ("weights", "all") for phase in recipe.phases)
 
 
-def frozen_in_fp8(recipe: Recipe) -> bool:
-    """Whether the linear maps lie in FP8: no phase of a recipe that quantizes trains them themselves."""
-    return recipe.quantize == "fp8" and not trains_all(recipe)
+def frozen_quantization(recipe: Recipe) -> Quantization | None:
+    """What the linear maps lie in: no phase of a recipe that quantizes trains them themselves."""
+    return None if trains_all(recipe) else recipe.quantize
 
 
 def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
     """The model's parameters, each array on its devices.
 
-    In float32 where a phase trains every weight, else in the recipe's dtype, or linear maps in FP8.
+    In float32 where a phase trains every weight, else in the recipe's dtype, or linear maps in FP8 or NF4.
     """
     if recipe.model is None:
         key = jax.random.key(recipe.phases[0].seed)
@@ -159,7 +159,7 @@ def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
         recipe.model,
         mesh=mesh,
         dtype="float32" if trains_all(recipe) else recipe.dtype,
-        fp8=frozen_in_fp8(recipe),
+        quantization=frozen_quantization(recipe),
         progress=True,
     )[1]
 
@@ -197,7 +197,7 @@ def abstract_trainable(
     places = leaves(sharding.shardings(config, mesh))
     for path, spec in leaves(schema.declare(config)).items():
         into, dtype = (trained, "float32") if trains(phase, path) else (frozen, recipe.dtype)
-        into[path] = abstract_weight(spec, places[path], dtype, frozen_in_fp8(recipe))
+        into[path] = abstract_weight(spec, places[path], dtype, frozen_quantization(recipe))
     if phase.esft_share:  # the fewest experts with that share are at most so many
         most = math.ceil(phase.esft_share * config.experts)
         for path in expert_paths(config):

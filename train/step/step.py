@@ -298,7 +298,7 @@ class Objective:
 
     def _quantized(self, params: Tree) -> Tree:
         """The parameters as the model computes with them: linear maps as FP8 will hold them, if the recipe says so."""
-        if self.recipe.quantize is None:
+        if self.recipe.quantize != "fp8":
             return params
         specs = leaves(declare(self.config))
         return map_with_path(lambda path, leaf: FakeQuantized(leaf) if is_quantized(specs[path]) else leaf, params)

@@ -138,14 +138,14 @@ def _ragged_matmul(x_RD, w_EDF, sizes_E):
 
         if not isinstance(w_EDF, Fp8Weight):
             return gpu_matmul(x_RD, w_EDF, sizes_E)
-        if w_EDF.scale.shape[1] > 1:
+        if w_EDF.scale.shape[1] > 1 or not w_EDF.is_fp8:
             return gpu_matmul(x_RD, w_EDF.dequantized(x_RD.dtype, stacked=1), sizes_E)
         y_RF = gpu_matmul(x_RD, w_EDF.values, sizes_E)
         return (y_RF * _scale_of_rows(w_EDF, sizes_E, len(y_RF))).astype(x_RD.dtype)
     if isinstance(w_EDF, Fp8Weight):
         if len(x_RD) <= FEW_ROWS and x_RD.dtype != jnp.float32:
             return _each_expert(x_RD, w_EDF, sizes_E)
-        if has_fp8_products(x_RD.dtype) and w_EDF.scale.shape[1] == 1:
+        if has_fp8_products(x_RD.dtype) and w_EDF.scale.shape[1] == 1 and w_EDF.is_fp8:
             return _ragged_fp8(x_RD, w_EDF, sizes_E)
         w_EDF = w_EDF.dequantized(x_RD.dtype, stacked=1)
     precision = precision_of(x_RD.dtype)
