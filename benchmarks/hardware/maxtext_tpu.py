@@ -223,7 +223,9 @@ def peer(options: argparse.Namespace, flags: list[str]) -> dict[str, Any]:
         command += [f"base_output_directory={folder}", *flags]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if run.returncode:
-            return {"fits": False, "error": run.stderr[-2000:], "flags": " ".join(flags)} | out_of_memory(run.stderr)
+            too_large = out_of_memory(run.stderr)
+            said = {} if too_large else {"error": run.stderr.strip().splitlines()[-1][-200:]}
+            return {"fits": False, "flags": " ".join(flags)} | said | too_large
         found = json.loads(Path(folder, "step.json").read_text("utf-8"))
         return counted(Path(folder, "step.hlo").read_text("utf-8"), found["memory"]) | {
             "seconds": found["seconds"], "versions": found["versions"], "flags": " ".join(flags)
@@ -243,14 +245,14 @@ def show(case: str, figures: dict[str, Any]) -> bool:
     print(f"{case}, for one device\n{'':34}{'GB':>8}{'TFLOPs':>9}{'GB sent':>9}", end="")
     print(f"{'10^9 cycles':>13}{'compiled s':>12}  flags")
     for name, one in figures.items():
-        if "error" in one:
-            print(f"{name:34}{one.get('bytes', 0) / 1e9:8.2f}  does not compile: {one['error'].strip()[-200:]}")
+        if not one["fits"]:
+            print(f"{name:34}{one.get('bytes', 0) / 1e9:8.2f}  does not compile {one.get('error', '')}")
             continue
         print(f"{name:34}{one['bytes'] / 1e9:8.2f}{one['flops'] / 1e12:9.1f}", end="")
         print(f"{one['sent'] / 1e9:9.1f}{one['cycles'] / 1e9:13.3f}{one['seconds']:12.0f}  {one['flags']}")
-    kept = True
-    peers = [one for name, one in figures.items() if name != "ours" and "error" not in one]
-    for key, aim in AIMS.items() if peers else ():
+    kept = bool(figures["ours"]["fits"])
+    peers = [one for name, one in figures.items() if name != "ours" and one["fits"]]
+    for key, aim in AIMS.items() if peers and figures["ours"]["fits"] else ():
         ratio = figures["ours"][key] / min(one[key] for one in peers)
         kept &= ratio <= aim
         print(f"{key}: {ratio:.3f} of MaxText's best, aim {aim}: {'kept' if ratio <= aim else 'MISSED'}")
