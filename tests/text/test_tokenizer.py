@@ -1,6 +1,7 @@
 """Tekken and SentencePiece against mistral-common, which carries the real files; loading, cutting, streaming."""
 
 import base64
+import itertools
 import json
 import random
 from pathlib import Path
@@ -193,9 +194,10 @@ def test_every_kind_takes_integers_of_numpy_and_ids_beyond_its_vocabulary(tekken
 def test_streamed_pieces_join_to_the_whole(name, tekken):
     for tokenizer in (tekken, load_tokenizer(SENTENCEPIECE[0])):
         ids = [*tokenizer.encode(TEXTS[name][:400], bos=True, eos=True), *tokenizer.encode("[INST] more", eos=True)]
-        for skip in (True, False):
-            stream = StreamDecoder(tokenizer, skip)
-            assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids, skip)
+        for skip, block in itertools.product((True, False), (1, 2, 11)):
+            stream, blocks = StreamDecoder(tokenizer, skip), range(0, len(ids), block)
+            shown = [stream.push(*ids[first : first + block]) for first in blocks]
+            assert "".join([*shown, stream.flush()]) == tokenizer.decode(ids, skip)
 
 
 def test_stream_holds_back_unfinished_characters_only(tekken):
@@ -216,8 +218,10 @@ def test_stream_of_random_bytes_joins_to_the_whole(tekken):
     for _ in range(60):
         ids = (1000 + rng.choice([0x41, 0x80, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98], 60)).tolist()
         ids[30] = 2
-        stream = StreamDecoder(tekken)
-        assert "".join([*map(stream.push, ids), stream.flush()]) == tekken.decode(ids)
+        for block in (1, 5):
+            stream = StreamDecoder(tekken)
+            shown = [stream.push(*ids[first : first + block]) for first in range(0, len(ids), block)]
+            assert "".join([*shown, stream.flush()]) == tekken.decode(ids)
 
 
 def test_cut_tekken_is_a_complete_tokenizer_for_us_and_for_mistral_common(small, tekken):

@@ -216,8 +216,10 @@ def test_streamed_pieces_join_to_the_whole(kind, tmp_path):
     for text in [*TEXTS, " ".join(TEXTS) * 5]:
         ids = ours.encode(text, bos=True, eos=True)
         for skip in (True, False):
-            stream = StreamDecoder(ours, skip)
-            assert "".join([*map(stream.push, ids), stream.flush()]) == ours.decode(ids, skip)
+            for block in (1, 7):
+                stream = StreamDecoder(ours, skip)
+                shown = [stream.push(*ids[first : first + block]) for first in range(0, len(ids), block)]
+                assert "".join([*shown, stream.flush()]) == ours.decode(ids, skip)
 
 
 def test_ids_without_a_token_are_nothing(tmp_path):

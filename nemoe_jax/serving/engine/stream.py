@@ -77,18 +77,23 @@ class ResponseStream:
     def append(self, tokens: Sequence[ScoredToken]) -> RequestOutput:
         """Adds tokens up to what ends the response, and returns the output to `emit`. For the engine."""
         shown, used, finish = "", [], None
+        unread: list[int] = []  # all at once where no string may end the response between them
         for token in tokens:
             used.append(token)
             if token.token in self._end_tokens:
                 finish = "stop"
             else:
-                shown += self._stops.push(self._decoder.push(token.token))
+                unread.append(token.token)
+                if self.request.stop:
+                    shown += self._stops.push(self._decoder.push(*unread))
+                    unread.clear()
                 if self._stops.found is not None:
                     finish = "stop"
                 elif len(self.tokens) + len(used) == self.request.max_new_tokens:
                     finish = "length"
             if finish is not None:
                 break
+        shown += self._decoder.push(*unread)
         self.tokens += used
         rest = ""
         if finish is not None:

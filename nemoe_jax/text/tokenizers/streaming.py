@@ -25,11 +25,16 @@ class StreamDecoder:
         self._shown = 0  # characters of the window's text already returned
         self._held = 0  # ids since the text last ended in a whole character
 
-    def push(self, token: SupportsIndex) -> str:
-        """The text that this id completes; empty while a character is unfinished."""
-        self._window.append(token.__index__())
+    def push(self, *tokens: SupportsIndex) -> str:
+        """The text that these ids complete; empty while a character is unfinished."""
+        if not tokens:
+            return ""
+        self._window += [token.__index__() for token in tokens]
         text = self._text(self._window)
         broken = len(text) - len(text.rstrip("\ufffd"))
+        if broken and len(tokens) > 1:  # whole characters before it may only show one by one
+            del self._window[-len(tokens) :]
+            return "".join(map(self.push, tokens))
         self._held = self._held + 1 if broken else 0
         stable = len(text) - (broken if self._held <= self.UNFINISHED else min(broken, self.UNFINISHED))
         gained = text[self._shown : stable]
