@@ -131,6 +131,21 @@ def test_a_step_takes_as_many_slots_as_are_at_work(engine, monkeypatch):
     assert list(dict.fromkeys(sizes)) == [4, 2, 1]
 
 
+def test_text_is_made_while_the_next_step_runs(engine, monkeypatch):
+    running, seen, decode = [False], [], runner.ModelRunner.decode
+
+    def spy(self, *given, **options):
+        running[0] = True
+        block = decode(self, *given, **options)
+        running[0] = False
+        return block
+
+    monkeypatch.setattr(runner.ModelRunner, "decode", spy)
+    request = Request(prompt(1, 5), 100, ignore_eos=True)
+    engine.submit(request, lambda output: seen.append((running[0], output.finish_reason))).result(60)
+    assert len(seen) > 3 and seen == [(True, None)] * (len(seen) - 1) + [(False, "length")]
+
+
 def test_deterministic_to_the_last_bit_whoever_else_is_there(params, tokenizer):
     requests = [Request(prompt(seed, 5 + 40 * seed), 20 + seed, top_logprobs=1) for seed in range(5)]
     with Engine(CONFIG, params, tokenizer, max_num_seqs=4, kv_tokens=PAGES * PAGE, deterministic=True) as own:
