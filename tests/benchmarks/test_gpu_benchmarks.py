@@ -38,7 +38,8 @@ def test_the_kernels_dry_run_times_what_a_cpu_can_interpret():
         ("gpu", "JAX finds no GPU"),
         ("gpu_kernels", "JAX finds no GPU"),
         ("gpu_compile", "jax-cuda12-plugin is not installed"),
+        ("fp8_decode --slice h200", "jax-cuda12-plugin is not installed"),
     ],
 )
 def test_what_is_missing_is_said(name, reason):
-    assert run(name) == f"skipped: {reason}\n"
+    assert run(*name.split()) == f"skipped: {reason}\n"
