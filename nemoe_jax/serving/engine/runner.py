@@ -66,8 +66,9 @@ class ModelRunner:
         self.config, self.params, self.slots, self._adapters = config, params, slots, adapters
         self.parts, self.cuts = division(config, slots)
         self.batch_sizes = (slots,) if deterministic else tuple(_batch_sizes(config, slots))
-        self._decode_params: dict[bool, Tree] = {}
         self.checked_tokens = 2 * MOST_ROWS if can_unstack(params) else MOST_ROWS
+        of_steps = (*self.batch_sizes, self.checked_tokens)
+        self._decode_params = {most <= MOST_ROWS: prepare_decode_params(params, most) for most in of_steps}
         self._shape = (tokens, pages, dtype)
         self.widths = [_NARROWEST]
         while self.widths[-1] < min(CHUNK, tokens):
@@ -212,14 +213,8 @@ class ModelRunner:
     ) -> tuple[Any, ...]:
         size = len(places)
         slot_B = None if size == self.slots else np.where(places < 0, np.int32(self.slots), places)
-        params = self._params_of_step(size if guesses is None else guesses[0].size + size)
+        params = self._decode_params[(size if guesses is None else guesses[0].size + size) <= MOST_ROWS]
         return self.config, params, held, batch_BN, slot_B, steps, controls, allowed_BW, self.stacked, guesses
-
-    def _params_of_step(self, tokens: int) -> Tree:
-        few = tokens <= MOST_ROWS
-        if few not in self._decode_params:
-            self._decode_params[few] = prepare_decode_params(self.params, tokens)
-        return self._decode_params[few]
 
     def wipe(self, slot: int, pages: list[int]) -> None:
         """Zeros in a slot's pages: NaN in them would harm the next sequence even where it is masked."""
