@@ -178,7 +178,7 @@ fake_quantize.defvjp(lambda w: (fake_quantize(w), None), lambda _, gradient: (gr
 class FakeQuantized:
     """Weights that are trained, or that a trained adapter is over: used as FP8 will hold both together."""
 
-    weight: Any  # an array or Fp8Weight
+    weight: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -188,21 +188,16 @@ class FakeQuantized:
     def dtype(self) -> Any:
         return self.weight.dtype
 
-    def with_adapter(self, adapter: Any, stacked: int, inputs: int, dtype: Any) -> "jax.Array | Fp8Weight":
-        """The weights with the adapter's update in them, rounded, in a dtype; FP8 weights without one as they are.
+    def with_adapter(self, adapter: Any, stacked: int, inputs: int, dtype: Any) -> jax.Array:
+        """The weights with the adapter's update in them, rounded, in a dtype.
 
         Args:
             stacked: 1 with an axis of experts, else 0.
             inputs: how many of the axes after it are contracted.
         """
-        w = self.weight
-        if isinstance(w, Fp8Weight):
-            if adapter is None:
-                return w
-            w = w.dequantized(jnp.float32, stacked)
-        shape = w.shape
+        shape = self.weight.shape
         matrices = (*shape[:stacked], math.prod(shape[stacked : stacked + inputs]), -1)
-        w = w.astype(jnp.float32).reshape(matrices)
+        w = self.weight.astype(jnp.float32).reshape(matrices)
         if adapter is not None:
             a = adapter.a.astype(jnp.float32).reshape(*matrices[:-1], adapter.a.shape[-1])
             b = adapter.b.astype(jnp.float32).reshape(*shape[:stacked], adapter.a.shape[-1], -1)

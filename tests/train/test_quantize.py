@@ -65,12 +65,16 @@ def test_rounding_is_that_of_fp8_and_gradients_go_straight_through():
     np.testing.assert_allclose(dadapter.a, 0.5 * x_TD.T @ dy_TF @ b_KF.T, rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_over_a_base_in_nf4_learn_as_over_the_same_weights(workplace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", ["fp8", "nf4"])
+def test_adapters_over_a_quantized_base_learn_as_over_the_same_weights(workplace, tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
-    config, params = load_pretrained(workplace / "mixture", dtype="nf4")
+    config, params = load_pretrained(workplace / "mixture", dtype=base)
     save_pretrained("rounded", config, params, tokenizer_from=workplace / "mixture", dtype="float32")
     losses = []
-    for model, keys in ((workplace / "mixture", {"quantize": "nf4"}), (Path("rounded").resolve(), {})):
+    for model, keys in (
+        (workplace / "mixture", {"quantize": "fp8-base" if base == "fp8" else base}),
+        (Path("rounded").resolve(), {}),
+    ):
         recipe = write_recipe(
             Path("recipe.yaml"), workplace, "repair", model=str(model), output=f"out{len(losses)}", steps=3, **keys
         )
@@ -79,11 +83,12 @@ def test_adapters_over_a_base_in_nf4_learn_as_over_the_same_weights(workplace, t
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_nf4_is_for_frozen_weights(workplace, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("base", ["fp8-base", "nf4"])
+def test_quantized_bases_are_for_frozen_weights(workplace, tmp_path, monkeypatch, capsys, base):
     monkeypatch.chdir(tmp_path)
     keys = {"trainable": "all", "train_router": False, "lora": []}
-    assert main(["run", str(write_recipe(Path("recipe.yaml"), workplace, "repair", quantize="nf4", **keys))]) == 2
-    assert "quantize: nf4 is for frozen weights under adapters" in capsys.readouterr().err
+    assert main(["run", str(write_recipe(Path("recipe.yaml"), workplace, "repair", quantize=base, **keys))]) == 2
+    assert f"quantize: {base} is for frozen weights" in capsys.readouterr().err
 
 
 def test_dropout_is_refused(workplace, tmp_path, monkeypatch, capsys):

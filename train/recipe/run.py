@@ -34,6 +34,9 @@ def _shape_keys() -> dict[str, Any]:
 Scratch = create_model("Scratch", __base__=_Shape, __doc__="The shape of a new model.", **_shape_keys())
 
 
+QUANTIZED_BASES: dict[str | None, Quantization] = {"fp8-base": "fp8", "nf4": "nf4"}  # what frozen linear maps lie in
+
+
 class Phase(Section):
     """One phase of a run."""
 
@@ -142,11 +145,11 @@ class Recipe(Section):
     tokenizer: FilePath | None = Field(None, description="tokenizer file or directory; default: the model's own")
     dtype: DType = Field("float32", description="dtype of computation and of frozen weights; what learns is float32")
     save_dtype: DType | None = Field(None, description="dtype of the saved weights; default: dtype")
-    quantize: Quantization | None = Field(
+    quantize: Literal["fp8", "fp8-base", "nf4"] | None = Field(
         None,
-        description="fp8: the model is trained as FP8 will hold it, its linear maps rounded in every forward pass "
-        "(quantization-aware); they lie in FP8 unless a phase trains all weights. nf4: the frozen linear maps lie in "
-        "4 bits under the adapters (QLoRA). default: not rounded",
+        description="fp8: the model is trained as FP8 will hold it, its linear maps rounded with their adapters in "
+        "every forward pass (quantization-aware). fp8-base, nf4: the frozen linear maps lie in FP8 or in 4 bits under "
+        "adapters that are not rounded (QLoRA). default: not rounded",
     )
     remat: bool = Field(False, description="recompute each block in the backward pass: less memory, a third more time")
     logits_chunk: int = Field(1024, gt=0, description="tokens on a device whose logits are in memory at once")
@@ -171,8 +174,10 @@ class Recipe(Section):
             wrong = f"phases: expected different names, got {', '.join(names)}"
         elif self.quantize == "fp8" and any(target.dropout for phase in self.phases for target in phase.lora):
             wrong = "lora.dropout: expected 0 with quantize: fp8, which rounds weights and adapter together"
-        elif self.quantize == "nf4" and any(phase.trainable in ("weights", "all") for phase in self.phases):
-            wrong = "quantize: nf4 is for frozen weights under adapters; expected trainable: lora or router"
+        elif self.quantize in QUANTIZED_BASES and any(phase.trainable in ("weights", "all") for phase in self.phases):
+            wrong = (
+                f"quantize: {self.quantize} is for frozen weights; expected trainable: lora or router"
+            )
         elif self.quantize and any(phase.trainable == "esft" for phase in self.phases):
             wrong = "trainable: esft: expected no quantize beside it"
         if wrong:

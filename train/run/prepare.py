@@ -22,6 +22,7 @@ from nemoe_jax.spec.mesh import make_mesh, parse_mesh
 from nemoe_jax.spec.schema import Tree, leaves
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
 from train.recipe import Phase, Recipe
+from train.recipe.run import QUANTIZED_BASES
 from train.step.chosen_experts import ChosenExperts, Places, own_sharding, take_experts
 from train.step.optimizer import router_scale
 from train.step.router_ties import RouterTies, find_ties
@@ -143,8 +144,8 @@ def trains_all(recipe: Recipe) -> bool:
 
 
 def frozen_quantization(recipe: Recipe) -> Quantization | None:
-    """What the linear maps lie in: no phase of a recipe that quantizes trains them themselves."""
-    return None if trains_all(recipe) else recipe.quantize
+    """What the linear maps lie in, which no phase of such a recipe trains themselves."""
+    return QUANTIZED_BASES.get(recipe.quantize)
 
 
 def load(recipe: Recipe, config: ModelConfig, mesh: Mesh | None) -> Tree:
