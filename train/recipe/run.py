@@ -175,9 +175,7 @@ class Recipe(Section):
         elif self.quantize == "fp8" and any(target.dropout for phase in self.phases for target in phase.lora):
             wrong = "lora.dropout: expected 0 with quantize: fp8, which rounds weights and adapter together"
         elif self.quantize in QUANTIZED_BASES and any(phase.trainable in ("weights", "all") for phase in self.phases):
-            wrong = (
-                f"quantize: {self.quantize} is for frozen weights; expected trainable: lora or router"
-            )
+            wrong = f"quantize: {self.quantize} is for frozen weights; expected trainable: lora or router"
         elif self.quantize and any(phase.trainable == "esft" for phase in self.phases):
             wrong = "trainable: esft: expected no quantize beside it"
         if wrong:
