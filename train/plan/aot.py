@@ -233,7 +233,8 @@ def _abstract_model(config: ModelConfig, dtype: str, mesh: jax.sharding.Mesh) ->
 
 def _bytes_on_a_device(tree: Any) -> int:
     def size(array: Any) -> int:
-        return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        bits = 4 if array.dtype == jnp.uint4 else 8 * array.dtype.itemsize
+        return math.prod(array.sharding.shard_shape(array.shape)) * bits // 8
 
     return sum(map(size, jax.tree.leaves(tree)))
 
