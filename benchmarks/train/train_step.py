@@ -133,8 +133,8 @@ def chat_mask(rows: int, length: int, share: float, rng: Any) -> Any:
     return mask
 
 
-def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
-    """Our step; and what is to be said of it."""
+def our_side(directory: Path, options: argparse.Namespace, **keys: Any) -> tuple[Any, Any, Any, Any, Callable]:
+    """(recipe, config, state, frozen, objective → update before it is compiled); `keys`: more of the recipe's phase."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -142,12 +142,9 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     from nemoe_jax.adapters import lora
     from nemoe_jax.checkpoints import pretrained
     from nemoe_jax.spec import schema
-    from train.data.packing import Batch
-    from train.plan import hlo
     from train.recipe import Recipe
-    from train.step import model_flops
     from train.step.optimizer import learning_rate_schedule, make_optimizer
-    from train.step.step import Objective, initial_state, make_update, split
+    from train.step.step import initial_state, make_update, split
 
     config, params = pretrained.load_pretrained(directory / "model")
     recipe = Recipe.model_validate(
@@ -162,7 +159,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
                     "data": {"train": "-", "sequence_length": options.length, "batch_size": options.rows},
                     "optimizer": {"learning_rate": LEARNING_RATE, "schedule": "constant"},
                     "steps": 1,
-                    "distill": {"teacher": options.teacher} if options.teacher else None,
+                    **keys,
                 }
             ],
         }
@@ -177,6 +174,24 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     optimizer = make_optimizer(phase.optimizer, phase.steps)
     schedule = learning_rate_schedule(phase.optimizer, phase.steps)
     state = initial_state({"params": trained, "adapters": adapters}, optimizer, 0)
+    return recipe, config, state, frozen, lambda objective: make_update(objective, optimizer, schedule, state)
+
+
+def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
+    """Our step; and what is to be said of it."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nemoe_jax.checkpoints import pretrained
+    from train.data.packing import Batch
+    from train.plan import hlo
+    from train.step import model_flops
+    from train.step.step import Objective
+
+    distill = {"teacher": options.teacher} if options.teacher else None
+    recipe, config, state, frozen, make_update = our_side(directory, options, distill=distill)
+    phase = recipe.phases[0]
     tokens = np.load(directory / "tokens.npy")
     shape = (options.rows, options.length)
     batch = Batch(
@@ -191,7 +206,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
 
     def compiled(remat: bool, all_count: bool = False) -> Any:
         objective = Objective(recipe.model_copy(update={"remat": remat}), phase, config, teacher_config, all_count)
-        return make_update(objective, optimizer, schedule, state).lower(state, frozen, teacher, batch).compile()
+        return make_update(objective).lower(state, frozen, teacher, batch).compile()
 
     update = compiled(options.remat)
 
@@ -260,8 +275,8 @@ def matmul_rate() -> float:
     return 2 * size**3 / min(seconds)
 
 
-def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
-    """The step of transformers + PEFT; and what is to be said of it."""
+def peer_side(directory: Path, options: argparse.Namespace) -> tuple[Any, Any, list[Any]]:
+    """(PEFT's model, its optimizer, the weights that it trains), with our adapters."""
     import numpy as np
     import torch
     from peft import LoraConfig, get_peft_model
@@ -298,6 +313,17 @@ def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
             assert not weight.data.any()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    return model, optimizer, trained
+
+
+def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
+    """The step of transformers + PEFT; and what is to be said of it."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = "cuda" if options.device == "gpu" else "cpu"
+    model, optimizer, trained = peer_side(directory, options)
     tokens = torch.from_numpy(np.load(directory / "tokens.npy")).long().to(place)
     mask = torch.from_numpy(np.load(directory / "mask.npy")).to(place)
     labels = torch.where(mask > 0, tokens[:, 1:], -100).flatten()
@@ -364,12 +390,14 @@ def serve(step: Step, facts: Callable[[], dict[str, Any]]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def measure(directory: Path, options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Both sides' steps and facts."""
+def measure(
+    directory: Path, options: argparse.Namespace, arguments: list[str], module: str = __spec__.name
+) -> dict[str, Any]:
+    """Both sides' steps and facts, of the workers of a module."""
     sides: dict[str, dict[str, Any]] = {"ours": {"steps": []}, "peer": {"steps": []}}
     together = [["ours", "peer"]] if options.device == "cpu" else [["ours"], ["peer"]]
     for names in together:
-        workers = {name: Worker(name, directory, arguments) for name in names}
+        workers = {name: Worker(name, directory, arguments, module) for name in names}
         for _ in range(WARM_UP + options.steps):
             for name, worker in workers.items():
                 sides[name]["steps"].append(worker.ask("step"))
@@ -398,7 +426,7 @@ def measure(directory: Path, options: argparse.Namespace, arguments: list[str]) 
     return figures
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(figures: dict[str, Any], limit: float = SPEED_LIMIT) -> None:
     """Prints the figures for people."""
     for name in ("ours", "peer"):
         side = figures[name]
@@ -409,7 +437,7 @@ def show(figures: dict[str, Any]) -> None:
         print("  losses " + " ".join(f"{loss:.5f}" for loss in side["losses"]))
     print(f"{figures['machine']}, {figures['cores']} cores, {figures['versions']}")
     print(f"the first two losses differ by {figures['first_losses_differ_by']:.1e} at most")
-    print(f"ratio {figures['ratio']:.2f} (limit {SPEED_LIMIT}), of CPU time {figures['cpu_ratio']:.2f}")
+    print(f"ratio {figures['ratio']:.2f} (limit {limit}), of CPU time {figures['cpu_ratio']:.2f}")
     for key in ("executed_over_model", "executed_over_model_with_remat"):
         if key in figures["ours"]:
             limit = f" (limit {FLOPS_LIMIT})" if key.endswith("remat") else ""
