@@ -1,11 +1,11 @@
 """A step of DPO with LoRA against TRL + PEFT, on the same weights, adapters and pairs.
 
-    taskset -c 1 python -m benchmarks.train.dpo_step --model runs/demo/calibrated --text runs/demo/text/train.jsonl
+    python -m benchmarks.train.dpo_step --model runs/demo/calibrated --text runs/demo/text/train.jsonl
 
-Pairs are cut from texts: a prompt, what follows it, and a stretch of another text. We pack them into rows of `--length`
-tokens; TRL pads each of its sequences to the longest, as it does in a run. Both have the reference's log-probabilities
-ready, so a step is one pass forward and back, clipping and AdamW; the peer's loss is TRL's own. Limit: 1.3 times TRL's
-speed, by CPU time where the machine does other work as well.
+Pairs are cut from texts: a prompt, what follows it, and what follows another pair's. We pack them into rows of
+`--length` tokens; TRL pads each of its sequences to the longest, as it does in a run: its `padding_free` is disabled in
+1.16. Both have the reference's log-probabilities ready, by the adapters off, so a step is one pass forward and back,
+clipping and AdamW; the peer's loss is TRL's own, with its fused head. Limit: 1.3 times TRL's speed, by CPU time.
 """
 
 import argparse
@@ -21,23 +21,22 @@ from benchmarks.train import train_step
 from benchmarks.train.train_step import AGREEMENT, PACKAGES, Step, Worker, measure, our_side, peer_side, serve, show
 
 SPEED_LIMIT = 1.3
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls them
 
 
 def prepare(directory: Path, options: argparse.Namespace) -> None:
     """Writes adapters and the pairs' tokens: of each prompt, chosen and rejected response."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
-    lengths = rng.integers([20, 40, 40], [100, 180, 180], (options.pairs, 3))
-    options.rows, options.length = 1, int(lengths.sum())
-    options.counts = 1.0
+    lengths = np.random.default_rng(0).integers([20, 40, 40], [60, 120, 120], (options.pairs, 3))
+    options.length, options.counts = int(lengths.sum()), 1.0
     train_step.prepare(directory, options)
     tokens = np.load(directory / "tokens.npy").ravel()[: lengths.sum()]
     np.savez(directory / "pairs.npz", tokens=tokens, lengths=lengths)
 
 
 def sequences(directory: Path) -> list[tuple[list[int], int]]:
-    """(tokens, tokens of the prompt): chosen and rejected in turn; the rejected one ends in what another pair said."""
+    """(tokens, tokens of the prompt): chosen and rejected in turn; a rejected response is another pair's."""
     import numpy as np
 
     saved = np.load(directory / "pairs.npz")
@@ -63,22 +62,23 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     from train.data.token_cache import Tokens
     from train.step.preference import make_objective
 
-    recipe, config, state, frozen, make_update = our_side(directory, options, preference={"loss": "dpo"})
     documents = sequences(directory)
-    offsets = np.cumsum([0] + [len(tokens) for tokens, _ in documents])
-    mask = np.concatenate([np.arange(len(tokens)) >= prompt for tokens, prompt in documents])
     packed = PackedPairs(
         Tokens(
-            np.concatenate([tokens for tokens, _ in documents]), np.packbits(mask), offsets, np.ones(len(documents)), {}
+            np.concatenate([tokens for tokens, _ in documents]),
+            np.packbits(np.concatenate([np.arange(len(tokens)) >= prompt for tokens, prompt in documents])),
+            np.cumsum([0] + [len(tokens) for tokens, _ in documents]),
+            np.ones(len(documents)),
+            {},
         ),
         options.length,
         "pairs",
     )
-    rows = [packed[number] for number in range(len(packed))]
-    batch = jax.tree.map(lambda *arrays: jnp.asarray(np.stack(arrays)), *rows)
+    options.rows = len(packed)
+    recipe, config, state, frozen, make_update = our_side(directory, options, preference={"loss": "dpo"})
+    batch = jax.tree.map(lambda *arrays: jnp.asarray(np.stack(arrays)), *map(packed.__getitem__, range(options.rows)))
     objective = make_objective(recipe, recipe.phases[0], config, None)
-    reference = jax.jit(objective.response_logprobs)(state.trainable, frozen, batch)
-    batch = dataclasses.replace(batch, reference=reference)
+    batch = dataclasses.replace(batch, reference=jax.jit(objective.response_logprobs)(state.trainable, frozen, batch))
     update = make_update(objective)
 
     def step() -> float:
@@ -86,7 +86,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
         state, figures = update(state, frozen, None, batch)
         return float(figures["loss"])
 
-    return step, lambda: {"rows": len(packed)}
+    return step, lambda: {"tokens_with_padding": options.rows * options.length}
 
 
 def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
@@ -105,17 +105,19 @@ def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
         tokens[row, : len(ids)], attention[row, : len(ids)] = torch.tensor(ids), 1
         response[row, prompt : len(ids)] = 1
     nothing = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    arguments = DPOConfig(str(directory / "trl"), bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False)
+    arguments = DPOConfig(
+        str(directory / "trl"),
+        bf16=False,
+        use_cpu=True,
+        report_to=[],
+        gradient_checkpointing=False,
+        router_aux_loss_coef=0.0,
+    )
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = DPOTrainer(model, args=arguments, train_dataset=nothing, processing_class=tokenizer)
     batch = {"input_ids": tokens, "attention_mask": attention, "completion_mask": response}
-    with torch.no_grad(), model.disable_adapter():
-        logits = model(input_ids=tokens, attention_mask=attention).logits[:, :-1].float()
-        logprobs = torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
-        chosen, rejected = (logprobs * response[:, 1:]).sum(1).chunk(2)
-        del logits, logprobs
-    batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    batch |= dict(zip(REFERENCE, trainer.compute_ref_log_probs(model, batch), strict=True))
     trainer.precompute_ref_logps = True
     model.train()
 
@@ -127,7 +129,7 @@ def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
         optimizer.zero_grad()
         return loss.item()
 
-    return step, dict
+    return step, lambda: {"tokens_with_padding": tokens.numel()}
 
 
 def main() -> None:
@@ -135,9 +137,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="an MoE model's directory with a tokenizer")
     parser.add_argument("--text", type=Path, required=True, help=".jsonl of texts that pairs are cut from")
-    parser.add_argument("--pairs", type=int, default=6, help="in a step; default: 6")
-    parser.add_argument("--length", type=int, default=512, help="tokens of one of our rows; default: 512")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each, after two to warm up; default: 5")
+    parser.add_argument("--pairs", type=int, default=5, help="in a step; default: 5")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of one of our rows; default: 1024")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each, after two to warm up; default: 4")
     add_keep(parser)
     parser.add_argument("--role", choices=("prepare", "ours", "peer"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -154,10 +156,11 @@ def main() -> None:
         directory, module = Path(name), __spec__.name
         if Worker("prepare", directory, sys.argv[1:], module).process.wait():
             raise SystemExit("the pairs could not be written")
-        tokens = sum(len(ids) for ids, _ in sequences(directory))
-        options.length = tokens
+        options.length = sum(len(ids) for ids, _ in sequences(directory))
         figures = {**measure(directory, options, sys.argv[1:], module), **machine((*PACKAGES, "trl"))}
     show(figures, SPEED_LIMIT)
+    padded = ", ".join(f"{name} {figures[name]['tokens_with_padding']:,}" for name in ("ours", "peer"))
+    print(f"{options.length:,} tokens in a step; with padding: {padded}")
     if options.keep:
         keep("dpo_step-cpu", figures)
     sys.exit(figures["cpu_ratio"] < SPEED_LIMIT or figures["first_losses_differ_by"] > AGREEMENT)
