@@ -6,7 +6,7 @@ VENV ?= .venv
 CONSTRAINTS ?= -c constraints.txt
 BIN = $(VENV)/bin
 
-.PHONY: demo demo-nano test lint docs clean
+.PHONY: demo demo-nano test pytest lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.demo
@@ -14,7 +14,10 @@ demo: $(VENV)/.demo
 demo-nano: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.nano
 
-test: $(VENV)/.test lint docs
+test: $(VENV)/.test
+	$(MAKE) -j3 lint docs pytest  # mypy and mkdocs use one core each
+
+pytest: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 # Nearly all the time goes into compiling: compile fast rather than well (see the fixture `optimized`), and keep what
@@ -20,6 +21,9 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# our modules' bytecode is kept for the commands that tests start
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import jax
 import pytest
@@ -33,7 +37,8 @@ from tests.support.configs import CONFIGS, DENSE
 
 def pytest_collection_modifyitems(items):
     """Whole runs and the largest files come first, so that no worker has a long one left when the other has ended."""
-    items.sort(key=lambda item: ("benchmarks" not in item.path.parts, -item.path.stat().st_size))
+    first = ("benchmarks", "train")
+    items.sort(key=lambda item: (*(part not in item.path.parts for part in first), -item.path.stat().st_size))
 
 
 def pytest_collection_finish():

@@ -1,12 +1,18 @@
 """The main job, end to end by its public commands, on a model too small to learn much."""
 
+import contextlib
+import importlib
+import io
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from convert.carve import shape
+from examples.demo import nano, steps
 from nemoe_jax.checkpoints import reader
 
 ROOT = Path(__file__).parents[2]
@@ -14,14 +20,30 @@ TINY = ["scratch.layers=1", "scratch.hidden=48", "scratch.heads=2", "scratch.kv_
 SHORT = ["optimizer.warmup_steps=1", "data.sequence_length=64", "eval_batches=2"]
 
 
-def test_the_demo_trains_carves_repairs_and_reports(tmp_path):
+def run_here(program, **options):
+    """As `subprocess.run` of a command of ours, but for the first: in this process, which has imported all."""
+    if "nano-dense" in program:
+        return subprocess.run(program, **options)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = importlib.import_module(program[2]).main(program[3:])
+    return subprocess.CompletedProcess(program, status, printed.getvalue())
+
+
+def test_the_demo_trains_carves_repairs_and_reports(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("mistral_common")
     output = tmp_path / "demo"
-    command = [sys.executable, "-m", "examples.demo.nano", "--output", output]
     dense = ["--set", "steps=30", "eval_every=15", *TINY, *SHORT]
     repair = ["--set-repair", "steps=3", "eval_every=1", *SHORT]
-    printed = subprocess.run([*command, *dense, *repair], stdout=subprocess.PIPE, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "argv", ["nano", "--output", str(output), *dense, *repair])
+    monkeypatch.setattr(steps, "subprocess", types.SimpleNamespace(run=run_here, PIPE=subprocess.PIPE))
+    few = {"stdlib": Path(steps.__file__).parents[2] / "nemoe_jax"}  # not all of Python's sources
+    monkeypatch.setattr(nano, "sysconfig", types.SimpleNamespace(get_paths=lambda: few))
+    monkeypatch.setattr(nano, "CALIBRATION_TOKENS", "4096")
+    monkeypatch.setattr(shape, "REFIT_TOKENS", 4096)  # enough for steps by gradient
+    monkeypatch.setattr(shape, "REFIT_STEPS", 10)
+    nano.main()
+    printed = capsys.readouterr().out
     assert "$ nemoe-convert carve" in printed and "$ nemoe-train run nano-repair" in printed
 
     report = json.loads((output / "report.json").read_text())
