@@ -55,10 +55,10 @@ def test_every_adapter_gets_a_gradient(config):
     tokens = random_tokens(jax.random.key(1), (8, 32), config.vocab)
     adapters = random_adapters(config, every_weight(config), 0.1)
 
-    def loss(adapters):
+    def loss(adapters, params):
         return jnp.mean(jax.nn.log_softmax(forward(config, params, tokens, adapters=adapters).logits)[..., 3])
 
-    gradients = jax.jit(jax.grad(loss))(adapters)
+    gradients = jax.jit(jax.grad(loss))(adapters, params)
     for path, adapter in schema.leaves(gradients).items():
         for matrix in (adapter.a, adapter.b):
             stacked = len(schema.leaves(schema.declare(config))[path].stacked)
@@ -150,17 +150,17 @@ def test_dropout_is_the_same_when_blocks_are_recomputed():
     assert adapters["embed"].dropout == 0.0  # a look-up
     tokens = random_tokens(jax.random.key(1), (2, 7), DENSE.vocab)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def loss_and_gradient(adapters, key, remat):
+    @functools.partial(jax.jit, static_argnums=3)
+    def loss_and_gradient(adapters, params, key, remat):
         def loss(adapters):
             keyed = lora.with_dropout(adapters, key)
             return forward(DENSE, params, tokens, adapters=keyed, remat=remat).logits.std()
 
         return jax.value_and_grad(loss)(adapters)
 
-    first, again = (loss_and_gradient(adapters, jax.random.key(3), remat) for remat in (False, True))
+    first, again = (loss_and_gradient(adapters, params, jax.random.key(3), remat) for remat in (False, True))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), first, again)
-    assert loss_and_gradient(adapters, jax.random.key(4), False)[0] != first[0]
+    assert loss_and_gradient(adapters, params, jax.random.key(4), False)[0] != first[0]
 
 
 def test_devices_drop_independently_where_they_hold_other_tokens_or_experts():
@@ -187,18 +187,18 @@ def test_dropout_over_a_mesh():
     mesh = make_mesh(MESH)
 
     @jax.jit
-    def logits(adapters, key):
+    def logits(adapters, params, key):
         keyed = adapters if key is None else lora.with_dropout(adapters, key)
         return forward(MIXTRAL, params, tokens, adapters=keyed).logits
 
     adapters = random_adapters(MIXTRAL, [Target("blocks/moe/ffn/[gud]*", 4, 8.0, dropout=0.2)], 0.1)
-    alone = logits(adapters, None)
+    alone = logits(adapters, params, None)
     placed = jax.device_put(
         adapters, lora.shardings(MIXTRAL, [Target("blocks/moe/ffn/[gud]*", 4, 8.0, dropout=0.2)], mesh)
     )
     with jax.set_mesh(mesh):
-        np.testing.assert_allclose(logits(placed, None), alone, atol=2e-5)
-        first, again, other = (np.asarray(logits(placed, jax.random.key(seed))) for seed in (1, 1, 2))
+        np.testing.assert_allclose(logits(placed, params, None), alone, atol=2e-5)
+        first, again, other = (np.asarray(logits(placed, params, jax.random.key(seed))) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert 1e-3 < np.abs(first - alone).mean() < np.abs(alone).mean()
     assert np.abs(first - other).max() > 1e-3

@@ -10,7 +10,7 @@ from nemoe_jax.adapters.lora import Adapter, Target
 from nemoe_jax.adapters.multi_lora import select_adapters, stack_adapters
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.errors import UserError
-from nemoe_jax.model import decode_weights, expert_parallel
+from nemoe_jax.model import decode_weights, expert_parallel, transformer
 from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.mesh import make_mesh
@@ -39,7 +39,7 @@ def several(config):
 
 @functools.cache
 def case(config):
-    """(parameters, tokens, logits of each row by the adapter that INDEX gives it, computed with it alone)."""
+    """(parameters, tokens, each row's logits by the adapter that INDEX gives it, alone with it; logits without any)."""
     params = schema.initialize(config, jax.random.key(0))
     tokens = random_tokens(jax.random.key(1), (len(INDEX), 12), config.vocab)
     run = jax.jit(lambda params, adapters: forward(config, params, tokens, adapters=adapters).logits)
@@ -49,25 +49,28 @@ def case(config):
         merged = run(merge(config, params, adapters), None)
         np.testing.assert_allclose(alone[number], merged, atol=5e-5)
         assert float(jnp.abs(merged - alone[-1]).max()) > 1e-2
-    return params, tokens, jnp.stack([alone[int(own)][row] for row, own in enumerate(INDEX)])
+    return params, tokens, jnp.stack([alone[int(own)][row] for row, own in enumerate(INDEX)]), alone[-1]
 
 
 def test_each_row_of_a_batch_has_its_own_adapter(config):
-    params, tokens, expected = case(config)
+    params, tokens, expected, base = case(config)
     joined = stack_adapters(config, several(config))
-    run = jax.jit(lambda index: forward(config, params, tokens, adapters=select_adapters(joined, index)).logits)
-    np.testing.assert_allclose(run(INDEX), expected, atol=2e-5)
-    base = forward(config, params, tokens).logits
-    np.testing.assert_allclose(run(jnp.full_like(INDEX, -1)), base, atol=2e-6)
+
+    @jax.jit
+    def run(params, joined, index):
+        return forward(config, params, tokens, adapters=select_adapters(joined, index)).logits
+
+    np.testing.assert_allclose(run(params, joined, INDEX), expected, atol=2e-5)
+    np.testing.assert_allclose(run(params, joined, jnp.full_like(INDEX, -1)), base, atol=2e-6)
     assert run._cache_size() == 1
 
 
 def test_with_a_cache_and_rows_of_different_lengths(config):
-    params, tokens, expected = case(config)
+    params, tokens, expected, _ = case(config)
     joined = stack_adapters(config, several(config))
 
     @jax.jit
-    def read(tokens, counts, cache, index):
+    def read(params, joined, tokens, counts, cache, index):
         output = forward(
             config, params, tokens, adapters=select_adapters(joined, index), cache=cache, num_new_tokens_B=counts
         )
@@ -81,7 +84,7 @@ def test_with_a_cache_and_rows_of_different_lengths(config):
         part = np.zeros((len(INDEX), width), np.int32)
         for row, count in enumerate(counts):
             part[row, :count] = tokens[row, done[row] : done[row] + count]
-        logits, cache = read(jnp.asarray(part), jnp.asarray(counts), cache, INDEX)
+        logits, cache = read(params, joined, jnp.asarray(part), jnp.asarray(counts), cache, INDEX)
         for row, count in enumerate(counts):
             got[row, done[row] : done[row] + count] = logits[row, :count]
         done += counts
@@ -96,7 +99,7 @@ def test_over_a_mesh(config, way, monkeypatch):
     if way == "all-to-all" and not config.experts:
         pytest.skip("a dense model has nothing to exchange")
     monkeypatch.setattr(expert_parallel, "exchange_of", lambda *_: way)
-    params, tokens, expected = case(config)
+    params, tokens, expected, _ = case(config)
     mesh = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     placed = jax.device_put(params, sharding.shardings(config, mesh))
     places = {name: lora.shardings(config, own, mesh) for name, own in targets_of(config).items()}
@@ -106,10 +109,13 @@ def test_over_a_mesh(config, way, monkeypatch):
         assert adapter.a.sharding.is_equivalent_to(place.a, adapter.a.ndim)
         assert adapter.b.sharding.is_equivalent_to(place.b, adapter.b.ndim)
     with jax.set_mesh(mesh):
-        run = jax.jit(
-            lambda params, index: forward(config, params, tokens, adapters=select_adapters(joined, index)).logits
-        )
-        np.testing.assert_allclose(run(placed, INDEX), expected, atol=3e-5)
+
+        @jax.jit
+        def run(params, joined, index):
+            adapters = select_adapters(joined, index)
+            return transformer.forward(config, params, tokens, adapters=adapters).logits
+
+        np.testing.assert_allclose(run(placed, joined, INDEX), expected, atol=3e-5)
 
 
 @pytest.mark.parametrize("kind", [peft_models.mistral, peft_models.mixtral], ids=["mistral", "mixtral"])
@@ -137,7 +143,7 @@ def test_directories_of_peft(kind, tmp_path):
 def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkeypatch):
     params = schema.initialize(config, jax.random.key(0), jnp.bfloat16)
     tokens, empty = jnp.asarray([[5, 9], [3, 1]]), empty_cache(config, 2, 16)
-    cache = jax.jit(lambda: forward(config, params, tokens, cache=empty).cache)()
+    cache = forward(config, params, tokens, cache=empty).cache
     trees = (
         several(config)["every"],
         select_adapters(stack_adapters(config, several(config), jnp.bfloat16), jnp.asarray([2, 0])),
@@ -150,8 +156,10 @@ def test_a_step_that_reads_bits_in_place_equals_one_that_does_not(config, monkey
 
     def step(params):
         following = jnp.asarray([[7], [8]])
-        run = jax.jit(lambda one: forward(config, params, following, adapters=one, cache=cache).logits)
-        return [run(one) for one in trees]
+        run = jax.jit(
+            lambda params, one: transformer.forward(config, params, following, adapters=one, cache=cache).logits
+        )
+        return [run(params, one) for one in trees]
 
     got = step(decode_weights.prepare_decode_params(params, 2))
     assert products

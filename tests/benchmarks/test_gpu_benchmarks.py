@@ -1,7 +1,6 @@
 """Dry runs on CPU of the benchmarks that need a GPU: every line of them but the kernels that no CPU has."""
 
-import os
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 
@@ -10,20 +9,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(name, *arguments):
-    command = [sys.executable, "-m", f"benchmarks.hardware.{name}", *arguments]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT).stdout
+@pytest.fixture
+def run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(f"benchmarks.hardware.{name}").main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_the_models_dry_run_prints_every_row():
+def test_the_models_dry_run_prints_every_row(run):
     pytest.importorskip("transformers")
     printed = run("gpu", "--tiny")
     assert printed.count("(limit 2.0)") == 3 and printed.count("(limit 0.5)") == 2
     assert "ours: forward" in printed and "peer: forward" in printed
 
 
-def test_the_kernels_dry_run_times_what_a_cpu_can_interpret():
+def test_the_kernels_dry_run_times_what_a_cpu_can_interpret(run):
     printed = run("gpu_kernels", "--tiny")
     kernels = [line for line in printed.splitlines() if line.startswith("  ")]
     assert sum("Triton" in line and " us" in line for line in kernels) == 2 * 5 + 2  # three kinds, two of one token
@@ -41,5 +46,5 @@ def test_the_kernels_dry_run_times_what_a_cpu_can_interpret():
         ("fp8_decode --slice h200", "jax-cuda12-plugin is not installed"),
     ],
 )
-def test_what_is_missing_is_said(name, reason):
+def test_what_is_missing_is_said(run, name, reason):
     assert run(*name.split()) == f"skipped: {reason}\n"

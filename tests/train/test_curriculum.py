@@ -89,14 +89,14 @@ def test_the_report_shows_the_acceptance_tests(place, done):
     assert json.loads((place / "out/report.json").read_text()) == done[0].as_json()
 
 
-@pytest.mark.parametrize("at", [6, 9, 12, 15])  # after the first phase, in the second, at its end, in the last
-def test_going_on_between_and_inside_phases(place, done, tmp_path, monkeypatch, at):
+def test_going_on_between_and_inside_phases(place, done, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     output = f"output={tmp_path / 'again'}"
-    with monkeypatch.context() as patch:
-        patch.setattr(Signals, "received", lambda self, step: signal.SIGTERM if step == at else 0)
-        with pytest.raises(Interrupted):
-            train(read_recipe("all.yaml", [output]))
+    for at in (6, 9, 12, 15):  # after the first phase, in the second, at its end, in the last
+        with monkeypatch.context() as patch:
+            patch.setattr(Signals, "received", lambda self, step, at=at: signal.SIGTERM if step == at else 0)
+            with pytest.raises(Interrupted):
+                train(read_recipe("all.yaml", [output]))
     report = train(read_recipe("all.yaml", [output]))
     assert (tmp_path / "again/model.safetensors").read_bytes() == (place / "out/model.safetensors").read_bytes()
     assert log_of(tmp_path / "again") == log_of(place / "out")

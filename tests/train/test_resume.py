@@ -84,31 +84,31 @@ def test_a_process_is_killed_and_the_same_command_again(recipe, whole):
     assert same_result(Path("out"), whole) and not PARTIAL.exists()
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_and_the_same_command_again(recipe, whole, monkeypatch, capsys, number, status):
+def test_signals_and_the_same_command_again(recipe, whole, monkeypatch, capsys):
     log_step = MetricsLogger.step
+    for number, at, status in ((signal.SIGTERM, 4, 143), (signal.SIGINT, 5, 130)):
 
-    def signalled(self, done, figures):
-        log_step(self, done, figures)
-        if done == 4:
-            os.kill(os.getpid(), number)
+        def signalled(self, done, figures, number=number, at=at):
+            log_step(self, done, figures)
+            if done == at:
+                os.kill(os.getpid(), number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLogger, "step", signalled)
-        assert main(["run", str(recipe)]) == status
-    assert "the same command goes on" in capsys.readouterr().err
-    assert PARTIAL.exists() and not Path("out").exists()
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsLogger, "step", signalled)
+            assert main(["run", str(recipe)]) == status
+        assert "the same command goes on" in capsys.readouterr().err
+        assert PARTIAL.exists() and not Path("out").exists()
     assert main(["run", str(recipe)]) == 0
     assert same_result(Path("out"), whole) and not PARTIAL.exists()
 
 
-@pytest.mark.parametrize("at", [1, 3, 8])  # and 4, by a signal
-def test_stopped_after_any_step(recipe, whole, monkeypatch, at):
-    with monkeypatch.context() as patch:
-        interrupt(patch, at)
-        with pytest.raises(Interrupted) as stopped:
-            train(read_recipe(recipe))
-        assert stopped.value.exit_status == 143
+def test_stopped_after_any_step(recipe, whole, monkeypatch):
+    for at in (1, 3, 8):  # and 4, by a signal
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            with pytest.raises(Interrupted) as stopped:
+                train(read_recipe(recipe))
+            assert stopped.value.exit_status == 143
     assert main(["run", str(recipe), "checkpoints.every=50"]) == 0  # what does not change the result may change
     assert same_result(Path("out"), whole)
 
@@ -121,15 +121,16 @@ def flip_bits(state: Path):
         data.write_bytes(content)
 
 
-@pytest.mark.parametrize("at, damage", [(7, flip_bits), (5, shutil.rmtree)])
-def test_a_damaged_checkpoint_is_left_for_the_one_before(recipe, whole, monkeypatch, capsys, at, damage):
-    with monkeypatch.context() as patch:
-        interrupt(patch, at)
-        with pytest.raises(Interrupted):
-            train(read_recipe(recipe))
-    damage(PARTIAL / f"checkpoints/1-train/{at}/state")
+def test_a_damaged_checkpoint_is_left_for_the_one_before(recipe, whole, monkeypatch, capsys):
+    for at, damage in ((5, shutil.rmtree), (7, flip_bits)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            with pytest.raises(Interrupted):
+                train(read_recipe(recipe))
+        damage(PARTIAL / f"checkpoints/1-train/{at}/state")
     assert main(["run", str(recipe)]) == 0
-    assert "warning: " in (err := capsys.readouterr().err) and f"1-train/{at}: damaged checkpoint" in err
+    err = capsys.readouterr().err
+    assert "warning: " in err and all(f"1-train/{at}: damaged checkpoint" in err for at in (5, 7))
     assert same_result(Path("out"), whole)
 
 
@@ -197,18 +198,21 @@ def test_the_best_weights_are_those_of_a_run_that_ended_there(recipe, monkeypatc
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=2,expert=2,sequence=2", "auto"])
-def test_taken_up_on_another_mesh(recipe, whole, monkeypatch, mesh):
-    keys = ["mesh=" + mesh, "data.batch_size=8", "lora.0.dropout=0"]
+def test_taken_up_on_another_mesh(recipe, monkeypatch):
+    keys = ["data.batch_size=8", "lora.0.dropout=0"]
     with monkeypatch.context() as patch:
         interrupt(patch, 4)
         with pytest.raises(Interrupted):
-            train(read_recipe(recipe, keys[1:]))
-    assert main(["run", str(recipe), *keys]) == 0
-    assert main(["run", str(recipe), *keys[1:], "output=alone"]) == 0
-    one, many = ([line["loss"] for line in log_of(Path(name)) if "loss" in line] for name in ("alone", "out"))
-    assert many[:4] == one[:4]
-    np.testing.assert_allclose(many, one, rtol=1e-4)
+            train(read_recipe(recipe, keys))
+    shutil.copytree(PARTIAL, "stopped")
+    assert main(["run", str(recipe), *keys, "output=alone"]) == 0
+    for mesh in ("fsdp=2,expert=2,sequence=2", "auto"):
+        shutil.copytree("stopped", PARTIAL, dirs_exist_ok=True)
+        assert main(["run", str(recipe), *keys, "mesh=" + mesh]) == 0
+        one, many = ([line["loss"] for line in log_of(Path(name)) if "loss" in line] for name in ("alone", "out"))
+        assert many[:4] == one[:4]
+        np.testing.assert_allclose(many, one, rtol=1e-4)
+        shutil.rmtree("out")
 
 
 def test_stopped_while_the_output_takes_its_name(recipe, whole, monkeypatch):
