@@ -4,18 +4,23 @@ With token t's Gram matrix G_t = [⟨f_e, f_e'⟩] of the experts' outputs, the 
 d_tᵀ G_t d_t for the difference d_t of the routing weights: whoever compares choices of experts, or routers, runs the
 experts once.
 
-B batch, T tokens (or sequence), D embed, F expert_ffn, E experts, S subsets.
+B batch, T tokens (or sequence), D embed, F expert_ffn, E experts, L MoE layers, S subsets.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from nemoe_jax.checkpoints.reader import Checkpoint
 from nemoe_jax.spec.config import ModelConfig
-from nemoe_jax.spec.schema import Tree
+from nemoe_jax.spec.router_ties import find_ties
+from nemoe_jax.spec.schema import Tree, declare
 
 POSITIONS_AT_ONCE = 32  # of each sequence of a batch: bounds the memory that all experts' outputs take
+
+Groups = list[list[int]]  # the experts of each
 
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -63,3 +68,16 @@ def routing_within(config: ModelConfig, logits_TE: jax.Array, member_ES: jax.Arr
 def moe_layers(config: ModelConfig) -> range:
     """The numbers of the MoE layers."""
     return range(config.dense_layers, config.layers)
+
+
+def stored_routers(source: Checkpoint) -> np.ndarray:
+    """All routers of a checkpoint, (L, D, E) float32."""
+    spec = declare(source.config)["blocks"]["moe"]["ffn"]["router"]
+    return np.stack([np.asarray(source.view(key), np.float32).T for _, key in spec.tensors()])
+
+
+def groups_of_experts(source: Checkpoint) -> dict[int, Groups]:
+    """{MoE layer: its groups of experts that share a router row and are chosen together, or each expert alone}."""
+    ties = find_ties(stored_routers(source), source.config.top_k)
+    alone = [[expert] for expert in range(source.config.experts)]
+    return {layer: ties.groups(row) if ties else alone for row, layer in enumerate(moe_layers(source.config))}

@@ -14,6 +14,9 @@ exhaustive  The subset whose layer output is nearest to the unpruned one's, in s
             the change d_t of its routing weights, that is Σ_t d_tᵀ G_t d_t: experts run once, whatever the number of
             subsets. Every other choice is measured in the same way, for the record.
 
+Experts that share a router row, as a carve by token clusters makes them, are chosen together: they stay or go as a
+group, whose score is the sum of theirs.
+
 With --merge the others are not dropped but merged into those that stay (see merge.py).
 
 B batch, T tokens (or sequence), D embed, F expert_ffn, E experts, S subsets.
@@ -34,7 +37,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.experts.merge import groups_of, merged, similarities
-from convert.experts.outputs import einsum, expert_products, moe_layers, routing, routing_within
+from convert.experts.outputs import (
+    Groups,
+    einsum,
+    expert_products,
+    groups_of_experts,
+    moe_layers,
+    routing,
+    routing_within,
+)
 from convert.layerwise import LayerwiseModel, calibration_batches
 from convert.options import PruneOptions
 from convert.streaming import ConversionSettings, Figures, Hashes, Manifest, Tensors, convert_layers
@@ -63,9 +74,13 @@ def prune(
     """
     checkpoint = Checkpoint(source)
     config = pruned_config(checkpoint.config, options, str(source))
+    groups = groups_of_experts(checkpoint)
+    specs = declare(config)["blocks"]["moe"]["ffn"]
+    for number, of_layer in groups.items():
+        refuse_misfits(of_layer, options, f"{source}: {specs['router'].key_of(number)}")
     refuse_existing(destination)  # before the text is read
     if options.choices:
-        choices = earlier_choices(Path(options.choices), checkpoint.config, config.experts)
+        choices = earlier_choices(Path(options.choices), groups, config.experts)
         refuse_other_source(Path(options.choices), checkpoint)
     else:
         batches = calibration_batches(checkpoint, options.calibration, options.calibration_tokens)
@@ -73,7 +88,6 @@ def prune(
             choices = {number: {"kept": list(range(config.experts))} for number in moe_layers(config)}
         else:
             choices = choose_experts(checkpoint, batches, config.experts, options.method, options.merge)
-    specs = declare(config)["blocks"]["moe"]["ffn"]
 
     def layer(number: int) -> tuple[Tensors, Figures]:
         if number not in choices:
@@ -120,37 +134,61 @@ def pruned_config(old: ModelConfig, options: PruneOptions, source: str) -> Model
         )
     if options.merge and (options.choices or options.method != "reap"):
         raise UserError("--merge: expected --calibration and --method reap with it")
-    subsets = math.comb(old.experts, options.experts)
-    if options.method == "exhaustive" and subsets > MOST_SUBSETS:
-        raise UserError(
-            f"--method exhaustive: {old.experts} experts have {subsets:,} subsets of {options.experts}, more than "
-            f"{MOST_SUBSETS:,}; use --method reap"
-        )
     return old.replace(experts=options.experts)
 
 
-def earlier_choices(manifest: Path, source: ModelConfig, experts: int) -> dict[int, Figures]:
+def refuse_misfits(groups: Groups, options: PruneOptions, router: str) -> None:
+    """Refuses what a layer's groups of experts do not allow.
+
+    Raises:
+        UserError: an option would break groups up, or there are too many subsets.
+    """
+    size = len(groups[0])
+    tied = f"{router}: groups of {size} experts share a row and are chosen together"
+    if options.experts % size:
+        raise UserError(f"{tied}; --experts: expected a multiple of {size}, got {options.experts}")
+    if options.merge and size > 1:
+        raise UserError(f"{tied}; --merge: expected experts that are chosen one by one")
+    subsets = math.comb(len(groups), options.experts // size)
+    if options.method == "exhaustive" and subsets > MOST_SUBSETS:
+        raise UserError(
+            f"--method exhaustive: {len(groups) * size} experts have {subsets:,} subsets of {options.experts}, more "
+            f"than {MOST_SUBSETS:,}; use --method reap"
+        )
+
+
+def earlier_choices(manifest: Path, groups: dict[int, Groups], experts: int) -> dict[int, Figures]:
     """What `choose_experts` returns, from the manifest of an earlier run.
 
-    Where that run kept as many experts, the same ones (whatever its method was), else those of the highest scores.
+    Where that run kept as many experts, in whole groups, the same ones (whatever its method was), else those of the
+    highest scores.
 
     Raises:
         UserError: no such file, or no scores for the experts of these layers in it.
     """
     rows = {row.get("layer"): row for row in read_json(manifest).get("layers", []) if isinstance(row, dict)}
     choices = {}
-    for layer in moe_layers(source):
+    for layer, of_layer in groups.items():
+        count = 1 + max(itertools.chain(*of_layer))
         row = rows.get(layer, {})
         scores = row.get("scores")
         if not isinstance(scores, list) or not all(isinstance(score, (int, float)) for score in scores):
             raise UserError(f"{manifest}: expected the scores of layer {layer}'s experts, got {scores!r:.60}")
-        if len(scores) != source.experts:
-            raise UserError(f"{manifest}: layer {layer}: expected {source.experts} scores, got {len(scores)}")
-        kept = [expert for expert in range(source.experts) if expert in (row.get("kept") or ())]
+        if len(scores) != count:
+            raise UserError(f"{manifest}: layer {layer}: expected {count} scores, got {len(scores)}")
+        whole = [group for group in of_layer if all(expert in (row.get("kept") or ()) for expert in group)]
+        kept = sorted({*itertools.chain(*whole)})
         if len(kept) != experts:
-            kept = sorted(np.argsort(-np.array(scores), kind="stable")[:experts].tolist())
+            kept = of_highest_scores(np.array(scores), of_layer, experts)
         choices[layer] = {"kept": kept, "scores": scores}
     return choices
+
+
+def of_highest_scores(scores_E: np.ndarray, groups: Groups, experts: int) -> list[int]:
+    """As many experts, in order: those of the groups with the highest sums of scores."""
+    score_G = np.array([scores_E[group].sum() for group in groups])
+    best = np.argsort(-score_G, kind="stable")[: experts // len(groups[0])]
+    return sorted(itertools.chain(*(groups[number] for number in best)))
 
 
 def refuse_other_source(manifest: Path, source: Checkpoint) -> None:
@@ -182,7 +220,7 @@ def choose_experts(
         merge: also say of each kept expert with which others it is merged, as `groups`.
     """
     layers = LayerwiseModel(source)
-    config = source.config
+    config, groups = source.config, groups_of_experts(source)
     streams = [layers.embed(tokens_BS[:, :-1]) for tokens_BS in batches]
     choices = {}
     with progress_bar() as bar:
@@ -197,12 +235,17 @@ def choose_experts(
                 # one program at a time: on several CPU devices, programs that communicate starve one another
                 jax.block_until_ready((streams[number], text[-1:]))
             if text:
-                choices[layer] = _choose(config, text, experts, method, merge)
+                choices[layer] = _choose(config, text, experts, method, merge, groups[layer])
     return choices
 
 
 def _choose(
-    config: ModelConfig, text: Sequence[tuple[jax.Array, jax.Array]], experts: int, method: str, merge: bool
+    config: ModelConfig,
+    text: Sequence[tuple[jax.Array, jax.Array]],
+    experts: int,
+    method: str,
+    merge: bool,
+    groups: Groups,
 ) -> dict[str, Any]:
     """A layer's figures from the (logits, Gram matrices) of each batch."""
     sums = [use_of_experts(config, logits_TE, gram_TEE) for logits_TE, gram_TEE in text]
@@ -213,16 +256,17 @@ def _choose(
         jnp.concatenate([_spaced(part, per_batch) for part in parts]) for parts in zip(*text, strict=True)
     )
     if method == "exhaustive":
-        subsets_SC = np.array(list(itertools.combinations(range(config.experts), experts)))
+        subsets = itertools.combinations(groups, experts // len(groups[0]))
+        subsets_SC = np.sort(np.array(list(subsets)).reshape(-1, experts))
     else:
-        subsets_SC = np.sort(np.argsort(-score_E, kind="stable")[:experts])[None]
+        subsets_SC = np.array([of_highest_scores(score_E, groups, experts)])
     error_S = subset_errors(config, logits_TE, gram_TEE, subsets_SC)
     best = int(np.argmin(error_S))
     kept = subsets_SC[best].tolist()
-    groups = {}
+    merges = {}
     if merge:
-        groups["groups"] = groups_of(kept, score_E, similarities(np.asarray(logits_TE), np.asarray(gram_TEE)))
-    return groups | {
+        merges["groups"] = groups_of(kept, score_E, similarities(np.asarray(logits_TE), np.asarray(gram_TEE)))
+    return merges | {
         "kept": kept,
         "scores": score_E.tolist(),
         "dropped_share": float(1 - score_E[kept].sum() / max(score_E.sum(), np.finfo(np.float32).tiny)),

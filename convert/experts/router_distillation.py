@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from convert.experts.outputs import stored_routers
 from convert.experts.router_ridge import ridge_routers
 from convert.layerwise import calibration_batches, fitted_batches
 from convert.options import DistillRoutersOptions
@@ -39,6 +40,7 @@ from nemoe_jax.errors import UserError
 from nemoe_jax.model.transformer import forward
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh, use_mesh
+from nemoe_jax.spec.router_ties import RouterTies, find_ties
 from nemoe_jax.spec.schema import Tree, declare
 from nemoe_jax.utils.output_path import refuse_existing
 from nemoe_jax.utils.progress import progress_bar
@@ -66,6 +68,11 @@ def distill_routers(
     batches = calibration_batches(student, options.calibration, options.calibration_tokens)
     fitted_batches(batches)  # enough of them
     old_LDE = stored_routers(student)
+    if options.method != "distil" and find_ties(old_LDE, config.top_k):
+        raise UserError(
+            f"{source}: groups of experts share a router row and weigh alike whatever it is: ridge regression would "
+            f"part them; --method: expected distil, got {options.method}"
+        )
     # a dry run is about the files
     new_LDE, figures = (old_LDE, {}) if run.dry_run else recalibrate(student, teacher, batches, options)
     router = declare(config)["blocks"]["moe"]["ffn"]["router"]
@@ -103,12 +110,6 @@ def _refuse_misfits(student: ModelConfig, teacher: ModelConfig, options: Distill
         if not getattr(options, name) > 0:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: expected a positive number, got {getattr(options, name)}")
-
-
-def stored_routers(source: Checkpoint) -> np.ndarray:
-    """All routers of a checkpoint, (L, D, E) float32."""
-    spec = declare(source.config)["blocks"]["moe"]["ffn"]["router"]
-    return np.stack([np.asarray(source.view(key), np.float32).T for _, key in spec.tensors()])
 
 
 def recalibrate(
@@ -208,7 +209,9 @@ def distilled_routers(
     """Routers (L, D, E) after gradient steps towards the teacher's next-token distribution, from the old ones.
 
     Adam works on the change in units of each router's deviation over the experts (what all rows share has no effect).
+    Rows that a group of experts shares stay so.
     """
+    ties = find_ties(old_LDE, student[0].top_k)
     deviation_L11 = jnp.sqrt(jnp.mean((old_LDE - old_LDE.mean(-1, keepdims=True)) ** 2, axis=(1, 2), keepdims=True))
     change_LDE = jnp.zeros(old_LDE.shape)
     state = _ADAM.init(change_LDE)
@@ -217,22 +220,37 @@ def distilled_routers(
         for number in bar.track(range(steps), description="distilling routers"):
             tokens_BT = batches[number % len(batches)][:, :-1]
             change_LDE, state = _distil_step(
-                *student, *teacher, old_LDE, deviation_L11, change_LDE, state, tokens_BT, rate(number)
+                *student, *teacher, ties, old_LDE, deviation_L11, change_LDE, state, tokens_BT, rate(number)
             )
     return np.asarray(old_LDE + deviation_L11 * change_LDE)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=(6, 7))
-def _distil_step(config, params, teacher_config, teacher, old_LDE, deviation_L11, change_LDE, state, tokens_BT, rate):
+@functools.partial(jax.jit, static_argnums=(0, 2, 4), donate_argnums=(7, 8))
+def _distil_step(
+    config,
+    params,
+    teacher_config,
+    teacher,
+    ties: RouterTies | None,
+    old_LDE,
+    deviation_L11,
+    change_LDE,
+    state,
+    tokens_BT,
+    rate,
+):
     """The change and Adam's state after a step for KL(teacher ‖ student)."""
     log_p_BTV = jax.nn.log_softmax(forward(teacher_config, teacher, tokens_BT).logits)
 
     def divergence(change_LDE):
         routed = with_routers(params, old_LDE + deviation_L11 * change_LDE)
-        log_q_BTV = jax.nn.log_softmax(forward(config, routed, tokens_BT, remat=True).logits)
+        log_q_BTV = jax.nn.log_softmax(
+            forward(config, routed, tokens_BT, remat=True, whole_groups=ties is not None).logits
+        )
         return jnp.mean(jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1))
 
-    updates, state = _ADAM.update(jax.grad(divergence)(change_LDE), state)
+    gradient_LDE = jax.grad(divergence)(change_LDE)
+    updates, state = _ADAM.update(ties.mean(gradient_LDE) if ties else gradient_LDE, state)
     return change_LDE - rate * updates, state
 
 

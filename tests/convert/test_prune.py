@@ -166,6 +166,69 @@ def test_the_result_is_the_source_with_the_dropped_experts_masked(directory, mix
     np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.std(expected)))
 
 
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A model as a carve leaves it: experts g, g + 4, g + 8 and g + 12 share a router row, so top-4 is one group."""
+    params = schema.initialize(MIXTRAL, jax.random.key(3))
+    params["blocks"]["moe"]["ffn"]["router"] = jnp.tile(params["blocks"]["moe"]["ffn"]["router"][..., :4], 4)
+    directory = tmp_path_factory.mktemp("tied") / "source"
+    pretrained.save_pretrained(directory, MIXTRAL, params)
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize("method", ["reap", "exhaustive", "frequency"])
+def test_experts_that_share_a_router_row_stay_or_go_together(tied, text, tmp_path, method):
+    """A group is one expert with all its neurons, at a quarter of `down`, of which a token chooses one."""
+    prune.prune(tied, tmp_path / "pruned", PruneOptions(8, (str(text),), method, calibration_tokens=700))
+    rows = json.loads((tmp_path / "pruned" / MANIFEST).read_text())["layers"]
+    _, source = pretrained.load_pretrained(tied)
+    ffn = source["blocks"]["moe"]["ffn"]
+    parts, by_score = {name: [] for name in ffn}, []
+    for layer, row in enumerate(rows):
+        scores_GC = np.array(row["scores"]).reshape(4, 4).T
+        best = sorted({expert % 4 for expert in row["kept"]})
+        assert row["kept"] == [expert for expert in range(16) if expert % 4 in best] and len(best) == 2
+        assert method == "exhaustive" or set(best) == set(np.argsort(-scores_GC.sum(1))[:2])
+        by_score.append(sorted(np.argsort(-np.array(row["scores"]))[:8].tolist()) == row["kept"])
+        experts_GC = np.arange(16).reshape(4, 4).T[best]
+        parts["router"].append(ffn["router"][layer][:, best])
+        for name in ("gate", "up"):
+            parts[name].append(jnp.concatenate(jnp.moveaxis(ffn[name][layer][experts_GC], 1, 0), axis=-1))
+        parts["down"].append(jnp.concatenate(jnp.moveaxis(ffn["down"][layer][experts_GC], 1, 0), axis=1) / 4)
+    assert method != "reap" or not all(by_score)  # single experts' scores would have broken groups up
+    source["blocks"]["moe"]["ffn"] = {name: jnp.stack(arrays) for name, arrays in parts.items()}
+    tokens = np.random.default_rng(1).integers(0, 72, (2, 9))
+    expected = forward(MIXTRAL.replace(experts=2, top_k=1, expert_ffn=48), source, tokens).logits
+    config, params = pretrained.load_pretrained(tmp_path / "pruned")
+    np.testing.assert_allclose(forward(config, params, tokens).logits, expected, atol=1e-5 * float(jnp.std(expected)))
+
+
+def test_a_choice_that_breaks_groups_up_is_made_anew_of_its_scores(tied, tmp_path):
+    scores = [9.0, 4, 3, 2, 0, 4, 3, 2, 0, 4, 3, 2, 0, 4, 3, 2]
+    for kept, expected in ((list(range(8)), {1, 2}), ([*range(2, 16, 4), *range(3, 16, 4)], {2, 3})):
+        rows = [{"layer": layer, "scores": scores, "kept": kept} for layer in range(3)]
+        (tmp_path / "earlier.json").write_text(json.dumps({"layers": rows}))
+        options = PruneOptions(8, choices=str(tmp_path / "earlier.json"))
+        manifest = prune.prune(tied, tmp_path / str(min(expected)), options)
+        assert [{expert % 4 for expert in row["kept"]} for row in manifest.layers] == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experts", "10"], "--experts: expected a multiple of 4, got 10"),
+        (["--experts", "8", "--merge"], "--merge: expected experts that are chosen one by one"),
+    ],
+)
+def test_groups_are_not_broken_up(tied, text, tmp_path, capsys, flags, message):
+    command = ["prune-experts", str(tied), str(tmp_path / "pruned"), "--calibration", str(text), *flags]
+    assert cli.main(command) == 2
+    groups = "model.layers.0.block_sparse_moe.gate.weight: groups of 4 experts share a row and are chosen together"
+    assert capsys.readouterr().err == f"error: {tied}: {groups}; {message}\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("config", [MIXTRAL, NEKOMIND], ids=["mixtral", "nekomind"])
 def test_transformers_opens_the_result(config, text, tmp_path):
     pytest.importorskip("torch")
@@ -276,8 +339,8 @@ def test_bad_options_are_one_line_and_exit_status_2(text, tmp_path, capsys, flag
 def test_too_many_subsets_and_dense_models_are_refused():
     options = PruneOptions(32, ("text.txt",), "exhaustive")
     with pytest.raises(UserError, match=r"64 experts have 1,832,624,140,942,590,534 subsets of 32.*use --method reap"):
-        prune.pruned_config(MIXTRAL.replace(experts=64), options, "model")
-    assert prune.pruned_config(MIXTRAL, PruneOptions(8, ("text.txt",), "exhaustive"), "model").experts == 8
+        prune.refuse_misfits([[expert] for expert in range(64)], options, "router")
+    prune.refuse_misfits([[expert] for expert in range(16)], PruneOptions(8, ("text.txt",), "exhaustive"), "router")
     with pytest.raises(UserError, match="model: a dense model; prune-experts wants an MoE model"):
         prune.pruned_config(DENSE, options, "model")
 

@@ -1,5 +1,6 @@
 """Distilled routers: what is kept, what is never worse, and the layer fits against least squares in NumPy."""
 
+import dataclasses
 import functools
 import json
 
@@ -16,6 +17,7 @@ from convert.experts.router_ridge import fitted_router
 from convert.streaming import MANIFEST, ConversionSettings, Writer
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint
+from nemoe_jax.errors import UserError
 from nemoe_jax.spec import schema
 from tests.support.compiled import forward, normal
 from tests.support.configs import DENSE, MIXTRAL, NEKOMIND, write_tokenizer
@@ -100,6 +102,30 @@ def test_noise_on_routers_is_undone(pair):
         log_p = jax.nn.log_softmax(forward(config, routed, tokens_BS[:, :-1]).logits)
         losses.append(-np.take_along_axis(np.asarray(log_p), tokens_BS[:, 1:, None], axis=-1).mean())
     assert abs(np.mean(losses) - after) < 1e-5
+
+
+def test_rows_that_a_group_shares_learn_as_one(tmp_path):
+    """Each group's experts weigh 1/4 whatever their row is: only the choice among groups can be learned."""
+    params = sharpened(MIXTRAL)
+    router_LDE = jnp.tile(params["blocks"]["moe"]["ffn"]["router"][..., :4], 4)
+    taught = router_distillation.with_routers(params, router_LDE)
+    noise = jnp.tile(normal(jax.random.key(9), (3, 24, 4), 0.5), 4)
+    save_words(tmp_path / "teacher", MIXTRAL, taught)
+    student = save_words(tmp_path / "student", MIXTRAL, router_distillation.with_routers(params, router_LDE + noise))
+    batches = list(sampled_text(MIXTRAL, taught, 160).reshape(-1, 8, LENGTH + 1))
+    options = DistillRoutersOptions("", (), steps=40, learning_rate=0.1)
+    routers_LDE, figures = recalibrate(Checkpoint(student), Checkpoint(tmp_path / "teacher"), batches, options)
+    before, after, best = (figures[f"held_out_loss_{name}"] for name in ("before", "after", "teacher"))
+    assert after < before - 0.1 * (before - best)
+    np.testing.assert_array_equal(routers_LDE, np.tile(routers_LDE[..., :4], 4))
+
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"word{number % 69}" for number in range(2000)))
+    with pytest.raises(UserError, match=r"student: groups of experts share a router row.*expected distil, got both"):
+        options = dataclasses.replace(
+            OPTIONS, teacher=str(tmp_path / "teacher"), calibration=(str(text),), calibration_tokens=900
+        )
+        router_distillation.distill_routers(student, tmp_path / "distilled", options)
 
 
 def test_a_dense_teacher_never_makes_it_worse(pair, tmp_path):

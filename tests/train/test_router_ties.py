@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from nemoe_jax.checkpoints import pretrained
+from nemoe_jax.spec.router_ties import find_ties
 from tests.support.train_runs import MIXTURE, make_workplace, random_params, write_recipe
 from train.recipe import read_recipe
 from train.run.loop import train
 from train.run.run_directory import Interrupted, Signals
-from train.step.router_ties import find_ties
 
 ROUTER = "blocks/moe/ffn/router"
 
@@ -32,6 +32,7 @@ def test_ties_are_those_of_groups_that_tokens_choose_whole():
     pairs, signed = find_ties(carved(2), 2), find_ties(carved(3), 3)
     assert pairs.leader_LE.tolist() == [[0, 1, 0, 1]] * 2 and pairs.sign_LE.tolist() == [[1] * 4] * 2
     assert signed.sign_LE.tolist() == [[1, 0, -1, 0]] * 2
+    assert pairs.groups(0) == [[0, 2], [1, 3]] and signed.groups(1) == [[0, 1, 3], [1, 2, 3]]
     rows = np.random.default_rng(1).normal(size=(2, 5, 4)).astype("f4")
     a, b, c, d = np.moveaxis(rows, -1, 0)
     for ties, expected in ((pairs, [(a + c) / 2, (b + d) / 2] * 2), (signed, [(a - c) / 2, 0 * a, (c - a) / 2, 0 * a])):
@@ -44,6 +45,7 @@ def test_ties_are_those_of_groups_that_tokens_choose_whole():
     assert find_ties(np.repeat(untied[..., :1], 4, -1), 2) is None  # all alike: they have to part to be of use
     assert find_ties(carved(2), 3) is None and find_ties(carved(2), 1) is None
     mixed = find_ties(np.concatenate([untied[:, :, :], carved(2)[:, :5]]), 2)
+    assert mixed.groups(0) == [[0], [1], [2], [3]] and mixed.groups(1) == pairs.groups(0)
     np.testing.assert_array_equal(np.asarray(mixed.mean(np.repeat(untied, 3, 0)))[0], untied[0])
 
 

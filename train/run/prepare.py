@@ -19,13 +19,13 @@ from nemoe_jax.spec import schema, sharding
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.fp8_weight import Quantization, abstract_weight
 from nemoe_jax.spec.mesh import make_mesh, parse_mesh
+from nemoe_jax.spec.router_ties import RouterTies, find_ties
 from nemoe_jax.spec.schema import Tree, leaves
 from nemoe_jax.text.tokenizers.load import Tokenizer, load_tokenizer
 from train.recipe import Phase, Recipe
 from train.recipe.run import QUANTIZED_BASES
 from train.step.chosen_experts import ChosenExperts, Places, own_sharding, take_experts
 from train.step.optimizer import router_scale
-from train.step.router_ties import RouterTies, find_ties
 from train.step.step import Flat, split
 
 

@@ -15,9 +15,9 @@ import optax
 import optax.contrib
 
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.router_ties import RouterTies
 from nemoe_jax.spec.schema import declare, leaves
 from train.recipe import Optimizer
-from train.step.router_ties import RouterTies
 
 RMS_OF_ADAM = 0.2  # root mean square of a step of Adam over the learning rate, as arXiv 2502.16982 measured it
 

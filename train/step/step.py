@@ -22,6 +22,7 @@ from nemoe_jax.model import transformer
 from nemoe_jax.model.next_token import token_logprobs
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.fp8_weight import FakeQuantized, Fp8Weight, is_quantized
+from nemoe_jax.spec.router_ties import RouterTies
 from nemoe_jax.spec.schema import Tree, declare, leaves, map_with_path, unflatten
 from nemoe_jax.spec.sharding import compiler_options
 from train.data.loader import Batch
@@ -31,7 +32,6 @@ from train.step.chosen_experts import ChosenExperts
 from train.step.divergence import divergence, feature_distance, top_k_divergence
 from train.step.loss import Sums, chunked_sums, masked_sum
 from train.step.optimizer import is_router
-from train.step.router_ties import RouterTies
 
 Flat = dict[str, Any]  # {path: array, or Fp8Weight}
 SCHEDULED = ("temperature", "kl_weight", "ce_weight", "feature_weight")  # of distillation

@@ -1,7 +1,8 @@
-"""Router rows that a carve made alike, and that stay so while they learn.
+"""Router rows that a carve made alike, and that stay so while they learn and where experts are pruned.
 
 A carve by token clusters makes groups of C experts that share a router row, so that a token chooses a group whole. Were
-each row to learn by itself, the rows would drift apart and tokens would get parts of several groups. Where C is above
+each row to learn by itself, the rows would drift apart and tokens would get parts of several groups, as they do where
+a group loses a member. Where C is above
 half of the experts, two groups share some: rows are v, -v, and 0 for what both have. So every row is one learned row
 times 1, -1 or 0.
 
@@ -19,12 +20,19 @@ from jax import Array
 from nemoe_jax.spec.schema import Tree, map_with_path
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RouterTies:
     """Row e of a layer is sign[e] times row leader[e]."""
 
     leader_LE: np.ndarray
     sign_LE: np.ndarray
+
+    def groups(self, layer: int) -> list[list[int]]:
+        """The experts of each group; each alone in a layer without ties."""
+        leader_E, sign_E = self.leader_LE[layer], self.sign_LE[layer]
+        if (sign_E < 1).any():
+            return [np.flatnonzero(sign_E >= 0).tolist(), np.flatnonzero(sign_E <= 0).tolist()]
+        return [np.flatnonzero(leader_E == leader).tolist() for leader in np.unique(leader_E)]
 
     def copied(self, rows_LXE: Array) -> Array:
         """Every row from its leader's, so that rows that are alike are so to the last bit."""
