@@ -140,7 +140,11 @@ UPCYCLE = Conversion(
 class PruneOptions:
     """Which experts are dropped."""
 
-    experts: int = option(dataclasses.MISSING, "experts per layer that are kept; at least top-k")
+    experts: int = option(
+        dataclasses.MISSING,
+        "experts per layer that are kept; at least top-k, and a multiple of it where "
+        "groups of experts share a router row",
+    )
     calibration: tuple[str, ...] = option((), "text files, directories or globs on which experts show their use")
     method: Literal["reap", "exhaustive", "frequency"] = option(
         "reap",

@@ -133,11 +133,13 @@ def shifted_rows(
 
     The size of logit differences is known without data where the router's input has unit variance before its norm
     weight: it is the distance of the rows, each times the norm weight. The spread is that between an expert and its
-    k - 1 nearest, whatever is further away: rows that were shifted before are.
+    k - 1 nearest, whatever is further away: rows that were shifted before are. Groups that share a row have none: any
+    lead does, and a small one is rounded least.
     """
     folded_ED = router_ED * norm_D
     distance_EE = np.linalg.norm(folded_ED[:, None] - folded_ED, axis=-1)
     spread = np.sort(distance_EE, axis=1)[:, min(max(config.top_k - 1, 1), config.experts - 1)].max()
+    spread = spread or distance_EE.max() / shift
     if not config.normalize_top_k:
         spread = max(spread, SATURATED)
     codes_GC = group_codes(groups)

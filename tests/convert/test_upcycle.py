@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from convert import cli
-from convert.experts.upcycle import UpcycleOptions, group_codes, upcycle, with_noise
+from convert.experts.upcycle import UpcycleOptions, group_codes, shifted_rows, upcycle, with_noise
 from convert.verify.routing import compare
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint, units
@@ -104,6 +104,18 @@ def test_copies_choose_what_the_source_chooses_but_for_a_strip(tmp_path, factor)
     np.testing.assert_allclose(
         copied_TC / copied_TC.sum(1)[:, None], weights_TC / weights_TC.sum(1)[:, None], atol=2e-3
     )
+
+
+def test_copies_of_groups_that_share_a_row_have_no_strip():
+    """Four experts of one row are chosen together, so that any lead of their copies leaves them together."""
+    random = np.random.default_rng(0)
+    router_ED = np.repeat(random.normal(size=(4, 24)).astype(np.float32) / 100, 4, axis=0)
+    many_ED, _ = shifted_rows(router_ED, np.ones(24, np.float32), 2, MIXTRAL, 1024.0)
+    x_TD = random.normal(size=(20_000, 24)).astype(np.float32)
+    chosen_TC = np.argsort(-(x_TD @ many_ED.T), axis=1, kind="stable")[:, :4]
+    group_T = np.argmax(x_TD.astype(np.float64) @ router_ED[::4].T.astype(np.float64), axis=1)
+    assert (np.sort(chosen_TC % 16) != 4 * group_T[:, None] + np.arange(4)).any(1).mean() < 1e-4
+    np.testing.assert_allclose(np.bincount(chosen_TC.ravel() // 16) / chosen_TC.size, 0.5, atol=0.02)
 
 
 @pytest.mark.parametrize("source", ["float32", "nekomind", "nekomind, softmax over all"])
