@@ -43,10 +43,9 @@ def test_prefill_and_decode_equal_the_full_pass(config):
     expected = forward(config, params, tokens).logits
     output = forward(config, params, tokens[:, :5], cache=empty_cache(config, 3, 16, jnp.float32))
     parts = [output.logits]
-    step = jax.jit(lambda cache, token: forward(config, params, token, cache=cache)[:2])
     cache = output.cache
     for at in range(5, 13):
-        next_logits, cache = step(cache, tokens[:, at : at + 1])
+        next_logits, cache, *_ = forward(config, params, tokens[:, at : at + 1], cache=cache)
         parts.append(next_logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-5)
     assert cache.length_B.tolist() == [13] * 3
