@@ -205,7 +205,8 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     teacher_config, teacher = pretrained.load_pretrained(options.teacher) if options.teacher else (None, None)
 
     def compiled(remat: bool, all_count: bool = False) -> Any:
-        objective = Objective(recipe.model_copy(update={"remat": remat}), phase, config, teacher_config, all_count)
+        as_told = recipe.model_copy(update={"remat": remat})
+        objective = Objective(as_told, phase, config, teacher_config, all_count=all_count)
         return make_update(objective).lower(state, frozen, teacher, batch).compile()
 
     update = compiled(options.remat)

@@ -135,6 +135,7 @@ class Objective:
     phase: Phase
     config: ModelConfig
     teacher_config: ModelConfig | None
+    _: dataclasses.KW_ONLY
     whole_groups: bool = False  # experts that share a router row are chosen together: see moe.with_gradient_of_groups
     all_count: bool = False  # for a program whose work is to be counted: the head computes every token
 
