@@ -122,7 +122,8 @@ def test_a_step_takes_as_many_slots_as_are_at_work(engine, monkeypatch):
         return decode(self, batch, places, *given, **options)
 
     monkeypatch.setattr(runner.ModelRunner, "decode", spy)
-    monkeypatch.setattr(engine._scheduler, "speculation", None)  # guesses would let a long response end early
+    monkeypatch.setattr(engine._scheduler, "speculation", None)  # guesses would let a long response end early,
+    monkeypatch.setattr(scheduler, "BLOCK", 8)  # and so would many tokens at a time where a step was measured as fast
     alone = [tokens_of(engine.submit(request)) for request in requests]
     assert set(sizes) == {1}
     sizes.clear()
