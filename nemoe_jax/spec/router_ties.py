@@ -2,9 +2,8 @@
 
 A carve by token clusters makes groups of C experts that share a router row, so that a token chooses a group whole. Were
 each row to learn by itself, the rows would drift apart and tokens would get parts of several groups, as they do where
-a group loses a member. Where C is above
-half of the experts, two groups share some: rows are v, -v, and 0 for what both have. So every row is one learned row
-times 1, -1 or 0.
+a group loses a member. Where C is above half of the experts, two groups share some: rows are v, -v, and 0 for what both
+have. So every row is one learned row times 1, -1 or 0.
 
 L layers, X embed (or the rank of an adapter), E experts, C top-k.
 """
