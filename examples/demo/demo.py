@@ -97,19 +97,7 @@ def main() -> None:
         "fp8-dynamic",
     )
 
-    windows = ("--batch-size", "8", "--batches", arguments.held_out_batches)
-    measured = {
-        name: step(
-            name,
-            "nemoe",
-            "perplexity",
-            str(directory),
-            str(held_out),
-            *windows,
-            *(("--reference", dense) if name != "dense" else ()),
-        )
-        for name, directory in models.items()
-    }
+    measured = step.measure(models, held_out, "--batch-size", "8", "--batches", arguments.held_out_batches)
     questions = output / "questions.jsonl"
     asked = {"prompt": PROMPT}, {"messages": [{"role": "user", "content": QUESTION}]}
     questions.write_text("".join(json.dumps(one) + "\n" for one in asked), encoding="utf-8")

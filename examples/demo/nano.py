@@ -77,14 +77,7 @@ def main() -> None:
     )
 
     # the windows that the recipes, too, evaluate on
-    windows = ("--batch-size", "8", "--batches", "8")
-    compared = ("--reference", str(dense))
-    measured = {
-        name: step(
-            name, "nemoe", "perplexity", str(directory), str(held_out), *windows, *(compared if name != "dense" else ())
-        )
-        for name, directory in models.items()
-    }
+    measured = step.measure(models, held_out, "--batch-size", "8", "--batches", "8")
     sampling = ("--max-new-tokens", "64", "--temperature", "0.7", "--min-p", "0.1")
     samples = {
         name: step(name, "nemoe", "generate", str(models[name]), "--prompt", PROMPT, *sampling)["text"]

@@ -33,15 +33,7 @@ class Steps:
     def __call__(self, stage: str, *command: str) -> dict[str, Any]:
         """The figures of a command; its seconds count for a stage."""
         (figures,) = self.lines(stage, *command)
-        shown = {name: value for name, value in figures.items() if isinstance(value, (int, float, str))}
-        print(
-            ", ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in shown.items()
-                if name != "text"
-            ),
-            flush=True,
-        )
+        _show(figures)
         return figures
 
     def lines(self, stage: str, *command: str) -> list[dict[str, Any]]:
@@ -50,6 +42,22 @@ class Steps:
         lines = run(*command)
         self.seconds[stage] = self.seconds.get(stage, 0) + time.monotonic() - before
         return lines
+
+    def measure(self, models: dict[str, Path], held_out: Path, *windows: str) -> dict[str, dict[str, Any]]:
+        """The figures of models, by name, beside the first one; each one's seconds count for its stage."""
+        first, *others = map(str, models.values())
+        lines = run("nemoe", "perplexity", first, str(held_out), *windows, "--reference", first, "--also", *others)
+        measured = dict(zip(models, lines, strict=True))
+        for name, figures in measured.items():
+            self.seconds[name] += figures["seconds"]
+            _show(figures)
+        return measured
+
+
+def _show(figures: dict[str, Any]) -> None:
+    shown = {name: value for name, value in figures.items() if isinstance(value, (int, float, str)) and name != "text"}
+    words = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+    print(", ".join(words), flush=True)
 
 
 def run(*command: str) -> list[dict[str, Any]]:
@@ -66,16 +74,16 @@ def row(directory: Path, measured: dict[str, Any], seconds: float) -> dict[str, 
     """A model's row of the report.
 
     Args:
-        measured: of `nemoe perplexity`, with the dense model as its reference; without one it is the dense model's own.
+        measured: of `nemoe perplexity`, with the dense model as its reference.
     """
     from nemoe_jax.checkpoints.reader import read_config
 
     total, active = count(read_config(directory))
     return {
         "loss": measured["loss"],
-        "gap": measured.get("loss_above_reference", 0.0),
-        "kl": measured.get("kl_divergence", 0.0),
-        "agreement": measured.get("argmax_agreement", 1.0),
+        "gap": measured["loss_above_reference"],
+        "kl": measured["kl_divergence"],
+        "agreement": measured["argmax_agreement"],
         "accuracy": measured["accuracy"],
         "load_max_over_mean": measured.get("load_max_over_mean"),
         "params_total": total,

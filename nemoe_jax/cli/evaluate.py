@@ -4,11 +4,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemoe_jax.cli import model_flags
 from nemoe_jax.errors import UserError
 from nemoe_jax.utils.command import EXIT_BAD_INPUT, Command, check_numbers, print_figures
+
+if TYPE_CHECKING:
+    from nemoe_jax.evaluation.perplexity import PerplexityResult
 
 BATCHES = 16
 DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -25,7 +28,8 @@ Text is cut into evenly spaced windows; every token after a window's first is sc
 that the model finds likeliest; loss_unigram is the loss of a model that knows nothing but how often each token comes:
 a model above it is destroyed. With --reference, the dense model of a carved one, say, the report tells what was lost:
 loss_above_reference and kl_divergence (of the reference's next token from the model's) in nats, and argmax_agreement,
-the share of tokens after which both find the same one likeliest.
+the share of tokens after which both find the same one likeliest. --also measures more models on the same text, each
+when the one before it has left the memory; with --json a line for each.
 With --window, windows slide over the whole text, and each token is scored once with much before it.
 With --needle, the text is the haystack: a line that tells a number is inserted, and its end asks for the number.""",
         reports=True,
@@ -45,6 +49,9 @@ With --needle, the text is the haystack: a line that tells a number is inserted,
     )
     parser.add_argument(
         "--reference", metavar="DIR", help="a model of the same vocabulary to compare with, as the dense one of a carve"
+    )
+    parser.add_argument(
+        "--also", nargs="+", metavar="DIR", help="more models to measure, of the same vocabulary and tokenizer"
     )
     parser.add_argument("--needle", action="store_true", help="look for an inserted line instead of scoring the text")
     parser.add_argument(
@@ -97,40 +104,53 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     if arguments.needle:
         _needle(arguments)
         return
-    from nemoe_jax.checkpoints.pretrained import load_pretrained
     from nemoe_jax.checkpoints.reader import Checkpoint
-    from nemoe_jax.evaluation.perplexity import check_window, evaluate, sliding_loss
+    from nemoe_jax.evaluation.perplexity import check_window, evaluate, reference_predictions, sliding_loss
     from nemoe_jax.text.corpus import spaced_batches, tokenize_corpus
     from nemoe_jax.text.tokenizers.load import load_tokenizer
 
-    checkpoint = Checkpoint(arguments.directory)
-    config = checkpoint.config
-    length = min(256, config.context) if arguments.sequence_length is None else arguments.sequence_length
-    if not 1 <= length <= config.context:
-        raise UserError(f"--sequence-length: expected 1 to the context of {config.context}, got {length}")
+    checkpoints = [Checkpoint(directory) for directory in (arguments.directory, *(arguments.also or ()))]
+    reference = Checkpoint(arguments.reference) if arguments.reference else None
+    vocab = checkpoints[0].config.vocab
+    for other in (*checkpoints[1:], *([reference] if reference else [])):
+        if other.config.vocab != vocab:
+            raise UserError(
+                f"{other.path}: expected {arguments.directory}'s vocabulary of {vocab}, got {other.config.vocab}"
+            )
+    context = min(checkpoint.config.context for checkpoint in checkpoints)
+    length = min(256, context) if arguments.sequence_length is None else arguments.sequence_length
+    if not 1 <= length <= context:
+        raise UserError(f"--sequence-length: expected 1 to the context of {context}, got {length}")
     window, batches = arguments.window, arguments.batches
     stride = window // 2 if window and arguments.stride is None else arguments.stride
     if window is not None:
-        check_window(window, stride, config.context)
-    stream = tokenize_corpus(arguments.texts, load_tokenizer(arguments.directory), vocab=config.vocab)
+        check_window(window, stride, context)
+    stream = tokenize_corpus(arguments.texts, load_tokenizer(arguments.directory), vocab=vocab)
+    spaced, compared = [], None
     if window is None:
         spaced = spaced_batches(stream, length, arguments.batch_size, BATCHES if batches is None else batches)
-        reference = Checkpoint(arguments.reference) if arguments.reference else None
-        if reference and (vocab := reference.config.vocab) != config.vocab:
-            raise UserError(
-                f"{reference.path}: expected {arguments.directory}'s vocabulary of {config.vocab}, got {vocab}"
-            )
-        _, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
+    if reference:
         dtype = None if arguments.dtype in ("fp8", "nf4") else arguments.dtype  # the reference is as it is
-        compared = load_pretrained(reference, mesh=mesh, dtype=dtype, progress=True) if reference else None
-        result = evaluate(config, params, spaced, mesh, reference=compared, corpus=stream)
-    else:
-        windows = None if batches is None else batches * arguments.batch_size
-        _, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
-        result = sliding_loss(
-            config, params, stream, window, stride, batch_size=arguments.batch_size, windows=windows, mesh=mesh
-        )
+        as_it_is = argparse.Namespace(**vars(arguments) | {"dtype": dtype})
+        config, params, mesh = model_flags.load_model_from_args(as_it_is, reference)
+        compared = reference_predictions(config, params, spaced, mesh)
+        del params
+    windows = None if batches is None else batches * arguments.batch_size
+    for checkpoint in checkpoints:
+        config, params, mesh = model_flags.load_model_from_args(arguments, checkpoint)
+        if window is None:
+            result = evaluate(config, params, spaced, mesh, reference=compared, corpus=stream)
+        else:
+            result = sliding_loss(
+                config, params, stream, window, stride, batch_size=arguments.batch_size, windows=windows, mesh=mesh
+            )
+        del params  # before the next ones come
+        _print_perplexity(result, arguments.json, {"model": str(checkpoint.path)} if arguments.also else {})
+
+
+def _print_perplexity(result: "PerplexityResult", as_json: bool, model: dict[str, Any]) -> None:
     figures: dict[str, Any] = {
+        **model,
         "loss": result.loss,
         "perplexity": result.perplexity,
         **result.figures.as_dict(),
@@ -139,11 +159,11 @@ def _perplexity(arguments: argparse.Namespace) -> None:
     }
     if result.load_LE is not None:
         figures["load_max_over_mean"] = result.load_max_over_mean
-        if arguments.json:
+        if as_json:
             figures["expert_load"] = result.load_LE.tolist()
-    if arguments.json:
+    if as_json:
         figures["destroyed"] = result.figures.destroyed
-    print_figures(figures, arguments.json)
+    print_figures(figures, as_json)
     if verdict := result.figures.verdict():
         print("warning:", verdict, file=sys.stderr)
 
@@ -155,7 +175,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         "--needle": ("lengths", "depths", "seed", "kv_cache"),
         "--window": ("stride",),
         "neither --window nor --needle": ("sequence_length", "reference"),
-        "no --needle": ("window", "batches"),
+        "no --needle": ("window", "batches", "also"),
     }
     holds = {
         "--needle": arguments.needle,

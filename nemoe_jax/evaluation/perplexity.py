@@ -52,6 +52,14 @@ class PerplexityResult(NamedTuple):
         return float(np.mean(self.load_LE.max(axis=1) / self.load_LE.mean(axis=1)))
 
 
+class Reference(NamedTuple):
+    """A model's predictions that others are compared with."""
+
+    config: ModelConfig
+    head: Tree  # what `logits` reads
+    x_BTD: list[jax.Array]  # of each batch: hidden states, which are small beside logits
+
+
 def check_window(window: int, stride: int, context: int) -> None:
     """Raises UserError unless a window has 2 tokens to the model's context, and the stride is less than it."""
     if not 2 <= window <= context:
@@ -104,37 +112,55 @@ def sliding_loss(
     return PerplexityResult(figures, logprobs.size, time.monotonic() - started, None)
 
 
+def reference_predictions(
+    config: ModelConfig, params: Tree, batches: Sequence[tuple[np.ndarray, np.ndarray]], mesh: Mesh | None = None
+) -> Reference:
+    """What `evaluate` compares models with; the other weights are no longer needed.
+
+    Args:
+        batches: those of `evaluate`.
+    """
+
+    @jax.jit
+    def states(params, tokens):
+        return hidden_states(config, params, tokens[:, :-1]).x_BTD
+
+    with progress_bar() as bar, use_mesh(mesh):
+        x_BTD = [states(params, tokens) for tokens, _ in bar.track(batches, description="reference")]
+    return Reference(config, {name: params[name] for name in ("embed" if config.tied else "head",)}, x_BTD)
+
+
 def evaluate(
     config: ModelConfig,
     params: Tree,
     batches: Sequence[tuple[np.ndarray, np.ndarray]],
     mesh: Mesh | None = None,
     *,
-    reference: tuple[ModelConfig, Tree] | None = None,
+    reference: Reference | None = None,
     corpus: np.ndarray | None = None,
 ) -> PerplexityResult:
     """Next-token figures over batches of tokens (B, T + 1) with weights (B,), as `corpus.spaced_batches` gives.
 
     Args:
-        reference: a model of the same vocabulary that the predictions are compared with.
+        reference: a model of the same vocabulary, on the same batches.
         corpus: tokens whose frequencies the unigram model knows; by default the batches' own.
     """
 
     @jax.jit
-    def measure(params, reference_params, tokens, weights_B):
+    def measure(params, reference_head, reference_BTD, tokens, weights_B):
         output = hidden_states(config, params, tokens[:, :-1])
         against: tuple[Any, ...] = ()
         if reference is not None:
-            reference_BTD = hidden_states(reference[0], reference_params, tokens[:, :-1]).x_BTD
-            against = functools.partial(logits, reference[0], reference_params), reference_BTD
+            against = functools.partial(logits, reference.config, reference_head), reference_BTD
         head = functools.partial(logits, config, params)
         return next_token_sums(tokens[:, 1:], weights_B, head, output.x_BTD, *against), output.routing
 
     started = time.monotonic()
     sums, load = [], None
     with progress_bar() as bar, use_mesh(mesh):
-        for tokens, weights_B in bar.track(batches, description="evaluating"):
-            of_batch, routing = measure(params, reference and reference[1], tokens, weights_B)
+        for number, (tokens, weights_B) in enumerate(bar.track(batches, description="evaluating")):
+            against = (None, None) if reference is None else (reference.head, reference.x_BTD[number])
+            of_batch, routing = measure(params, *against, tokens, weights_B)
             sums.append(jax.device_get(of_batch))
             if routing is not None:
                 load = routing.load_E if load is None else load + routing.load_E

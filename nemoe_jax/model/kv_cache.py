@@ -13,7 +13,7 @@ S slots of a page, M pages of a row at most, Q queries and C keys of a step.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -171,13 +171,41 @@ def zero_pages(pools: tuple[KVPages, KVPages], pages_M: jax.Array, here_B: jax.A
 
         return lax.fori_loop(0, len(pages_M), page, pools)  # one by one: for all at once, TPUs would copy the pool
 
+    return _of_each_device(of_device, pools, pages_M, here_B)
+
+
+def copy_page(
+    pools: tuple[KVPages, KVPages], source: jax.Array, target: jax.Array, here_B: jax.Array
+) -> tuple[KVPages, KVPages]:
+    """A copy of a page of keys and values in place of another one.
+
+    Args:
+        source, target: int32 scalars, their numbers in the table.
+        here_B: as for `zero_pages`.
+    """
+
+    def of_device(pools, numbers, here_B):
+        source, target = numbers
+
+        def copied(array):
+            page = lax.dynamic_index_in_dim(array, source, 2)
+            old = lax.dynamic_index_in_dim(array, target, 2)
+            return lax.dynamic_update_index_in_dim(array, jnp.where(here_B[0], page, old), target, 2)
+
+        return jax.tree.map(copied, pools)
+
+    return _of_each_device(of_device, pools, (source, target), here_B)
+
+
+def _of_each_device(of_device: Callable[..., Any], pools: Any, numbers: Any, here_B: jax.Array) -> Any:
+    """A function of each device's own pools, of page numbers, and of whether its part of the rows is meant, (1,)."""
     mesh = jax.sharding.get_abstract_mesh()
     if not spans_devices(mesh):
-        return of_device(pools, pages_M, here_B)
+        return of_device(pools, numbers, here_B)
     rows, sequence, tensor = _mesh_axes(len(here_B), pools[0].pool.shape[0])
     pool = _pool_place(rows, sequence, tensor)
     places = (pool, PartitionSpec(), PartitionSpec(rows or None))
-    return jax.shard_map(of_device, in_specs=places, out_specs=pool, check_vma=False)(pools, pages_M, here_B)
+    return jax.shard_map(of_device, in_specs=places, out_specs=pool, check_vma=False)(pools, numbers, here_B)
 
 
 def _mesh_axes(batch: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

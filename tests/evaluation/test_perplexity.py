@@ -157,11 +157,30 @@ def test_a_model_is_compared_with_its_reference(directory, tmp_path, capsys):
     assert figures["destroyed"] == (loss > unigram) and ("destroyed" in printed.err) == (loss > unigram)
 
 
-def test_a_reference_of_another_vocabulary_is_refused(directory, tmp_path, capsys):
+@pytest.mark.parametrize("how", [["--sequence-length", "32"], ["--window", "32"]])
+def test_several_models_are_measured_as_each_alone(directory, tmp_path, capsys, how):
+    config = MIXTRAL.replace(vocab=DENSE.vocab)
+    pretrained.save_pretrained(tmp_path / "moe", config, schema.initialize(config, jax.random.key(2)))
+    write_tokenizer(tmp_path / "moe")
+    text, models = str(directory.parent / "text.txt"), [str(directory), str(tmp_path / "moe")]
+    flags = [text, *how, "--json", *(["--reference", str(directory)] if "--window" not in how else [])]
+    alone = []
+    for model in models:
+        assert main(["perplexity", model, *flags]) == 0
+        alone.append(json.loads(capsys.readouterr().out) | {"model": model})
+    assert main(["perplexity", models[0], *flags, "--also", models[1]]) == 0
+    together = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one | {"seconds": 0} for one in together] == [one | {"seconds": 0} for one in alone]
+    if "--window" not in how:
+        assert together[0]["loss_above_reference"] == 0 and together[0]["argmax_agreement"] == 1
+
+
+@pytest.mark.parametrize("flag", ["--reference", "--also"])
+def test_another_vocabulary_is_refused(directory, tmp_path, capsys, flag):
     config = DENSE.replace(vocab=80)
     pretrained.save_pretrained(tmp_path / "other", config, schema.initialize(config, jax.random.key(2)))
     text = str(directory.parent / "text.txt")
-    assert main(["perplexity", str(directory), text, "--reference", str(tmp_path / "other")]) == 2
+    assert main(["perplexity", str(directory), text, flag, str(tmp_path / "other")]) == 2
     assert "expected" in (error := capsys.readouterr().err) and "vocabulary of 72, got 80" in error
 
 

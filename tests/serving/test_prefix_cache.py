@@ -1,4 +1,4 @@
-"""Prompts that begin alike share pages: the same tokens as without, and never a page that is not whole."""
+"""Prompts that begin alike share pages: the same tokens as without, and never what is not finite or still written."""
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,40 @@ def test_pages_are_counted_shared_and_evicted():
     assert pool.published(keys) == [] and pool.published(keys[1:]) == [first[1]]
 
 
+def test_the_longest_match_within_a_page():
+    pool, tokens = PageAllocator(5), np.arange(2 * PAGE)
+    whole, part = page_keys(tokens[: PAGE + 20], PAGE, b"", least=20)
+    [other] = page_keys(np.concatenate([tokens[:30], tokens]), PAGE, b"")[:1]
+    assert page_keys(tokens[: PAGE + 19], PAGE, b"", least=20) == [whole] == page_keys(tokens[: PAGE + 20], PAGE, b"")
+    pages = pool.allocate(3 * PAGE)
+    for page, key in zip(pages, (whole, part, other), strict=True):
+        pool.publish(page, key)
+    assert pool.longest_match(b"", tokens[:10]) == (other, 10)  # the latest one of equals
+    assert pool.longest_match(b"", tokens[:PAGE]) == (whole, PAGE)
+    assert pool.longest_match(b"", np.where(tokens < 40, tokens, 0)) == (whole, 40)
+    assert pool.longest_match(whole.hash, tokens[PAGE:]) == (part, 20)
+    assert pool.longest_match(whole.hash, tokens[:PAGE]) is None
+    assert pool.longest_match(b"adapter", tokens) is None and pool.longest_match(b"", tokens[:0]) is None
+    pool.withdraw(pages[0])
+    assert pool.longest_match(b"", tokens) == (other, 30)
+    pool.free(pages)
+    pool.allocate(4 * PAGE)
+    assert pool.longest_match(b"", tokens) is None and pool.longest_match(whole.hash, tokens[PAGE:]) is None
+
+
+def test_a_copy_is_its_own(start):
+    """What comes behind the copied tokens is written to the copy alone."""
+    ids = prompt(12, 200)
+    others = [request((*ids[:180], *prompt(seed, 30)), 40) for seed in range(20, 23)]
+    with start(prefix_cache=False) as plain, start() as engine:
+        requests = [request(ids, 40), *others, request(ids, 40), *others]
+        expected = [ask(plain, one)[0][0] for one in requests]
+        got = [ask(engine, one)[0] for one in requests]
+        assert [tokens for tokens, _ in got] == expected
+        assert [cached for _, cached in got] == [0, 180, 180, 180, 199, 209, 209, 209]
+        assert [tokens for tokens, _ in ask(engine, *requests[:2])] == expected[:2]  # two copies at once
+
+
 @pytest.mark.parametrize("dtype", [None, "int8", "float8_e4m3fn"])
 def test_a_prompt_that_begins_alike_gives_the_same_tokens(start, dtype, monkeypatch):
     ids = prompt(0, 300)
@@ -108,8 +142,8 @@ def test_a_prompt_that_begins_alike_gives_the_same_tokens(start, dtype, monkeypa
         lengths = computed(monkeypatch)
         got = [ask(engine, one)[0] for one in requests + requests]
         assert [tokens for tokens, _ in got] == [tokens for tokens, _ in expected]
-        assert [cached for _, cached in got] == [0, 256, 256, 128, 256, 256, 256, 128]
-        assert lengths == [128, 128, 43, 64, 19, 127, 43, 64, 19, 127]  # of 257 tokens the last one is read as a step
+        assert [cached for _, cached in got] == [0, 280, 256, 255, 299, 339, 256, 255]
+        assert lengths == [128, 128, 43, 59]  # the last token of a prompt is read as a step
         assert engine.statistics().cached_tokens == sum(cached for _, cached in got)
 
 
@@ -119,7 +153,7 @@ def test_the_next_message_of_a_chat_reads_what_is_new(start):
         [(first, _)] = ask(engine, request(ids, 100))
         then = request((*ids, *first, *prompt(3, 50)))
         [(tokens, cached)] = ask(engine, then)
-        assert cached == 256  # more than the prompt
+        assert cached == 299  # more than the prompt, and all that was read of the response
         assert ask(plain, then) == [(tokens, 0)]
 
 
@@ -139,7 +173,7 @@ def test_adapters_do_not_share_pages(start):
         given = [request(ids), request(ids, adapter="a")] * 2
         expected, got = ([ask(one, each)[0] for each in given] for one in (plain, engine))
         assert [tokens for tokens, _ in got] == [tokens for tokens, _ in expected]
-        assert [cached for _, cached in got] == [0, 0, 128, 128]
+        assert [cached for _, cached in got] == [0, 0, 149, 149]
 
 
 def test_over_a_mesh(start, params):
@@ -149,7 +183,7 @@ def test_over_a_mesh(start, params):
     with start() as one_device, start(placed, kv_tokens=24 * PAGE, mesh=mesh) as engine:
         expected = ask(one_device, request(ids))[0][0]
         # a page's tokens are on two devices; the slot is one of the part that has the pages
-        assert [ask(engine, request(ids))[0] for _ in range(3)] == [(expected, 0), (expected, 512), (expected, 512)]
+        assert [ask(engine, request(ids))[0] for _ in range(3)] == [(expected, 0), (expected, 599), (expected, 599)]
 
 
 def test_what_is_not_finite_is_not_shared(start, params):
@@ -161,11 +195,11 @@ def test_what_is_not_finite_is_not_shared(start, params):
         bad.result(60)
         assert bad.finish_reason == "error" and "NaN" in bad.error
         assert ask(engine, request(ids))[0] == (expected, 0)
-        bad = engine.submit(request((*ids[:280], BAD)))  # which has its first pages from the good one
+        bad = engine.submit(request((*ids[:280], BAD)))  # which has its pages from the good one, the last as a copy
         bad.result(60)
-        assert bad.finish_reason == "error" and bad.cached_tokens == 256
+        assert bad.finish_reason == "error" and bad.cached_tokens == 280
         assert ask(engine, request(ids))[0] == (expected, 0)  # those are under suspicion, and computed again
-        assert ask(engine, request(ids))[0] == (expected, 256)
+        assert ask(engine, request(ids))[0] == (expected, 299)
         assert not np.isnan(np.asarray(engine._runner.held.k.pool)).any()
 
 
@@ -228,4 +262,4 @@ def test_a_fault_while_pages_are_shared_empties_the_cache(start, monkeypatch):
         answer = engine.submit(request(prompt(11, 300)))
         answer.result(60)
         assert answer.finish_reason == "error" and "no more memory" in answer.error
-        assert [ask(engine, request(prompt(10, 300)))[0] for _ in range(2)] == [(expected, 0), (expected, 256)]
+        assert [ask(engine, request(prompt(10, 300)))[0] for _ in range(2)] == [(expected, 0), (expected, 299)]

@@ -52,7 +52,7 @@ def tokens_of(response):
 
 def compiled(records):
     """The engine's programs among what was compiled."""
-    found = [re.match(r"Compiling jit\((prefill|decode|count|wipe|score)\)", one.getMessage()) for one in records]
+    found = [re.match(r"Compiling jit\((prefill|decode|count|wipe|copy|score)\)", one.getMessage()) for one in records]
     return [match[1] for match in found if match]
 
 
@@ -61,7 +61,7 @@ def test_what_is_compiled_at_the_start_is_enough(start, caplog):
         engine.compile()
         names, programs = list(engine.programs.seconds), compiled(caplog.records)
         assert names == [
-            *("prefill 32", "decode 1", "penalties", "wipe"),
+            *("prefill 32", "decode 1", "penalties", "wipe", "copy"),
             *("prefill 64", "prefill 128", "prefill 256", "prefill 512", "decode 2"),
             *("decode 1 under constraints", "decode 2 under constraints"),
             *("decode 1 with log-probabilities", "decode 2 with log-probabilities"),
@@ -74,6 +74,9 @@ def test_what_is_compiled_at_the_start_is_enough(start, caplog):
         answers.append(engine.submit(Request((5,), constraint=object())))
         for answer in answers:
             answer.result(60)
+        copying = engine.submit(Request((*(5,) * 250, 6), 5))
+        copying.result(60)
+        assert copying.cached_tokens == 250
         assert compiled(caplog.records) == programs
 
 

@@ -15,7 +15,7 @@ from nemoe_jax.inference.decode import DecodeState, Scores, read_only, verify
 from nemoe_jax.inference.decode import decode as decode_steps
 from nemoe_jax.inference.sampler import SamplerInputs, TokenCounts, scores
 from nemoe_jax.kernels.attention.paged import KVPages
-from nemoe_jax.model.kv_cache import KVCache, shared_cache, zero_pages
+from nemoe_jax.model.kv_cache import KVCache, copy_page, shared_cache, zero_pages
 from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec.config import ModelConfig
 from nemoe_jax.spec.schema import Tree
@@ -152,6 +152,12 @@ def decode(
 @functools.partial(jax.jit, donate_argnames="held")
 def wipe(held: DeviceState, pages_M: Any, here_B: Any) -> DeviceState:
     k, v = zero_pages((held.k, held.v), pages_M, here_B)
+    return held._replace(k=k, v=v)
+
+
+@functools.partial(jax.jit, donate_argnames="held")
+def copy(held: DeviceState, source: Any, target: Any, here_B: Any) -> DeviceState:
+    k, v = copy_page((held.k, held.v), source, target, here_B)
     return held._replace(k=k, v=v)
 
 

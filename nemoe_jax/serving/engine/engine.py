@@ -148,7 +148,8 @@ class Engine:
                 config, params, max_num_seqs, *sizes_of_cache, self._adapters, specialize, deterministic
             )
         shared_tokens = math.lcm(CHUNK, pools[0].size) if deterministic else pools[0].size
-        self._slots = Slots(max_num_seqs, pools, runner.width, shared_tokens if prefix_cache else None)
+        shared = (shared_tokens, not deterministic) if prefix_cache else ()
+        self._slots = Slots(max_num_seqs, pools, runner.width, *shared)
         self._runner, self._known_V = runner, known_V
         self.programs = Programs(self._compile, self._wake)
         speculate = prompt_lookup and not deterministic

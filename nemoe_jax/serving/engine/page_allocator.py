@@ -4,24 +4,44 @@ A page that holds tokens of which the keys and values are known to be complete i
 tokens and of all before them (and of the adapter that computed them): other sequences that begin alike take it instead
 of computing it again. Shared pages are counted by the sequences that use them. Those that no sequence uses stay until
 room is needed; then the least recently used go first, of one sequence the last.
+
+Where sequences part within a page, the page that begins alike for longest can be copied (SGLang's radix cache, arXiv
+2312.07104, shares single tokens without a copy; its pages have one token).
 """
 
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
 from nemoe_jax.kernels.attention.paged import PAGE
 
+_COMPARED = 256  # pages, the latest ones
 
-def page_keys(tokens: np.ndarray, size: int, key: bytes) -> list[bytes]:
-    """The key of each whole page of `size` tokens; `key` tells apart what computed them."""
+
+class PageKey(NamedTuple):
+    """What a page holds."""
+
+    hash: bytes  # of its tokens and of all before them
+    parent: bytes  # of all before them; of the first page: what tells apart who computed them
+    tokens: bytes  # int32
+
+
+def page_keys(tokens: np.ndarray, size: int, parent: bytes, least: int | None = None) -> list[PageKey]:
+    """The key of each page of `size` tokens.
+
+    Args:
+        parent: tells apart what computed them.
+        least: the last page counts from so many tokens on; by default it has to be whole.
+    """
     keys = []
-    for first in range(0, len(tokens) - size + 1, size):
-        page = np.ascontiguousarray(tokens[first : first + size], np.int32)
-        key = hashlib.blake2b(key + page.tobytes(), digest_size=16).digest()
-        keys.append(key)
+    for first in range(0, len(tokens) - (least or size) + 1, size):
+        page = np.ascontiguousarray(tokens[first : first + size], np.int32).tobytes()
+        keys.append(PageKey(hashlib.blake2b(parent + page, digest_size=16).digest(), parent, page))
+        parent = keys[-1].hash
     return keys
 
 
@@ -41,8 +61,9 @@ class PageAllocator:
         """All pages are free, as at the start."""
         self._free = list(range(self.all, 0, -1))
         self._users: Counter[int] = Counter()  # sequences that use a page
-        self._page_of: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
+        self._page_of: dict[PageKey, int] = {}
+        self._key_of: dict[int, PageKey] = {}
+        self._behind: dict[bytes, dict[int, None]] = {}  # published pages by what is before them, the latest one last
         self._unused: OrderedDict[int, None] = OrderedDict()  # published, used by none; the least recently used first
 
     def __len__(self) -> int:
@@ -63,7 +84,7 @@ class PageAllocator:
         """How many pages a sequence of so many tokens takes."""
         return -(-tokens // self.size)
 
-    def published(self, keys: Iterable[bytes]) -> list[int]:
+    def published(self, keys: Iterable[PageKey]) -> list[int]:
         """The pages of the first keys, up to one that is not there."""
         pages = []
         for key in keys:
@@ -71,6 +92,17 @@ class PageAllocator:
                 break
             pages.append(self._page_of[key])
         return pages
+
+    def longest_match(self, parent: bytes, tokens: np.ndarray) -> tuple[PageKey, int] | None:
+        """The published page behind that parent that begins with most of the tokens, and with how many of them."""
+        best = None
+        for page in islice(reversed(self._behind.get(parent, {})), _COMPARED):
+            held = np.frombuffer(self._key_of[page].tokens, np.int32)[: len(tokens)]
+            differs = held != tokens[: len(held)]
+            count = int(differs.argmax()) if differs.any() else len(held)
+            if count > (best[1] if best else 0):
+                best = self._key_of[page], count
+        return best
 
     def has_room(self, tokens: int, shared: Sequence[int] = ()) -> bool:
         """Whether a sequence of so many tokens that begins with those published pages can have its pages now."""
@@ -101,16 +133,19 @@ class PageAllocator:
             else:
                 self._free.append(page)
 
-    def publish(self, page: int, key: bytes) -> None:
-        """The page is complete: others may share it, if they have no such page already."""
+    def publish(self, page: int, key: PageKey) -> None:
+        """Nothing more is written to the page: others may share it, if they have no such page already."""
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key], self._key_of[page] = page, key
+            self._behind.setdefault(key.parent, {})[page] = None
 
     def withdraw(self, page: int) -> None:
         """No further sequence may share the page."""
         key = self._key_of.pop(page, None)
         if key is not None:
-            del self._page_of[key]
+            del self._page_of[key], self._behind[key.parent][page]
+            if not self._behind[key.parent]:
+                del self._behind[key.parent]
 
     def is_private(self, page: int) -> bool:
         """Whether one sequence alone uses the page, and no other can come to it."""

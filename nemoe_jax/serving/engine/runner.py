@@ -225,6 +225,13 @@ class ModelRunner:
         pages_M[: len(pages)] = pages
         return held, pages_M, np.arange(self.parts) == self._part(slot)
 
+    def copy_page(self, slot: int, source: int, target: int) -> None:
+        """Copies a page to another one, of the part that has the slot."""
+        self.held = device.copy(*self._copy_inputs(self.held, slot, source, target))
+
+    def _copy_inputs(self, held: Any, slot: int, source: int, target: int) -> tuple[Any, ...]:
+        return held, np.int32(source), np.int32(target), np.arange(self.parts) == self._part(slot)
+
     def first_programs(self) -> list[Program]:
         """What the first lone request needs, if it is short and wants nothing special."""
         return [Program("prefill", self.widths[0]), Program("decode", self.batch_sizes[0])]
@@ -239,6 +246,7 @@ class ModelRunner:
         return [
             Program("penalties"),
             Program("wipe"),
+            Program("copy"),
             *(Program("prefill", width) for width in self.widths[1:]),
             *(Program("decode", size) for size in self.batch_sizes[1:]),
             *(Program("decode", size, width - 1) for size, width in guessed.items()),
@@ -263,6 +271,8 @@ class ModelRunner:
             return device.count.lower(*self._count_inputs(self._shapes, 0, np.zeros(1, np.int32), True))
         if program.kind == "wipe":
             return device.wipe.lower(*self._wipe_inputs(self._shapes, 0, []))
+        if program.kind == "copy":
+            return device.copy.lower(*self._copy_inputs(self._shapes, 0, 0, 0))
         zeros_B, idle_B = np.zeros(size, np.int32), np.full(size, -1, np.int32)
         given = controls([SamplingParams()] * size, self.config.vocab, known_V)
         allowed_BW = np.zeros((size, math.ceil(self.config.vocab / 32)), np.uint32) if program.allowed else None

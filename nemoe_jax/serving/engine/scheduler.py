@@ -122,6 +122,9 @@ class Scheduler:
         None where what they need is being compiled.
         """
         self.slots.reuse(slot)
+        match = self.slots.match(slot)
+        if match is not None and self.programs.ready(Program("copy")):
+            self.runner.copy_page(slot.number, *self.slots.copy(slot, *match))
         rest = slot.prompt[slot.prefilled : -1]
         chunk = rest
         if len(rest):

@@ -11,10 +11,12 @@ import numpy as np
 
 from nemoe_jax.inference.decode import DecodedTokens, Scores
 from nemoe_jax.serving.engine.device import MOST_ENDS, Batch
-from nemoe_jax.serving.engine.page_allocator import PageAllocator, page_keys
+from nemoe_jax.serving.engine.page_allocator import PageAllocator, PageKey, page_keys
 from nemoe_jax.serving.engine.request import ScoredToken
 from nemoe_jax.serving.engine.speculation import PromptLookup
 from nemoe_jax.serving.engine.stream import ResponseStream
+
+_LEAST = 16  # tokens for which a page is copied
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,11 +28,12 @@ class Slot:
     pages: list[int]
     prompt: np.ndarray
     adapter: int  # its number; -1 for none
-    keys: list[bytes]  # of the prompt's whole pages, for those that share them
+    keys: list[PageKey]  # of the prompt's whole pages, for those that share them
     prefilled: int = 0  # tokens of the prompt that are in the cache
     cached: int = 0  # of them, those that were there before
     finite: bool = True  # no NaN was seen in its pages
     published: int = 0  # pages that others may share, the first ones
+    copied: list[PageKey] = dataclasses.field(default_factory=list)  # pages of others that it has copies of
     decoding: bool = False  # its prompt is in the cache
     lookup: PromptLookup | None = None  # guesses its next tokens
     since: float = dataclasses.field(default_factory=time.monotonic)
@@ -43,10 +46,13 @@ class Slots:
         pools: the pages of each part of the slots.
         width: page numbers in a line of the page table.
         shared_tokens: prompts share whole multiples of so many tokens; None: nothing.
+        parts: prompts also share what was generated, and parts of pages.
     """
 
-    def __init__(self, count: int, pools: list[PageAllocator], width: int, shared_tokens: int | None = None):
-        self.pools, self._shared_tokens = pools, shared_tokens
+    def __init__(
+        self, count: int, pools: list[PageAllocator], width: int, shared_tokens: int | None = None, parts: bool = False
+    ):
+        self.pools, self._shared_tokens, self._shares_parts = pools, shared_tokens, parts
         self.taken: dict[int, Slot] = {}
         self._count, self._of_part = count, count // len(pools)
         self._batch_BN = Batch.idle(count + 1, width)  # the last one, -1, is idle for good
@@ -77,7 +83,7 @@ class Slots:
         prompt = np.array(response.request.prompt, np.int32)
         tokens = len(prompt) + response.request.max_new_tokens
         # the last token is read by the first step, which gives the logits behind it
-        keys = [] if self._shared_tokens is None else page_keys(prompt[:-1], self.pools[0].size, _key(response))
+        keys = [] if self._shared_tokens is None else page_keys(prompt[:-1], self.pools[0].size, _root(response))
         of_part = [self._whole(pool.published(keys)) for pool in self.pools]
         idle = [number for number in range(len(self)) if number not in self.taken]
         fitting = [number for number in idle if self._pool(number).has_room(tokens, of_part[self._part(number)])]
@@ -94,7 +100,7 @@ class Slots:
     def reuse(self, slot: Slot) -> None:
         """Takes pages of the prompt that others have published since, instead of computing them."""
         pool, first = self._pool(slot.number), slot.prefilled // self.pools[0].size
-        if first * pool.size != slot.prefilled:
+        if not self._shares_parts and first * pool.size != slot.prefilled:
             return
         shared = self._whole(pool.published(slot.keys[first:]))
         if shared:
@@ -103,7 +109,30 @@ class Slots:
             slot.pages[first : first + len(shared)] = shared
             pool.free(own)
             self._set_table(slot)
-            self._reused(slot, len(shared))
+            self._reused(slot, first + len(shared))
+
+    def match(self, slot: Slot) -> tuple[PageKey, int] | None:
+        """A page of others that begins as the slot's next page does, and with how many tokens; None: none is worth it.
+
+        For `copy`, after `reuse`.
+        """
+        if not self._shares_parts:
+            return None
+        pool = self._pool(slot.number)
+        first, held = divmod(slot.prefilled, pool.size)
+        parent = slot.keys[first - 1].hash if first else _root(slot.response)
+        found = pool.longest_match(parent, slot.prompt[first * pool.size : -1][: pool.size])
+        return found if found is not None and found[1] >= held + _LEAST else None
+
+    def copy(self, slot: Slot, key: PageKey, tokens: int) -> tuple[int, int]:
+        """The slot has those tokens of a page of others from now on: which page is to be copied, and to which."""
+        pool, first = self._pool(slot.number), slot.prefilled // self.pools[0].size
+        [source] = pool.published([key])
+        gained = first * pool.size + tokens - slot.prefilled
+        slot.prefilled += gained
+        slot.cached += gained
+        slot.copied.append(key)
+        return source, slot.pages[first]
 
     def publish(self, slot: Slot) -> None:
         """Whole pages of what is prefilled can be shared from now on."""
@@ -112,18 +141,18 @@ class Slots:
             self._publish(slot, min(complete, len(slot.keys)))
 
     def publish_response(self, slot: Slot) -> None:
-        """The same for what was generated: the next message of a chat comes behind it."""
-        size = self.pools[0].size
-        if self._shared_tokens == size:
+        """The same for what was generated, and the last page: the next message of a chat comes behind it."""
+        if self._shares_parts:
             held = int(self.batch.length_B[slot.number])
             tokens = [*slot.response.request.prompt, *(scored.token for scored in slot.response.tokens)][:held]
-            slot.keys = page_keys(np.array(tokens, np.int32), size, _key(slot.response))
+            slot.keys = page_keys(np.array(tokens, np.int32), self.pools[0].size, _root(slot.response), _LEAST)
             self._publish(slot, len(slot.keys))
 
     def withdraw(self, slot: Slot) -> None:
         """Something is wrong with the slot's pages: nobody else is to share them."""
-        for page in slot.pages:
-            self._pool(slot.number).withdraw(page)
+        pool = self._pool(slot.number)
+        for page in (*slot.pages, *(page for key in slot.copied for page in pool.published([key]))):
+            pool.withdraw(page)
 
     def private_pages(self, slot: Slot) -> list[int]:
         """Pages that no other sequence has or can have."""
@@ -140,10 +169,9 @@ class Slots:
         return pages[: len(pages) // unit * unit]
 
     def _reused(self, slot: Slot, pages: int) -> None:
-        tokens = pages * self.pools[0].size
-        slot.prefilled += tokens
-        slot.cached += tokens
-        slot.published += pages
+        """So many of the slot's pages, the first ones, are those of others."""
+        slot.cached += pages * self.pools[0].size - slot.prefilled
+        slot.prefilled, slot.published = pages * self.pools[0].size, pages
 
     def _set_table(self, slot: Slot) -> None:
         table = np.repeat(slot.pages, self.pools[0].cuts)
@@ -219,6 +247,6 @@ class SlotTokens(NamedTuple):
         ]
 
 
-def _key(response: ResponseStream) -> bytes:
+def _root(response: ResponseStream) -> bytes:
     """Tells apart the pages that an adapter of one content, or none, has computed."""
     return b"" if response.adapter is None else response.adapter.key
