@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import add_keep, keep, machine
-from benchmarks.train.train_step import PACKAGES, Step, Worker, model_config, serve
+from benchmarks.lib.sides import Step, Worker, serve
+from benchmarks.train.train_step import PACKAGES, model_config
 
 SPEED_LIMIT, AGREEMENT = 1.3, 1e-4
 PEERS = ("grouped_mm", "eager")

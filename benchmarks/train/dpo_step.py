@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import add_keep, keep, machine
+from benchmarks.lib.sides import AGREEMENT, Step, Worker, measure, serve, show
 from benchmarks.train import train_step
-from benchmarks.train.train_step import AGREEMENT, PACKAGES, Step, Worker, measure, our_side, peer_side, serve, show
+from benchmarks.train.train_step import PACKAGES, our_side, peer_side
 
 SPEED_LIMIT = 1.3
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # as TRL calls them

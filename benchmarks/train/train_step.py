@@ -25,10 +25,6 @@ stacked and taken apart, exponentials and the adapters of attention.
 import argparse
 import importlib.util
 import json
-import os
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,15 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import add_keep, keep, machine
+from benchmarks.lib.sides import AGREEMENT, Step, Worker, measure, serve, show
 
 SPEED_LIMIT, FLOPS_LIMIT = 1.5, 1.45
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-3
 ADAPTED = ("attn/*", "ffn/gate", "ffn/up", "ffn/down")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft")
-AGREEMENT = 1e-3  # of the first two losses, in nats, in float32
-WARM_UP = 2
-
-Step = Callable[[], float]  # takes an update and returns the loss before it
 
 
 def model_config(device: str, vocab: int) -> Any:
@@ -356,95 +349,6 @@ def peer(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     return step, facts
 
 
-class Worker:
-    """A process that takes a step whenever it is told to."""
-
-    def __init__(self, role: str, directory: Path, arguments: list[str], module: str = __spec__.name):
-        command = [sys.executable, "-m", module, *arguments, "--role", role, "--directory", str(directory)]
-        platforms = {"JAX_PLATFORMS": "cpu"} if "gpu" not in arguments else {}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **platforms}
-        )
-
-    def ask(self, what: str) -> Any:
-        """Sends a word and waits for the answer."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{self.process.args}: ended with status {self.process.wait()}")
-        return json.loads(answer)
-
-
-def serve(step: Step, facts: Callable[[], dict[str, Any]]) -> None:
-    """A worker's side of the conversation."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
-    for line in sys.stdin:
-        started, cpu = time.perf_counter(), time.process_time()
-        if line.strip() == "step":
-            loss = step()
-            answer = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu, "loss": loss}
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            answer = {"host_bytes": peak} | facts()
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def measure(
-    directory: Path, options: argparse.Namespace, arguments: list[str], module: str = __spec__.name
-) -> dict[str, Any]:
-    """Both sides' steps and facts, of the workers of a module."""
-    sides: dict[str, dict[str, Any]] = {"ours": {"steps": []}, "peer": {"steps": []}}
-    together = [["ours", "peer"]] if options.device == "cpu" else [["ours"], ["peer"]]
-    for names in together:
-        workers = {name: Worker(name, directory, arguments, module) for name in names}
-        for _ in range(WARM_UP + options.steps):
-            for name, worker in workers.items():
-                sides[name]["steps"].append(worker.ask("step"))
-        for name, worker in workers.items():
-            sides[name] |= worker.ask("facts")
-            assert worker.process.stdin
-            worker.process.stdin.close()
-            worker.process.wait()
-    for side in sides.values():
-        timed = side["steps"][WARM_UP:]
-        side["losses"] = [one["loss"] for one in side["steps"]]
-        side["seconds"] = statistics.median(one["seconds"] for one in timed)
-        side["cpu_seconds"] = statistics.median(one["cpu"] for one in timed)
-        side["tokens_per_second"] = options.rows * options.length / side["seconds"]
-    a, b = sides["ours"], sides["peer"]
-    figures: dict[str, Any] = {
-        **sides,
-        "ratio": a["tokens_per_second"] / b["tokens_per_second"],
-        "cpu_ratio": b["cpu_seconds"] / a["cpu_seconds"],
-        "first_losses_differ_by": max(abs(x - y) for x, y in list(zip(a["losses"], b["losses"], strict=True))[:2]),
-    }
-    if "matmul_flops_per_second" in a:
-        peak = a["matmul_flops_per_second"]
-        for side in (a, b):
-            side["mfu"] = a["model_flops_per_step"] / side["seconds"] / peak
-    return figures
-
-
-def show(figures: dict[str, Any], limit: float = SPEED_LIMIT) -> None:
-    """Prints the figures for people."""
-    for name in ("ours", "peer"):
-        side = figures[name]
-        memory = " ".join(f"{key} {side[key] / 1e9:.2f} GB" for key in ("host_bytes", "device_bytes") if key in side)
-        print(f"{name}: {side['tokens_per_second']:.0f} tokens/s, {side['seconds']:.3f} s a step", end=", ")
-        print(f"{side['cpu_seconds']:.3f} s of CPU time, peak {memory}", end="")
-        print(f", MFU {side['mfu']:.3f}" if "mfu" in side else "")
-        print("  losses " + " ".join(f"{loss:.5f}" for loss in side["losses"]))
-    print(f"{figures['machine']}, {figures['cores']} cores, {figures['versions']}")
-    print(f"the first two losses differ by {figures['first_losses_differ_by']:.1e} at most")
-    print(f"ratio {figures['ratio']:.2f} (limit {limit}), of CPU time {figures['cpu_ratio']:.2f}")
-    for key in ("executed_over_model", "executed_over_model_with_remat"):
-        if key in figures["ours"]:
-            limit = f" (limit {FLOPS_LIMIT})" if key.endswith("remat") else ""
-            print(f"{key.replace('_', ' ')} FLOPs {figures['ours'][key]:.3f}{limit}")
-
-
 def main() -> None:
     """Prepares, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -478,13 +382,20 @@ def main() -> None:
     arguments = sys.argv[1:]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        if Worker("prepare", directory, arguments).process.wait():
+        if Worker("prepare", directory, arguments, __spec__.name).process.wait():
             raise SystemExit("the model could not be written")
-        figures = {**measure(directory, options, arguments), **machine(PACKAGES)}
+        figures = {**measure(directory, options, arguments, __spec__.name), **machine(PACKAGES)}
     figures["options"] = {
         key: getattr(options, key) for key in ("device", "rows", "length", "vocab", "counts", "remat", "steps")
     }
-    print(json.dumps(figures, indent=2)) if options.json else show(figures)
+    if options.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        show(figures, SPEED_LIMIT)
+        for key in ("executed_over_model", "executed_over_model_with_remat"):
+            if key in figures["ours"]:
+                limit = f" (limit {FLOPS_LIMIT})" if key.endswith("remat") else ""
+                print(f"{key.replace('_', ' ')} FLOPs {figures['ours'][key]:.3f}{limit}")
     if options.keep:
         keep(f"train_step-{options.device}", figures)
     slow = figures["ratio"] < SPEED_LIMIT or figures["ours"].get("executed_over_model_with_remat", 0) > FLOPS_LIMIT

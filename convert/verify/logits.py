@@ -10,6 +10,7 @@ B sequences, T tokens, V vocabulary.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,12 +144,14 @@ def torch_logits(directory: str | Path, ids_BT: np.ndarray) -> np.ndarray:
         import transformers
     except ImportError as error:
         raise UserError(f"verify needs torch and transformers ({error}): pip install 'nemoe-jax[verify]'") from error
-    if not FAMILIES[reader.read_config(directory).family].in_transformers:
-        from convert.verify.nekomind_torch import load_nekomind  # needs torch at import
+    options: dict[str, Any] = {}
+    if FAMILIES[reader.read_config(directory).family].modeling:
+        import nemoe_jax.checkpoints.modeling_nekomind  # noqa: F401, registers itself; needs torch
 
-        model = load_nekomind(directory)
-    else:
-        path, gguf_file = (Path(directory).parent, Path(directory).name) if is_gguf(directory) else (directory, None)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.float32).eval()
+        options["experts_implementation"] = "eager"  # the grouped kernels want rows of a multiple of 16 bytes
+    path, gguf_file = (Path(directory).parent, Path(directory).name) if is_gguf(directory) else (directory, None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False, **options
+    ).eval()
     with torch.no_grad():
         return model(torch.from_numpy(np.asarray(ids_BT, np.int64))).logits.float().numpy()

@@ -26,6 +26,7 @@ from nemoe_jax.checkpoints.reader import TensorRef, units
 from nemoe_jax.checkpoints.safetensors_file import SafetensorsFile, header_of, is_finite
 from nemoe_jax.errors import ResumableError, UserError
 from nemoe_jax.spec.config import ModelConfig
+from nemoe_jax.spec.families import FAMILIES
 from nemoe_jax.utils.distributed import barrier
 from nemoe_jax.utils.file_copy import write_at
 from nemoe_jax.utils.output_path import SHARD_BYTES, check_room, refuse_existing, staging_path
@@ -226,6 +227,8 @@ class Writer:
         if jax.process_index() == 0:
             content = self.layout.content(self.config)
             texts = {self.layout.config_file: json.dumps(content, indent=2) + "\n", **(extra or {})}
+            if "auto_map" in content and (modeling := FAMILIES[self.config.family].modeling):
+                texts[modeling] = Path(__file__).with_name(modeling).read_text(encoding="utf-8")
             if len(self.files) > 1:
                 weight_map = {key: file.name for file in self.files for key in file.offsets}
                 total = sum(file.size - len(file.header) for file in self.files)

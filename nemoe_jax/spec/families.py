@@ -44,7 +44,7 @@ class Family:
     experts: tuple[str, str, str] = tuple(f"mlp.experts.{{expert}}.{name}" for name in _MLP)  # type: ignore[assignment]
 
     # how transformers 5 holds the model in memory, which is what PEFT's names follow
-    in_transformers: bool = True
+    modeling: str | None = None  # written beside the weights: with it transformers opens what it does not have itself
     renamed: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint's key, what became of it)
     router_is_parameter: bool = False  # of a module of its own kind, so that PEFT takes its weight as a parameter
 
@@ -56,6 +56,11 @@ class Family:
     gguf: str | None = None  # its architecture
     gguf_permutes: bool = False  # RoPE turns neighboring rows of q and k there
     gguf_normalizes: bool | None = None  # whether it divides top-k weights by their sum; None: as the file says
+
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers has the architecture itself."""
+        return self.modeling is None
 
     def can(self, feature: str) -> bool:
         """Whether a model of the family may have a feature."""
@@ -177,7 +182,7 @@ _RECORDS = (
         defaults={**_DEFAULTS, "norm_topk_prob": True, "qk_norm": True},
         always=frozenset({EXPERTS}),
         sometimes=frozenset({SHARED, QK_NORM, FIRST_DENSE, UNNORMALIZED}),
-        in_transformers=False,
+        modeling="modeling_nekomind.py",
     ),
     Family(
         name="qwen2",

@@ -6,6 +6,7 @@ takes it from its config classes.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 from nemoe_jax.errors import UserError
@@ -129,6 +130,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             content |= {key: list(range(config.dense_layers)), "decoder_sparse_step": 1}
         else:
             content[key] = getattr(config, field)
+    if family.modeling:
+        module, name = Path(family.modeling).stem, family.architecture.removesuffix("ForCausalLM")
+        classes = {"AutoConfig": f"{name}Config", "AutoModelForCausalLM": family.architecture}
+        content["auto_map"] = {auto: f"{module}.{own}" for auto, own in classes.items()}
     return content | {key: content[same] for key, same in family.synonyms}
 
 

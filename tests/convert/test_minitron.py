@@ -17,7 +17,6 @@ from convert.minitron import importance
 from convert.minitron.minitron import Kept, MinitronOptions, minitron, pruned_config
 from convert.streaming import MANIFEST, ConversionSettings
 from convert.verify.logits import our_logits, torch_logits
-from convert.verify.nekomind_torch import load_nekomind
 from nemoe_jax.checkpoints import pretrained
 from nemoe_jax.checkpoints.reader import Checkpoint, read_config
 from nemoe_jax.errors import UserError
@@ -85,10 +84,9 @@ def pruned(place):
 
 def norms_in_torch(directory, ids_BT):
     """{module: (what it reads, what it gives)}, float64, of the norms over the residual stream."""
-    if read_config(directory).family == "nekomind":
-        model = load_nekomind(directory)
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, trust_remote_code=True, experts_implementation="eager"
+    ).eval()
     seen = {}
     for name, module in model.named_modules():
         if name.endswith(("layernorm", "model.norm")):

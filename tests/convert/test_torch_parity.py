@@ -11,9 +11,8 @@ transformers = pytest.importorskip("transformers")
 
 from convert import cli
 from convert.verify.logits import compare
-from convert.verify.nekomind_torch import build_nekomind, load_nekomind
 from nemoe_jax.checkpoints import pretrained, reader
-from nemoe_jax.checkpoints.writer import Writer
+from nemoe_jax.inference.generate import generate
 from nemoe_jax.spec import schema
 from tests.support.compiled import forward
 from tests.support.configs import NEKOMIND, TORCH_SIZES
@@ -93,28 +92,32 @@ def test_what_we_save_opens_in_transformers(make, tmp_path):
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"] == [type(model).__name__]
 
 
-def test_nekomind_equals_its_torch_reference(tmp_path):
-    reference = lively(build_nekomind(NEKOMIND))
-    tensors = {name: tensor.numpy() for name, tensor in reference.state_dict().items() if name != "lm_head.weight"}
-    for layer in range(NEKOMIND.dense_layers, NEKOMIND.layers):  # fused in memory, one by one on disk
-        prefix = f"model.layers.{layer}.mlp.experts."
-        gate_up, down = tensors.pop(prefix + "gate_up_proj"), tensors.pop(prefix + "down_proj")
-        for expert in range(NEKOMIND.experts):
-            gate, up = np.split(gate_up[expert], 2)
-            for name, tensor in (("gate", gate), ("up", up), ("down", down[expert])):
-                tensors[f"{prefix}{expert}.{name}_proj.weight"] = tensor
-    with Writer(tmp_path / "model", NEKOMIND) as writer:
-        for unit in range(NEKOMIND.layers + 2):
-            writer.write(unit, tensors)
-        writer.finish()
-    np.testing.assert_allclose(our_logits(tmp_path / "model", IDS), torch_logits(reference, IDS), atol=1e-5)
+@pytest.mark.parametrize("config", [NEKOMIND, NEKOMIND.replace(qk_norm=False, tied=False)], ids=["tied", "no QK-norm"])
+def test_nekomind_opens_with_the_code_beside_its_weights(config, tmp_path):
+    params = schema.initialize(config, jax.random.key(0))
+    pretrained.save_pretrained(tmp_path / "ours", config, params)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours",
+        trust_remote_code=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        experts_implementation="eager",  # the grouped kernels want rows of a multiple of 16 bytes
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    expected = np.asarray(forward(config, params, IDS).logits)
+    np.testing.assert_allclose(torch_logits(model.eval(), IDS), expected, atol=1e-5)
 
-
-def test_a_saved_nekomind_opens_in_the_torch_reference(tmp_path):
-    params = schema.initialize(NEKOMIND, jax.random.key(0))
-    pretrained.save_pretrained(tmp_path / "model", NEKOMIND, params)
-    expected = np.asarray(forward(NEKOMIND, params, IDS).logits)
-    np.testing.assert_allclose(torch_logits(load_nekomind(tmp_path / "model"), IDS), expected, atol=1e-5)
+    lively(model).save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "modeling_nekomind.py").exists()
+    assert reader.read_config(tmp_path / "theirs") == config
+    expected = torch_logits(model, IDS)
+    assert 0.5 < expected.std() < 2
+    np.testing.assert_allclose(our_logits(tmp_path / "theirs", IDS), expected, atol=1e-5)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.inference_mode():
+        said = model.generate(torch.tensor(IDS[:1, :8]), **options)[0, 8:].tolist()
+    loaded = pretrained.load_pretrained(tmp_path / "theirs")
+    assert [int(token[0]) for token in generate(*loaded, IDS[:1, :8].tolist(), 12)] == said
 
 
 @pytest.mark.parametrize("family", ["mixtral", "nekomind"])

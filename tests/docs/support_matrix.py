@@ -22,11 +22,11 @@ _IDS |= {"bias": "llama", "yarn": "llama", "attention and MLP": "mistral", "rout
 COLUMNS: dict[str, dict[str, str]] = {
     "load, logits as transformers'": {
         "tests/model/test_parity.py::test_logits_equal_those_of_transformers_in_one_pass_and_with_a_cache": "",
-        "tests/convert/test_torch_parity.py::test_nekomind_equals_its_torch_reference": "nekomind",
+        "tests/convert/test_torch_parity.py::test_nekomind_opens_with_the_code_beside_its_weights": "nekomind",
     },
     "save": {
         "tests/convert/test_torch_parity.py::test_what_we_save_opens_in_transformers": "",
-        "tests/convert/test_torch_parity.py::test_a_saved_nekomind_opens_in_the_torch_reference": "nekomind",
+        "tests/convert/test_torch_parity.py::test_nekomind_opens_with_the_code_beside_its_weights": "nekomind",
     },
     "cache, decode": {
         "tests/model/test_parity.py::test_logits_equal_those_of_transformers_in_one_pass_and_with_a_cache": "",
