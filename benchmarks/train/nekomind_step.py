@@ -5,7 +5,8 @@
 The model is that of the recipe nekomind-nano: 256 wide, 2 dense and 4 MoE layers, 16 experts, top-4, and a shared one.
 Named peer: transformers, which opens the directory by the code beside its weights, with torch's AdamW and clipping;
 each in a process of its own, taking steps in turn. Limit: 1.3 times its tokens per second, by CPU time with `--cpu`;
-the first two losses agree.
+the first two losses agree. Beside other work neither ratio says anything: the peer's threads wait for each other
+actively.
 """
 
 import argparse
