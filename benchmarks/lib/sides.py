@@ -1,4 +1,4 @@
-"""Two sides of a training step, each in a process of its own: ours and a peer's."""
+"""Two sides of a step, of training or forward alone, each in a process of its own: ours and a peer's."""
 
 import argparse
 import json
@@ -51,6 +51,27 @@ def serve(step: Step, facts: Callable[[], dict[str, Any]]) -> None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             answer = {"host_bytes": peak} | facts()
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def batch_of(tokens: Any, mask: Any) -> Any:
+    """Our batch of whole rows, each one document.
+
+    Args:
+        tokens: (B, T + 1).
+        mask: (B, T), which targets count.
+    """
+    import jax.numpy as jnp
+
+    from train.data.packing import Batch
+
+    shape, length = mask.shape, mask.shape[1]
+    return Batch(
+        inputs=jnp.asarray(tokens[:, :-1]),
+        targets=jnp.asarray(tokens[:, 1:]),
+        mask=jnp.asarray(mask),
+        segments=jnp.ones(shape, jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape),
+    )
 
 
 def measure(directory: Path, options: argparse.Namespace, arguments: list[str], module: str) -> dict[str, Any]:

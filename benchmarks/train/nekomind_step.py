@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import add_keep, keep, machine
-from benchmarks.lib.sides import AGREEMENT, Step, Worker, measure, serve, show
+from benchmarks.lib.sides import AGREEMENT, Step, Worker, batch_of, measure, serve, show
 
 SPEED_LIMIT, LEARNING_RATE = 1.3, 1e-3
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
@@ -44,11 +44,9 @@ def prepare(directory: Path, options: argparse.Namespace) -> None:
 
 def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
     """Our step."""
-    import jax.numpy as jnp
     import numpy as np
 
     from nemoe_jax.checkpoints import pretrained
-    from train.data.packing import Batch
     from train.recipe import Recipe
     from train.step.optimizer import learning_rate_schedule, make_optimizer
     from train.step.step import Objective, initial_state, make_update, split
@@ -79,14 +77,8 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     update = make_update(
         Objective(recipe, phase, config, None), optimizer, learning_rate_schedule(phase.optimizer, phase.steps), state
     )
-    tokens, shape = np.load(directory / "tokens.npy"), (options.rows, options.length)
-    batch = Batch(
-        inputs=jnp.asarray(tokens[:, :-1]),
-        targets=jnp.asarray(tokens[:, 1:]),
-        mask=jnp.ones(shape, jnp.float32),
-        segments=jnp.ones(shape, jnp.int32),
-        positions=jnp.broadcast_to(jnp.arange(options.length, dtype=jnp.int32), shape),
-    )
+    tokens = np.load(directory / "tokens.npy")
+    batch = batch_of(tokens, np.ones((options.rows, options.length), np.float32))
 
     def step() -> float:
         nonlocal state

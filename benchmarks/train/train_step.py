@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.results import add_keep, keep, machine
-from benchmarks.lib.sides import AGREEMENT, Step, Worker, measure, serve, show
+from benchmarks.lib.sides import AGREEMENT, Step, Worker, batch_of, measure, serve, show
 
 SPEED_LIMIT, FLOPS_LIMIT = 1.5, 1.45
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-3
@@ -173,11 +173,9 @@ def our_side(directory: Path, options: argparse.Namespace, **keys: Any) -> tuple
 def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[], dict[str, Any]]]:
     """Our step; and what is to be said of it."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from nemoe_jax.checkpoints import pretrained
-    from train.data.packing import Batch
     from train.plan import hlo
     from train.step import model_flops
     from train.step.step import Objective
@@ -186,14 +184,7 @@ def ours(directory: Path, options: argparse.Namespace) -> tuple[Step, Callable[[
     recipe, config, state, frozen, make_update = our_side(directory, options, distill=distill)
     phase = recipe.phases[0]
     tokens = np.load(directory / "tokens.npy")
-    shape = (options.rows, options.length)
-    batch = Batch(
-        inputs=jnp.asarray(tokens[:, :-1]),
-        targets=jnp.asarray(tokens[:, 1:]),
-        mask=jnp.asarray(np.load(directory / "mask.npy")),
-        segments=jnp.ones(shape, jnp.int32),
-        positions=jnp.broadcast_to(jnp.arange(options.length, dtype=jnp.int32), shape),
-    )
+    batch = batch_of(tokens, np.load(directory / "mask.npy"))
 
     teacher_config, teacher = pretrained.load_pretrained(options.teacher) if options.teacher else (None, None)
 

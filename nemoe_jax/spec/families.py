@@ -43,8 +43,9 @@ class Family:
     router: str = "mlp.gate"
     experts: tuple[str, str, str] = tuple(f"mlp.experts.{{expert}}.{name}" for name in _MLP)  # type: ignore[assignment]
 
-    # how transformers 5 holds the model in memory, which is what PEFT's names follow
     modeling: str | None = None  # written beside the weights: with it transformers opens what it does not have itself
+
+    # how transformers 5 holds the model in memory, which is what PEFT's names follow
     renamed: tuple[tuple[str, str], ...] = ()  # (part of a checkpoint's key, what became of it)
     router_is_parameter: bool = False  # of a module of its own kind, so that PEFT takes its weight as a parameter
 

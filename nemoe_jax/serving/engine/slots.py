@@ -46,13 +46,18 @@ class Slots:
         pools: the pages of each part of the slots.
         width: page numbers in a line of the page table.
         shared_tokens: prompts share whole multiples of so many tokens; None: nothing.
-        parts: prompts also share what was generated, and parts of pages.
+        partial_pages: prompts also share what was generated, and pages that begin alike.
     """
 
     def __init__(
-        self, count: int, pools: list[PageAllocator], width: int, shared_tokens: int | None = None, parts: bool = False
+        self,
+        count: int,
+        pools: list[PageAllocator],
+        width: int,
+        shared_tokens: int | None = None,
+        partial_pages: bool = False,
     ):
-        self.pools, self._shared_tokens, self._shares_parts = pools, shared_tokens, parts
+        self.pools, self._shared_tokens, self._partial_pages = pools, shared_tokens, partial_pages
         self.taken: dict[int, Slot] = {}
         self._count, self._of_part = count, count // len(pools)
         self._batch_BN = Batch.idle(count + 1, width)  # the last one, -1, is idle for good
@@ -100,7 +105,7 @@ class Slots:
     def reuse(self, slot: Slot) -> None:
         """Takes pages of the prompt that others have published since, instead of computing them."""
         pool, first = self._pool(slot.number), slot.prefilled // self.pools[0].size
-        if not self._shares_parts and first * pool.size != slot.prefilled:
+        if not self._partial_pages and first * pool.size != slot.prefilled:
             return
         shared = self._whole(pool.published(slot.keys[first:]))
         if shared:
@@ -116,7 +121,7 @@ class Slots:
 
         For `copy`, after `reuse`.
         """
-        if not self._shares_parts:
+        if not self._partial_pages:
             return None
         pool = self._pool(slot.number)
         first, held = divmod(slot.prefilled, pool.size)
@@ -142,7 +147,7 @@ class Slots:
 
     def publish_response(self, slot: Slot) -> None:
         """The same for what was generated, and the last page: the next message of a chat comes behind it."""
-        if self._shares_parts:
+        if self._partial_pages:
             held = int(self.batch.length_B[slot.number])
             tokens = [*slot.response.request.prompt, *(scored.token for scored in slot.response.tokens)][:held]
             slot.keys = page_keys(np.array(tokens, np.int32), self.pools[0].size, _root(slot.response), _LEAST)
