@@ -100,6 +100,13 @@ def test_scratch_run_learns_and_its_output_is_a_model(write, workplace, capsys):
     assert sorted(path.name for path in Path().iterdir()) == ["out", "scratch.yaml"]
 
 
+def test_a_run_of_one_step_reports_no_speed(write, capsys):
+    assert main(["run", str(write("scratch")), "steps=1", "eval_every=0", "--json"]) == 0  # the first step compiles
+    assert "tokens_per_second" not in json.loads(capsys.readouterr().out)
+    (phase,) = json.loads(Path("out/report.json").read_text())["phases"]
+    assert phase["steps"] == 1 and "tokens_per_second" not in phase
+
+
 def held_out_loss(config, params, workplace) -> float:
     """Mean −log p over the held-out text's rows, in NumPy; its one document is cut every 32 tokens."""
     tokenizer = load_tokenizer(workplace)

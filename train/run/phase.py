@@ -202,7 +202,9 @@ class PhaseRun:
             steps=phase.steps,
             skipped=sum(line.get("skipped", False) for line in lines),
             params_trained=sum(array.size for array in jax.tree.leaves(trainable)),
-            tokens_per_second=max((line.get("tokens_per_second", 0.0) for line in lines[-2:]), default=0.0),
+            tokens_per_second=max(
+                (line["tokens_per_second"] for line in lines[-2:] if "tokens_per_second" in line), default=None
+            ),
             data=self.corpus.figures,
             before=first if last else None,
             after=last,

@@ -32,7 +32,7 @@ class PhaseResult:
     steps: int
     skipped: int  # steps whose loss or gradient was not finite
     params_trained: int
-    tokens_per_second: float
+    tokens_per_second: float | None  # None where no step was timed: the first compiles
     data: list[Figures]  # of each source
     before: HeldOut | None = None
     after: HeldOut | None = None
@@ -43,7 +43,7 @@ class PhaseResult:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         before, after, adapter = (plain.pop(name) for name in ("before", "after", "adapter"))
         plain["data"] = [figures._asdict() for figures in self.data]
-        return plain | _losses(before, after) | _known({"adapter": adapter})
+        return _known(plain) | _losses(before, after) | _known({"adapter": adapter})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RunReport:
 
     steps: int
     tokens: int
-    tokens_per_second: float
+    tokens_per_second: float | None  # as a phase's
     params_total: int
     params_trained: int
     phases: list[PhaseResult]
@@ -70,7 +70,7 @@ class RunReport:
         """All of it but the phases."""
         counts = ("steps", "tokens", "tokens_per_second", "params_total")
         plain = {name: getattr(self, name) for name in counts} | _losses(self.before, self.after)
-        return plain | {"params_trained": self.params_trained, "seconds": self.seconds}
+        return _known(plain) | {"params_trained": self.params_trained, "seconds": self.seconds}
 
 
 def _losses(before: HeldOut | None, after: HeldOut | None) -> dict[str, Any]:
