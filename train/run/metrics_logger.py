@@ -42,7 +42,7 @@ class MetricsLogger:
         self._started = time.monotonic()
         self.recipe, self._phase, self.steps, self.tokens_per_step = recipe, "", 0, 0
         self.skipped_in_row = 0
-        self._bar = progress_bar("loss", "speed", "held_out")
+        self._bar = progress_bar("loss", "speed", "held_out", lines=False)
         self._pending: tuple[int, Line] | None = None
         self._clock: float | None = None  # when the last step ended; None while compiling or evaluating
         self._timed_steps, self._timed_seconds = 0, 0.0
