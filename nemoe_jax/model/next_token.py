@@ -59,10 +59,15 @@ class NextTokenFigures:
         """A line for people where the model is destroyed, else nothing."""
         if not self.destroyed:
             return ""
-        return (
+        line = (
             f"the model is destroyed: its loss of {self.loss:.2f} nats is above the {self.loss_unigram:.2f} of a model "
             "that knows nothing but how often each token comes"
         )
+        if self.loss_reference is not None and not self.loss_reference <= self.loss_unigram:
+            line += (
+                f"; so is the {self.loss_reference:.2f} of what it is compared with: is the tokenizer that model's own?"
+            )
+        return line
 
 
 def token_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:

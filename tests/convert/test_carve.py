@@ -494,6 +494,7 @@ def test_a_carve_says_what_it_has_lost_or_that_it_has_not_looked(dense_directory
     assert manifest.figures["held_out_argmax_agreement"] == pytest.approx(agreement, abs=0.01)
     # a model that was never trained is worse than the words' frequencies, and so is what is carved of it
     assert manifest.figures["destroyed"] and "the model is destroyed" in manifest.figures["verdict"]
+    assert f"so is the {manifest.figures['held_out_loss_dense']:.2f} of what" in manifest.figures["verdict"]
 
 
 def test_an_interrupted_carve_does_not_go_on_with_other_calibration_text(

@@ -58,3 +58,9 @@ def test_the_unigram_model_knows_frequencies_alone():
 
 def test_what_is_no_number_counts_as_destroyed():
     assert next_token.NextTokenFigures(float("nan"), 0.0, 5.0).destroyed
+
+
+@pytest.mark.parametrize(("reference", "named"), [(3.0, False), (None, False), (7.5, True), (float("nan"), True)])
+def test_a_reference_that_knows_as_little_is_named(reference, named):
+    verdict = next_token.NextTokenFigures(6.0, 0.0, 5.0, loss_reference=reference).verdict()
+    assert verdict.startswith("the model is destroyed: its loss of 6.00 nats") and ("tokenizer" in verdict) == named
