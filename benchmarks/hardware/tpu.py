@@ -2,10 +2,12 @@
 
     python -m benchmarks.hardware.tpu                           (a minute or so for each case; goes on where it stopped)
     python -m benchmarks.hardware.tpu --case "v5e decode dense int8" (that one, anew)
+    python -m benchmarks.hardware.tpu --case "v5e decode 16E lone" --few-tokens 0       (few tokens treated as many)
 
 Of each program: bytes per device against what the chip has, how often it copies something as large as a layer of the
 key/value cache, what it sends. Nothing is run. The time is a lower bound, a roofline (Williams et al., 2009): the bytes
-that must move at the chip's published bandwidth, or the FLOPs at its published peak, whichever takes longer.
+that must move at the chip's published bandwidth, or the FLOPs at its published peak, whichever takes longer. Cycles are
+the compiler's estimates for a call of one step, without kernels and ragged dots.
 
 Bytes that must move are each weight once (of experts those that are chosen on average, if the router is even), and in
 decoding all keys and values. Weights and cache are cut over the mesh's tensor axis, so every device moves its part.
@@ -44,7 +46,12 @@ class Work(NamedTuple):
     fp8: bool = False  # whether linear maps are in FP8
 
 
-WORK = {"forward": Work(8, 2048), "decode bfloat16": Work(8, 32768, "bfloat16"), "decode int8": Work(8, 131072, "int8")}
+WORK = {
+    "forward": Work(8, 2048),
+    "decode bfloat16": Work(8, 32768, "bfloat16"),
+    "decode int8": Work(8, 131072, "int8"),
+    "decode lone": Work(1, 32768, "bfloat16"),
+}
 CASES = {
     f"{chip} {name.split()[0]} {model} {name.partition(' ')[2]}".strip(): (chip, model, work)
     for chip in SLICES
@@ -65,20 +72,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help="one case, even if there are figures")
     parser.add_argument("--mesh", help="with --case: another mesh than tensor=8; its figures are shown, and not kept")
+    parser.add_argument("--few-tokens", type=int, help="with --case: up to so many are few; shown, and not kept")
     options = parser.parse_args()
     only = options.case
-    if options.mesh and not only:
-        parser.error("--mesh: expected with --case")
+    if (options.mesh or options.few_tokens is not None) and not only:
+        parser.error("--mesh and --few-tokens: expected with --case")
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")
         return
     from train.plan.plan import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT)
-    if only and options.mesh:
+    if only and (options.mesh or options.few_tokens is not None):
+        from nemoe_jax.kernels import few_tokens_tpu
         from nemoe_jax.spec.mesh import parse_mesh
 
-        sys.exit(not all(list(show({only: measure(*CASES[only], parse_mesh(options.mesh))}))))
+        if options.few_tokens is not None:
+            few_tokens_tpu.FEW_TOKENS = options.few_tokens
+        sizes = parse_mesh(options.mesh) if options.mesh else None
+        sys.exit(not all(list(show({only: measure(*CASES[only], sizes)}))))
     results: dict[str, Any] = json.loads(RESULT_FILE.read_text("utf-8")) if RESULT_FILE.exists() else {}
     for name in [only] if only else CASES:
         if only or name not in results:
@@ -96,7 +108,7 @@ def measure(chip: str, model: str, work: Work, sizes: dict[str, int] | None = No
 
     from nemoe_jax.spec.config import preset
     from nemoe_jax.spec.mesh import make_mesh
-    from train.plan import aot, hlo
+    from train.plan import aot, hlo, hlo_flops
     from train.step import model_flops
 
     config = preset(MODELS[model])
@@ -134,6 +146,7 @@ def measure(chip: str, model: str, work: Work, sizes: dict[str, int] | None = No
         "fits": limit is None or total <= limit,
         "copies": copies(program, shares) if program else None,
         "sent": sum(one.bytes * one.times for one in program.collectives) if program else None,
+        "cycles": hlo_flops.estimated_cycles(program) if program else None,
         "seconds to compile": round(time.monotonic() - started, 1),
     }
 
@@ -212,8 +225,8 @@ def roofline(config: Any, work: Work, devices: int, peak: float | None, bandwidt
 def show(results: dict[str, Any]) -> Iterator[bool]:
     """Prints a line for each case, and yields whether it keeps its limits."""
     print(f"{'case':27}{'rows × tokens':>15}{'GB arguments':>14}{'temporaries':>13}{'total':>8}{'limit':>8}", end="")
-    print(f"{'used':>6}", end="")
-    print(f"{'copies':>8}{'GB sent':>9}{'GB to move':>12}{'TFLOPs':>9}{'ms at least':>13}{'tokens/s at most':>18}")
+    print(f"{'used':>6}{'copies':>8}{'GB sent':>9}{'10^6 cycles':>13}{'GB to move':>12}{'TFLOPs':>9}", end="")
+    print(f"{'ms at least':>13}{'tokens/s at most':>18}")
     for name, case in results.items():
         _, _, work = CASES[name]
 
@@ -225,6 +238,7 @@ def show(results: dict[str, Any]) -> Iterator[bool]:
         used = f"{case['total'] / case['limit']:.0%}" if case["fits"] else "over"
         print(f"{gigabytes('total'):>8}{gigabytes('limit'):>8}{used:>6}", end="")
         print(f"{'–' if case['copies'] is None else case['copies']:>8}{gigabytes('sent'):>9}", end="")
+        print(f"{case['cycles'] / 1e6:13.1f}" if case.get("cycles") is not None else f"{'–':>13}", end="")
         print(f"{gigabytes('bytes that must move'):>12}{case['flops'] / 1e12:>9.3f}", end="")
         print(f"{1e3 * case['seconds at least']:>11.1f}{case['bound'][:1]:>2}", end="")
         print(f"{case['tokens per second at most']:>18,.0f}")

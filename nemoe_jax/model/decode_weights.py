@@ -1,9 +1,8 @@
 """Weights of a layer that are read where they lie, among those of all layers: for steps of decoding.
 
-A scan hands each layer a slice of the stacked weights. TPUs read a matrix in place, and bring a layer's experts into
-vector memory where they fit, as those of the 12B-16E do on 8 chips. On CPU and GPU the slice is copied first, with
-all experts of the layer, which costs several times what reading the weights that a few tokens need does. There a step
-takes the stack and a number instead.
+A scan hands each layer a slice of the stacked weights, which products on TPUs read in place. On CPU and GPU the slice
+is copied first, with all experts of the layer, which costs several times what reading the weights that a few tokens
+need does. There a step takes the stack and a number instead.
 
 T tokens, D embed, F outputs, L layers, E experts, C top-k, R = T·C rows, K rank of adapters.
 """

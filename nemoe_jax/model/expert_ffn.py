@@ -6,22 +6,26 @@ cheapest. Sorting and summing have gradients of their own that gather instead of
 B batch, T tokens, D embed, E experts, C top-k, R = T·C rows, F expert_ffn.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from nemoe_jax.adapters.lora import Adapter
-from nemoe_jax.adapters.multi_lora import StackedAdapter, with_index
+from nemoe_jax.adapters.lora import Adapter, dropped
+from nemoe_jax.adapters.multi_lora import StackedAdapter, mask_ranks, with_index
 from nemoe_jax.kernels.backend import target_platform
+from nemoe_jax.kernels.few_tokens_tpu import are_few_on_tpu, every_expert, padded_rows, sum_of_experts
 from nemoe_jax.kernels.fp8 import E4M3
 from nemoe_jax.kernels.grouped_matmul.dispatch import Adapted, grouped_lora
 from nemoe_jax.kernels.moe_ffn_cpu import TokenOrder, fused_moe_ffn
 from nemoe_jax.model.layers import Adapters, project
 from nemoe_jax.model.token_chunks import map_token_chunks, num_chunks
+from nemoe_jax.spec.fp8_weight import Fp8Weight
 from nemoe_jax.spec.schema import Tree
 
+MOST_CHOICES = 16  # that a TPU follows one by one; reading an expert so takes as long as reading three of all
 AT_ONCE = 4096  # tokens whose rows are held at a time; more are computed part by part, and again for the gradient
 
 
@@ -60,6 +64,9 @@ def _run_part(
 ) -> jax.Array:
     """`apply_experts` for tokens whose choices count from the first held expert."""
     held = experts["gate"].shape[0]
+    if are_few_on_tpu(len(x_TD)):
+        run = _run_choices if 3 * local_TC.size <= min(held, MOST_CHOICES * 3) else _run_every_expert
+        return run(x_TD, weights_TC, local_TC, experts, with_index(adapters, index_T))
     top_k = local_TC.shape[-1]
     local_R = local_TC.reshape(-1)
     local_R = jnp.where((local_R >= 0) & (local_R < held), local_R, held)  # other devices' rows are sorted last
@@ -89,6 +96,61 @@ def _run_part(
     weights_R1 = _take_rows(weights_TC.reshape(-1, 1), order_R, rows)
     (y_RD,) = project_rows(hidden_RF * weights_R1, "down")
     return combine(y_RD, token_R, place_TC, rows)
+
+
+def _run_every_expert(
+    x_TD: jax.Array, weights_TC: jax.Array, local_TC: jax.Array, experts: Tree, adapters: Adapters
+) -> jax.Array:
+    """`_run_part` for a few tokens on a TPU: all experts make their part of each token, and few of them weigh."""
+
+    def project_each(name: str, x: jax.Array) -> jax.Array:
+        y_TEF, adapter = every_expert(x, experts[name]), adapters.get(name)
+        if adapter is None:
+            return y_TEF
+        return y_TEF + adapter.scale * every_expert(low_rank(x, adapter), adapter.b)
+
+    def low_rank(x: jax.Array, adapter: Adapter) -> jax.Array:
+        low_TEK = every_expert(dropped(x, adapter), adapter.a)
+        return jnp.concatenate([mask_ranks(low_TEK[:tokens], adapter), low_TEK[tokens:]])
+
+    tokens = len(x_TD)
+    chosen_TCE = jax.nn.one_hot(local_TC, experts["gate"].shape[0], dtype=weights_TC.dtype)  # of other devices: zeros
+    weights_TE1 = padded_rows(jnp.einsum("tc,tce->te", weights_TC, chosen_TCE))[..., None]
+    x_TD = padded_rows(x_TD)
+    hidden_TEF = jax.nn.silu(project_each("gate", x_TD)) * project_each("up", x_TD)
+    hidden_TEF = jnp.where(weights_TE1 == 0, 0, hidden_TEF * weights_TE1)  # what overflows where nobody asked is no NaN
+    y_TD, adapter = sum_of_experts(hidden_TEF, experts["down"]), adapters.get("down")
+    if adapter is not None:
+        y_TD += adapter.scale * sum_of_experts(low_rank(hidden_TEF, adapter), adapter.b)
+    return y_TD[:tokens]
+
+
+def _run_choices(
+    x_TD: jax.Array, weights_TC: jax.Array, local_TC: jax.Array, experts: Tree, adapters: Adapters
+) -> jax.Array:
+    """`_run_part` for a token or two on a TPU, which choose a small part of the experts: those alone are read."""
+    held = experts["gate"].shape[0]
+
+    def multiply(name: str, x_1D: jax.Array, token: int, expert: jax.Array) -> jax.Array:
+        weight, adapter = experts[name], adapters.get(name)
+        weight = weight.at(expert) if isinstance(weight, Fp8Weight) else weight[expert]
+        if adapter is not None:
+            adapter = dataclasses.replace(adapter, a=adapter.a[expert], b=adapter.b[expert])
+            if isinstance(adapter, StackedAdapter):
+                adapter = dataclasses.replace(adapter, index=adapter.index[token : token + 1])
+        return project(x_1D, weight, 1, adapter)
+
+    def of_choice(token: int, choice: int) -> jax.Array:
+        expert, x_1D = local_TC[token, choice], x_TD[token : token + 1]
+        weight = jnp.where((expert >= 0) & (expert < held), weights_TC[token, choice], 0)
+        expert = jnp.clip(expert, 0, held - 1)
+        gate_1F, up_1F = (multiply(name, x_1D, token, expert) for name in ("gate", "up"))
+        return multiply("down", jax.nn.silu(gate_1F) * up_1F * weight, token, expert)
+
+    tokens, choices = local_TC.shape
+    return jnp.concatenate(
+        [functools.reduce(jnp.add, [of_choice(token, choice) for choice in range(choices)]) for token in range(tokens)]
+    )
 
 
 @jax.custom_vjp

@@ -16,6 +16,7 @@ from flax import nnx
 
 from nemoe_jax.adapters.lora import Adapter, dropped
 from nemoe_jax.adapters.multi_lora import mask_ranks
+from nemoe_jax.kernels.few_tokens_tpu import are_few_on_tpu, padded_rows
 from nemoe_jax.kernels.fp8 import fp8_matmul
 from nemoe_jax.kernels.grouped_matmul.dispatch import grouped_matmul, precision_of
 from nemoe_jax.model.decode_weights import LayerSlice
@@ -75,13 +76,18 @@ def _contract(
     if group_sizes is not None:
         return grouped_matmul(x, w if isinstance(w, Fp8Weight) else w.astype(x.dtype), group_sizes)
     rows, outputs = x.shape[: x.ndim - inputs], w.shape[inputs:]
+    count = math.prod(rows)
+    x = padded_rows(x.reshape(count, *w.shape[:inputs]))
     if isinstance(w, Fp8Weight):
-        return fp8_matmul(x.reshape(-1, *w.shape[:inputs]), w).reshape(*rows, *outputs)
+        return fp8_matmul(x, w)[:count].reshape(*rows, *outputs)
     assert w.dtype != jnp.uint16, "bits are no numbers"
-    # one matrix product: on CPU the gradients of products over several axes are several times slower
-    x = x.reshape(-1, math.prod(w.shape[:inputs]))
-    w = w.astype(x.dtype).reshape(x.shape[1], -1)
-    return jnp.matmul(x, w, precision=precision_of(x.dtype)).reshape(*rows, *outputs)
+    w, precision = w.astype(x.dtype), precision_of(x.dtype)
+    if are_few_on_tpu(count):
+        y = jnp.tensordot(x, w, inputs, precision=precision)
+    else:  # one matrix product: on CPU the gradients of products over several axes are several times slower
+        x = x.reshape(len(x), -1)
+        y = jnp.matmul(x, w.reshape(x.shape[1], -1), precision=precision)
+    return y[:count].reshape(*rows, *outputs)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

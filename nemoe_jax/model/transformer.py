@@ -314,7 +314,7 @@ def logits(
         if decoding and use_inplace_weights(x_BTD[..., 0].size, head):
             head = LayerSlice(head[None], 0)
         return project(x_BTD, head, 1, adapters.get("head")).astype(jnp.float32)
-    logits_BTV = x_BTD @ params["embed"].T.astype(x_BTD.dtype)
+    logits_BTV = project(x_BTD, params["embed"].T, 1, None)
     adapter = adapters.get("embed")
     if adapter is not None:
         a_RV, b_DR = adapter.a.T.astype(x_BTD.dtype), adapter.b.T.astype(x_BTD.dtype)

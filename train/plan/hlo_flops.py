@@ -1,4 +1,4 @@
-"""FLOPs that a compiled program executes, counted in its HLO."""
+"""FLOPs that a compiled program executes, counted in its HLO, and the cycles that the TPU compiler expects."""
 
 import functools
 import math
@@ -12,16 +12,39 @@ from train.plan import hlo
 KernelFlops = Callable[[hlo.Instruction, hlo.Computation], float]
 
 
-def executed_flops(program: hlo.Program, of_kernel: KernelFlops = lambda kernel, computation: 0.0) -> float:
+def executed_flops(
+    program: hlo.Program,
+    of_kernel: KernelFlops = lambda kernel, computation: 0.0,
+    counts: Callable[[hlo.Instruction], bool] = lambda one: True,
+) -> float:
     """FLOPs of the matrix products and kernels that one device runs; what goes element by element is left out.
 
     Args:
         of_kernel: FLOPs of a `tpu_custom_call` that carries no estimate, given it and its computation.
+        counts: whether an instruction is counted.
     """
     return sum(
         program.times[name] * _flops(one, program.computations[name], of_kernel) / program.ragged_groups.get(name, 1)
         for name, one in program
+        if counts(one)
     )
+
+
+def estimated_cycles(program: hlo.Program, counts: Callable[[hlo.Instruction], bool] = lambda one: True) -> int:
+    """The TPU compiler's estimates, summed over what one device runs. Kernels carry none.
+
+    Those of a ragged dot are left out: they count the tiles that it skips.
+
+    Args:
+        counts: whether an instruction is counted.
+    """
+    cycles = 0
+    for name, one in program:
+        found = re.search(r'"estimated_cycles":"(\d+)"', one.attributes)
+        ragged = '"is_ragged_dot":true' in one.attributes or name in program.ragged_groups
+        if found and counts(one) and not ragged:
+            cycles += program.times[name] * int(found[1])
+    return cycles
 
 
 def attention_kernel_flops(kernel: hlo.Instruction, computation: hlo.Computation) -> float:

@@ -6,8 +6,9 @@
 over tiles of rows instead (cpu.py), and NVIDIA GPUs have kernels (gpu.py). Rows beyond
 the last group (experts that live on another device) are neither computed nor defined.
 
-Weights in FP8 stay so: tiles dequantize one expert's matrix each; where many rows go through `ragged_dot`, those of one
-layer's experts are dequantized, and none where the hardware has products in FP8.
+Weights in FP8 stay so: tiles dequantize one expert's matrix each; where rows go through `ragged_dot`, those of one
+layer's experts are dequantized, and none where the hardware has products in FP8. A few tokens on a TPU meet every
+expert instead (few_tokens_tpu.py).
 
 R rows, D inputs, F outputs, E experts, K rank of the adapters.
 """
@@ -20,11 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from nemoe_jax.kernels.backend import target_platform
-from nemoe_jax.kernels.fp8 import fp8_matmul, has_fp8_products, quantize_rows
+from nemoe_jax.kernels.fp8 import has_fp8_products, quantize_rows
 from nemoe_jax.kernels.grouped_matmul.cpu import tiled_lora, tiled_lora_gradients, tiled_matmul, tiled_outer
 from nemoe_jax.spec.fp8_weight import Fp8Weight
-
-FEW_ROWS = 256  # so many a loop over the experts that have rows multiplies with each of them, on a TPU in FP8
 
 
 @jax.custom_vjp
@@ -143,8 +142,6 @@ def _ragged_matmul(x_RD, w_EDF, sizes_E):
         y_RF = gpu_matmul(x_RD, w_EDF.values, sizes_E)
         return (y_RF * _scale_of_rows(w_EDF, sizes_E, len(y_RF))).astype(x_RD.dtype)
     if isinstance(w_EDF, Fp8Weight):
-        if len(x_RD) <= FEW_ROWS and x_RD.dtype != jnp.float32:
-            return _each_expert(x_RD, w_EDF, sizes_E)
         if has_fp8_products(x_RD.dtype) and w_EDF.scale.shape[1] == 1 and w_EDF.is_fp8:
             return _ragged_fp8(x_RD, w_EDF, sizes_E)
         w_EDF = w_EDF.dequantized(x_RD.dtype, stacked=1)
@@ -156,21 +153,6 @@ def _scale_of_rows(w_EDF, sizes_E, rows):
     """Each row's scales, (R, F), where they are those of outputs alone."""
     expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows), side="right", method="compare_all")
     return w_EDF.scale[:, 0].at[expert_R].get(mode="clip")
-
-
-def _each_expert(x_RD, w_EDF, sizes_E):
-    """All rows with the matrix of each expert that has some, one after another: what costs is reading the matrices."""
-    ends_E = jnp.cumsum(sizes_E)
-    busy_E = jnp.argsort(sizes_E == 0)  # stable: first the experts that have rows
-
-    def run(number, y_RF):
-        expert = busy_E[number]
-        row_R = jnp.arange(len(x_RD))
-        mine_R = (row_R >= ends_E[expert] - sizes_E[expert]) & (row_R < ends_E[expert])
-        return jnp.where(mine_R[:, None], fp8_matmul(x_RD, w_EDF.at(expert)), y_RF)
-
-    y_RF = jnp.zeros((len(x_RD), w_EDF.shape[2]), x_RD.dtype)
-    return lax.fori_loop(0, jnp.sum(sizes_E > 0), run, y_RF)
 
 
 def _ragged_fp8(x_RD, w_EDF, sizes_E):
