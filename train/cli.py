@@ -21,7 +21,7 @@ teacher, in one phase or several.
   nemoe-train cache-teacher my.yaml       what its teacher says of the text, kept: then it trains without the teacher
   nemoe-train sweep my.yaml --output runs/sweep --learning-rates 1e-3,3e-3
   nemoe-train tokenizer text/ --vocab 32006 --output tokenizers/mine
-  nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice? (needs no TPU)
+  nemoe-train plan my.yaml --topology v5e:4x4     does it fit a TPU slice, or h100? (needs none)
 """
 
 
@@ -49,16 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = command.add(
         "plan",
         _plan,
-        "compile a recipe's step for a TPU slice, without a TPU, and say whether it fits",
+        "compile a recipe's step for a TPU slice or a GPU, without one, and say whether it fits",
         "Bytes per device by kind against the chip's limit, transfers between devices, FLOPs. Needs no weights:\n"
         "model and distill.teacher may be names of presets (nemoe inspect NAME shows one) instead of directories. The\n"
         "mesh is the recipe's, or auto where it has none, as is written in train/run/auto_mesh.py.\n\n"
-        "Exit status 3 where it does not fit, with what to change. Wants libtpu: pip install 'nemoe-jax[tpu]'.\n\n"
+        "Exit status 3 where it does not fit, with what to change. Wants libtpu: pip install 'nemoe-jax[tpu]';\n"
+        "for GPUs JAX's plugin for CUDA. Of a card's memory three quarters count, as in JAX, or the share that\n"
+        "XLA_PYTHON_CLIENT_MEM_FRACTION names.\n\n"
         "  nemoe-train plan nemoe-12b-16e-repair model=nemoe-12b-16e distill.teacher=mistral-nemo-12b \\\n"
         "      --topology v5e:4x4",
         reports=True,
     )
-    plan.add_argument("--topology", required=True, help="TPU generation and chips: v5e:4x4, v5p:2x2x4, v6e:8x8, …")
+    plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, …, or h100, h200, h100:8")
     plan.add_argument("--phase", metavar="NAME", help="phase of the recipe; default: that which trains most weights")
     plan.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
     cache = command.add(

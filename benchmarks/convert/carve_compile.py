@@ -23,14 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.lib import h200
 from benchmarks.lib.results import add_keep, keep, machine
 from convert.carve import gradient_refit, token_clusters
 from convert.layerwise import BATCH, SEQUENCE_LENGTH, _attend, feed_forward, hidden
 from convert.options import REFIT_STEPS
 from nemoe_jax.spec.config import preset
 from nemoe_jax.spec.schema import declare, leaves, unflatten
-from train.plan import aot, hlo
+from train.plan import absent_gpu, aot, hlo
 from train.plan.hlo_flops import executed_flops
 
 TOKENS, EXPERTS, TOP_K = 131072, 16, 4
@@ -124,9 +123,9 @@ def main() -> None:
     name = "H200" if options.gpu else "v5e:2x4"
     jax.config.update("jax_platforms", "cpu")  # nothing runs on what is compiled for
     if options.gpu:
-        if reason := h200.missing():
-            return print(reason)
-        devices = [h200.absent_h200()]
+        if reason := absent_gpu.missing():
+            return print(f"skipped: {reason}")
+        devices = absent_gpu.absent_gpus("h200")
     else:
         devices = aot.topology_devices(name)
     mesh = Mesh(devices, ("data",))

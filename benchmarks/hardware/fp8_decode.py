@@ -17,7 +17,7 @@ import sys
 from typing import Any, NamedTuple
 
 from benchmarks.hardware.tpu import MODELS, Work, lower
-from benchmarks.lib import h200
+from train.plan import absent_gpu
 
 RATIO = 0.55
 SLICES = {"v6e:1x1": ("v6e:2x2", 1), "v5e:2x2": ("v5e:2x2", 4), "h200": None}  # topology, chips of it
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--slice", choices=SLICES, help="default: those of TPUs")
     parser.add_argument("--rows", type=int, default=1, help="sequences of the batch (default 1)")
     options = parser.parse_args()
-    if options.slice == "h200" and (reason := h200.missing()):
-        return print(reason)
+    if options.slice == "h200" and (reason := absent_gpu.missing()):
+        return print(f"skipped: {reason}")
     if options.slice != "h200" and importlib.util.find_spec("libtpu") is None:
         print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")
         return
@@ -82,7 +82,7 @@ def compiled_step(model: str, slice: str, work: Work) -> Step:
 
     config = preset(MODELS[model])
     of_tpu = SLICES[slice]
-    devices = aot.topology_devices(of_tpu[0])[: of_tpu[1]] if of_tpu else [h200.absent_h200()]
+    devices = aot.topology_devices(of_tpu[0])[: of_tpu[1]] if of_tpu else absent_gpu.absent_gpus("h200")
     mesh = make_mesh({"tensor": len(devices)}, devices)
     with jax.set_mesh(mesh):
         compiled = lower(config, mesh, work)[0].compile()

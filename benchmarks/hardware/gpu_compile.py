@@ -15,8 +15,8 @@ import re
 import sys
 from typing import Any
 
-from benchmarks.lib.h200 import absent_h200, missing
 from benchmarks.lib.results import add_keep, keep, machine
+from train.plan.absent_gpu import absent_gpus, missing
 
 WASTE, DECODE_BYTES, FORWARD_BYTES = 1.15, 100e6, 2e9
 SLOTS = 704  # of the cache: 512 tokens of a prompt and some
@@ -76,10 +76,10 @@ def main() -> None:
     add_keep(parser)
     options = parser.parse_args()
     if reason := missing():
-        return print(reason)
+        return print(f"skipped: {reason}")
     from nemoe_jax.kernels.grouped_matmul.gpu import row_blocks, tiles_at_most
 
-    programs = compiled(absent_h200())
+    programs = compiled(absent_gpus("h200")[0])
     rows, experts = 4 * 8192, 16
     tile = row_blocks(rows, experts, "bfloat16").rows
     figures: dict[str, Any] = {"waste": tiles_at_most(rows, experts, tile) * tile / rows}

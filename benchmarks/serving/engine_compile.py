@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.hardware.tpu import MODELS, copies
-from benchmarks.lib import h200
 from benchmarks.lib.results import add_keep, keep, machine
 from nemoe_jax.adapters.loaded import LoadedAdapters
 from nemoe_jax.inference.sampler import TokenCounts
@@ -33,7 +32,7 @@ from nemoe_jax.serving.engine.runner import CHUNK, ModelRunner
 from nemoe_jax.spec.config import preset
 from nemoe_jax.spec.fp8_weight import abstract_model
 from nemoe_jax.spec.mesh import make_mesh
-from train.plan import aot, hlo
+from train.plan import absent_gpu, aot, hlo
 
 SLOTS, TOKENS, TOPOLOGY = 8, 8192, "v5e:2x4"
 
@@ -62,9 +61,9 @@ def main() -> None:
     add_keep(parser)
     options = parser.parse_args()
     if options.gpu:
-        if reason := h200.missing():
-            return print(reason)
-        devices, limit = [h200.absent_h200()], h200.USABLE
+        if reason := absent_gpu.missing():
+            return print(f"skipped: {reason}")
+        devices, limit = absent_gpu.absent_gpus("h200"), absent_gpu.usable_bytes("NVIDIA H200")
     else:
         if importlib.util.find_spec("libtpu") is None:
             return print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")

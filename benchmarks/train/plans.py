@@ -1,4 +1,6 @@
-"""Memory and work of training steps on TPU slices, by the TPU compiler (needs libtpu, no TPU: pip install .[tpu]).
+"""Memory and work of training steps on TPU slices and GPUs, by their compilers.
+
+Needs libtpu (pip install .[tpu]), for GPUs JAX's plugin for CUDA, and neither a TPU nor a GPU.
 
     python -m benchmarks.train.plans                  (a few minutes for each case on 2 cores; goes on where it stopped)
     python -m benchmarks.train.plans --case v5e-8k    (that one, anew)
@@ -19,6 +21,7 @@ from benchmarks.lib.results import RESULTS
 RESULT_FILE = RESULTS / "plans.json"
 LORA_16 = ("recalibration", "nemoe-12b-16e", "model=nemoe-12b-16e")  # phase, recipe, what is changed in it
 LORA_512 = ("language", "nemoe-12b-16e", "model=nemoe-12b-16e")
+REPAIR = ("train", "nemoe-12b-16e-repair", "model=nemoe-12b-16e", "distill.teacher=mistral-nemo-12b", "mesh=auto")
 DISTILLATION = ("train", "minitron-8b-distill", "model=minitron-8b", "distill.teacher=mistral-nemo-12b")
 
 
@@ -43,6 +46,12 @@ CASES = {
     "v4-8k": Case(LORA_16, "v4:2x2x4", 8192, 32),
     "v6e-8k": Case(LORA_16, "v6e:4x4", 8192, 32),
     "v5e-rank-512": Case(LORA_512, "v5e:4x4", 8192, 16),
+    "h100-4k": Case(LORA_16, "h100", 4096, 4),
+    "h100-4k-nf4": Case((*LORA_16, "quantize=nf4"), "h100", 4096, 4),
+    "h100-repair": Case(REPAIR, "h100", 4096, 4),
+    "h100x8-8k": Case(LORA_16, "h100:8", 8192, 32),
+    "rtx4090-2k-nf4": Case((*LORA_16, "quantize=nf4"), "rtx4090", 2048, 1),
+    "rtx4090-8k-nf4": Case((*LORA_16, "quantize=nf4"), "rtx4090", 8192, 1),
 }
 
 

@@ -46,16 +46,24 @@ def is_quantized(spec: ParamSpec) -> bool:
 def widen(values: jax.Array) -> jax.Array:
     """In float32: float8_e4m3fn, or its bits, all but its NaN, which no weight is; or what uint4 stands for in NF4."""
     if values.dtype == jnp.uint4:
-        code = values.astype(jnp.int32)
-        wide = jnp.full(code.shape, NF4[0], jnp.float32)
-        for number, value in enumerate(NF4[1:], 1):  # a look-up would go element by element on a TPU
-            wide = jnp.where(code == number, jnp.float32(value), wide)
-        return wide
+        return lax.platform_dependent(values.astype(jnp.int32), tpu=_select_nf4, default=_look_up_nf4)
     if values.dtype != jnp.uint8:
         return values.astype(jnp.float32)
     bits = values.astype(jnp.uint16)
     halves = lax.bitcast_convert_type((bits & 0x80) << 8 | (bits & 0x7F) << 7, jnp.float16)
     return halves.astype(jnp.float32) * 256  # exponents count from 15 there, and from 7 here
+
+
+def _look_up_nf4(code: jax.Array) -> jax.Array:
+    return jnp.array(NF4, jnp.float32).at[code].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _select_nf4(code: jax.Array) -> jax.Array:
+    """For TPUs, where a look-up goes element by element. On GPUs XLA keeps an array of each value beside a loop."""
+    wide = jnp.full(code.shape, NF4[0], jnp.float32)
+    for number, value in enumerate(NF4[1:], 1):
+        wide = jnp.where(code == number, jnp.float32(value), wide)
+    return wide
 
 
 @register_dataclass

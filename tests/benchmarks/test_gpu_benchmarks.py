@@ -47,4 +47,4 @@ def test_the_kernels_dry_run_times_what_a_cpu_can_interpret(run):
     ],
 )
 def test_what_is_missing_is_said(run, name, reason):
-    assert run(*name.split()) == f"skipped: {reason}\n"
+    assert run(*name.split()).startswith(f"skipped: {reason}")

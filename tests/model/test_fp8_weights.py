@@ -21,7 +21,7 @@ from nemoe_jax.kernels.grouped_matmul import dispatch
 from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.model.transformer import forward, hidden_states
 from nemoe_jax.spec import schema
-from nemoe_jax.spec.fp8_weight import Fp8Weight, is_quantized
+from nemoe_jax.spec.fp8_weight import NF4, Fp8Weight, is_quantized, widen
 from nemoe_jax.spec.mesh import make_mesh
 from tests.support.configs import CONFIGS, DENSE, MIXTRAL
 
@@ -91,6 +91,17 @@ def test_nf4_is_that_of_qwix(models):
         right = qwix.dequantize(qwix.quantize(w, "nf4", channelwise_axes=others, tiled_axes={stacked: 64}))
         ours = got.dequantized(jnp.float32, stacked).reshape(w.shape)
         assert jnp.mean(ours != right) < 1e-5  # but for those half-way between two values
+
+
+def test_nf4_is_looked_up_where_xla_would_keep_an_array_of_each_value():
+    values = jnp.arange(16, dtype=jnp.uint4)
+    np.testing.assert_array_equal(jax.jit(widen)(values), np.float32(NF4))
+    text = {
+        platform: jax.jit(widen).trace(values).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "tpu")
+    }
+    assert "gather" in text["cuda"] and "select" not in text["cuda"]
+    assert "gather" not in text["tpu"]
 
 
 @pytest.mark.parametrize("name", ["nekomind", "mixtral blocks"])

@@ -15,7 +15,7 @@ from nemoe_jax.spec.hf_config import to_hf
 from tests.support.configs import DENSE, MIXTRAL
 from train import cli
 from train import recipe as recipes
-from train.plan import aot, hlo, hlo_flops, plan
+from train.plan import absent_gpu, aot, hlo, hlo_flops, plan
 from train.run.auto_mesh import auto_mesh
 
 NEMOE = preset("nemoe-12b-16e")
@@ -307,14 +307,32 @@ def test_advice_is_compiled_change_after_change_until_one_fits(recipe_file):
     ("words", "message"),
     [
         (["nano-repair"], "libtpu"),
+        (["nano-repair", "--topology", "h100"], "h100: jax-cuda12-plugin is not installed: pip install"),
+        (["nano-repair", "--topology", "h100:x"], "h100:x: expected a number of cards behind the colon, got x"),
         (["nano-repair", "--phase", "second"], "--phase: expected one of train, got second"),
         (["nano-repairs"], "no such recipe file"),
     ],
 )
 def test_errors_of_the_command(words, message, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["plan", *words, "--topology", "v5e:4x4"]) == 2
+    assert cli.main(["plan", "--topology", "v5e:4x4", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_of_a_card_jax_takes_a_share(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert absent_gpu.usable_bytes("NVIDIA GeForce RTX 4090") == 24564 * 2**20 * 3 // 4
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert absent_gpu.usable_bytes("NVIDIA GeForce RTX 4090") == 24564 * 2**19
+    assert absent_gpu.usable_bytes("another") is None
+
+
+@pytest.mark.skipif(absent_gpu.missing() is not None, reason="JAX's plugin for CUDA is not installed")
+def test_a_card_that_is_not_there(recipe_file):
+    command = [sys.executable, "-m", "train.cli", "plan", str(recipe_file), "--topology", "h100:2", "--json"]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert figures["device_kind"] == "NVIDIA H100 80GB HBM3" and figures["devices"] == 2 and figures["fits"]
+    assert figures["memory"]["total"] < figures["limit"] == 84929347584 * 3 // 4
 
 
 def test_a_model_is_a_directory_or_a_preset(tmp_path):

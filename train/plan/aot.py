@@ -1,7 +1,8 @@
-"""Ahead of time: a recipe's training step, compiled for a TPU slice that is not there.
+"""Ahead of time: a recipe's training step, compiled for a TPU slice or GPUs that are not there.
 
 libtpu's compiler needs no TPU: it takes a topology such as v5e:4x4, the shapes of all arrays and where they lie, and
-gives the very program that would run, or says that it does not fit. No weight is read and no array is made.
+gives the very program that would run, or says that it does not fit. No weight is read and no array is made. JAX's
+plugin for CUDA needs no card either (absent_gpu.py).
 
     step = build_step(recipe, topology_devices("v5e:4x4"))
     compiled, seconds = compile_step(step)
@@ -33,7 +34,7 @@ from nemoe_jax.spec.config import PRESETS, ModelConfig
 from nemoe_jax.text.tokenizers.load import load_tokenizer
 from train.data.loader import Batch, PairBatch
 from train.data.teacher_cache import TeacherBatch
-from train.plan import hlo, hlo_flops
+from train.plan import absent_gpu, hlo, hlo_flops
 from train.recipe import Phase, Recipe
 from train.run import prepare
 from train.step import model_flops
@@ -42,7 +43,7 @@ from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.preference import SEGMENTS, make_objective
 from train.step.step import make_update, state_shape
 
-EXAMPLES = "v5e:4x4, v5e:2x4, v5p:2x2x4, v4:2x2x4, v6e:4x4"
+EXAMPLES = "v5e:4x4, v5e:2x4, v5p:2x2x4, v4:2x2x4, v6e:4x4, h100, h100:8, h200"
 TOKENS_OF_A_RESPONSE = 512
 KINDS = ("frozen weights", "trained weights", "optimizer state", "teacher", "batch")
 
@@ -82,11 +83,16 @@ class Step:
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice that need not be there.
+    """The devices of a TPU slice, or the cards of a machine, that need not be there.
 
     Raises:
-        UserError: libtpu is not installed, or it knows no such topology.
+        UserError: the compiler is not installed, or it knows no such topology.
     """
+    name, _, count = topology.partition(":")
+    if name in absent_gpu.CARDS:
+        if not re.fullmatch(r"[1-9]\d*", count or "1"):
+            raise UserError(f"--topology: {topology}: expected a number of cards behind the colon, got {count}")
+        return absent_gpu.absent_gpus(name, int(count or 1))
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("plan: expected libtpu, the TPU compiler, which is not installed: pip install 'nemoe-jax[tpu]'")
     # JAX sees the two cores of a v4 chip as one device, the topology only when told so
@@ -207,7 +213,9 @@ def read_out_of_memory(message: str) -> OutOfMemory | None:
 
 
 def memory_limit(device: Any) -> int | None:
-    """Bytes of a device that a program can use, by what the compiler says of one that wants far too many."""
+    """Bytes of a device that a program can use; of a TPU what the compiler says of one that wants far too many."""
+    if device.platform != "tpu":
+        return absent_gpu.usable_bytes(device.device_kind)
     enormous = jax.ShapeDtypeStruct((1 << 40,), jnp.float32, sharding=SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x + 1).lower(enormous).compile()
@@ -242,7 +250,7 @@ def _bytes_on_a_device(tree: Any) -> int:
 def measure(step: Step, compiled: Any) -> dict[str, Any]:
     """What the compiled program takes and does: `memory` (bytes per device), `collectives` and `flops` (per step).
 
-    The program's text is not to be had everywhere; without it `collectives` and the executed FLOPs are None.
+    The program's text is not to be had or read everywhere; without it `collectives` and the executed FLOPs are None.
     """
     analysis = compiled.memory_analysis()  # before the text, which libtpu may refuse
     arguments = step.bytes_by_kind()
@@ -254,7 +262,8 @@ def measure(step: Step, compiled: Any) -> dict[str, Any]:
         "program": analysis.generated_code_size_in_bytes,
     }
     memory["total"] = sum(memory.values())
-    text = text_of(compiled)
+    # on GPUs products are calls of libraries, which say nothing of their FLOPs
+    text = text_of(compiled) if step.mesh.devices.flat[0].platform not in ("cuda", "gpu") else None
     program = hlo.parse(text) if text else None
     return {
         "memory": memory,

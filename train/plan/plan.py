@@ -1,6 +1,6 @@
-"""`nemoe-train plan`: does a recipe fit a TPU slice, what does its step send and compute, and what to change if not.
+"""`nemoe-train plan`: does a recipe fit a TPU slice or a GPU, what does its step send, and what to change if not.
 
-The answer comes from the TPU's own compiler (aot.py), on a machine without TPU; so does what a change would save.
+The answer comes from the device's own compiler (aot.py), on a machine without it; so does what a change would save.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ENVIRONMENT = {  # read when JAX and libtpu load
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is compiled for absent devices cannot be loaded
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 
 
@@ -43,8 +43,11 @@ def plan(
         UserError: no libtpu, no such topology, or a recipe that does not fit together.
     """
     os.environ.update(ENVIRONMENT)
-    from train.plan import aot  # JAX and libtpu load here
+    import jax  # or has been loaded, with the recipe
 
+    from train.plan import aot
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for absent devices cannot be loaded
     devices = aot.topology_devices(topology)
     step = aot.build_step(recipe, devices, phase)
     figures: dict[str, Any] = {
@@ -155,13 +158,13 @@ def render(figures: dict[str, Any]) -> Iterator[str]:
         yield f"  {kind:<22}{size / 1e9:>12.3f}"
     if limit:
         verdict = "fits" if figures["fits"] else "DOES NOT FIT"
-        yield f"  {'limit of the chip':<22}{limit / 1e9:>12.3f}   {verdict}: {memory['total'] / limit:.0%} used"
+        yield f"  {'limit of the device':<22}{limit / 1e9:>12.3f}   {verdict}: {memory['total'] / limit:.0%} used"
     if figures["collectives"] is not None:
         yield "\nsent per step              count   beside work   10^9 bytes per device"
         for kind, row in figures["collectives"].items():
             yield f"  {kind:<22}{row['count']:>8}{row['asynchronous']:>14}{row['bytes'] / 1e9:>24.3f}"
     elif "compile_seconds" in figures:
-        yield "\nlibtpu does not give the text of this program: what is sent, and what is executed, is not known"
+        yield "\nthis program cannot be read: what is sent, and what is executed, is not known"
     yield "\nFLOPs"
     yield f"  model, per token      {amounts['model_per_token']:>12.4g}"
     yield f"  model, per step       {amounts['model_per_step']:>12.4g}"
