@@ -186,11 +186,16 @@ def _plot(rows: list[dict[str, Any]], target: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    for number, row in enumerate(rows):
-        if "not_possible" not in row:
-            marker = "x" if "--control" in row["command"] else "o"
-            axes.plot(row["active"], row["loss_above_dense"], marker, color="#3b6ea5")
-            axes.annotate(f" {number}", (row["active"], row["loss_above_dense"]))
+    points = [
+        (row["active"], row["loss_above_dense"], number) for number, row in enumerate(rows) if "not_possible" not in row
+    ]
+    least_gap = 0.05 * max((loss for _, loss, _ in points), default=0.0)
+    free: dict[int, float] = {}  # above the labels so far, for points below one another
+    for active, loss, number in sorted(points):
+        axes.plot(active, loss, "x" if "--control" in rows[number]["command"] else "o", color="#3b6ea5")
+        height = max(loss, free.get(active, loss))
+        axes.annotate(f"  {number}", (active, height), va="center")
+        free[active] = height + least_gap
     axes.set(xlabel="active parameters", ylabel="estimated loss above dense, nats")
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_write(target) as partial:
