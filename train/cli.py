@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "      --topology v5e:4x4",
         reports=True,
     )
-    plan.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, …, or h100, h200, h100:8")
+    plan.add_argument(
+        "--topology", required=True, help="v5e:4x4, v5p:2x2x4, v6e:8x8, …, or h100, h200, rtx4090, h100:8"
+    )
     plan.add_argument("--phase", metavar="NAME", help="phase of the recipe; default: that which trains most weights")
     plan.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
     cache = command.add(

@@ -9,8 +9,8 @@
 Both get Mixtral's shape of the 12B-16E, the same topology, batch and trained weights. MaxText's LoRA reaches attention
 alone in Mixtral, so ours trains no more here; its adapters have the dtype of its weights, bfloat16, ours float32.
 In decoding both have bfloat16 weights and cache; half of MaxText's cache is for prompts. Ours samples as each row asks,
-MaxText takes the likeliest token. Attention over the cache, a kernel in ours and products in MaxText's, is in no figure
-but the bytes. There are no aims: both read the weights and the cache once, and wait for that.
+MaxText takes the likeliest token. Attention's products over the cache, a kernel in ours, are in no figure but the
+bytes. There are no aims: both read the weights and the cache once, and wait for that.
 MaxText is tried with each set of FLAGS, or MaxText's own key=value, and judged by its best, figure by figure.
 
 The first run installs MaxText into --environment, with Python 3.12 (--python) and the releases of MaxText's own lock

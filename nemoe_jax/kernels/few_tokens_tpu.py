@@ -9,6 +9,7 @@ With one row a product becomes sums on the vector unit, which take almost three 
 T tokens, D inputs, E experts, F outputs.
 """
 
+import functools
 from typing import Any, TypeGuard
 
 import jax
@@ -42,10 +43,28 @@ def every_expert(x: jax.Array, w_EDF: jax.Array | Fp8Weight) -> jax.Array:
     """Tokens (T, D), or what each expert has of them (T, E, D), times (E, D, F): (T, E, F) in x's dtype."""
     subscripts = "td,edf->tef" if x.ndim == 2 else "ted,edf->tef"
     if _is_multiplied_in_fp8(w_EDF, x.dtype):
-        rounded, scale = quantize_rows(x)
-        y_TEF = jnp.einsum(subscripts, rounded, w_EDF.values, preferred_element_type=jnp.float32)
-        return (y_TEF * w_EDF.scale[:, 0] * scale.reshape(len(x), -1, 1)).astype(x.dtype)
+        return _every_expert_in_fp8(subscripts, x, w_EDF)
     return jnp.einsum(subscripts, x, _dequantized(w_EDF, x.dtype), precision=precision_of(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _every_expert_in_fp8(subscripts, x, w_EDF):
+    rounded, scale = quantize_rows(x)
+    y_TEF = jnp.einsum(subscripts, rounded, w_EDF.values, preferred_element_type=jnp.float32)
+    return (y_TEF * w_EDF.scale[:, 0] * scale.reshape(len(x), -1, 1)).astype(x.dtype)
+
+
+def _forward(subscripts, x, w_EDF):
+    return _every_expert_in_fp8(subscripts, x, w_EDF), w_EDF
+
+
+def _backward(subscripts, w_EDF, dy_TEF):
+    """As if x were not rounded."""
+    of_x = subscripts.partition(",")[0]
+    return jnp.einsum(f"tef,edf->{of_x}", dy_TEF, w_EDF.dequantized(dy_TEF.dtype, stacked=1)), None
+
+
+_every_expert_in_fp8.defvjp(_forward, _backward)
 
 
 def sum_of_experts(x_TED: jax.Array, w_EDF: jax.Array | Fp8Weight) -> jax.Array:

@@ -46,10 +46,12 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (x / scale).clip(-MAX, MAX).astype(E4M3), scale
 
 
+@jax.custom_vjp
 def fp8_matmul(x: jax.Array, weight: Fp8Weight) -> jax.Array:
     """(R, inputs…), weights (inputs…, outputs…) -> (R, outputs…) in x's dtype: x @ (values · scale), summed in float32.
 
     Axes are not flattened where scales are those of outputs alone: a TPU would copy the weights for it, in float32.
+    The weights are frozen. The gradient of x is that of the product with them dequantized, as if x were not rounded.
     """
     dtype, blocks, inputs = x.dtype, weight.scale.shape[0], x.ndim - 1
     if blocks > 1:
@@ -67,6 +69,21 @@ def fp8_matmul(x: jax.Array, weight: Fp8Weight) -> jax.Array:
     )
     y *= weight.scale
     return (y if of_rows is None else y * of_rows.reshape(-1, *(1,) * (y.ndim - 1))).astype(dtype)
+
+
+def _forward(x, weight):
+    return fp8_matmul(x, weight), weight
+
+
+def _backward(weight, dy):
+    inputs = len(weight.shape) - (dy.ndim - 1)
+    outputs = tuple(range(inputs, len(weight.shape)))
+    contracted = tuple(range(1, dy.ndim)), outputs
+    weights = weight.dequantized(dy.dtype).reshape(weight.shape)
+    return lax.dot_general(dy, weights, (contracted, ((), ())), precision=_precision(dy.dtype)), None
+
+
+fp8_matmul.defvjp(_forward, _backward)
 
 
 def _by_blocks(x_RD: jax.Array, weight: Fp8Weight) -> jax.Array:

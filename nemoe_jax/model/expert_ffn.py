@@ -65,7 +65,8 @@ def _run_part(
     """`apply_experts` for tokens whose choices count from the first held expert."""
     held = experts["gate"].shape[0]
     if are_few_on_tpu(len(x_TD)):
-        run = _run_choices if 3 * local_TC.size <= min(held, MOST_CHOICES * 3) else _run_every_expert
+        few = 3 * local_TC.size <= min(held, 3 * MOST_CHOICES) and all(one.key is None for one in adapters.values())
+        run = _run_choices if few else _run_every_expert  # dropout is drawn for all choices at once
         return run(x_TD, weights_TC, local_TC, experts, with_index(adapters, index_T))
     top_k = local_TC.shape[-1]
     local_R = local_TC.reshape(-1)
@@ -115,10 +116,10 @@ def _run_every_expert(
 
     tokens = len(x_TD)
     chosen_TCE = jax.nn.one_hot(local_TC, experts["gate"].shape[0], dtype=weights_TC.dtype)  # of other devices: zeros
-    weights_TE1 = padded_rows(jnp.einsum("tc,tce->te", weights_TC, chosen_TCE))[..., None]
+    weights_TE1 = padded_rows(jnp.sum(weights_TC[..., None] * chosen_TCE, axis=1))[..., None]
     x_TD = padded_rows(x_TD)
     hidden_TEF = jax.nn.silu(project_each("gate", x_TD)) * project_each("up", x_TD)
-    hidden_TEF = jnp.where(weights_TE1 == 0, 0, hidden_TEF * weights_TE1)  # what overflows where nobody asked is no NaN
+    hidden_TEF = jnp.where(weights_TE1 == 0, 0, hidden_TEF) * weights_TE1  # what overflows where nobody asked is no NaN
     y_TD, adapter = sum_of_experts(hidden_TEF, experts["down"]), adapters.get("down")
     if adapter is not None:
         y_TD += adapter.scale * sum_of_experts(low_rank(hidden_TEF, adapter), adapter.b)
@@ -145,7 +146,8 @@ def _run_choices(
         weight = jnp.where((expert >= 0) & (expert < held), weights_TC[token, choice], 0)
         expert = jnp.clip(expert, 0, held - 1)
         gate_1F, up_1F = (multiply(name, x_1D, token, expert) for name in ("gate", "up"))
-        return multiply("down", jax.nn.silu(gate_1F) * up_1F * weight, token, expert)
+        hidden_1F = jnp.where(weight == 0, 0, jax.nn.silu(gate_1F) * up_1F) * weight
+        return multiply("down", hidden_1F, token, expert)
 
     tokens, choices = local_TC.shape
     return jnp.concatenate(

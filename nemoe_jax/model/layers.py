@@ -85,8 +85,8 @@ def _contract(
     if are_few_on_tpu(count):
         y = jnp.tensordot(x, w, inputs, precision=precision)
     else:  # one matrix product: on CPU the gradients of products over several axes are several times slower
-        x = x.reshape(len(x), -1)
-        y = jnp.matmul(x, w.reshape(x.shape[1], -1), precision=precision)
+        depth = math.prod(w.shape[:inputs])
+        y = jnp.matmul(x.reshape(len(x), depth), w.reshape(depth, -1), precision=precision)
     return y[:count].reshape(*rows, *outputs)
 
 

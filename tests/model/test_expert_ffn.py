@@ -76,9 +76,10 @@ def test_experts_of_this_device_alone():
 def test_an_expert_that_nobody_chose_may_overflow():
     own = experts()
     x, weights, chosen = tokens()
-    chosen = np.where(chosen == FIRST + 1, 0, chosen)
+    chosen = np.where(np.isin(chosen, (FIRST, FIRST + 1)), 0, chosen)  # 0 is another device's, before this one's first
     expected = oracle(x, weights, chosen, lambda at: own)
-    own["gate"][1] = own["up"][1] = 1e30
+    for overflowing in 0, 1:
+        own["gate"][overflowing] = own["up"][overflowing] = 1e30
     np.testing.assert_allclose(run(own, chosen=chosen), expected, atol=1e-4)
 
 
@@ -121,6 +122,27 @@ def test_weights_in_fp8(blocks, products, monkeypatch):
     expected = oracle(*tokens(), lambda at: rounded, in_fp8 if products else lambda row: row)
     error = np.std(run(own, dtype=jnp.bfloat16).astype(np.float32) - expected) / np.std(expected)
     assert error < 0.02  # activations between the products are in bfloat16
+
+
+def test_gradients_go_past_the_rounding_of_fp8(monkeypatch):
+    for module in few_tokens_tpu, fp8:
+        monkeypatch.setattr(module, "has_fp8_products", lambda dtype: True)
+    own = {}
+    for name, w in experts().items():
+        scale = jnp.ones((HELD, 1, w.shape[2]), jnp.float32)
+        own[name] = Fp8Weight(jnp.asarray(w.astype(ml_dtypes.float8_e4m3fn)), scale)
+    wide = {name: w.dequantized(jnp.float32, stacked=1) for name, w in own.items()}
+    x, weights, chosen = tokens()
+
+    def gradient(experts, dtype):
+        def loss(x):
+            given = x.astype(dtype), jnp.asarray(weights, dtype), jnp.asarray(chosen)
+            return 1e-3 * jnp.sum(apply_experts(*given, experts, {}, FIRST).astype(jnp.float32))
+
+        return np.asarray(jax.jit(jax.grad(loss))(x))
+
+    expected = gradient(wide, jnp.float32)
+    assert np.std(gradient(own, jnp.bfloat16) - expected) < 0.15 * np.std(expected)
 
 
 def test_gradients_are_those_of_the_other_way(monkeypatch):

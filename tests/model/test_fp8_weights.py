@@ -93,7 +93,7 @@ def test_nf4_is_that_of_qwix(models):
         assert jnp.mean(ours != right) < 1e-5  # but for those half-way between two values
 
 
-def test_nf4_is_looked_up_where_xla_would_keep_an_array_of_each_value():
+def test_nf4_is_looked_up_but_on_tpus():
     values = jnp.arange(16, dtype=jnp.uint4)
     np.testing.assert_array_equal(jax.jit(widen)(values), np.float32(NF4))
     text = {
@@ -185,6 +185,25 @@ def test_products_in_fp8_round_each_row_by_its_own_scale(platform, monkeypatch):
         if blocks == 1:
             got = dispatch._ragged_fp8(jnp.asarray(x_RD), weight, sizes_E)
             np.testing.assert_allclose(got.astype(np.float32), expected, rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("outputs", [(8,), (2, 4)])
+def test_gradients_go_past_the_rounding(blocks, outputs, monkeypatch):
+    """As those of the product with the weights dequantized, however large they are."""
+    monkeypatch.setattr(fp8, "has_fp8_products", lambda dtype: True)
+    generator = np.random.default_rng(2)
+    x_RD, dy = (generator.standard_normal(shape).astype(ml_dtypes.bfloat16) for shape in ((6, 32), (6, *outputs)))
+    values = generator.standard_normal((32, *outputs)).astype(ml_dtypes.float8_e4m3fn)
+    weight = Fp8Weight(jnp.asarray(values), jnp.asarray(generator.uniform(0.5, 2, (blocks, *outputs)), jnp.float32))
+    wide = np.repeat(np.asarray(weight.scale).reshape(blocks, -1), 32 // blocks, 0)
+    wide *= values.astype(np.float32).reshape(32, -1)
+    expected = dy.astype(np.float32).reshape(6, -1) @ wide.T
+    for size in (1e-3, 1.0, 1e4):
+        _, pull = jax.vjp(lambda x: fp8.fp8_matmul(x, weight), jnp.asarray(x_RD))
+        (dx_RD,) = pull(jnp.asarray(dy * ml_dtypes.bfloat16(size)))
+        error = np.std(np.asarray(dx_RD, np.float32) / size - expected) / np.std(expected)
+        assert error < 0.02, size
 
 
 @pytest.fixture

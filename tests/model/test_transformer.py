@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nemoe_jax.adapters import lora
+from nemoe_jax.kernels import few_tokens_tpu
 from nemoe_jax.model.kv_cache import empty_cache
 from nemoe_jax.model.transformer import hidden_states, logits
 from nemoe_jax.spec import schema
@@ -49,6 +50,15 @@ def test_prefill_and_decode_equal_the_full_pass(config):
         parts.append(next_logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-5)
     assert cache.length_B.tolist() == [13] * 3
+
+
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_a_few_tokens_on_a_tpu(config, tokens, monkeypatch):
+    params, tokens_BT = setup(config, batch=1, length=tokens)
+    expected = forward(config, params, tokens_BT).logits
+    monkeypatch.setattr(few_tokens_tpu, "target_platform", lambda: "tpu")
+    got = jax.jit(lambda params: logits(config, params, hidden_states(config, params, tokens_BT).x_BTD))(params)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_rows_of_different_lengths_share_a_cache(config):

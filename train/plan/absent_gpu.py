@@ -27,6 +27,7 @@ class Card(NamedTuple):
     threads: int  # of a core
 
 
+SHARES = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the newer name first
 _HOPPER = ("major: 9 feature_extension: ACCELERATED_FEATURES", 132, 1.98, 50 * 2**20, 228 * 2**10, 2048)
 CARDS = {
     "h100": Card("NVIDIA H100 80GB HBM3", 84929347584, 3352320000000, *_HOPPER),
@@ -70,11 +71,20 @@ def missing() -> str | None:
 
 
 def usable_bytes(kind: str) -> int | None:
-    """Bytes that JAX takes of a card's memory: three quarters, or XLA_PYTHON_CLIENT_MEM_FRACTION of it.
+    """Bytes that JAX takes of a card's memory: three quarters, or the share in one of `SHARES`.
 
     Source: docs.jax.dev, GPU memory allocation.
+
+    Raises:
+        UserError: what stands there is no share.
     """
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    name, words = next(((name, os.environ[name]) for name in SHARES if os.environ.get(name)), ("", "0.75"))
+    try:
+        share = float(words)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"{name}: expected a share of the card's memory, above 0 and up to 1, got {words}")
     return next((int(card.memory * share) for card in CARDS.values() if card.kind == kind), None)
 
 

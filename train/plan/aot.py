@@ -43,7 +43,7 @@ from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.preference import SEGMENTS, make_objective
 from train.step.step import make_update, state_shape
 
-EXAMPLES = "v5e:4x4, v5e:2x4, v5p:2x2x4, v4:2x2x4, v6e:4x4, h100, h100:8, h200"
+EXAMPLES = "v5e:4x4, v5e:2x4, v5p:2x2x4, v4:2x2x4, v6e:4x4, h100, h100:8, h200, rtx4090"
 TOKENS_OF_A_RESPONSE = 512
 KINDS = ("frozen weights", "trained weights", "optimizer state", "teacher", "batch")
 

@@ -40,7 +40,7 @@ def plan(
         phase: number of the recipe's phase; by default that which trains most.
         hlo_file: where to write the program's text.
     Raises:
-        UserError: no libtpu, no such topology, or a recipe that does not fit together.
+        UserError: no compiler for it, no such topology, or a recipe that does not fit together.
     """
     os.environ.update(ENVIRONMENT)
     import jax  # or has been loaded, with the recipe
