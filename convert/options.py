@@ -152,7 +152,9 @@ class PruneOptions:
         "the one with the least error of the layer's output; frequency: drop the least often chosen (a baseline)",
     )
     merge: bool = option(
-        False, "merge the experts that are not kept into the most similar ones that are, weighted by their scores"
+        False,
+        "merge the experts that are not kept into the most similar ones that are, weighted by their scores; not for a carve's, "
+        "whose experts have nothing in common",
     )
     calibration_tokens: int = option(16384, "tokens of the text to use; 131072 or more for the 12B")
     choices: str = option(
