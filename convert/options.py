@@ -153,8 +153,8 @@ class PruneOptions:
     )
     merge: bool = option(
         False,
-        "merge the experts that are not kept into the most similar ones that are, weighted by their scores; not for a carve's, "
-        "whose experts have nothing in common",
+        "merge the experts that are not kept into the most similar ones that are, weighted by their scores; not for "
+        "those of a carve, which have nothing in common",
     )
     calibration_tokens: int = option(16384, "tokens of the text to use; 131072 or more for the 12B")
     choices: str = option(
