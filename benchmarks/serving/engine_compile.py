@@ -63,7 +63,7 @@ def main() -> None:
     if options.gpu:
         if reason := absent_gpu.missing():
             return print(f"skipped: {reason}")
-        devices, limit = absent_gpu.absent_gpus("h200"), absent_gpu.usable_bytes("NVIDIA H200")
+        devices = absent_gpu.absent_gpus("h200")
     else:
         if importlib.util.find_spec("libtpu") is None:
             return print("skipped: libtpu, the TPU compiler, is not installed: pip install 'nemoe-jax[tpu]'")
@@ -72,7 +72,7 @@ def main() -> None:
         os.environ.update(ENVIRONMENT)
         jax.config.update("jax_platforms", "cpu")  # nothing runs on what is compiled for
         devices = aot.topology_devices(TOPOLOGY)
-        limit = aot.memory_limit(devices[0]) or sys.maxsize
+    limit = aot.memory_limit(devices[0]) or sys.maxsize
     config = preset(MODELS[options.model])
     mesh = make_mesh({"tensor": len(devices)}, devices)
     figures: dict[str, Any] = {}

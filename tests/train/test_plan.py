@@ -80,6 +80,23 @@ ENTRY %main (q: bf16[4,8]) -> bf16[4,8] {
 """
 
 
+def test_cycles_of_a_loop_count_each_time():
+    def with_estimate(line, cycles, more=""):
+        return line, f'{line}, backend_config={{"estimated_cycles":"{cycles}"{more}}}'
+
+    text = SNIPPET
+    for old, new in (
+        with_estimate("%next = s32[] add(%i, %two)", 10),  # five times
+        with_estimate("%q = bf16[4,8]{1,0} parameter(0)", 7),
+        with_estimate("%end = s32[] constant(11)", 1000, ',"is_ragged_dot":true'),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    program = hlo.parse(text)
+    assert hlo_flops.estimated_cycles(program) == 5 * 10 + 7
+    assert hlo_flops.estimated_cycles(program, lambda one: one.opcode == "add") == 5 * 10
+
+
 def test_snippet_of_a_tpu_program():
     """A loop from 1 to 11 by 2 runs 5 times; a gather that two fusions share is one; kernels bring their FLOPs."""
     program = hlo.parse(SNIPPET)
